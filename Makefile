@@ -1,0 +1,30 @@
+# make demo: the whole pipeline on this machine.  make test: every check and test.  Both set everything up first.
+.PHONY: demo test test-slow check format setup clean
+RUN := .venv/bin/python
+
+demo: setup
+	@$(RUN) pipeline/run.py --config recipes/demo.yaml
+
+test: check
+	@scripts/setup.sh --test
+	@# Worker processes with one thread each: two OpenMP threads beside another process stall one another.
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
+
+test-slow: setup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+
+check: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check --quiet .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-logo 2>/dev/null || .venv/bin/lint-imports
+
+format: setup
+	@.venv/bin/ruff check --fix --quiet .
+	@.venv/bin/ruff format --quiet .
+
+setup:
+	@scripts/setup.sh
+
+clean:
+	rm -rf data/demo runs/demo

@@ -1,0 +1,66 @@
+"""The command line that every stage shares: `--config recipe.yaml [section.field=value ...] [--dry-run]`.
+
+Resolve, check, print, and only then work. Exit status 2 and one line on stderr for a user's mistake.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from common.errors import UserError
+from common.recipe import Recipe
+
+
+def run_command(
+    description: str,
+    plan: Callable[[Recipe], Iterable[str]],
+    work: Callable[[Recipe], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs one stage and returns its exit status.
+
+    Args:
+        description: the script's docstring, shown by `--help`.
+        plan: checks the recipe against this machine and says what will be done, a line each; touches nothing. A
+            generator shows what it knows before the check that fails.
+        work: does it; finds what is finished and goes on from there.
+    """
+    return guarded(lambda: _run(argument_parser(description).parse_intermixed_args(argv), plan, work))
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe, such as recipes/demo.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="resolve, check and print the plan; touch nothing")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher inserts it
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="replaces one field, as train.batch_size=64"
+    )
+    return parser
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """The exit status of `work`: 0, or 2 with the one line of a UserError on stderr."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _run(
+    arguments: argparse.Namespace, plan: Callable[[Recipe], Iterable[str]], work: Callable[[Recipe], None]
+) -> None:
+    from common.loading import dump_recipe, load_recipe
+
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    first = os.environ.get("RANK", "0") == "0"
+    if first and arguments.dry_run:
+        print(dump_recipe(recipe))
+    for line in plan(recipe):
+        if first:
+            print(f"plan: {line}", flush=True)
+    if not arguments.dry_run:
+        work(recipe)

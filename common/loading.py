@@ -1,0 +1,126 @@
+"""YAML and `section.field=value` overrides to a checked recipe, or one line that says what is wrong."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from common.errors import UserError
+from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads `path`, applies overrides in order, validates everything.
+
+    Raises UserError with one line for the first fault: unknown key, wrong type, value out of range, or fields that do
+    not go together.
+    """
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; recipes/ holds the ones that come with the project") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; recipes/ holds the ones that come with the project") from None
+    return parse_recipe(text, overrides, path)
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "recipe") -> Recipe:
+    """As `load_recipe`, from YAML text; `path` is how its errors name it."""
+    settings = _parse_yaml(text, path)
+    for override in overrides:
+        _apply(settings, override)
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(settings)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    try:
+        _check_together(recipe)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds {type(settings).__name__}, a recipe is a mapping of sections; see recipes/")
+    return settings
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    """Sets one field from `section.field=value`; the value is YAML (`null`, `true`, `3`, `[0.9, 0.95]`)."""
+    dotted, separator, text = override.partition("=")
+    *sections, field = dotted.split(".")
+    if not separator or not field or not all(sections):
+        raise UserError(f"{override!r}: not an override; write section.field=value, such as train.batch_size=64")
+    target = settings
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise UserError(f"{dotted}: {section} is a value, not a section; write section.field=value")
+    try:
+        target[field] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{dotted}: {text!r} is not readable as a YAML value; quote it") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault as one line: field, what was found, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path) or "recipe"
+    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] in ("unexpected_keyword_argument", "dataclass_exact_type"):
+        allowed = sorted(_fields(path[:-1]))
+        near = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+        return f"{name}: unknown key; {hint}{others}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{name}: missing; every recipe states it{others}"
+    return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}; found {first['input']!r}{others}"
+
+
+def _fields(sections: Sequence[str]) -> list[str]:
+    """The names allowed below `sections`, found in the dataclasses themselves."""
+    kind: Any = Recipe
+    for section in sections:
+        kind = get_type_hints(kind)[section]
+        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
+    resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
+    if resolution % downsampling:
+        raise ValueError(f"data.resolution: {resolution} is not a multiple of vae.downsampling, {downsampling}")
+    side = latent_shape(recipe)[1]
+    if side % recipe.model.patch_size:
+        raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
+    weights = recipe.sample.weights
+    if weights != "latest" and not weights.isdigit():
+        raise ValueError(f"sample.weights: found {weights!r}; allowed: latest, or a number of samples seen")
+    if recipe.sample.num_steps > recipe.objective.num_timesteps:
+        raise ValueError(
+            f"sample.num_steps: {recipe.sample.num_steps} is above objective.num_timesteps, "
+            f"{recipe.objective.num_timesteps}; use that or fewer"
+        )
+    for section, build in (("model", denoiser_config), ("objective", diffusion)):
+        try:
+            build(recipe)
+        except ValueError as error:
+            raise ValueError(f"{section}.{error}") from None

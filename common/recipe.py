@@ -1,0 +1,229 @@
+"""The recipe: one frozen dataclass a component, every field with its type, its range and its reason.
+
+A field that a YAML file does not name has the default written here; an unknown name is an error (`common.loading`).
+Everything counted is counted in samples seen, so that another batch size or number of ranks changes no schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import ConfigDict, Field, StrictBool, StrictInt
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from fpdm.denoiser import DenoiserConfig
+    from fpdm.diffusion import Diffusion
+
+STRICT = ConfigDict(extra="forbid")
+
+Count = Annotated[StrictInt, Field(ge=1)]
+CountOrZero = Annotated[StrictInt, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DemoPictures:
+    """The portraits that `preprocess/demo_pictures.py` composes; only the demo has this section."""
+
+    per_class: Count = 1024
+    held_out_per_class: Count = 128
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """Where the pictures come from and where their latents go."""
+
+    images: str = "data/images"
+    held_out: str | None = None  # pictures that training never sees: a second figure beside the distance
+    source: Literal["folder"] = "folder"
+    crop: Literal["center", "resize"] = "center"  # "center": ADM's centre crop; "resize": Lanczos, for aligned pictures
+    resolution: Count = 256  # pixels
+    shards: str = "data/shards"
+    shard_samples: Count = 8192
+    flips: StrictBool = True  # a second set of moments, of the mirrored picture
+    max_rejected: Fraction = 0.001  # share of unreadable pictures above which encoding stops
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VAE:
+    """The autoencoder. Channels and downsampling are stated here, so that a dry run needs no weights; they are checked."""
+
+    path: str = "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder, or a hub id
+    revision: str | None = None
+    latent_channels: Count = 4
+    downsampling: Count = 8
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: Count = 32
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """The denoiser. `size` sets hidden_size, num_heads and depth at once; each of them can be set alone instead."""
+
+    kind: Literal["fpdm", "dit"] = "fpdm"
+    size: Literal["S", "B", "L", "XL"] | None = "XL"
+    hidden_size: Count | None = None
+    num_heads: Count | None = None
+    depth: Count | None = None  # DiT's blocks
+    patch_size: Count = 2
+    mlp_ratio: Positive = 4.0
+    pre_depth: CountOrZero = 1
+    post_depth: CountOrZero = 1
+    pre_post_timestep_conditioning: StrictBool = False  # the paper: pre and post layers do not see the timestep
+    num_classes: Count = 1000  # 1: unconditional
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Objective:
+    """What the network learns (paper, section 4.1)."""
+
+    schedule: Literal["linear", "cosine", "flow"] = "linear"
+    num_timesteps: Count = 1000
+    zero_terminal_snr: StrictBool = True
+    prediction: Literal["epsilon", "v", "flow"] = "v"
+    learned_variance: StrictBool = True
+    loss_weight: Literal["none", "p2", "min_snr"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    total_samples: Count = 204_800_000  # 400k steps of 512 (paper: 4 days on 8 GPUs)
+    batch_size: Count = 512  # over all ranks
+    micro_batch_size: Count | None = None  # of one rank at once; less than its share means gradient accumulation
+    learning_rate: Positive = 1e-4
+    warmup_samples: CountOrZero = 0
+    cosine_decay: StrictBool = False  # to zero at total_samples; constant otherwise, as in the paper
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # of the global norm; 0: none
+    label_dropout: Fraction = 0.1
+    # S-JFB: n ~ U{0..N} iterations without gradient, m ~ U{1..M} with. The paper's main models use 12 and 12; its own
+    # table prefers 3-6 (FID 43.2 at 6 against 61.5 at 12), and they cost half.
+    max_no_grad_iterations: CountOrZero = 6
+    max_grad_iterations: Count = 6
+    ema_decay: Fraction = 0.9999  # a step of `ema_reference_batch` samples
+    ema_reference_batch: Count = 512
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    checkpoint_samples: Count = 5_120_000
+    keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
+    log_samples: Count = 51_200
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sample:
+    num_samples: Count = 50_000
+    batch_size: Count = 32  # of one process at once; sample i does not depend on it
+    chunk_samples: Count = 1000  # of one file
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    num_steps: Count = 28
+    iterations: Count = 8  # mean of a step; 28 steps of 8 with one pre and one post layer are the paper's 280 blocks
+    allocation: Literal["constant", "more_at_noise", "more_at_data"] = "constant"
+    reuse: StrictBool = True  # start a step from the previous step's solution
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none
+    weights: str = "latest"  # samples seen, or "latest"
+    save_images: Count = 64  # as many of each set are drawn into samples.png
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluate:
+    feature_extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = "inception-v3-compat"
+    feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
+    batch_size: Count = 64
+    untrained_baseline: StrictBool = True  # also measures the network before its first step
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Launch:
+    """What one job of a stage asks for, on any cluster. Where it runs is `pipeline/run.py --cluster`."""
+
+    nodes: Count = 1
+    processes: Count = 1  # training processes a node: one a GPU
+    cpus_per_process: Count = 1
+    gpus_per_process: CountOrZero = 0
+    timeout_minutes: Count = 240
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """A whole experiment. `name` is its folder below `runs`."""
+
+    name: Name
+    runs: str = "runs"
+    seed: CountOrZero = 0
+    demo: DemoPictures | None = None
+    data: Data = Data()
+    vae: VAE = VAE()
+    model: Model = Model()
+    objective: Objective = Objective()
+    train: Train = Train()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    launch: Launch = Launch()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """(C, h, w) of one latent."""
+    side = recipe.data.resolution // recipe.vae.downsampling
+    return recipe.vae.latent_channels, side, side
+
+
+def denoiser_config(recipe: Recipe) -> DenoiserConfig:
+    """The network's own settings: `size` resolved, the latents' shape from the VAE. ValueError names a field."""
+    from fpdm.denoiser import SIZES, DenoiserConfig
+
+    model = recipe.model
+    chosen = dict(SIZES[model.size]) if model.size else {}
+    chosen |= {
+        key: value for key in ("hidden_size", "num_heads", "depth") if (value := getattr(model, key)) is not None
+    }
+    return DenoiserConfig(
+        kind=model.kind,
+        input_size=latent_shape(recipe)[1],
+        in_channels=recipe.vae.latent_channels,
+        patch_size=model.patch_size,
+        mlp_ratio=model.mlp_ratio,
+        pre_depth=model.pre_depth,
+        post_depth=model.post_depth,
+        pre_post_timestep_conditioning=model.pre_post_timestep_conditioning,
+        num_classes=model.num_classes,
+        learned_variance=recipe.objective.learned_variance,
+        **chosen,
+    )
+
+
+def diffusion(recipe: Recipe) -> Diffusion:
+    """The objective as `fpdm` computes it. ValueError names a field that does not go with another."""
+    from fpdm.diffusion import Diffusion
+
+    return Diffusion(**vars(recipe.objective))
+
+
+def with_world_size(recipe: Recipe, world_size: int) -> Recipe:
+    """Resolves `micro_batch_size` for this number of ranks.
+
+    Raises ValueError where the ranks do not divide the batch, or a rank's share is no multiple of the micro-batch.
+    """
+    train = recipe.train
+    if train.batch_size % world_size:
+        raise ValueError(
+            f"train.batch_size: {train.batch_size} is not divisible by the {world_size} ranks; "
+            f"use {train.batch_size // world_size * world_size or world_size} or another number of processes"
+        )
+    share = train.batch_size // world_size
+    micro = train.micro_batch_size or share
+    if share % micro:
+        raise ValueError(
+            f"train.micro_batch_size: {micro} does not divide a rank's share of {share} "
+            f"(train.batch_size {train.batch_size} over {world_size} ranks); use a divisor of {share}"
+        )
+    return replace(recipe, train=replace(train, micro_batch_size=micro))

@@ -1,0 +1,50 @@
+"""Trains the denoiser on latent shards with DeepSpeed. Run it again to resume.
+
+python pipeline/train.py --config recipes/demo.yaml
+torchrun --nproc-per-node 8 pipeline/train.py --config recipes/imagenet256.yaml train.batch_size=1024
+"""
+
+import sys
+from collections.abc import Iterator
+
+from common.command import run_command
+from common.recipe import Recipe
+
+
+def plan(recipe: Recipe) -> Iterator[str]:
+    """What training will do, checked against the shards and the number of processes."""
+    from common.errors import UserError
+    from common.recipe import denoiser_config, latent_shape, with_world_size
+    from fpdm.denoiser import count_parameters
+    from pipeline.checkpoint import complete_checkpoints
+    from pipeline.distributed import rank_and_world_size
+    from pipeline.trainer import finished, open_shards, total_samples
+
+    train, parameters = recipe.train, count_parameters(denoiser_config(recipe))
+    yield f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"
+    yield f"iterations a step: 0 to {train.max_no_grad_iterations} without and 1 to {train.max_grad_iterations} with gradient"
+    _, world_size = rank_and_world_size()
+    try:
+        micro_batch_size = with_world_size(recipe, world_size).train.micro_batch_size
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    assert micro_batch_size is not None
+    yield (
+        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
+        f"{micro_batch_size} x {train.batch_size // (world_size * micro_batch_size)} accumulations, ZeRO {train.zero_stage}"
+    )
+    checkpoints = complete_checkpoints(recipe)
+    state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
+    yield f"run folder: {recipe.folder}, {state}"
+    samples = len(open_shards(recipe))
+    yield f"data: {samples:,} samples in {recipe.data.shards}, {train.total_samples / samples:.2f} epochs"
+
+
+def work(recipe: Recipe) -> None:
+    from pipeline.trainer import train
+
+    train(recipe)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, plan, work))

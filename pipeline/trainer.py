@@ -1,0 +1,281 @@
+"""Training under DeepSpeed: a loop counted in samples, every number of which is a function of (seed, samples seen)."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import atomic_write
+from common.loading import dump_recipe
+from common.provenance import provenance
+from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
+from fpdm.denoiser import Denoiser, build_denoiser
+from fpdm.fixed_point import sjfb_counts
+from pipeline import checkpoint
+from pipeline.data import Stream
+from pipeline.distributed import process_group
+from pipeline.run_folder import weights_folder
+from pipeline.zero import ExponentialMovingAverage, gather
+from preprocess.shards import LatentShards
+
+# Changing one of these in the middle of a run would make it another run.
+IDENTITY = {
+    "model": None,
+    "objective": None,
+    "train": (
+        "batch_size learning_rate warmup_samples cosine_decay weight_decay betas gradient_clipping label_dropout "
+        "max_no_grad_iterations max_grad_iterations ema_decay ema_reference_batch precision"
+    ).split(),
+}
+
+
+def train(recipe: Recipe) -> None:
+    """Trains to `train.total_samples`, from the newest checkpoint if there is one; finished runs return at once."""
+    if finished(recipe):
+        return
+    with process_group() as (rank, world_size):
+        try:
+            recipe = with_world_size(recipe, world_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        Trainer(recipe, open_shards(recipe), rank, world_size).run()
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the averaged weights of the last sample are there."""
+    return weights_folder(recipe, total_samples(recipe)).exists()
+
+
+def total_samples(recipe: Recipe) -> int:
+    """`train.total_samples`, up to whole batches."""
+    return math.ceil(recipe.train.total_samples / recipe.train.batch_size) * recipe.train.batch_size
+
+
+def open_shards(recipe: Recipe) -> LatentShards:
+    """The recipe's shards; UserError where they are not what the recipe describes."""
+    shards = LatentShards(recipe.data.shards)
+    if shards.latent_shape != latent_shape(recipe):
+        raise UserError(
+            f"{recipe.data.shards}: holds latents of shape {shards.latent_shape}, data.resolution and vae make "
+            f"{latent_shape(recipe)}; encode again or correct the recipe"
+        )
+    if shards.num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}"
+        )
+    return shards
+
+
+def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's own settings, generated. `micro_batch_size` must be resolved (`with_world_size`)."""
+    settings = recipe.train
+    precision = _precision(recipe, on_gpu)
+    return {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * world_size),
+        "gradient_clipping": settings.gradient_clipping,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 2**31,  # the loop below does the printing
+    }
+
+
+def _precision(recipe: Recipe, on_gpu: bool) -> str:
+    if recipe.train.precision == "auto":
+        return "bf16" if on_gpu else "fp32"
+    return recipe.train.precision
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, recipe: Recipe, shards: LatentShards, rank: int, world_size: int) -> None:
+        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        self.diffusion = diffusion(recipe)
+        self.stream = Stream(recipe, shards, self.diffusion)
+        self.identity = self._identity(shards)
+        found = checkpoint.newest_checkpoint(recipe, self.identity)
+        self.samples_seen, state = found if found else (0, None)
+        model = build_denoiser(denoiser_config(recipe), seed=recipe.seed)
+        if state is not None:
+            model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        self.engine = self._engine(model)
+        settings = recipe.train
+        self.ema = ExponentialMovingAverage(
+            self.engine, lambda samples: settings.ema_decay ** (samples / settings.ema_reference_batch)
+        )
+        if state is not None:
+            checkpoint.restore(self.engine, self.ema, state, self.samples_seen // settings.batch_size)
+        self.log = Log(recipe, self.samples_seen) if rank == 0 else None
+
+    def run(self) -> None:
+        self._describe()
+        settings, total = self.recipe.train, total_samples(self.recipe)
+        if self.samples_seen == 0:  # the untrained network, for the comparison in the report
+            self._export(gather(self.engine, self.ema.shards))
+        losses: list[Tensor] = []
+        started = time.monotonic()
+        bar = tqdm(
+            total=total, initial=self.samples_seen, unit="sample", desc="train", disable=self.rank != 0, smoothing=0.05
+        )
+        while self.samples_seen < total:
+            counts = self._iterations()
+            losses.append(self._step(counts))
+            before, self.samples_seen = self.samples_seen, self.samples_seen + settings.batch_size
+            self.ema.update(settings.batch_size)
+            bar.update(settings.batch_size)
+            save = self.samples_seen == total or _crosses(before, self.samples_seen, settings.checkpoint_samples)
+            # A log interval also ends with a checkpoint, so that a resumed run logs the same lines.
+            if save or _crosses(before, self.samples_seen, settings.log_samples):
+                loss = self._report(losses, counts, time.monotonic() - started)
+                bar.set_postfix(loss=f"{loss:.4f}")
+                losses, started = [], time.monotonic()
+            if save:
+                checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
+        bar.close()
+
+    def _step(self, iterations: tuple[int, int]) -> Tensor:
+        """One update. Returns this rank's mean loss, still on its device."""
+        settings = self.recipe.train
+        assert settings.micro_batch_size is not None
+        share = settings.batch_size // self.world_size
+        first = self.samples_seen + self.rank * share
+        self._set_learning_rate()
+        total = torch.zeros((), device=self.engine.device)
+        for start in range(first, first + share, settings.micro_batch_size):
+            batch = self.stream.batch(start, settings.micro_batch_size).to(self.engine.device)
+            noisy = self.diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
+            output = self.engine(noisy, batch.timesteps, batch.labels, iterations=iterations).output
+            terms = self.diffusion.loss(output.float(), batch.latents, batch.noise, batch.timesteps)
+            loss = terms["loss"].mean()
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach() * (settings.micro_batch_size / share)
+        return total
+
+    def _iterations(self) -> tuple[int, int]:
+        """The step's S-JFB counts, the same on every rank: a rank that iterates longer would make the others wait."""
+        settings = self.recipe.train
+        step = self.samples_seen // settings.batch_size
+        return sjfb_counts(self.recipe.seed, step, settings.max_no_grad_iterations, settings.max_grad_iterations)
+
+    def _set_learning_rate(self) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.samples_seen)
+
+    def _report(self, losses: list[Tensor], counts: tuple[int, int], seconds: float) -> float:
+        """Logs the mean loss over all ranks since the last report, and returns it. Raises where it is not finite."""
+        summed = torch.stack(losses)
+        torch.distributed.all_reduce(summed)
+        loss = float(summed.double().mean()) / self.world_size
+        settings = self.recipe.train
+        first = self.samples_seen - len(losses) * settings.batch_size
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss} between samples {first} and {self.samples_seen}; nothing was saved since then"
+            )
+        if self.log is not None:
+            self.log.write(
+                samples=self.samples_seen,
+                step=self.samples_seen // settings.batch_size,
+                loss=loss,
+                learning_rate=learning_rate(self.recipe, self.samples_seen - settings.batch_size),
+                gradient_norm=float(self.engine.get_global_grad_norm() or 0.0),
+                no_grad_iterations=counts[0],
+                grad_iterations=counts[1],
+                samples_per_second=round(len(losses) * settings.batch_size / seconds, 2),
+            )
+        return loss
+
+    def _engine(self, model: Denoiser) -> Any:
+        import deepspeed
+
+        settings = self.recipe.train
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        config = deepspeed_config(self.recipe, self.world_size, torch.cuda.is_available())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return engine
+
+    def _export(self, averages: dict[str, Tensor]) -> None:
+        if self.rank == 0:
+            checkpoint.export_weights(self.recipe, averages, self.samples_seen)
+
+    def _identity(self, shards: LatentShards) -> dict[str, Any]:
+        """Flat field names and values, as JSON gives them back."""
+        identity: dict[str, Any] = {"seed": self.recipe.seed, "data.shards": shards.fingerprint}
+        for section, names in IDENTITY.items():
+            values = vars(getattr(self.recipe, section))
+            identity |= {f"{section}.{name}": values[name] for name in names or values}
+        return json.loads(json.dumps(identity))
+
+    def _describe(self) -> None:
+        """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""
+        if self.rank != 0:
+            return
+        folder = self.recipe.folder
+        with atomic_write(folder / "recipe.yaml") as file:
+            file.write_text(dump_recipe(self.recipe))
+        with atomic_write(folder / "deepspeed.json") as file:
+            file.write_text(
+                json.dumps(deepspeed_config(self.recipe, self.world_size, torch.cuda.is_available()), indent=1)
+            )
+        with open(folder / "provenance.jsonl", "a") as lines:
+            lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")
+
+
+class Log:
+    """`metrics.jsonl`, one line a report, and TensorBoard. Lines after the checkpoint it resumes from are taken back."""
+
+    def __init__(self, recipe: Recipe, samples_seen: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path: Path = recipe.folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _samples_of(line) <= samples_seen]
+        with atomic_write(self.path) as file:
+            file.write_text("".join(f"{line}\n" for line in kept))
+        self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
+
+    def write(self, **values: float) -> None:
+        with open(self.path, "a") as lines:
+            lines.write(json.dumps(values) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"train/{name}", value, int(values["samples"]))
+        self.tensorboard.flush()
+
+
+def _samples_of(line: str) -> float:
+    """Samples of a log line; infinity for one that a kill cut short, so that it is taken back."""
+    try:
+        return json.loads(line)["samples"]
+    except ValueError:
+        return math.inf
+
+
+def _crosses(before: int, after: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies in (before, after]."""
+    return after // interval > before // interval
+
+
+def learning_rate(recipe: Recipe, samples_seen: int) -> float:
+    """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or a cosine to zero."""
+    settings = recipe.train
+    rate = settings.learning_rate
+    if settings.warmup_samples:
+        rate *= min(1.0, (samples_seen + settings.batch_size) / settings.warmup_samples)
+    if settings.cosine_decay:
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, samples_seen / total_samples(recipe))))
+    return rate

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes .venv from the pins in pyproject.toml; a second run finds it finished. With --test also what the tests need
+# from Debian: it is installed where that is allowed, and named with its command where it is not.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# A stamp of what was installed from: a changed pin installs again, an unchanged one costs nothing.
+stamp=$(cksum <pyproject.toml)
+if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
+    python=${PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3 || true)}
+    if ! "${python:-false}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+        echo "setup: needs Python 3.11 or 3.12, found ${python:-none}; install it (apt-get install python3.11-venv) or set PYTHON=/path/to/python3.11" >&2
+        exit 2
+    fi
+    echo "setup: installing the pinned requirements into .venv (a few minutes, 6 GB, once)"
+    "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --editable '.[pipeline,demo,dev]'
+    echo "$stamp" >.venv/.complete
+fi
+
+if [ "${1:-}" = --test ] && ! command -v chromium >/dev/null; then
+    install="apt-get install -y --no-install-recommends chromium"
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "setup: installing chromium, which the report's tests open pages in"
+        apt-get -qq -o DPkg::Lock::Timeout=300 update
+        DEBIAN_FRONTEND=noninteractive $install -qq -o DPkg::Lock::Timeout=300 >/dev/null
+    else
+        echo "setup: chromium is missing and only root may install it; the tests that need it will not run. To have them: sudo $install" >&2
+    fi
+fi

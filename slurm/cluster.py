@@ -1,0 +1,126 @@
+"""Where work runs: submitit executors for SLURM, for this machine, and for this process."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import submitit
+
+CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it is installed, this machine elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one job asks for; `processes`, `cpus_per_process` and `gpus_per_process` are those of one node."""
+
+    nodes: int = 1
+    processes: int = 1
+    cpus_per_process: int = 1
+    gpus_per_process: int = 0
+    timeout_minutes: int = 60
+
+
+def executor(cluster: str, folder: str | Path, name: str, resources: Resources) -> submitit.AutoExecutor:
+    """A submitit executor whose jobs write their logs and pickles below `folder`.
+
+    Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for.
+    """
+    if cluster not in CLUSTERS:
+        raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
+    try:
+        made = submitit.AutoExecutor(str(folder), cluster=None if cluster == "auto" else cluster)
+    except RuntimeError as error:  # slurm is asked for and not there
+        raise ValueError(
+            f"cluster: {cluster} is not to be had here ({error}); allowed: {', '.join(CLUSTERS)}"
+        ) from None
+    if made.cluster != "slurm" and resources.nodes > 1:
+        raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {made.cluster} one has 1")
+    if made.cluster == "debug" and resources.processes > 1:
+        raise ValueError(
+            f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
+        )
+    made.update_parameters(
+        name=name,
+        nodes=resources.nodes,
+        tasks_per_node=resources.processes,
+        cpus_per_task=resources.cpus_per_process,
+        gpus_per_node=resources.gpus_per_process * resources.processes,
+        timeout_min=resources.timeout_minutes,
+        slurm_signal_delay_s=120,  # time to save before the limit
+    )
+    return made
+
+
+def run(made: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Submits one job, shows what its first task prints until it ends, and returns every task's result.
+
+    A task that fails brings the others down. Raises submitit's own error, with the first failing task's traceback. An
+    interruption here cancels the job.
+    """
+    if made.cluster == "local":
+        os.environ["MASTER_PORT"] = str(_free_port())  # the tasks inherit it; a port drawn by each would differ
+    try:
+        job = made.submit(function, *arguments)
+    finally:
+        os.environ.pop("MASTER_PORT", None)
+    try:
+        if made.cluster != "debug":  # that one runs here, and prints by itself
+            _follow(job)
+    except BaseException:
+        job.cancel(check=False)
+        raise
+    error = job.exception()
+    if error is not None:
+        raise error
+    return job.results()
+
+
+def _follow(job: submitit.Job[Any]) -> None:
+    """Copies the first task's output to this terminal until all tasks have ended, or one of them has failed."""
+    tasks = [job.task(rank) for rank in range(job.num_tasks)]
+    with (
+        _Tail(tasks[0].paths.stdout, sys.stdout.buffer) as output,
+        _Tail(tasks[0].paths.stderr, sys.stderr.buffer) as errors,
+    ):
+        while not job.done():
+            output.copy()
+            errors.copy()
+            ended = [task for task in tasks if task.done()]
+            if len(ended) < len(tasks) and any(task.exception() is not None for task in ended):
+                job.cancel(check=False)  # the others wait for the dead one in a collective
+                break
+            time.sleep(0.2)
+
+
+class _Tail:
+    """Copies what is appended to a file that may not exist yet."""
+
+    def __init__(self, path: Path, sink: BinaryIO) -> None:
+        self.path, self.sink = path, sink
+        self.source: BinaryIO | None = None
+
+    def __enter__(self) -> "_Tail":
+        return self
+
+    def copy(self) -> None:
+        if self.source is None and self.path.exists():
+            self.source = open(self.path, "rb")
+        if self.source is not None and (new := self.source.read()):
+            self.sink.write(new)
+            self.sink.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self.copy()
+        if self.source is not None:
+            self.source.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

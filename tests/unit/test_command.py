@@ -1,0 +1,55 @@
+"""Every command resolves, checks, prints and only then works; its help is instant; a user's mistake is status 2."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    path
+    for room in ("preprocess", "pipeline")
+    for path in sorted((ROOT / room).glob("*.py"))
+    if "__main__" in path.read_text()
+]
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+
+
+def test_the_commands_of_the_readme_are_here() -> None:
+    names = {path.name for path in COMMANDS}
+    assert {"encode_latents.py", "train.py", "sample.py", "eval_fid.py", "run.py"} <= names
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_help_imports_nothing_heavy(path: Path) -> None:
+    started = time.monotonic()
+    done = run("-X", "importtime", path, "--help")
+    assert done.returncode == 0
+    assert "--config" in done.stdout
+    heavy = {"torch", "deepspeed", "diffusers", "timm", "torch_fidelity", "matplotlib"}
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not heavy & imported, f"--help took {time.monotonic() - started:.1f} s"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_an_unknown_key_ends_every_command_with_one_line_and_status_2(path: Path) -> None:
+    done = run(path, "--config", "recipes/demo.yaml", "train.batch_szie=4")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: recipes/demo.yaml: train.batch_szie: unknown key; did you mean batch_size?"
+    ]
+
+
+def test_a_dry_run_of_a_whole_run_touches_nothing_and_counts_parameters_exactly(tmp_path: Path) -> None:
+    done = run(
+        ROOT / "pipeline/run.py", "--config", ROOT / "recipes/demo.yaml", "--dry-run", f"runs={tmp_path / 'runs'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert " parameters" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,88 @@
+"""A recipe is right, or one line says what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.loading import dump_recipe, load_recipe, parse_recipe
+from common.recipe import denoiser_config, with_world_size
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\ntrain: {batch_szie: 4}", "train.batch_szie: unknown key; did you mean batch_size?"),
+        ("name: a\nfoo: 1", "foo: unknown key; allowed: data, demo, "),
+        ("name: a\ntrain: {batch_size: 64.5}", "train.batch_size: input should be a valid integer; found 64.5"),
+        ("name: a\ntrain: {batch_size: true}", "train.batch_size: input should be a valid integer; found True"),
+        ("name: a\ntrain: {batch_size: 0}", "train.batch_size: input should be greater than or equal to 1; found 0"),
+        ("name: a\nmodel: {kind: unet}", "model.kind: input should be 'fpdm' or 'dit'; found 'unet'"),
+        ("seed: 3", "name: missing; every recipe states it"),
+        ("name: ../out", "name: string should match pattern"),
+        ("name: a\ndata: {resolution: 100}", "data.resolution: 100 is not a multiple of vae.downsampling, 8"),
+        ("name: a\nmodel: {patch_size: 3}", "model.patch_size: 3 does not divide the latents' side of 32"),
+        ("name: a\nmodel: {size: null, hidden_size: 100, num_heads: 3}", "model.hidden_size: 100"),
+        ("name: a\nobjective: {prediction: epsilon}", "objective.zero_terminal_snr: at zero signal"),
+        ("name: a\nsample: {weights: newest}", "sample.weights: found 'newest'; allowed: latest, or a number"),
+        ("name: a\nsample: {num_steps: 1001}", "sample.num_steps: 1001 is above objective.num_timesteps, 1000"),
+        ("- a list", "holds list, a recipe is a mapping"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_explained_in_one_line(text: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_recipe(text)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load_recipe("nowhere.yaml")
+
+
+def test_overrides_replace_single_fields_in_order() -> None:
+    recipe = parse_recipe(
+        "name: a", ["train.batch_size=64", "train.batch_size=32", "train.learning_rate=1e-3", "train.betas=[0.9, 0.95]"]
+    )
+    assert (recipe.train.batch_size, recipe.train.learning_rate, recipe.train.betas) == (32, 1e-3, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_size", "not an override"),
+        ("=3", "not an override"),
+        ("name.first=3", "name is a value, not a section"),
+        ("train.batch_size={", "not readable as a YAML value"),
+        ("train.learning_rate=fast", "train.learning_rate: input should be a valid number"),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse_recipe("name: a", [override])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_loads_and_survives_being_written(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_a_size_sets_the_network_and_single_fields_override_it() -> None:
+    recipe = parse_recipe("name: a\nmodel: {size: B, hidden_size: 384, num_heads: 6}")
+    config = denoiser_config(recipe)
+    assert (config.hidden_size, config.num_heads, config.depth) == (384, 6, 12)
+
+
+def test_ranks_must_divide_the_batch_and_micro_batches_a_ranks_share() -> None:
+    recipe = parse_recipe("name: a\ntrain: {batch_size: 64}")
+    assert with_world_size(recipe, 4).train.micro_batch_size == 16
+    with pytest.raises(ValueError, match=r"train.batch_size: 64 is not divisible by the 3 ranks; use 63"):
+        with_world_size(recipe, 3)
+    with pytest.raises(ValueError, match="train.micro_batch_size: 5 does not divide a rank's share of 32"):
+        with_world_size(parse_recipe("name: a\ntrain: {batch_size: 64, micro_batch_size: 5}"), 2)
