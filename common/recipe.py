@@ -51,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VAE:
-    """The autoencoder. Channels and downsampling are stated here, so that a dry run needs no weights; they are checked."""
+    """The autoencoder. Channels and downsampling are here too, so that a dry run needs no weights; they are checked."""
 
     path: str = "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder, or a hub id
     revision: str | None = None
@@ -135,6 +135,7 @@ class Evaluate:
     feature_extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = "inception-v3-compat"
     feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
     batch_size: Count = 64
+    reference_samples: Count | None = None  # training pictures compared with, evenly spaced over all; null: all of them
     untrained_baseline: StrictBool = True  # also measures the network before its first step
 
 

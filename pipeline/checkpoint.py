@@ -96,23 +96,24 @@ def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> tuple[int, di
 def restore(engine: Any, ema: ExponentialMovingAverage, state: dict[str, Tensor], steps: int) -> None:
     """Puts a saved state back, to the bit; all ranks must call it. The module must hold the same parameters already."""
     start_moments(engine, steps)
-    scatter(engine, _part(state, "model"), parameter_shards(engine))
-    scatter(engine, _part(state, "ema"), ema.shards)
+    scatter(engine, part(state, "model"), parameter_shards(engine))
+    scatter(engine, part(state, "ema"), ema.shards)
     for moment in MOMENTS:
-        scatter(engine, _part(state, moment), moment_shards(engine, moment))
+        scatter(engine, part(state, moment), moment_shards(engine, moment))
 
 
-def _part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one part of a state ("model", "ema", a moment) by parameter name."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
 
 
 def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
-        f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key)
+        f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
+        for field in sorted(before | now)
+        if before.get(field) != now.get(field)
     ]
     if changed:
         raise UserError(
-            f"{folder}: belongs to a run with another {', '.join(changed)}; set it back, or choose another name for this run"
+            f"{folder}: belongs to a run with another {', '.join(changed)}; set it back, or choose another name"
         )

@@ -56,12 +56,9 @@ class Stream:
         indices = self.indices(positions).numpy()
         moments = torch.from_numpy(self.shards.gather(indices, self._flips(positions))).float()  # (B, 2C, h, w)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        latents = draw_latents(
-            moments,
-            rng.normal(seed, "train/posterior", positions, shape),
-            self.shards.scaling_factor,
-            self.shards.shift_factor,
-        )
+        vae = self.shards.index["settings"]["vae"]
+        normals = rng.normal(seed, "train/posterior", positions, shape)
+        latents = draw_latents(moments, normals, vae["scaling_factor"], vae["shift_factor"])
         labels = torch.from_numpy(self.shards.labels[indices])
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
         return Batch(
@@ -72,6 +69,6 @@ class Stream:
         )
 
     def _flips(self, positions: Tensor) -> np.ndarray | None:
-        if not self.shards.has_flips:
+        if not self.recipe.data.flips:
             return None
         return rng.integers(self.recipe.seed, "train/flip", positions, 2).bool().numpy()

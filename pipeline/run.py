@@ -1,4 +1,4 @@
-"""Runs a whole recipe, stage after stage, each as a submitit job: compose (demo), encode, train, sample, evaluate, report.
+"""Runs a whole recipe, each stage a submitit job: compose (demo only), encode, train, sample, evaluate, report.
 
   python pipeline/run.py --config recipes/demo.yaml
   python pipeline/run.py --config recipes/demo.yaml --cluster slurm train.total_samples=100000

@@ -18,7 +18,7 @@ from slurm.cluster import Resources
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the module that has its `function(recipe)` and `finished(recipe)`, and whether ranks share its work."""
+    """One stage: the module of its `function(recipe)` and `finished(recipe)`, and whether ranks share its work."""
 
     name: str
     module: str

@@ -22,16 +22,19 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
     train, parameters = recipe.train, count_parameters(denoiser_config(recipe))
     yield f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"
-    yield f"iterations a step: 0 to {train.max_no_grad_iterations} without and 1 to {train.max_grad_iterations} with gradient"
+    if recipe.model.kind == "fpdm":
+        without, with_gradient = train.max_no_grad_iterations, train.max_grad_iterations
+        yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
     _, world_size = rank_and_world_size()
     try:
         micro_batch_size = with_world_size(recipe, world_size).train.micro_batch_size
     except ValueError as error:
         raise UserError(str(error)) from None
     assert micro_batch_size is not None
+    accumulations = train.batch_size // (world_size * micro_batch_size)
     yield (
-        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
-        f"{micro_batch_size} x {train.batch_size // (world_size * micro_batch_size)} accumulations, ZeRO {train.zero_stage}"
+        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: "
+        f"{world_size} ranks x {micro_batch_size} x {accumulations} accumulations, ZeRO {train.zero_stage}"
     )
     checkpoints = complete_checkpoints(recipe)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"

@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
 from fpdm.denoiser import Denoiser, build_denoiser
 from fpdm.fixed_point import sjfb_counts
+from fpdm.weights import assemble
 from pipeline import checkpoint
 from pipeline.data import Stream
 from pipeline.distributed import process_group
@@ -29,10 +30,11 @@ from preprocess.shards import LatentShards
 IDENTITY = {
     "model": None,
     "objective": None,
-    "train": (
-        "batch_size learning_rate warmup_samples cosine_decay weight_decay betas gradient_clipping label_dropout "
-        "max_no_grad_iterations max_grad_iterations ema_decay ema_reference_batch precision"
-    ).split(),
+    "train": [
+        *("batch_size", "learning_rate", "warmup_samples", "cosine_decay", "weight_decay", "betas"),
+        *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
+        *("ema_decay", "ema_reference_batch", "precision"),
+    ],
 }
 
 
@@ -61,10 +63,11 @@ def total_samples(recipe: Recipe) -> int:
 def open_shards(recipe: Recipe) -> LatentShards:
     """The recipe's shards; UserError where they are not what the recipe describes."""
     shards = LatentShards(recipe.data.shards)
-    if shards.latent_shape != latent_shape(recipe):
+    channels, height, width = latent_shape(recipe)
+    if shards.shape != (2 * channels, height, width):
         raise UserError(
-            f"{recipe.data.shards}: holds latents of shape {shards.latent_shape}, data.resolution and vae make "
-            f"{latent_shape(recipe)}; encode again or correct the recipe"
+            f"data.shards: {recipe.data.shards} holds moments of shape {shards.shape}, data.resolution and vae make "
+            f"{(2 * channels, height, width)}; encode again or correct the recipe"
         )
     if shards.num_classes != recipe.model.num_classes:
         raise UserError(
@@ -76,6 +79,7 @@ def open_shards(recipe: Recipe) -> LatentShards:
 def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's own settings, generated. `micro_batch_size` must be resolved (`with_world_size`)."""
     settings = recipe.train
+    assert settings.micro_batch_size is not None
     precision = _precision(recipe, on_gpu)
     return {
         "train_batch_size": settings.batch_size,
@@ -106,9 +110,9 @@ class Trainer:
         self.identity = self._identity(shards)
         found = checkpoint.newest_checkpoint(recipe, self.identity)
         self.samples_seen, state = found if found else (0, None)
-        model = build_denoiser(denoiser_config(recipe), seed=recipe.seed)
-        if state is not None:
-            model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        config = denoiser_config(recipe)
+        model = assemble(checkpoint.part(state, "model"), config) if state else build_denoiser(config, seed=recipe.seed)
+        self.config = deepspeed_config(recipe, world_size, torch.cuda.is_available())
         self.engine = self._engine(model)
         settings = recipe.train
         self.ema = ExponentialMovingAverage(
@@ -123,26 +127,26 @@ class Trainer:
         settings, total = self.recipe.train, total_samples(self.recipe)
         if self.samples_seen == 0:  # the untrained network, for the comparison in the report
             self._export(gather(self.engine, self.ema.shards))
-        losses: list[Tensor] = []
-        started = time.monotonic()
-        bar = tqdm(
+        # Closed by `with`, the bar leaves its line before an error is printed.
+        with tqdm(
             total=total, initial=self.samples_seen, unit="sample", desc="train", disable=self.rank != 0, smoothing=0.05
-        )
-        while self.samples_seen < total:
-            counts = self._iterations()
-            losses.append(self._step(counts))
-            before, self.samples_seen = self.samples_seen, self.samples_seen + settings.batch_size
-            self.ema.update(settings.batch_size)
-            bar.update(settings.batch_size)
-            save = self.samples_seen == total or _crosses(before, self.samples_seen, settings.checkpoint_samples)
-            # A log interval also ends with a checkpoint, so that a resumed run logs the same lines.
-            if save or _crosses(before, self.samples_seen, settings.log_samples):
-                loss = self._report(losses, counts, time.monotonic() - started)
-                bar.set_postfix(loss=f"{loss:.4f}")
-                losses, started = [], time.monotonic()
-            if save:
-                checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
-        bar.close()
+        ) as bar:
+            losses: list[Tensor] = []
+            started = time.monotonic()
+            while self.samples_seen < total:
+                counts = self._iterations()
+                losses.append(self._step(counts))
+                before, self.samples_seen = self.samples_seen, self.samples_seen + settings.batch_size
+                self.ema.update(settings.batch_size)
+                bar.update(settings.batch_size)
+                save = self.samples_seen == total or _crosses(before, self.samples_seen, settings.checkpoint_samples)
+                # A log interval also ends with a checkpoint, so that a resumed run logs the same lines.
+                if save or _crosses(before, self.samples_seen, settings.log_samples):
+                    loss = self._report(losses, counts, time.monotonic() - started)
+                    bar.set_postfix(loss=f"{loss:.4f}")
+                    losses, started = [], time.monotonic()
+                if save:
+                    checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
 
     def _step(self, iterations: tuple[int, int]) -> Tensor:
         """One update. Returns this rank's mean loss, still on its device."""
@@ -190,7 +194,7 @@ class Trainer:
                 step=self.samples_seen // settings.batch_size,
                 loss=loss,
                 learning_rate=learning_rate(self.recipe, self.samples_seen - settings.batch_size),
-                gradient_norm=float(self.engine.get_global_grad_norm() or 0.0),
+                gradient_norm=_number(self.engine.get_global_grad_norm()),
                 no_grad_iterations=counts[0],
                 grad_iterations=counts[1],
                 samples_per_second=round(len(losses) * settings.batch_size / seconds, 2),
@@ -204,8 +208,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        config = deepspeed_config(self.recipe, self.world_size, torch.cuda.is_available())
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
         return engine
 
     def _export(self, averages: dict[str, Tensor]) -> None:
@@ -214,7 +217,7 @@ class Trainer:
 
     def _identity(self, shards: LatentShards) -> dict[str, Any]:
         """Flat field names and values, as JSON gives them back."""
-        identity: dict[str, Any] = {"seed": self.recipe.seed, "data.shards": shards.fingerprint}
+        identity: dict[str, Any] = {"seed": self.recipe.seed, "data.shards": shards.index["samples_sha256"]}
         for section, names in IDENTITY.items():
             values = vars(getattr(self.recipe, section))
             identity |= {f"{section}.{name}": values[name] for name in names or values}
@@ -227,16 +230,13 @@ class Trainer:
         folder = self.recipe.folder
         with atomic_write(folder / "recipe.yaml") as file:
             file.write_text(dump_recipe(self.recipe))
-        with atomic_write(folder / "deepspeed.json") as file:
-            file.write_text(
-                json.dumps(deepspeed_config(self.recipe, self.world_size, torch.cuda.is_available()), indent=1)
-            )
+        write_json(folder / "deepspeed.json", self.config)
         with open(folder / "provenance.jsonl", "a") as lines:
             lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")
 
 
 class Log:
-    """`metrics.jsonl`, one line a report, and TensorBoard. Lines after the checkpoint it resumes from are taken back."""
+    """`metrics.jsonl`, a line a report, and TensorBoard. Lines after the checkpoint that it resumes from are taken back."""
 
     def __init__(self, recipe: Recipe, samples_seen: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -249,12 +249,18 @@ class Log:
             file.write_text("".join(f"{line}\n" for line in kept))
         self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
 
-    def write(self, **values: float) -> None:
+    def write(self, **values: float | None) -> None:
         with open(self.path, "a") as lines:
             lines.write(json.dumps(values) + "\n")
         for name, value in values.items():
-            self.tensorboard.add_scalar(f"train/{name}", value, int(values["samples"]))
+            if value is not None:
+                self.tensorboard.add_scalar(f"train/{name}", value, values["samples"])
         self.tensorboard.flush()
+
+
+def _number(value: Any) -> float | None:
+    """DeepSpeed's gradient norm: a tensor, a float, or None (it keeps none at stage 0 in fp32)."""
+    return None if value is None else float(value)
 
 
 def _samples_of(line: str) -> float:

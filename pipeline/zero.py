@@ -1,6 +1,6 @@
 """Whole tensors in and out of DeepSpeed's shards, the same way under every ZeRO stage.
 
-DeepSpeed keeps the fp32 parameters as flat tensors: whole ones at stage 0, this rank's part of them above. Whatever runs
+DeepSpeed keeps the fp32 parameters as flat tensors: whole ones at stage 0, this rank's part of them above. What runs
 parallel to them, element by element (Adam's moments, an exponential moving average), is here a list of flat tensors of
 the same shapes. `gather` makes named whole tensors of such a list and `scatter` puts them back, by letting them take
 the parameters' place for a moment: DeepSpeed's own functions know where every element of a parameter lies.
@@ -32,7 +32,7 @@ def optimizer_state(engine: Any) -> dict[Tensor, dict[str, Tensor]]:
 
 
 def start_moments(engine: Any, steps: int) -> None:
-    """Makes Adam's state as it is after `steps` updates, with moments of zero: torch makes it at the first update only."""
+    """Makes Adam's state as after `steps` updates, with moments of zero: torch itself makes it at the first update."""
     for shard in parameter_shards(engine):
         optimizer_state(engine)[shard] = {
             "step": torch.tensor(float(steps)),
@@ -45,7 +45,7 @@ def moment_shards(engine: Any, name: str) -> list[Tensor]:
 
 
 def gather(engine: Any, shards: list[Tensor]) -> dict[str, Tensor]:
-    """Whole fp32 tensors on the CPU by parameter name, from flat ones. All ranks must call it; only rank 0 gets them."""
+    """Whole fp32 tensors on the CPU by parameter name, from flat ones. All ranks must call it; rank 0 gets them."""
     whole = {}
     with _in_place_of_parameters(engine, shards), torch.no_grad():
         for name, parameter in engine.module.named_parameters():
@@ -90,7 +90,7 @@ def _full(parameter: Tensor) -> Tensor:
     return parameter if value is None else value  # None: stage 0, where nothing is in parts
 
 
-def _set_full(parameter: Tensor, value: Tensor) -> None:
+def _set_full(parameter: Any, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if hasattr(parameter, "ds_id"):  # stage 3: equal parts, the last one padded

@@ -83,41 +83,37 @@ def run(made: submitit.AutoExecutor, function: Callable[..., Any], *arguments: A
 def _follow(job: submitit.Job[Any]) -> None:
     """Copies the first task's output to this terminal until all tasks have ended, or one of them has failed."""
     tasks = [job.task(rank) for rank in range(job.num_tasks)]
-    with (
-        _Tail(tasks[0].paths.stdout, sys.stdout.buffer) as output,
-        _Tail(tasks[0].paths.stderr, sys.stderr.buffer) as errors,
-    ):
-        while not job.done():
-            output.copy()
-            errors.copy()
-            ended = [task for task in tasks if task.done()]
-            if len(ended) < len(tasks) and any(task.exception() is not None for task in ended):
-                job.cancel(check=False)  # the others wait for the dead one in a collective
-                break
-            time.sleep(0.2)
+    tails = (_Tail(tasks[0].paths.stdout, sys.stdout.buffer), _Tail(tasks[0].paths.stderr, sys.stderr.buffer))
+    ended = False
+    while not ended:
+        ended = job.done() or _one_has_failed(tasks)
+        for tail in tails:
+            tail.copy()
+        time.sleep(0.2)
+    if not job.done():
+        job.cancel(check=False)  # the others wait for the dead one in a collective
+
+
+def _one_has_failed(tasks: list[submitit.Job[Any]]) -> bool:
+    return any(task.done() and task.exception() is not None for task in tasks)
 
 
 class _Tail:
-    """Copies what is appended to a file that may not exist yet."""
+    """Copies what is appended to a file, which may not exist yet."""
 
     def __init__(self, path: Path, sink: BinaryIO) -> None:
-        self.path, self.sink = path, sink
-        self.source: BinaryIO | None = None
-
-    def __enter__(self) -> "_Tail":
-        return self
+        self.path, self.sink, self.copied = path, sink, 0
 
     def copy(self) -> None:
-        if self.source is None and self.path.exists():
-            self.source = open(self.path, "rb")
-        if self.source is not None and (new := self.source.read()):
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as source:
+            source.seek(self.copied)
+            new = source.read()
+        if new:
+            self.copied += len(new)
             self.sink.write(new)
             self.sink.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self.copy()
-        if self.source is not None:
-            self.source.close()
 
 
 def _free_port() -> int:

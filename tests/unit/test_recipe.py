@@ -82,7 +82,7 @@ def test_a_size_sets_the_network_and_single_fields_override_it() -> None:
 def test_ranks_must_divide_the_batch_and_micro_batches_a_ranks_share() -> None:
     recipe = parse_recipe("name: a\ntrain: {batch_size: 64}")
     assert with_world_size(recipe, 4).train.micro_batch_size == 16
-    with pytest.raises(ValueError, match=r"train.batch_size: 64 is not divisible by the 3 ranks; use 63"):
+    with pytest.raises(ValueError, match=r"train\.batch_size: 64 is not divisible by the 3 ranks; use 63"):
         with_world_size(recipe, 3)
-    with pytest.raises(ValueError, match="train.micro_batch_size: 5 does not divide a rank's share of 32"):
+    with pytest.raises(ValueError, match=r"train\.micro_batch_size: 5 does not divide a rank's share of 32"):
         with_world_size(parse_recipe("name: a\ntrain: {batch_size: 64, micro_batch_size: 5}"), 2)

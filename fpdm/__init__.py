@@ -1,0 +1,48 @@
+"""Fixed Point Diffusion Models: the network, its gradient, objectives, samplers and allocation."""
+
+from fpdm.allocation import allocate, count_blocks
+from fpdm.calibration import Calibration, calibrate, choose_reuse, measure_residuals
+from fpdm.denoiser import SIZES, Denoised, Denoiser, DenoiserConfig, build_denoiser, count_parameters
+from fpdm.diffusion import Diffusion
+from fpdm.fixed_point import sjfb_counts
+from fpdm.sampling import build_sampler, guide, require_sound, sample, spaced_timesteps
+from fpdm.weights import (
+    ImportReport,
+    assemble,
+    import_checkpoint,
+    infer_config,
+    load_pretrained,
+    read_config,
+    read_extra,
+    save_pretrained,
+)
+
+__all__ = [
+    "SIZES",
+    "Calibration",
+    "Denoised",
+    "Denoiser",
+    "DenoiserConfig",
+    "Diffusion",
+    "ImportReport",
+    "allocate",
+    "assemble",
+    "build_denoiser",
+    "build_sampler",
+    "calibrate",
+    "choose_reuse",
+    "count_blocks",
+    "count_parameters",
+    "guide",
+    "import_checkpoint",
+    "infer_config",
+    "load_pretrained",
+    "measure_residuals",
+    "read_config",
+    "read_extra",
+    "require_sound",
+    "sample",
+    "save_pretrained",
+    "sjfb_counts",
+    "spaced_timesteps",
+]

@@ -1,0 +1,164 @@
+"""The parts of the transformer: embeddings of patches, timesteps and conditions, the adaLN-Zero block, the final layer.
+
+Peebles and Xie, "Scalable diffusion models with transformers" (ICCV 2023), section 3.2; parameter names as published.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+FREQUENCIES = 256
+
+
+def timestep_embedding(t: Tensor, width: int = FREQUENCIES, max_period: float = 10_000.0) -> Tensor:
+    """Cosines, then sines, of timesteps t (B,) at geometrically spaced frequencies: (B, width) float32, width even."""
+    frequencies = torch.exp(-math.log(max_period) / (width // 2) * torch.arange(width // 2, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_embedding(width: int, side: int) -> Tensor:
+    """The fixed 2-D sine/cosine table of side x side tokens: (1, side**2, width) float32, width divisible by 4.
+
+    The first half of the channels encodes the column, the second the row.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, width / 2)
+    columns = axis[None].expand(side, -1, -1)
+    rows = axis[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width).float()
+
+
+class PatchEmbedder(nn.Module):
+    """(B, C, H, W) -> (B, T, D): one token a patch, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, T, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) timesteps, integer or continuous -> (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(timestep_embedding(t).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) class labels -> (B, D); the row after the last class belongs to the null label."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class VectorEmbedder(nn.Module):
+    """(B, condition_dim) vectors -> (B, D). The null condition is the zero vector, whose embedding is the bias."""
+
+    def __init__(self, condition_dim: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(condition_dim, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.proj(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around the tanh approximation of GELU, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Modulation(NamedTuple):
+    """What a block takes from its condition, (B, 1, D) each: shift, 1 + scale and gate of attention and of the MLP."""
+
+    attn_shift: Tensor
+    attn_scale: Tensor
+    attn_gate: Tensor
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+    def rows(self, index: Tensor) -> "Modulation":
+        """The modulation of some samples of the batch."""
+        return Modulation(*(part[index] for part in self))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero conditioning, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, num_heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, c: Tensor) -> Modulation:
+        """(B, D) condition -> what `forward` needs of it; apart, so that a repeated block computes it once."""
+        parts = list(self.adaLN_modulation(c)[:, None].chunk(6, dim=-1))
+        parts[1], parts[4] = 1 + parts[1], 1 + parts[4]
+        return Modulation(*parts)
+
+    def forward(self, x: Tensor, m: Modulation) -> Tensor:
+        x = torch.addcmul(x, m.attn_gate, self.attn(_modulate(x, m.attn_shift, m.attn_scale)))
+        return torch.addcmul(x, m.mlp_gate, self.mlp(_modulate(x, m.mlp_shift, m.mlp_scale)))
+
+
+class FinalLayer(nn.Module):
+    """(B, T, D) tokens and (B, D) condition -> (B, T, patch_size**2 * channels)."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(_modulate(x, shift, 1 + scale))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)
+
+
+def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
+    """(B, T, patch_size**2 * C) -> (B, C, H, W), the inverse of the patches' row-by-row order."""
+    side = math.isqrt(tokens.shape[1])
+    patches = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, (side, side))  # (B, h, w, p, q, C)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h, p, w, q) -> (B, C, H, W)

@@ -1,0 +1,145 @@
+"""The implicit layer: solvers for x = f(x), and Stochastic Jacobian-Free Backpropagation.
+
+Bai and Melas-Kyriazi, "Fixed Point Diffusion Models" (CVPR 2024), sections 3.1-3.2 and Algorithm 1. Which gradient is
+taken is a matter of the counts (n without, m with graph): S-JFB draws both, (n, 1) is one-step JFB (Fung et al., 2022),
+a constant (n, m) is multi-step JFB.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpdm import rng
+
+Solver = Literal["picard", "anderson"]
+Iterations = int | tuple[int, int]
+# (iterate (b, T, D), rows (b,) of the batch that it holds or None for all) -> next iterate (b, T, D)
+Step = Callable[[Tensor, Tensor | None], Tensor]
+
+ANDERSON_WINDOW = 5
+ANDERSON_REGULARISATION = 1e-6
+
+
+class Solution(NamedTuple):
+    """Where the iteration ended: value (B, T, D); residuals (B, count), NaN where a sample had finished, or None."""
+
+    value: Tensor
+    residuals: Tensor | None
+
+
+def sjfb_counts(seed: int, step: int, max_no_grad: int, max_grad: int) -> tuple[int, int]:
+    """The counts of a training step, n ~ U{0..max_no_grad} without and m ~ U{1..max_grad} with graph (Algorithm 1).
+
+    A function of (seed, step) alone: every rank draws the same pair, so none waits for another's longer iteration.
+
+    Raises:
+        ValueError: if max_no_grad < 0 or max_grad < 1 (without a graph there is no gradient).
+    """
+    if max_no_grad < 0:
+        raise ValueError(f"max_no_grad: {max_no_grad} is negative; choose 0 or more")
+    if max_grad < 1:
+        raise ValueError(f"max_grad: {max_grad} leaves no iteration to differentiate; choose 1 or more")
+    index = torch.tensor([step])
+    n = rng.integers(seed, "sjfb/no_grad", index, max_no_grad + 1)
+    m = rng.integers(seed, "sjfb/grad", index, max_grad)
+    return int(n), 1 + int(m)
+
+
+def solve_implicit(
+    step: Step,
+    start: Tensor,
+    iterations: Iterations,
+    *,
+    solver: Solver = "picard",
+    tolerance: float | None = None,
+    with_residuals: bool = False,
+) -> Solution:
+    """Iterate from `start`, first n times without a graph, then m times with one; an int k means (0, k).
+
+    The start is a constant of the gradient (Algorithm 1); `step` may itself depend on parameters and inputs.
+
+    Args:
+        step: the map, see `Step`.
+        start: (B, T, D).
+        iterations: k or (n, m).
+        solver: "picard", the plain iteration of the paper, or "anderson" (Walker and Ni, 2011).
+        tolerance: a sample whose relative residual falls to this is finished and leaves the batch; for an int only.
+        with_residuals: return ||f(x) - x|| / ||f(x)|| of every iteration and sample.
+
+    Raises:
+        ValueError: for a negative count, an unknown solver, or a tolerance with a pair of counts.
+    """
+    n, m = (0, iterations) if isinstance(iterations, int) else iterations
+    if min(n, m) < 0:
+        raise ValueError(f"iterations: {iterations} holds a negative count; choose 0 or more")
+    if solver not in ("picard", "anderson"):
+        raise ValueError(f"solver: {solver!r} is unknown; choose 'picard' or 'anderson'")
+    if tolerance is not None and not isinstance(iterations, int):
+        raise ValueError(
+            f"tolerance: {tolerance} stops samples early, but iterations {iterations} fixes the counts; pass an int"
+        )
+    with torch.no_grad():
+        value, first = _iterate(step, start, n, solver, None, with_residuals)
+    value, second = _iterate(step, value.detach(), m, solver, tolerance, with_residuals)
+    return Solution(value, torch.cat([first, second], dim=1) if with_residuals else None)
+
+
+def _iterate(
+    step: Step, start: Tensor, count: int, solver: Solver, tolerance: float | None, with_residuals: bool
+) -> tuple[Tensor, Tensor]:
+    """The last iterate (B, T, D) and the residuals (B, count), NaN where they were not needed."""
+    value, rows = start, None
+    mixer = _AndersonMixer() if solver == "anderson" else None
+    residuals = start.new_full((len(start), count), torch.nan, dtype=torch.float32)
+    for k in range(count):
+        x = value if rows is None else value[rows]
+        image = step(x, rows)
+        update = image if mixer is None else mixer.mix(x, image)
+        value = update if rows is None else value.index_copy(0, rows, update)
+        if tolerance is None and not with_residuals:
+            continue
+        residual = relative_residual(x, image)
+        residuals[slice(None) if rows is None else rows, k] = residual
+        if tolerance is None:
+            continue
+        running = ~(residual <= tolerance)  # a NaN runs on, and is seen, instead of counting as finished
+        if running.all():
+            continue
+        rows = running.nonzero()[:, 0] if rows is None else rows[running]
+        if mixer is not None:
+            mixer.keep(running)
+        if not len(rows):
+            break
+    return value, residuals
+
+
+def relative_residual(x: Tensor, image: Tensor) -> Tensor:
+    """||f(x) - x|| / ||f(x)|| of each sample: two (B, T, D) -> (B,) float32, without graph."""
+    image, x = image.detach().flatten(1).float(), x.detach().flatten(1).float()
+    return (image - x).norm(dim=1) / image.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class _AndersonMixer:
+    """Combines the last images so that the combination's residual is least (Walker and Ni, 2011, eq. 2.2)."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+
+    def mix(self, x: Tensor, image: Tensor) -> Tensor:
+        self.images = [*self.images, image][-ANDERSON_WINDOW:]
+        self.residuals = [*self.residuals, image - x][-ANDERSON_WINDOW:]
+        residuals = torch.stack(self.residuals, dim=1).flatten(2).double()  # (B, window, T * D)
+        gram = residuals @ residuals.mT
+        scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp_min(torch.finfo(torch.float64).tiny)
+        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        weights = torch.linalg.solve(gram / scale + ANDERSON_REGULARISATION * identity, gram.new_ones(gram.shape[:2]))
+        weights = (weights / weights.sum(dim=1, keepdim=True)).to(image.dtype)
+        return torch.einsum("bw,wbtd->btd", weights, torch.stack(self.images))
+
+    def keep(self, running: Tensor) -> None:
+        """Forget the samples that have finished."""
+        self.images = [image[running] for image in self.images]
+        self.residuals = [residual[running] for residual in self.residuals]

@@ -1,0 +1,111 @@
+"""Writes what came out of a run: `samples.png`, and `report.html`, one file that needs nothing else to be read.
+
+python pipeline/report.py --config recipes/demo.yaml
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.command import run_command
+from common.errors import UserError
+from common.files import atomic_write, content_key, read_json, sha256_file
+from common.recipe import Recipe
+
+ROLES = {
+    "trained": "this run's samples",
+    "untrained": "the same network before training",
+    "held_out": "real pictures that training never saw: the floor",
+    "reconstruction": "the same pictures after the autoencoder alone",
+}
+
+
+def report(recipe: Recipe) -> None:
+    """The stage: draws the pictures and the curve, fills the template. Raises UserError where a stage is missing."""
+    from pipeline.figures import class_panels, contact_sheet, loss_curve
+
+    inputs = _inputs(recipe)
+    panels, losses = class_panels(recipe), _json_lines(recipe.folder / "metrics.jsonl")
+    with atomic_write(recipe.folder / "samples.png") as temporary:
+        contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
+    page = render(**context(recipe), panels=panels, losses=losses, loss_curve=loss_curve(losses), inputs=inputs)
+    with atomic_write(recipe.folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the report was made from what lies in the run folder now; how long stages took does not count."""
+    page = recipe.folder / "report.html"
+    if not page.exists() or not (recipe.folder / "samples.png").exists():
+        return False
+    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8"))
+    try:
+        return made_from is not None and made_from[1] == _inputs(recipe)
+    except UserError:  # a stage before this one is missing
+        return False
+
+
+def render(**values: Any) -> str:
+    """The page; every value is escaped, a missing one is an error."""
+    import jinja2
+
+    from pipeline.figures import png_uri
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
+    return environment.get_template("report.html.j2").render(values)
+
+
+def context(recipe: Recipe) -> dict[str, Any]:
+    """The page's words and numbers."""
+    from common.loading import dump_recipe
+    from common.recipe import denoiser_config, latent_shape
+    from fpdm.denoiser import count_parameters
+    from pipeline.samples import blocks_a_picture
+
+    metrics = read_json(recipe.folder / "metrics.json")
+    stages = recipe.folder / "stages.json"
+    trainings = [line for line in _json_lines(recipe.folder / "provenance.jsonl") if line["stage"] == "train"]
+    return {
+        "recipe": recipe,
+        "recipe_yaml": dump_recipe(recipe),
+        "latents": latent_shape(recipe),
+        "parameters": count_parameters(denoiser_config(recipe)),
+        "blocks": blocks_a_picture(recipe),
+        "distance": metrics["distance"],
+        "measurements": metrics["measurements"],
+        "roles": ROLES,
+        "stages": read_json(stages) if stages.exists() else [],
+        "provenance": [("training", trainings[-1]), ("evaluation", metrics["measurements"][0]["provenance"])],
+    }
+
+
+def _inputs(recipe: Recipe) -> str:
+    """A key of all that the report shows. Raises UserError where this recipe's samples are not measured."""
+    from common.loading import dump_recipe
+    from pipeline import eval_fid
+
+    if not eval_fid.finished(recipe):
+        raise UserError(
+            f"{recipe.folder / 'metrics.json'}: not there, or of other settings than this recipe's; "
+            "run python pipeline/eval_fid.py with this recipe first"
+        )
+    files = [recipe.folder / name for name in ("metrics.json", "metrics.jsonl")]
+    return content_key([dump_recipe(recipe), *(sha256_file(path) for path in files)])
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plan(recipe: Recipe) -> Iterator[str]:
+    yield f"report: {recipe.folder / 'report.html'}, " + ("up to date" if finished(recipe) else "to be written")
+    yield f"pictures: {recipe.folder / 'samples.png'}, {recipe.sample.save_images} of each set"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, plan, report))

@@ -1,0 +1,174 @@
+"""Composes the demo's pictures: portraits of robots, monsters, robot heads and cats, from robohash's picture parts.
+
+    python preprocess/demo_pictures.py --config recipes/demo.yaml
+
+Writes `<data.images>/<class>/<index>.png` and `<data.held_out>/<class>/<index>.png`. Real artwork, combinatorially
+composed: no combination of parts appears twice, but held-out portraits share single parts with the training ones.
+"""
+
+import importlib.util
+import math
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.command import run_command
+from common.errors import UserError
+from common.files import atomic_folder, content_key, read_json, write_json
+from common.recipe import Recipe
+
+CLASSES = {"robot": "set1", "monster": "set2", "robot-head": "set3", "cat": "set4"}
+BACKGROUND = (238, 238, 238, 255)
+MARKER = ".demo-pictures.json"  # hidden: no source takes it for a picture
+
+Layers = tuple[tuple[Image.Image, ...], ...]  # bottom layer first; one part of each is drawn
+
+
+@dataclass(frozen=True)
+class Portraits:
+    """All portraits of one class at one resolution. Parts never mix between variants (set1's ten colours)."""
+
+    variants: tuple[Layers, ...]
+
+    @property
+    def combinations(self) -> int:
+        return sum(math.prod(map(len, layers)) for layers in self.variants)
+
+    def compose(self, combination: int) -> Image.Image:
+        """Portrait number `combination`, below `combinations`: RGB, resolution x resolution."""
+        combination, variant = divmod(combination, len(self.variants))
+        layers = self.variants[variant]
+        picture = Image.new("RGBA", layers[0][0].size, BACKGROUND)
+        for parts in layers:
+            combination, part = divmod(combination, len(parts))
+            picture.alpha_composite(parts[part])
+        return picture.convert("RGB")
+
+
+def load_portraits(class_name: str, resolution: int) -> Portraits:
+    """Reads and scales every part of a class; seconds, so it is done once a run."""
+    folder = _robohash_sets() / CLASSES[class_name]
+    children = sorted(child for child in folder.iterdir() if child.is_dir())
+    variants = [folder] if "#" in children[0].name else children
+    return Portraits(tuple(_load_layers(variant, resolution) for variant in variants))
+
+
+def _robohash_sets() -> Path:
+    specification = importlib.util.find_spec("robohash")
+    if specification is None or specification.origin is None:
+        raise UserError("robohash: not installed, and the demo's pictures come from it; run: pip install robohash==2.0")
+    return Path(specification.origin).parent / "sets"
+
+
+def _load_layers(folder: Path, resolution: int) -> Layers:
+    """One folder a layer; the text after `#` in its name gives the order from bottom to top."""
+    layers = sorted((child for child in folder.iterdir() if child.is_dir()), key=lambda child: child.name.split("#")[1])
+    return tuple(tuple(_load_part(file, resolution) for file in sorted(layer.glob("*.png"))) for layer in layers)
+
+
+def _load_part(file: Path, resolution: int) -> Image.Image:
+    with Image.open(file) as part:
+        return part.convert("RGBA").resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def training_combinations(seed: int, class_name: str, portraits: Portraits, start: int, count: int) -> list[int]:
+    """Combinations of the training portraits `start` to `start + count`: all different, and of no held-out portrait."""
+    return _permuted(seed, class_name, portraits, start, count)
+
+
+def held_out_combinations(seed: int, class_name: str, portraits: Portraits, count: int) -> list[int]:
+    """Counted from the end of the permutation, so that they stay the same however many training portraits there are."""
+    return _permuted(seed, class_name, portraits, portraits.combinations - count, count)
+
+
+def _permuted(seed: int, class_name: str, portraits: Portraits, start: int, count: int) -> list[int]:
+    import torch
+
+    from fpdm.rng import permute
+
+    positions = torch.arange(start, start + count)
+    return permute(seed, f"demo_pictures/{class_name}", positions, portraits.combinations).tolist()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training or the held-out portraits: a folder and what decides its content."""
+
+    name: str
+    folder: Path
+    per_class: int
+    resolution: int
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": None, "robohash": version("robohash"), "background": BACKGROUND}
+
+    @property
+    def is_finished(self) -> bool:
+        """Raises UserError where the folder holds something that this command did not write."""
+        if not self.folder.exists():
+            return False
+        if not (self.folder / MARKER).is_file():
+            raise UserError(f"data: {self.folder} is there and not made by this command; name another folder for it")
+        return read_json(self.folder / MARKER)["key"] == content_key(self.settings)
+
+
+def parts(recipe: Recipe) -> list[Part]:
+    """What there is to compose. Raises UserError where the recipe has no section `demo`."""
+    if recipe.demo is None:
+        raise UserError("demo: the recipe has no such section; add it, or name your own pictures in data.images")
+    folders = [("training", recipe.data.images, recipe.demo.per_class)]
+    if recipe.data.held_out is not None:
+        folders.append(("held-out", recipe.data.held_out, recipe.demo.held_out_per_class))
+    return [Part(name, Path(path), count, recipe.data.resolution, recipe.seed) for name, path, count in folders]
+
+
+def plan(recipe: Recipe) -> list[str]:
+    return [
+        f"{part.name} portraits: {part.per_class:,} of each of {', '.join(CLASSES)}, {part.resolution} px, "
+        f"in {part.folder}{' (there already)' if part.is_finished else ''}"
+        for part in parts(recipe)
+    ]
+
+
+def finished(recipe: Recipe) -> bool:
+    return all(part.is_finished for part in parts(recipe))
+
+
+def compose(recipe: Recipe) -> None:
+    """The whole stage; returns at once where it is finished."""
+    missing = [part for part in parts(recipe) if not part.is_finished]
+    if missing:
+        sets = {name: load_portraits(name, recipe.data.resolution) for name in CLASSES}
+        for part in missing:
+            _compose_part(part, sets)
+
+
+def _compose_part(part: Part, sets: dict[str, Portraits]) -> None:
+    from tqdm import tqdm
+
+    with (
+        atomic_folder(part.folder) as folder,
+        tqdm(total=part.per_class * len(sets), unit="portrait", desc=f"compose {part.name}") as bar,
+    ):
+        for class_name, portraits in sets.items():
+            (folder / class_name).mkdir()
+            for index, combination in enumerate(_chosen(part, class_name, portraits)):
+                portraits.compose(combination).save(folder / class_name / f"{index:06d}.png")
+                bar.update()
+        write_json(folder / MARKER, {"key": content_key(part.settings), "settings": part.settings})
+
+
+def _chosen(part: Part, class_name: str, portraits: Portraits) -> list[int]:
+    if part.name == "held-out":
+        return held_out_combinations(part.seed, class_name, portraits, part.per_class)
+    return training_combinations(part.seed, class_name, portraits, 0, part.per_class)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, plan, compose))

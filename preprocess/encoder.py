@@ -1,0 +1,134 @@
+"""The autoencoder: pictures to posterior moments, latents back to pictures.
+
+The latents' scaling has its one home here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import read_json, sha256_file
+from common.recipe import VAE
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which autoencoder made some moments, and how its latents are scaled. Two that are equal encode alike."""
+
+    config_sha256: str
+    weights_sha256: str
+    scaling_factor: float
+    shift_factor: float
+
+
+def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
+    """A draw from the posterior, scaled for diffusion: (mean + std * normal - shift_factor) * scaling_factor.
+
+    Args:
+        moments: (B, 2C, h, w) posterior mean and standard deviation, unscaled, of any floating-point type.
+        normals: (B, C, h, w) standard normal numbers; zeros give the posterior's mean.
+
+    Returns:
+        (B, C, h, w) float32, of about unit variance.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * normals - shift_factor) * scaling_factor
+
+
+def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
+    """The inverse of `draw_latents`' scaling: latents of diffusion -> latents that the decoder takes."""
+    return latents / scaling_factor + shift_factor
+
+
+def find_vae(settings: VAE, *, download: bool = True) -> Path:
+    """The local folder of a VAE: `vae.path` itself, or the hub's copy of it.
+
+    Raises UserError where it holds no configuration or no safetensors, or (always, without `download`) is not here.
+    """
+    folder = Path(settings.path)
+    if not folder.is_dir():
+        folder = _from_hub(settings, download)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"vae.path: {folder} has no {name}; give a folder written by AutoencoderKL.save_pretrained")
+    return folder
+
+
+def _from_hub(settings: VAE, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(
+            settings.path, revision=settings.revision, allow_patterns=[CONFIG, WEIGHTS], local_files_only=not download
+        )
+    except (OSError, HFValidationError) as error:  # the hub's other errors are OSErrors
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"vae.path: {settings.path} is no folder here, and the hub does not give it ({reason}); download {CONFIG} "
+            f"and {WEIGHTS} from https://huggingface.co/{settings.path} into a folder and name that"
+        ) from None
+    return Path(folder)
+
+
+def identify(folder: Path, settings: VAE) -> Identity:
+    """Checks a VAE's configuration against the recipe, without loading the network.
+
+    Raises UserError where latent channels or downsampling differ from `vae.latent_channels` and `vae.downsampling`.
+    """
+    config = read_json(folder / CONFIG)
+    found = {
+        "latent_channels": config.get("latent_channels"),
+        "downsampling": 2 ** (len(config.get("block_out_channels", [])) - 1),
+    }
+    for name, value in found.items():
+        if value != getattr(settings, name):
+            raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {value}; set that")
+    return Identity(
+        config_sha256=sha256_file(folder / CONFIG),
+        weights_sha256=sha256_file(folder / WEIGHTS),
+        scaling_factor=config["scaling_factor"],
+        shift_factor=config.get("shift_factor") or 0.0,
+    )
+
+
+class Encoder:
+    """A frozen AutoencoderKL in `vae.precision`, on a GPU where there is one. Moments and pictures are float32."""
+
+    def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
+        from diffusers.models import AutoencoderKL
+
+        folder = find_vae(settings)
+        self.identity = identify(folder, settings)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = PRECISIONS[settings.precision]
+        try:
+            network = AutoencoderKL.from_pretrained(
+                folder, torch_dtype=self.dtype, use_safetensors=True, low_cpu_mem_usage=False
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"vae.path: {folder} does not load as an AutoencoderKL: {reason}") from None
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
+        posterior = self.network.encode(self._prepare(images)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float().cpu().contiguous()  # (B, 2C, h, w)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]."""
+        latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
+        return self.network.decode(self._prepare(latents)).sample.float().clamp(-1, 1).cpu().contiguous()
+
+    def _prepare(self, values: Tensor) -> Tensor:
+        return values.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,105 @@
+"""Bytes to pixels and back: how a picture is read, cropped, and turned into numbers.
+
+Each rule has its one home here.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
+WHITE = (255, 255, 255, 255)
+
+# What Pillow's decoders raise on damaged files; its UnidentifiedImageError is an OSError.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class Rejected(Exception):
+    """A picture that cannot be used; the message is the reason, one line."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture in an encoded file, as RGB.
+
+    - The format is found from the bytes, whatever the file's name says; of an animation, the first frame counts.
+    - EXIF orientation is applied: the picture stands as its photographer saw it.
+    - Alpha, a palette's transparent colour included, is composed on white. Grey is repeated in three channels, 16-bit
+      grey after dividing by 256; palettes, 1-bit, CMYK and other colour spaces take Pillow's conversion. ICC profiles
+      are not applied.
+
+    Raises Rejected for what is truncated, damaged, above MAX_PIXELS, of floating-point pixels, or no picture.
+    """
+    if not data:
+        raise Rejected("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected(f"{image.width} x {image.height} pixels, above {MAX_PIXELS:,}: decompression bomb")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except _DECODER_ERRORS as error:
+        raise Rejected(f"not readable as a picture: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise Rejected(f"pixels of mode {image.mode} have no defined white; convert to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest centred square, `resolution` pixels wide, as ADM and DiT prepare ImageNet: box filter by halves while
+    the shorter side is at least twice too long, then bicubic, then the crop.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def resize(image: Image.Image, resolution: int) -> Image.Image:
+    """The whole picture, `resolution` pixels wide and high, by Lanczos: for pictures that are square and aligned."""
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"center": center_crop, "resize": resize}
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32 in [-1, 1]: 0 is -1, 255 is 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255, halves rounded up.
+
+    The one rounding rule of the project; it gives back exactly what `to_tensor` was given.
+    """
+    return (images.float() * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)

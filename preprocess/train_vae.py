@@ -1,0 +1,94 @@
+"""Trains the demo's autoencoder on composed portraits and writes it as a diffusers folder to `vae.path`.
+
+    python preprocess/train_vae.py --config recipes/demo.yaml
+
+It sees none of the demo's held-out portraits: those measure it. Every picture, noise and initial weight is a function
+of the recipe's seed and a count. What is there so far is written every few minutes, whole.
+"""
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.command import argument_parser, guarded
+from common.files import atomic_folder, sha256_file
+from common.loading import load_recipe
+from common.recipe import Recipe
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL
+
+EXPORT_SECONDS = 300
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+NOTE = """# The demo's autoencoder
+
+A `diffusers.AutoencoderKL`, {parameters:,} parameters, fp16: {resolution} px RGB to {channels} x {side} x {side}
+latents, each channel of mean 0 and standard deviation 1. Trained by this repository from nothing, on portraits that
+`preprocess/demo_pictures.py` composes from robohash's picture parts (CC-BY, see CREDITS.md): real artwork,
+combinatorially composed. It is good for nothing else.
+
+| | |
+|---|---|
+| command | `python preprocess/train_vae.py --config recipes/demo.yaml --pictures {pictures}` |
+| machine | {machine} |
+| time | {minutes:.0f} minutes |
+| pictures seen | {seen:,} of {pictures:,}, each once |
+| PSNR | {psnr:.2f} dB, mean over {held_out} held-out portraits (combinations of parts never trained on) |
+| latents | means {channel_means}, standard deviations {channel_stds}; the posterior's own is {posterior_std:.3f} |
+| sha256 | `{sha256}` ({WEIGHTS}) |
+"""
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--pictures", type=int, default=48_000, metavar="N", help="length of the training (48000)")
+    arguments = parser.parse_args()
+    return guarded(lambda: work(load_recipe(arguments.config, arguments.overrides), arguments.pictures))
+
+
+def work(recipe: Recipe, pictures: int) -> None:
+    from preprocess.vae_training import Portraits, finish, measure, train
+
+    portraits = Portraits(recipe)
+    held_out = portraits.held_out()
+    began = last = time.monotonic()
+    for seen, vae in train(recipe, portraits, pictures):
+        now = time.monotonic()
+        if now - last > EXPORT_SECONDS or seen == pictures:
+            last = now
+            finished = finish(vae, portraits.training_part())
+            measured = measure(finished, held_out)
+            note = {"seen": seen, "pictures": pictures, "minutes": (now - began) / 60, "held_out": len(held_out)}
+            export(recipe, finished, note | measured)
+            print(f"\n{seen} pictures: {measured}", flush=True)
+
+
+def export(recipe: Recipe, vae: "AutoencoderKL", note: dict) -> None:
+    """Writes fp16 weights, the configuration with the latents' scaling, and README.md: all of it or nothing."""
+    import torch
+
+    vae.register_to_config(scaling_factor=round(1 / note["std"], 5), shift_factor=round(note["mean"], 5))
+    side = recipe.data.resolution // recipe.vae.downsampling
+    rounded = {name: ", ".join(f"{value:.2f}" for value in note[name]) for name in ("channel_means", "channel_stds")}
+    with atomic_folder(recipe.vae.path) as folder:
+        vae.half().save_pretrained(folder)
+        (folder / "README.md").write_text(
+            NOTE.format(
+                **note | rounded,
+                parameters=sum(parameter.numel() for parameter in vae.parameters()),
+                resolution=recipe.data.resolution,
+                channels=recipe.vae.latent_channels,
+                side=side,
+                machine=f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores",
+                sha256=sha256_file(Path(folder) / WEIGHTS),
+                WEIGHTS=WEIGHTS,
+            )
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

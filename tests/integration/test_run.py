@@ -1,0 +1,83 @@
+"""The chain: every stage a submitit job, finished stages skipped, faults told in one line, nothing left behind."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import Experiment, started
+
+RUN = "pipeline/run.py"
+
+
+@pytest.fixture(scope="module")
+def finished_run(experiment: Experiment) -> Path:
+    done = experiment.run(RUN, "name=chain", "--cluster", "local", "launch.processes=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return experiment.folder / "runs/chain"
+
+
+def test_a_run_ends_with_report_pictures_and_numbers(finished_run: Path) -> None:
+    for name in ("report.html", "samples.png", "metrics.json", "recipe.yaml", "provenance.jsonl", "metrics.jsonl"):
+        assert (finished_run / name).stat().st_size > 0, name
+    stages = [entry["stage"] for entry in json.loads((finished_run / "stages.json").read_text())]
+    assert stages == ["train", "sample", "evaluate", "report"]  # the fixture had encoded before
+
+
+def test_two_submitit_tasks_trained_as_one_job(finished_run: Path) -> None:
+    assert json.loads((finished_run / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 8
+
+
+def test_the_same_command_again_skips_every_finished_stage(experiment: Experiment, finished_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    done = experiment.run(RUN, "name=chain", "launch.processes=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished before, skipped") == 5
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_the_debug_cluster_runs_everything_in_this_process(experiment: Experiment) -> None:
+    done = experiment.run(
+        RUN, "name=debug", "--cluster", "debug", "train.total_samples=32", "model.kind=dit", "model.depth=2"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (experiment.folder / "runs/debug/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("data.images=nowhere", "data.shards=other"), "error: data.images: nowhere"),
+        (("train.batch_size=15", "launch.processes=2"), "error: train.batch_size: 15 is not divisible by the 2 ranks"),
+        (("--cluster", "moon"), "error: cluster: found 'moon'; allowed: local, debug, slurm, auto"),
+        (("--cluster", "slurm"), "error: cluster: slurm is not to be had here"),
+        (
+            ("--cluster", "debug", "launch.processes=2"),
+            "error: launch.processes: the debug cluster is this one process",
+        ),
+    ],
+)
+def test_a_mistake_found_in_a_job_is_one_line_and_status_2(
+    experiment: Experiment, arguments: tuple[str, ...], expected: str
+) -> None:
+    done = experiment.run(RUN, "name=mistake", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(expected)
+    assert "Traceback" not in done.stderr
+
+
+def test_ending_a_run_ends_its_jobs(experiment: Experiment) -> None:
+    with started(experiment.command(RUN, "name=ended", "train.total_samples=1000000")) as process:
+        log = experiment.folder / "runs/ended/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not log.exists() or not log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive

@@ -1,0 +1,250 @@
+"""Encoding is a pure function of pictures and settings: neither kills, workers nor batch size change what is written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.recipe import VAE, Data, Launch, Model, Recipe
+from preprocess.encode_latents import encode, plan
+from preprocess.encoder import Encoder, draw_latents, unscale_latents
+from preprocess.encoding import resolve
+from preprocess.images import to_tensor
+from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
+
+CLASSES, PER_CLASS, SHARD, SIDE = ("cat", "dog"), 9, 5, 16
+COUNT = len(CLASSES) * PER_CLASS
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_vae: Path) -> Recipe:
+    """18 pictures of two classes, in shards of 5."""
+    random = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(PER_CLASS):
+            pixels = random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    return Recipe(
+        name="test",
+        data=Data(
+            images=str(tmp_path / "images"), shards=str(tmp_path / "shards"), resolution=SIDE, shard_samples=SHARD
+        ),
+        vae=VAE(path=str(tiny_vae), downsampling=4, batch_size=3),
+        model=Model(num_classes=2),
+    )
+
+
+def changed(recipe: Recipe, section: str, **fields: object) -> Recipe:
+    return replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
+
+
+def contents(recipe: Recipe) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(recipe.data.shards).iterdir()}
+
+
+def truncate(recipe: Recipe, key: str) -> None:
+    path = Path(recipe.data.images) / key
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def picture(recipe: Recipe, key: str) -> torch.Tensor:
+    return to_tensor(Image.open(Path(recipe.data.images) / key))
+
+
+def test_shards_hold_every_picture_its_mirror_image_and_its_label(recipe: Recipe) -> None:
+    encode(recipe)
+    shards = LatentShards(recipe.data.shards)
+    assert shards.labels.tolist() == [0] * PER_CLASS + [1] * PER_CLASS
+    assert shards.class_names == list(CLASSES)
+    images = torch.stack([picture(recipe, f"{name}/{index}.png") for name in CLASSES for index in range(PER_CLASS)])
+    encoder, everything = Encoder(recipe.vae), np.arange(COUNT)
+    for flip, pictures in ((False, images), (True, images.flip(-1))):
+        moments = torch.from_numpy(shards.gather(everything, np.full(COUNT, flip))).float()
+        assert torch.allclose(moments, encoder.encode(pictures), rtol=2e-3, atol=2e-3)
+    assert not list(verify(recipe.data.shards))
+
+
+def test_workers_do_not_change_a_byte_and_batches_at_most_the_last_bit(recipe: Recipe, tmp_path: Path) -> None:
+    encode(recipe)
+    workers = changed(changed(recipe, "launch", cpus_per_process=2), "data", shards=str(tmp_path / "workers"))
+    encode(workers)
+    assert contents(workers) == contents(recipe)
+    batches = changed(changed(recipe, "vae", batch_size=4), "data", shards=str(tmp_path / "batches"))
+    encode(batches)
+    first, second = (LatentShards(each.data.shards).gather(np.arange(COUNT)) for each in (recipe, batches))
+    assert np.abs(first.view(np.int16).astype(int) - second.view(np.int16)).max() <= 1
+
+
+KILLED = """
+import sys
+from pydantic import TypeAdapter
+from common.recipe import Recipe
+from preprocess.encode_latents import encode
+encode(TypeAdapter(Recipe).validate_json(sys.argv[1]))
+"""
+
+
+def test_after_kill_9_the_same_command_ends_in_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
+    from pydantic import TypeAdapter
+
+    encode(recipe)
+    killed = changed(changed(recipe, "data", shards=str(tmp_path / "killed")), "vae", batch_size=3)
+    arguments = [sys.executable, "-c", KILLED, TypeAdapter(Recipe).dump_json(killed).decode()]
+    process = subprocess.Popen(arguments, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    second = Path(killed.data.shards) / shard_name(1)
+    while process.poll() is None and not second.with_suffix(".json").exists():
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (Path(killed.data.shards) / INDEX).exists()
+    kept = second.stat().st_mtime_ns
+    (Path(killed.data.shards) / f".{shard_name(2)}.123.tmp").write_bytes(b"half a shard")
+    encode(killed)
+    assert second.stat().st_mtime_ns == kept
+    assert {name: data for name, data in contents(killed).items() if not name.startswith(".")} == contents(recipe)
+
+
+def test_what_is_missing_or_damaged_is_made_and_the_rest_is_kept(recipe: Recipe) -> None:
+    encode(recipe)
+    before, folder = contents(recipe), Path(recipe.data.shards)
+    kept = (folder / shard_name(0)).stat().st_mtime_ns
+    (folder / shard_name(1)).unlink()
+    damaged = bytearray(before[shard_name(2)])
+    damaged[1000] ^= 1
+    (folder / shard_name(2)).write_bytes(damaged)
+    (folder / SAMPLES).write_bytes(b"")
+    encode(recipe)
+    assert contents(recipe) == before
+    assert (folder / shard_name(0)).stat().st_mtime_ns == kept
+
+
+def test_a_finished_encoding_is_left_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(recipe)
+    before = contents(recipe)
+    monkeypatch.setattr("preprocess.encode_latents.plan", None)
+    monkeypatch.setattr("preprocess.encoding.encode_missing", None)  # would raise where it is called
+    encode(recipe)
+    assert contents(recipe) == before
+
+
+def test_a_truncated_picture_is_listed_and_the_rest_encoded(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    truncate(recipe, "cat/4.png")
+    truncate(recipe, "dog/0.png")
+    encode(changed(recipe, "data", max_rejected=0.2))
+    index = LatentShards(recipe.data.shards).index
+    assert [rejection["key"] for rejection in index["rejected"]] == ["cat/4.png", "dog/0.png"]
+    assert all("truncated" in rejection["reason"] for rejection in index["rejected"])
+    assert (index["found"], index["accepted"]) == (COUNT, COUNT - 2)
+    assert "2 rejected: cat/4.png: " in capsys.readouterr().out
+
+
+def test_too_many_rejected_pictures_stop_the_run_with_the_list(recipe: Recipe) -> None:
+    truncate(recipe, "dog/3.png")
+    for _ in range(2):  # the second run finds the first one's shards
+        with pytest.raises(UserError, match=r"data\.max_rejected: 1 of 18 .* 0\.10% may be; dog/3\.png: .*truncated"):
+            encode(recipe)
+    assert not (Path(recipe.data.shards) / INDEX).exists()
+    encode(changed(recipe, "data", max_rejected=0.1))
+    assert len(LatentShards(recipe.data.shards)) == COUNT - 1
+
+
+def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, key: str) -> bytes:
+        raise PermissionError(13, "Permission denied", key)
+
+    monkeypatch.setattr("preprocess.sources.FolderSource.open", refuse)
+    with pytest.raises(UserError, match=r"cat/0\.png: cannot be opened: Permission denied"):
+        encode(recipe)
+
+
+def test_numbers_that_float16_does_not_hold_are_rejected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Encoder.encode
+
+    def overflow(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+        moments = original(encoder, images)
+        moments[0, 0, 0, 0] = 1e6
+        return moments
+
+    monkeypatch.setattr(Encoder, "encode", overflow)
+    with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
+        encode(recipe)
+
+
+def test_another_number_of_classes_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"model\.num_classes: 3, but .* has 2 \(cat, dog\); set model\.num_classes=2"):
+        plan(changed(recipe, "model", num_classes=3))
+
+
+@pytest.mark.parametrize(("field", "value"), [("latent_channels", 8), ("downsampling", 8)])
+def test_another_vae_than_the_recipe_says_is_refused(recipe: Recipe, field: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"vae\.{field}: {value} in the recipe, but .* has 4"):
+        plan(changed(recipe, "vae", **{field: value}))
+
+
+def test_a_folder_without_a_vae_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vae\.path: .*images has no config\.json"):
+        plan(changed(recipe, "vae", path=recipe.data.images))
+
+
+@pytest.mark.parametrize(("field", "value"), [("crop", "resize"), ("flips", False), ("shard_samples", 6)])
+def test_shards_of_other_settings_are_never_overwritten(recipe: Recipe, field: str, value: object) -> None:
+    encode(recipe)
+    before = contents(recipe)
+    with pytest.raises(UserError, match=rf"data\.shards: .*made with another {field}"):
+        encode(changed(recipe, "data", **{field: value}))
+    assert contents(recipe) == before
+
+
+def test_shards_of_other_pictures_are_never_overwritten(recipe: Recipe) -> None:
+    encode(recipe)
+    (Path(recipe.data.images) / "dog/0.png").unlink()
+    with pytest.raises(UserError, match="made with another source_fingerprint"):
+        encode(recipe)
+
+
+def test_a_plan_touches_nothing_and_counts_what_is_there(recipe: Recipe) -> None:
+    assert "0 there already" in "\n".join(plan(recipe))
+    assert not Path(recipe.data.shards).exists()
+    encode(recipe)
+    (Path(recipe.data.shards) / shard_name(3)).unlink()
+    assert "3 there already\nto do: 3 pictures" in "\n".join(plan(recipe))
+
+
+def test_the_disk_estimate_is_what_a_shard_takes(recipe: Recipe) -> None:
+    recipe = changed(recipe, "data", shard_samples=COUNT)
+    encode(recipe)
+    estimate = COUNT * resolve(recipe, download=False).sample_bytes
+    assert abs((Path(recipe.data.shards) / shard_name(0)).stat().st_size - estimate) <= 2 * 10240
+
+
+def test_latents_are_drawn_from_the_moments_and_scaled(recipe: Recipe) -> None:
+    moments = torch.tensor([1.0, 2.0, 0.5, 0.0]).reshape(1, 4, 1, 1).half()
+    normals = torch.tensor([2.0, 3.0]).reshape(1, 2, 1, 1)
+    latents = draw_latents(moments, normals, scaling_factor=10.0, shift_factor=1.0)
+    assert latents.dtype == torch.float32
+    assert latents.flatten().tolist() == [10.0, 10.0]
+    assert unscale_latents(latents, 10.0, 1.0).flatten().tolist() == [2.0, 2.0]
+
+
+def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
+    encoder = Encoder(recipe.vae)
+    encoder.identity = replace(encoder.identity, scaling_factor=0.5, shift_factor=0.25)
+    images = torch.stack([picture(recipe, "cat/0.png"), picture(recipe, "dog/1.png")])
+    moments = encoder.encode(images)
+    decoded = encoder.decode(draw_latents(moments, torch.zeros(2, 4, 4, 4), 0.5, 0.25))
+    mean = moments.chunk(2, dim=1)[0]
+    assert torch.allclose(decoded, encoder.network.decode(mean).sample.clamp(-1, 1), atol=1e-4)
+
+
+def test_the_launch_section_says_how_many_workers_decode() -> None:
+    assert Launch().cpus_per_process == 1

@@ -1,0 +1,120 @@
+"""Features are those of the published weights through torch-fidelity's interface, and carry an honest name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from numpy.typing import NDArray
+from torch.utils.data import TensorDataset
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from common.errors import UserError
+from common.recipe import Evaluate
+from pipeline import features
+from pipeline.metrics import frechet_distance, statistics
+
+LITE = Evaluate(feature_extractor="efficientnet-lite0")
+
+
+class Pictures(TensorDataset):
+    """As torch-fidelity takes them: each (3, H, W) uint8."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index)[0]
+
+
+def pictures(seed: int, count: int) -> NDArray[np.uint8]:
+    """(N, 40, 40, 3): noise of a few colours, coarse enough to survive resizing."""
+    coarse = np.random.default_rng(seed).integers(seed, 200 + seed, (count, 10, 10, 3), dtype=np.uint8)
+    return coarse.repeat(4, axis=1).repeat(4, axis=2)
+
+
+def test_the_distance_is_torch_fidelitys_with_the_registered_extractor() -> None:
+    extractor = features.load_extractor(features.find_weights(LITE))
+    sets = pictures(0, 12), pictures(40, 12)
+    own = frechet_distance(*(statistics(features.extract(extractor, images, 5)) for images in sets))
+    theirs = torch_fidelity.calculate_metrics(
+        **{f"input{i}": Pictures(torch.from_numpy(images).permute(0, 3, 1, 2)) for i, images in enumerate(sets, 1)},
+        feature_extractor=features.EFFICIENTNET,
+        fid=True,
+        cuda=False,
+        save_cpu_ram=True,
+        verbose=False,
+        cache=False,
+    )
+    # 12 pictures and 1,280 dimensions: torch-fidelity's own root of a singular product is good to about 1e-4.
+    assert own == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+
+
+def test_features_do_not_depend_on_the_batch() -> None:
+    extractor = features.load_extractor(features.find_weights(LITE))
+    whole, single = (np.concatenate(list(features.extract(extractor, pictures(0, 5), size))) for size in (5, 1))
+    assert whole.shape == (5, 1280)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(whole, single, atol=1e-4)
+
+
+def test_only_the_published_inception_weights_are_called_fid(tmp_path: Path) -> None:
+    assert features.find_weights(Evaluate()).distance_name == "FID"
+    assert features.find_weights(LITE).distance_name == "FD (EfficientNet-Lite0)"
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"weights")
+    named = features.find_weights(Evaluate(feature_extractor_weights=str(other)))
+    assert named.distance_name == f"FD (Inception with weights {named.sha256[:8]})"
+
+
+def test_a_missing_file_says_what_to_fetch_and_where_to_put_it(tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
+    with pytest.raises(UserError) as caught:
+        features.find_weights(Evaluate(feature_extractor_weights=str(path)))
+    assert f"fetch {features.URL_INCEPTION_V3} and put it at {path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_download_says_what_to_fetch_and_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", (tmp_path / "nowhere" / "inception.pth").as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=r"fetch file:///.* and put it at .*hub/checkpoints/inception\.pth") as caught:
+        features.load_extractor(features.find_weights(Evaluate()))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+
+
+def test_weights_of_another_sha256_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lite0.pth"
+    path.write_bytes(features.find_weights(LITE).path.read_bytes()[:-1])
+    settings = Evaluate(feature_extractor="efficientnet-lite0", feature_extractor_weights=str(path))
+    with pytest.raises(UserError, match=f"{path}: sha256 is .*, should be {features.EFFICIENTNET_SHA256}"):
+        features.load_extractor(features.find_weights(settings))
+
+
+def test_a_local_inception_file_runs_and_a_pickle_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
+    torch.save({"fc.weight": Path}, path)  # a class: only the unlimited unpickler would take it
+    settings = Evaluate(feature_extractor_weights=str(path))
+    with pytest.raises(UserError, match=f"{path}: no weights of inception-v3-compat"):
+        features.load_extractor(features.find_weights(settings))
+    torch.save(random_inception(), path)
+    extractor = features.load_extractor(features.find_weights(settings))
+    (found,) = features.extract(extractor, pictures(0, 2), 2)
+    assert found.shape == (2, 2048)
+    assert np.isfinite(found).all()
+
+
+def random_inception() -> dict[str, torch.Tensor]:
+    """Tensors of the published file's names and shapes."""
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.ones(tensor.shape, dtype=tensor.dtype)
+        if "running_var" in name or tensor.ndim < 2
+        else 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in network.state_dict().items()
+    }

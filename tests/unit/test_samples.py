@@ -1,0 +1,201 @@
+"""Sample i depends on (seed, i) alone; chunks are whole, counted once, and damage is named."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.loading import dump_recipe
+from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
+from fpdm import rng
+from fpdm.denoiser import build_denoiser
+from fpdm.weights import save_pretrained
+from pipeline import samples
+from pipeline.run_folder import weights_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_vae: Path) -> Recipe:
+    """A run with weights after 0 and 64 training samples: no zeros, as every network starts with, but noise in them."""
+    recipe = Recipe(
+        name="tiny",
+        runs=str(tmp_path / "runs"),
+        data=Data(resolution=16),
+        vae=VAE(path=str(tiny_vae), downsampling=4),
+        model=Model(size=None, hidden_size=16, num_heads=2, patch_size=2, num_classes=3),
+        objective=Objective(learned_variance=False),
+        sample=Sample(num_samples=10, batch_size=4, chunk_samples=4, sampler="ddpm", num_steps=3, iterations=2),
+        evaluate=Evaluate(untrained_baseline=False),
+    )
+    for samples_seen in (0, 64):
+        write_weights(recipe, samples_seen)
+    return recipe
+
+
+def write_weights(recipe: Recipe, samples_seen: int) -> None:
+    config = denoiser_config(recipe)
+    state = {
+        name: parameter + 0.1 * rng.normal(samples_seen, name, torch.arange(1), tuple(parameter.shape))[0]
+        for name, parameter in build_denoiser(config, seed=0).named_parameters()
+    }
+    save_pretrained(state, config, weights_folder(recipe, samples_seen))
+
+
+def changed(recipe: Recipe, **fields: Any) -> Recipe:
+    return replace(recipe, sample=replace(recipe.sample, **fields))
+
+
+def fresh(recipe: Recipe, tmp_path: Path, **fields: Any) -> Recipe:
+    """The same run in an empty folder, with other settings of sampling."""
+    runs = tmp_path / "other"
+    recipe = replace(changed(recipe, **fields), runs=str(runs))
+    for samples_seen in (0, 64):
+        write_weights(recipe, samples_seen)
+    return recipe
+
+
+def drawn(recipe: Recipe) -> samples.Chunk:
+    return samples.load_samples(samples.generate(recipe, "latest"), recipe.sample.num_samples)
+
+
+@pytest.mark.parametrize("fields", [{"batch_size": 1}, {"batch_size": 3}, {"chunk_samples": 3}, {"chunk_samples": 100}])
+def test_batch_and_chunk_size_change_no_picture(recipe: Recipe, tmp_path: Path, fields: dict[str, int]) -> None:
+    images, labels = drawn(recipe)
+    other_images, other_labels = drawn(fresh(recipe, tmp_path, **fields))
+    assert (labels == other_labels).all()
+    # The network's sums round by the batch: a pixel at the edge between two grey levels may fall on either side.
+    assert np.abs(images.astype(int) - other_images).max() <= 1
+    assert images.std() > 1
+    assert (images[0] != images[3]).any()  # of the same label
+
+
+def test_the_number_of_ranks_changes_no_picture(recipe: Recipe, tmp_path: Path) -> None:
+    expected = drawn(recipe)
+    other = fresh(recipe, tmp_path)
+    for rank in (2, 0, 1):
+        folder = samples.generate(other, "latest", rank, 3)
+    found = samples.load_samples(folder, 10)
+    assert all((one == two).all() for one, two in zip(expected, found, strict=True))
+
+
+def test_labels_are_balanced(recipe: Recipe) -> None:
+    _, labels = drawn(changed(recipe, num_samples=12))
+    assert np.bincount(labels).tolist() == [4, 4, 4]
+
+
+def test_whole_chunks_are_kept_and_the_rest_is_drawn(recipe: Recipe) -> None:
+    folder = samples.generate(recipe, "latest")
+    expected = samples.load_samples(folder, 10)
+    kept, lost, _ = sorted(folder.glob("chunk-*.npz"))
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    (folder / f".{lost.name}.77.tmp").write_bytes(b"what a kill leaves")
+    assert not samples.finished(recipe)
+    with pytest.raises(UserError, match=r"samples 4 to 7 of 10 are missing; run python pipeline/sample\.py"):
+        samples.load_samples(folder, 10)
+    found = samples.load_samples(samples.generate(recipe, "latest"), 10)
+    assert samples.finished(recipe)
+    assert kept.stat().st_mtime_ns == before
+    assert all((one == two).all() for one, two in zip(expected, found, strict=True))
+
+
+def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(recipe, num_samples=400, chunk_samples=8, batch_size=2, num_steps=20)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(dump_recipe(recipe))
+    folder = samples.sample_set(recipe, "latest").folder
+    command = [sys.executable, "pipeline/sample.py", "--config", str(config)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not (early := sorted(folder.glob("chunk-*.npz"))):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert len(sorted(folder.glob("chunk-*.npz"))) < 50, "the kill came too late to prove anything"
+    before = early[0].stat().st_mtime_ns
+    images, labels = samples.load_samples(samples.generate(recipe, "latest"), 400)
+    assert early[0].stat().st_mtime_ns == before
+    assert len(images) == 400
+    assert (labels == np.arange(400) % 3).all()
+    assert len(np.unique(images.reshape(400, -1), axis=0)) == 400
+
+
+def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
+    folder = samples.generate(recipe, "latest")
+    expected, _ = samples.load_samples(folder, 10)
+    assert samples.generate(changed(recipe, chunk_samples=3, num_samples=8), "latest") == folder
+    found, labels = samples.load_samples(folder, 8)
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert np.abs(found.astype(int) - expected[:8]).max() <= 1
+
+
+@pytest.mark.parametrize("fields", [{"sampler": "ddim"}, {"num_steps": 4}, {"guidance_scale": 2.0}, {"reuse": False}])
+def test_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dict[str, Any]) -> None:
+    here, there = samples.generate(recipe, "latest"), samples.generate(changed(recipe, **fields), "latest")
+    assert here != there
+    assert (samples.load_samples(here, 10)[0] != samples.load_samples(there, 10)[0]).any()
+
+
+def test_samples_of_other_weights_are_never_counted(recipe: Recipe) -> None:
+    here = samples.sample_set(recipe, "latest").folder
+    state = {
+        name: parameter * 1.1
+        for name, parameter in samples.load_pretrained(weights_folder(recipe, 64)).named_parameters()
+    }
+    save_pretrained(state, denoiser_config(recipe), weights_folder(recipe, 64))
+    assert samples.sample_set(recipe, "latest").folder != here
+
+
+def test_a_flipped_bit_is_named_and_never_returned(recipe: Recipe) -> None:
+    folder = samples.generate(recipe, "latest")
+    chunk = sorted(folder.glob("chunk-*.npz"))[1]
+    whole, expected = chunk.read_bytes(), samples.read_chunk(chunk)
+    bits = range(0, 8 * len(whole), 101)
+    messages = []
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        chunk.write_bytes(damaged)
+        try:
+            found = samples.read_chunk(chunk)
+        except UserError as error:
+            messages.append(str(error))
+        else:  # the bit was one that carries nothing, such as a date in the archive's directory
+            assert all((one == two).all() for one, two in zip(expected, found, strict=True))
+    assert all(str(chunk) in message and "\n" not in message for message in messages)
+    assert len(messages) > 0.9 * len(bits)
+
+
+def test_a_chunk_under_another_name_is_refused(recipe: Recipe) -> None:
+    folder = samples.generate(recipe, "latest")
+    first, second, _ = sorted(folder.glob("chunk-*.npz"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=rf"{second.name}: holds .* not the samples of its name"):
+        samples.load_samples(folder, 10)
+
+
+def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
+    model = samples.load_pretrained(weights_folder(recipe, 64))
+    state = {name: parameter * float("nan") for name, parameter in model.named_parameters()}
+    save_pretrained(state, denoiser_config(recipe), weights_folder(recipe, 64))
+    with pytest.raises(UserError, match="samples 0 to 3: samples: 4 of 4 are non-finite"):
+        samples.generate(recipe, "latest")
+    assert not list(samples.sample_set(recipe, "latest").folder.glob("chunk-*"))
+
+
+def test_without_the_weights_the_message_says_which_there_are(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"no weights after 5 samples in .*; there are 0, 64"):
+        samples.generate(recipe, "5")
+
+
+def test_blocks_a_picture_counts_every_block_evaluation(recipe: Recipe) -> None:
+    assert samples.blocks_a_picture(recipe) == 3 * (1 + 2 + 1)
+    assert samples.blocks_a_picture(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)

@@ -1,0 +1,279 @@
+"""The sampling loop: exactness, independence of the batch, guidance, reuse, and what it refuses."""
+
+import pytest
+import torch
+
+from fpdm import (
+    Denoised,
+    DenoiserConfig,
+    Diffusion,
+    allocate,
+    build_denoiser,
+    build_sampler,
+    guide,
+    require_sound,
+    rng,
+    sample,
+    spaced_timesteps,
+)
+
+FLOW = Diffusion(schedule="flow", prediction="flow", learned_variance=False)
+PROCESSES = {
+    "epsilon": Diffusion(),
+    "v": Diffusion(prediction="v"),
+    "v zero snr": Diffusion(prediction="v", zero_terminal_snr=True),
+    "cosine": Diffusion(schedule="cosine", prediction="v"),
+    "flow": FLOW,
+}
+
+
+class Exact(torch.nn.Module):
+    """Knows the clean latents, and so predicts exactly; records what it is asked."""
+
+    def __init__(self, diffusion, clean, null_offset=0.0):
+        super().__init__()
+        self.diffusion, self.clean, self.null_offset = diffusion, clean, null_offset
+        self.config = DenoiserConfig(kind="dit", input_size=4, in_channels=4, num_classes=3)
+        self.calls = []
+
+    def forward(self, x, t, y, **options):
+        self.calls.append((len(x), float(t[0]), y.tolist()))
+        clean = self.clean.repeat(len(x) // len(self.clean), 1, 1, 1)
+        if self.diffusion.is_flow:
+            noise = clean + (x - clean) / (t / 1000)[:, None, None, None]
+        else:
+            signal, sigma = self.diffusion._signal_and_sigma(t.long())
+            noise = (x - signal * clean) / sigma
+        output = self.diffusion.target(clean, noise, t.long() if not self.diffusion.is_flow else t)
+        output = output + self.null_offset * (y == 3)[:, None, None, None]
+        if self.diffusion.learned_variance:
+            output = torch.cat([output, torch.zeros_like(output)], dim=1)
+        return Denoised(output, None, None)
+
+
+def noise_of(index, stream="start"):
+    return rng.normal(0, stream, index, (4, 4, 4))
+
+
+def network(**options):
+    config = DenoiserConfig(input_size=4, hidden_size=16, num_heads=2, num_classes=3, **options)
+    model = build_denoiser(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.15 * rng.normal(1, name, torch.arange(len(parameter)), tuple(parameter.shape[1:])))
+    return model
+
+
+GAUSSIAN_SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
+PAIRS = [(process, sampler) for process in PROCESSES if process != "flow" for sampler in GAUSSIAN_SAMPLERS]
+
+
+@pytest.mark.parametrize(("process", "sampler"), [*PAIRS, ("flow", "flow_euler")])
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+def test_every_sampler_ends_at_the_clean_latents_of_an_exact_model(process, sampler, num_steps):
+    diffusion = PROCESSES[process]
+    index = torch.arange(2)
+    clean = rng.normal(1, "clean", index, (4, 4, 4))
+    found = sample(
+        Exact(diffusion, clean),
+        diffusion,
+        noise_of(index),
+        index,
+        sampler=sampler,
+        num_steps=num_steps,
+        step_noise=lambda i: noise_of(index, f"step {i}"),
+    )
+    torch.testing.assert_close(found, clean, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(1, [999]), (2, [0, 999]), (7, [0, 166, 333, 500, 666, 832, 999])])
+def test_spaced_timesteps_hold_both_ends_as_published(num_steps, expected):
+    assert spaced_timesteps(1000, num_steps) == expected
+    assert spaced_timesteps(1000, 1000) == list(range(1000))
+
+
+@pytest.mark.parametrize("num_steps", range(1, 200))
+def test_spaced_timesteps_are_distinct_and_ascending(num_steps):
+    kept = spaced_timesteps(1000, num_steps)
+    assert len(set(kept)) == num_steps
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_defect_c5_a_sample_does_not_depend_on_its_batch(sampler, tolerance):
+    model, diffusion = network(), Diffusion(prediction="v")
+
+    def draw(index):
+        return sample(
+            model,
+            diffusion,
+            noise_of(index),
+            index % 3,
+            sampler=sampler,
+            num_steps=5,
+            iterations=[6] * 5,
+            reuse=True,
+            guidance_scale=2.0,
+            tolerance=tolerance,
+            step_noise=lambda i: noise_of(index, f"step {i}"),
+        )
+
+    together = draw(torch.arange(64))
+    for i in (0, 31, 63):
+        alone = draw(torch.tensor([i]))[0]
+        assert (alone - together[i]).abs().max() < 1e-5 * together[i].abs().max()
+
+
+def test_defect_c4_any_batch_size_can_be_guided_and_the_null_label_is_num_classes():
+    index = torch.arange(3)
+    model = Exact(Diffusion(), noise_of(index, "clean"))
+    sample(model, Diffusion(), noise_of(index), index, num_steps=2, guidance_scale=4.0)
+    assert [(size, y) for size, _, y in model.calls] == [(6, [0, 1, 2, 3, 3, 3])] * 2
+
+
+def test_a_scale_of_one_costs_no_second_half():
+    index = torch.arange(3)
+    model = Exact(Diffusion(), noise_of(index, "clean"))
+    sample(model, Diffusion(), noise_of(index), index, num_steps=2)
+    assert [size for size, _, _ in model.calls] == [3, 3]
+
+
+def test_guidance_is_confined_to_its_interval():
+    index = torch.arange(3)
+    model = Exact(Diffusion(), noise_of(index, "clean"))
+    sample(model, Diffusion(), noise_of(index), index, num_steps=10, guidance_scale=2.0, guidance_interval=(0.3, 0.7))
+    assert [t for size, t, _ in model.calls if size == 6] == [666, 555, 444, 333]
+    assert [t for size, t, _ in model.calls if size == 3] == [999, 888, 777, 222, 111, 0]
+
+
+def test_guidance_extrapolates_the_guided_channels_and_keeps_the_conditional_others():
+    conditional, unconditional = noise_of(torch.arange(2)), noise_of(torch.arange(2), "other")
+    guided = guide(conditional, unconditional, 4.0, 3)
+    expected = unconditional + 4 * (conditional - unconditional)
+    torch.testing.assert_close(guided[:, :3], expected[:, :3])
+    assert torch.equal(guided[:, 3:], conditional[:, 3:])
+
+
+def test_the_number_of_guided_channels_reaches_the_sample():
+    index = torch.arange(2)
+    runs = {}
+    for channels in (None, 3, 4):
+        model = Exact(Diffusion(prediction="v"), noise_of(index, "clean"), null_offset=0.1)
+        options = {"num_steps": 3, "guidance_scale": 2.0, "guidance_channels": channels}
+        runs[channels] = sample(model, Diffusion(prediction="v"), noise_of(index), index, **options)
+    assert torch.equal(runs[None], runs[4])
+    assert torch.equal(runs[3][:, :3], runs[4][:, :3])
+    assert not torch.equal(runs[3][:, 3], runs[4][:, 3])
+
+
+def test_reuse_starts_each_step_at_the_last_solution_where_it_is_asked_for():
+    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
+    starts = []
+    forward = model.forward
+
+    def spy(*arguments, **options):
+        starts.append(options["start"])
+        return forward(*arguments, **options)
+
+    model.forward = spy
+    solutions = []
+    sample(
+        model,
+        diffusion,
+        noise_of(index),
+        index,
+        num_steps=4,
+        iterations=[2] * 4,
+        reuse=[True, False, True, True],
+        on_step=lambda i, denoised: solutions.append(denoised.solution),
+    )
+    assert starts[0] is None
+    assert starts[1] is None
+    assert starts[2] is solutions[1]
+    assert starts[3] is solutions[2]
+
+
+def test_reuse_goes_together_with_a_guidance_interval():
+    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
+    options = {"num_steps": 8, "reuse": True, "guidance_scale": 3.0, "guidance_interval": (0.3, 0.7)}
+    coarse, fine = (sample(model, diffusion, noise_of(index), index, iterations=[k] * 8, **options) for k in (40, 60))
+    torch.testing.assert_close(coarse, fine, atol=1e-4, rtol=1e-3)  # at the fixed point the start is forgotten
+
+
+def test_the_allocation_is_what_each_step_runs():
+    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(2)
+    counts = allocate("more_at_noise", 5, 4)
+    seen = []
+    sample(
+        model,
+        diffusion,
+        noise_of(index),
+        index,
+        num_steps=5,
+        iterations=counts,
+        with_residuals=True,
+        on_step=lambda i, denoised: seen.append(denoised.residuals.shape[1]),
+    )
+    assert seen == counts
+
+
+def test_ddim_with_eta_one_has_the_spread_of_ancestral_sampling():
+    """With eta = 1 DDIM's step is DDPM's with the lower of the two variances (Song et al., section 4.1)."""
+    diffusion = Diffusion(learned_variance=False)
+    ddim, ddpm = build_sampler(diffusion, "ddim", 10, eta=1.0), build_sampler(diffusion, "ddpm", 10)
+    index = torch.arange(2)
+    x, output, zero = noise_of(index), noise_of(index, "output"), torch.zeros(2, 4, 4, 4)
+    for i in range(9):
+        torch.testing.assert_close(ddim.step(i, output, x, zero), ddpm.step(i, output, x, zero), rtol=1e-4, atol=1e-5)
+        lower = (ddim.step(i, output, x, zero + 1) - ddim.step(i, output, x, zero)).mean()
+        upper = (ddpm.step(i, output, x, zero + 1) - ddpm.step(i, output, x, zero)).mean()
+        assert 0 < lower < upper
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_non_finite_sample_is_reported_by_its_row(bad):
+    samples = noise_of(torch.arange(5))
+    samples[3, 0, 0, 0] = bad
+    with pytest.raises(ValueError, match=r"samples: 1 of 5 are non-finite \(rows 3\); compute no metric from them"):
+        require_sound(samples)
+
+
+def test_a_constant_sample_is_reported_by_its_row():
+    samples = noise_of(torch.arange(5))
+    samples[[0, 4]] = 0.5
+    with pytest.raises(ValueError, match=r"samples: 2 of 5 are constant \(rows 0, 4\)"):
+        require_sound(samples)
+    require_sound(noise_of(torch.arange(5)))
+
+
+def test_a_model_that_went_to_nan_is_refused_at_the_end_of_sampling():
+    model = network()
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(torch.nan)
+    index = torch.arange(2)
+    with pytest.raises(ValueError, match="samples: 2 of 2 are non-finite"):
+        sample(model, Diffusion(prediction="v"), noise_of(index), index, num_steps=2, iterations=[1, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "euler"}, "sampler: 'euler' is unknown; choose one of ddpm, ddim"),
+        ({"sampler": "flow_euler"}, "sampler: 'flow_euler' does not fit prediction 'v'"),
+        ({"sampler": "ddpm"}, "step_noise: sampler 'ddpm' adds noise"),
+        ({"eta": 0.5}, "step_noise: sampler 'ddim' adds noise"),
+        ({"eta": 2.0}, "eta: 2.0"),
+        ({"num_steps": 0}, "num_steps: 0"),
+        ({"iterations": None}, "iterations: None for 2 steps"),
+        ({"iterations": [1, 2, 3]}, "iterations: 3 values for 2 steps"),
+        ({"reuse": [True]}, "reuse: 1 values for 2 steps"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(options, message):
+    index = torch.arange(2)
+    options = {"num_steps": 2, "iterations": [1, 1], **options}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sample(network(), Diffusion(prediction="v"), noise_of(index), index, **options)
+    with pytest.raises(ValueError, match="sampler: 'ddim' does not fit prediction 'flow'"):
+        build_sampler(FLOW, "ddim", 2)
