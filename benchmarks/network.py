@@ -8,16 +8,19 @@ For each size, in one run, its contenders taking turns:
              and the iterations "without gradient" build their graph all the same
   dit        (b) DiT of the same width, 28 layers deep
   products   (c) only the matrix products of ours, preallocated: the limit
-A training step is forward and backward, without the optimiser, with the given n and m. Time is the median over the rounds
-of each contender; ratios are medians of the rounds' ratios. Memory is the peak of the tensors allocated during the step,
-gradients included.
+A training step is forward and backward, without the optimiser, with the given n and m. Medians over the rounds; ratios
+are medians of the rounds' ratios. On the CPU, time is the CPU time of this process, so that others' load counts less.
+Memory is the peak of the tensors allocated: of activations during the forward pass, of a step with the gradients too.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would report on itself
 
 import torch
 from torch import Tensor
@@ -28,7 +31,10 @@ from fpdm import SIZES, Denoiser, DenoiserConfig, build_denoiser
 from fpdm.blocks import Block, unpatchify
 
 DIT_DEPTH = 28
-AIMS = {"sampling": 0.92, "sampling, compiled": 0.90, "training": 0.90, "memory n=12 m=1": 0.30}
+ITERATIONS = 8  # of a sampling call: 28 such calls are the paper's 280 blocks
+TRAINING = (6, 6)  # n and m of a training step: the largest of the default recipe
+LONG_TAIL = (12, 1)  # where what a graph in the no-gradient part costs shows most
+BATCH = {"S": 4, "B": 1, "L": 1, "XL": 1}
 
 
 class Published:
@@ -78,7 +84,9 @@ class Products:
         layers = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
         block = attention + [(1, rows, k, n) for k, n in layers]
         self.block = [self._operands(shape, device) for shape in block]
-        self.projection = [self._operands((1, rows, *shape), device) for shape in ((width, 2 * width), (2 * width, width))]
+        self.projection = [
+            self._operands((1, rows, *shape), device) for shape in ((width, 2 * width), (2 * width, width))
+        ]
         self.once = [self._operands((1, rows, *shape), device) for shape in ((width, width), (width, 2 * width))]
 
     @staticmethod
@@ -104,12 +112,14 @@ class Products:
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -140,3 +150,99 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
+
+
+class Contenders:
+    """What is compared at one size: calls without arguments, by name."""
+
+    def __init__(self, size: str, batch: int, device: str) -> None:
+        options = SIZES[size] | {"depth": DIT_DEPTH}
+        self.ours = build_denoiser(DenoiserConfig(**options), device=device)
+        self.dit = build_denoiser(DenoiserConfig(kind="dit", **options), device=device)
+        self.published = Published(self.ours)
+        self.products = Products(self.ours.config, batch, device)
+        self.outer_depth = self.ours.config.blocks(0)
+        x = torch.randn(batch, 4, 32, 32, device=device)
+        self.inputs = x, torch.full((batch,), 500, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+
+    def sampling(self, *, compiled: bool) -> dict[str, Callable[[], object]]:
+        wrap = torch.compile if compiled else lambda call: call
+
+        def ours() -> Tensor:
+            return self.ours(*self.inputs, iterations=ITERATIONS).output
+
+        def published() -> Tensor:
+            return self.published(*self.inputs, 0, ITERATIONS)
+
+        calls = {"ours": torch.no_grad()(wrap(ours)), "published": torch.no_grad()(wrap(published))}
+        if compiled:
+            return calls
+        calls["dit"] = torch.no_grad()(lambda: self.dit(*self.inputs).output)
+        return calls | {"products": lambda: self.products(self.outer_depth, 0, ITERATIONS, False)}
+
+    def training(self, n: int, m: int) -> dict[str, Callable[[], object]]:
+        return {
+            "ours": lambda: self._differentiate(self.ours, self.ours(*self.inputs, iterations=(n, m)).output),
+            "published": lambda: self._differentiate(self.ours, self.published(*self.inputs, n, m)),
+            "dit": lambda: self._differentiate(self.dit, self.dit(*self.inputs).output),
+            "products": lambda: self.products(self.outer_depth, n, m, True),
+        }
+
+    def forward(self, n: int, m: int) -> dict[str, Callable[[], object]]:
+        return {
+            "ours": lambda: self.ours(*self.inputs, iterations=(n, m)).output,
+            "published": lambda: self.published(*self.inputs, n, m),
+            "dit": lambda: self.dit(*self.inputs).output,
+        }
+
+    @staticmethod
+    def _differentiate(model: Denoiser, output: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output.square().mean(), list(model.parameters()))
+
+
+def report_times(title: str, times: dict[str, list[float]], aim: float) -> None:
+    medians = "  ".join(f"{name} {statistics.median(seconds):.3f} s" for name, seconds in times.items())
+    print(f"  {title}: {medians}")
+    for name, seconds in times.items():
+        if name == "ours":
+            continue
+        ratio = statistics.median(own / other for own, other in zip(times["ours"], seconds, strict=True))
+        if name == "products":
+            print(f"    share of the limit {1 / ratio:.2f} (aim: at least 0.85)")
+        else:
+            print(f"    time, ours / {name} {ratio:.3f}" + (f" (aim: at most {aim})" if name == "published" else ""))
+
+
+def report_memory(title: str, calls: dict[str, Callable[[], object]], aim: float | None, device: str) -> None:
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items() if name != "products"}
+    amounts = "  ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
+    ratios = "  ".join(f"ours / {name} {peaks['ours'] / peak:.3f}" for name, peak in peaks.items() if name != "ours")
+    print(f"  {title}: {amounts}\n    peak memory, {ratios}" + (f" (aim: at most {aim} of published)" if aim else ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["S", "B", "XL"])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up (5)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="also compare sampling under torch.compile (minutes)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device, rounds = arguments.device, arguments.rounds
+    for size in arguments.sizes:
+        print(f"{size}/2, batch {BATCH[size]}, float32, {device}, {arguments.threads} threads", flush=True)
+        contenders = Contenders(size, BATCH[size], device)
+        sampling, training = contenders.sampling(compiled=False), contenders.training(*TRAINING)
+        report_times(f"sampling call, {ITERATIONS} iterations", take_turns(sampling, rounds, device), 0.92)
+        if arguments.compile:
+            compiled = take_turns(contenders.sampling(compiled=True), rounds, device)
+            report_times("the same compiled", compiled, 0.90)
+        report_times("training step, n, m = {}, {}".format(*TRAINING), take_turns(training, rounds, device), 0.90)
+        report_memory("sampling call", sampling, None, device)
+        report_memory("training step, n, m = {}, {}".format(*TRAINING), training, None, device)
+        report_memory("activations, n, m = {}, {}".format(*LONG_TAIL), contenders.forward(*LONG_TAIL), 0.30, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -114,7 +114,7 @@ class InjectedLinear(nn.Linear):
     def forward(self, injection: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, T, D) -> weight of the iterate (2D, D), term of the injection with the bias (B, T, 2D)."""
         iterate_weight, injection_weight = self.weight.chunk(2, dim=1)
-        return iterate_weight.contiguous(), F.linear(injection, injection_weight, self.bias)
+        return iterate_weight, F.linear(injection, injection_weight, self.bias)
 
 
 class Denoiser(nn.Module):

@@ -49,7 +49,7 @@ def class_panels(recipe: Recipe) -> list[list[Block]]:
 
 def _origin(recipe: Recipe, weights: str) -> str:
     samples_seen = sample_set(recipe, weights).samples_seen
-    return f"sampled after {samples_seen:,} training samples" if samples_seen else "sampled before training"
+    return f"drawn after {samples_seen:,} training samples" if samples_seen else "drawn before training"
 
 
 def _samples_by_class(recipe: Recipe, weights: str, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
@@ -130,7 +130,7 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot([line["samples"] for line in lines], [line["loss"] for line in lines], color="#3b82c4", linewidth=1.5)
-    axes.set(xlabel="training samples", ylabel="loss", yscale="log", xlim=(0, None))
+    axes.set(xlabel="training samples", ylabel="loss", xlim=(0, None))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(color="#8888", linewidth=0.5)
     for part in (axes.xaxis.label, axes.yaxis.label):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -30,7 +31,7 @@ from fpdm.weights import WEIGHTS_NAME, load_pretrained
 from pipeline.arrays import read_arrays, write_arrays
 from pipeline.distributed import rank_and_world_size, share_cores
 from pipeline.run_folder import find_weights
-from preprocess.encoder import Encoder, find_vae, identify
+from preprocess.encoder import Encoder, fetch_vae, identify
 from preprocess.images import to_uint8
 
 CHUNK_NAME = re.compile(r"chunk-(\d+)-(\d+)\.npz")
@@ -87,7 +88,7 @@ def sample_set(recipe: Recipe, weights: str) -> SampleSet:
 
 def vae_settings(recipe: Recipe) -> dict[str, Any]:
     """What of the autoencoder changes a picture."""
-    return asdict(identify(find_vae(recipe.vae), recipe.vae)) | {"precision": recipe.vae.precision}
+    return asdict(identify(fetch_vae(recipe.vae), recipe.vae)) | {"precision": recipe.vae.precision}
 
 
 def missing_chunks(recipe: Recipe, weights: str) -> list[tuple[int, int]]:
@@ -112,9 +113,10 @@ def generate(recipe: Recipe, weights: str, rank: int = 0, world_size: int = 1) -
     spans = [span for span in chunk_spans(recipe)[rank::world_size] if not _chunk_path(wanted.folder, *span).exists()]
     if not spans:
         return wanted.folder
-    write_json(wanted.folder / "settings.json", wanted.settings)
+    if rank == 0:
+        write_json(wanted.folder / "settings.json", wanted.settings)
     device = _device()
-    model = load_pretrained(wanted.weights).float().eval().to(device)
+    model = _load_network(recipe, wanted.weights).to(device)
     vae = Encoder(recipe.vae, device)
     total = sum(end - first for first, end in spans)
     with tqdm(total=total, unit="picture", desc=f"sample {wanted.samples_seen}", disable=rank != 0) as bar:
@@ -126,6 +128,21 @@ def generate(recipe: Recipe, weights: str, rank: int = 0, world_size: int = 1) -
                 bar.update(len(index))
             _write_chunk(_chunk_path(wanted.folder, first, end), np.concatenate(pictures), recipe.model.num_classes)
     return wanted.folder
+
+
+def _load_network(recipe: Recipe, folder: Path) -> Denoiser:
+    """In float32. Raises UserError where the weights are damaged, or of another network than the recipe's."""
+    try:
+        model = load_pretrained(folder)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged ({error}); delete it and run python pipeline/train.py again") from None
+    found, wanted = asdict(model.config), asdict(denoiser_config(recipe))
+    if found != wanted:
+        name = next(name for name in wanted if found[name] != wanted[name])
+        raise UserError(
+            f"{folder}: weights of a network with {name} {found[name]}, the recipe has {wanted[name]}; set that"
+        )
+    return model.float().eval()
 
 
 def labels_of(index: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -236,7 +236,7 @@ class Trainer:
 
 
 class Log:
-    """`metrics.jsonl`, a line a report, and TensorBoard. Lines after the checkpoint that it resumes from are taken back."""
+    """`metrics.jsonl`, a line a report, and TensorBoard. Lines after the checkpoint resumed from are taken back."""
 
     def __init__(self, recipe: Recipe, samples_seen: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -21,13 +21,14 @@ def plan(recipe: Recipe) -> list[str]:
     encoding = resolve(recipe, download=False)
     source, slices, data = encoding.source, encoding.slices, recipe.data
     shape = " x ".join(map(str, latent_shape(recipe)))
+    vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
     records = [finished_record(encoding.folder, number, thorough=False) for number in range(len(slices))]
     missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
     flips = " and its mirror image" if data.flips else ""
     left_out = f"; {source.left_out:,} other files left out" if source.left_out else ""
     return [
         f"pictures: {len(source.entries):,} in {len(source.class_names)} classes below {data.images}{left_out}",
-        f"latents: {data.crop} to {data.resolution} px, each picture{flips} as {shape} by {recipe.vae.path}",
+        f"latents: {data.crop} to {data.resolution} px, each picture{flips} as {shape} by {vae}",
         f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
         f"{len(records) - records.count(None)} there already",
         f"to do: {missing:,} pictures, {check_disk(encoding, missing)}",

@@ -47,35 +47,47 @@ def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float)
     return latents / scaling_factor + shift_factor
 
 
-def find_vae(settings: VAE, *, download: bool = True) -> Path:
-    """The local folder of a VAE: `vae.path` itself, or the hub's copy of it.
+def find_vae(settings: VAE) -> Path | None:
+    """The local folder of a VAE: `vae.path` itself, or the hub's copy of it in the cache; None if it is in neither.
 
-    Raises UserError where it holds no configuration or no safetensors, or (always, without `download`) is not here.
+    Raises UserError where the folder holds no configuration or no safetensors.
     """
     folder = Path(settings.path)
-    if not folder.is_dir():
-        folder = _from_hub(settings, download)
+    return _checked(folder) if folder.is_dir() else _from_hub(settings, local_files_only=True)
+
+
+def fetch_vae(settings: VAE) -> Path:
+    """As `find_vae`, downloading what is not here. Raises UserError where the hub does not give it."""
+    folder = find_vae(settings) or _from_hub(settings, local_files_only=False)
+    if folder is None:
+        raise UserError(
+            f"vae.path: {settings.path} is no folder here, and the hub does not give it; download {CONFIG} and "
+            f"{WEIGHTS} from https://huggingface.co/{settings.path} into a folder and name that"
+        )
+    return folder
+
+
+def _checked(folder: Path) -> Path:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"vae.path: {folder} has no {name}; give a folder written by AutoencoderKL.save_pretrained")
     return folder
 
 
-def _from_hub(settings: VAE, download: bool) -> Path:
+def _from_hub(settings: VAE, *, local_files_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         folder = snapshot_download(
-            settings.path, revision=settings.revision, allow_patterns=[CONFIG, WEIGHTS], local_files_only=not download
+            settings.path,
+            revision=settings.revision,
+            allow_patterns=[CONFIG, WEIGHTS],
+            local_files_only=local_files_only,
         )
-    except (OSError, HFValidationError) as error:  # the hub's other errors are OSErrors
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"vae.path: {settings.path} is no folder here, and the hub does not give it ({reason}); download {CONFIG} "
-            f"and {WEIGHTS} from https://huggingface.co/{settings.path} into a folder and name that"
-        ) from None
-    return Path(folder)
+    except (OSError, HFValidationError):  # the hub's other errors, its HTTP errors among them, are OSErrors
+        return None
+    return _checked(Path(folder))
 
 
 def identify(folder: Path, settings: VAE) -> Identity:
@@ -105,7 +117,7 @@ class Encoder:
     def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
         from diffusers.models import AutoencoderKL
 
-        folder = find_vae(settings)
+        folder = fetch_vae(settings)
         self.identity = identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = PRECISIONS[settings.precision]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.recipe import Recipe, latent_shape
-from preprocess.encoder import Encoder, find_vae, identify
+from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images import CROPS, Rejected, decode, to_tensor
 from preprocess.shards import (
     LatentShards,
@@ -75,7 +75,8 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     """Finds source and VAE and checks them against the recipe and against what is in `data.shards` already.
 
     Raises UserError for: a source that `sources.py` refuses, another number of classes than `model.num_classes`, a VAE
-    that is missing or differs from the recipe, shards made with other settings.
+    that cannot be had or differs from the recipe, shards made with other settings. Without `download`, a VAE that is
+    not here yet is left unknown.
     """
     data, vae = recipe.data, recipe.vae
     source = SOURCES[data.source](data.images)
@@ -85,6 +86,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
             f"model.num_classes: {recipe.model.num_classes}, but {data.images} has {classes} "
             f"({', '.join(source.class_names[:5])}{', ...' if classes > 5 else ''}); set model.num_classes={classes}"
         )
+    folder = fetch_vae(vae) if download else find_vae(vae)
     settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),
@@ -93,7 +95,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
         "flips": data.flips,
         "shard_samples": data.shard_samples,
         "precision": vae.precision,
-        "vae": asdict(identify(find_vae(vae, download=download), vae)),
+        "vae": asdict(identify(folder, vae)) if folder else None,
     }
     encoding = Encoding(recipe, source, settings)
     _check_settings(encoding)
@@ -103,7 +105,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
 def _check_settings(encoding: Encoding) -> None:
     """Refuses a folder whose shards were made with other settings: another data set is never overwritten."""
     for path, there in recorded_settings(encoding.folder):
-        different = [name for name, value in encoding.settings.items() if there.get(name) != value]
+        different = [name for name, now in encoding.settings.items() if now is not None and there.get(name) != now]
         if different:
             raise UserError(
                 f"data.shards: {path} was made with another {different[0]} ({there.get(different[0])}; now "

@@ -6,21 +6,23 @@ It sees none of the demo's held-out portraits: those measure it. Every picture, 
 of the recipe's seed and a count. What is there so far is written every few minutes, whole.
 """
 
+import copy
 import os
 import platform
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.command import argument_parser, guarded
+from common.command import run_command
+from common.errors import UserError
 from common.files import atomic_folder, sha256_file
-from common.loading import load_recipe
 from common.recipe import Recipe
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
 
+PICTURES = 48_000
 EXPORT_SECONDS = 300
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -33,7 +35,7 @@ combinatorially composed. It is good for nothing else.
 
 | | |
 |---|---|
-| command | `python preprocess/train_vae.py --config recipes/demo.yaml --pictures {pictures}` |
+| command | `python preprocess/train_vae.py --config recipes/demo.yaml` |
 | machine | {machine} |
 | time | {minutes:.0f} minutes |
 | pictures seen | {seen:,} of {pictures:,}, each once |
@@ -43,39 +45,45 @@ combinatorially composed. It is good for nothing else.
 """
 
 
-def main() -> int:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--pictures", type=int, default=48_000, metavar="N", help="length of the training (48000)")
-    arguments = parser.parse_args()
-    return guarded(lambda: work(load_recipe(arguments.config, arguments.overrides), arguments.pictures))
+def plan(recipe: Recipe) -> list[str]:
+    if recipe.demo is None:
+        raise UserError("demo: the recipe has no such section; this trains the demo's VAE, use recipes/demo.yaml")
+    return [
+        f"pictures: {PICTURES:,} portraits of {recipe.data.resolution} px, each seen once, composed on the way; "
+        f"measured on {recipe.demo.held_out_per_class} held-out ones of each class",
+        f"result: {recipe.vae.path}, replaced every {EXPORT_SECONDS // 60} minutes and at the end",
+    ]
 
 
-def work(recipe: Recipe, pictures: int) -> None:
+def work(recipe: Recipe) -> None:
     from preprocess.vae_training import Portraits, finish, measure, train
 
     portraits = Portraits(recipe)
     held_out = portraits.held_out()
     began = last = time.monotonic()
-    for seen, vae in train(recipe, portraits, pictures):
+    for seen, vae in train(recipe, portraits, PICTURES):
         now = time.monotonic()
-        if now - last > EXPORT_SECONDS or seen == pictures:
+        if now - last > EXPORT_SECONDS or seen == PICTURES:
             last = now
             finished = finish(vae, portraits.training_part())
             measured = measure(finished, held_out)
-            note = {"seen": seen, "pictures": pictures, "minutes": (now - began) / 60, "held_out": len(held_out)}
+            note = {"seen": seen, "pictures": PICTURES, "minutes": (now - began) / 60, "held_out": len(held_out)}
             export(recipe, finished, note | measured)
             print(f"\n{seen} pictures: {measured}", flush=True)
 
 
-def export(recipe: Recipe, vae: "AutoencoderKL", note: dict) -> None:
-    """Writes fp16 weights, the configuration with the latents' scaling, and README.md: all of it or nothing."""
+def export(recipe: Recipe, vae: "AutoencoderKL", note: dict[str, Any]) -> None:
+    """Writes the autoencoder in fp16, its configuration and README.md: all of it or nothing.
+
+    `note` is what `measure` gives, which sets the configuration's scaling, and how the training went.
+    """
     import torch
 
     vae.register_to_config(scaling_factor=round(1 / note["std"], 5), shift_factor=round(note["mean"], 5))
     side = recipe.data.resolution // recipe.vae.downsampling
     rounded = {name: ", ".join(f"{value:.2f}" for value in note[name]) for name in ("channel_means", "channel_stds")}
     with atomic_folder(recipe.vae.path) as folder:
-        vae.half().save_pretrained(folder)
+        copy.deepcopy(vae).half().save_pretrained(folder)
         (folder / "README.md").write_text(
             NOTE.format(
                 **note | rounded,
@@ -91,4 +99,4 @@ def export(recipe: Recipe, vae: "AutoencoderKL", note: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(__doc__, plan, work))

@@ -31,8 +31,7 @@ class Portraits:
     """Training and held-out pictures of all classes, drawn by number."""
 
     def __init__(self, recipe: Recipe) -> None:
-        if recipe.demo is None:
-            raise UserError("demo: the recipe has no such section; this trains the demo's VAE, use recipes/demo.yaml")
+        assert recipe.demo is not None, "train_vae.plan refuses such a recipe"
         self.seed = recipe.seed
         self.sets = {name: load_portraits(name, recipe.data.resolution) for name in CLASSES}
         self.held_out_per_class = recipe.demo.held_out_per_class

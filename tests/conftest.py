@@ -1,8 +1,12 @@
 """Parts that many tests need: real ones, small enough for seconds."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,49 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Recipe:
+    """A run with weights after 0 and 64 training samples: not the zeros that every network starts with, but noise.
+
+    Tests that write into a run take `tiny_recipe`, a copy of their own.
+    """
+    import torch
+
+    from fpdm import rng
+    from fpdm.denoiser import build_denoiser
+    from fpdm.weights import save_pretrained
+    from pipeline.run_folder import weights_folder
+
+    folder = tmp_path_factory.mktemp("tiny-run")
+    recipe = Recipe(
+        name="tiny",
+        runs=str(folder / "runs"),
+        data=Data(images=str(folder / "images"), held_out=str(folder / "held-out"), resolution=16),
+        vae=VAE(path=str(tiny_vae), downsampling=4),
+        model=Model(size=None, hidden_size=16, num_heads=2, patch_size=2, num_classes=3),
+        objective=Objective(learned_variance=False),
+        sample=Sample(num_samples=10, batch_size=4, chunk_samples=4, sampler="ddpm", num_steps=3, iterations=2),
+        evaluate=Evaluate(feature_extractor="efficientnet-lite0", untrained_baseline=False),
+    )
+    config = denoiser_config(recipe)
+    for samples_seen in (0, 64):
+        state = {
+            name: parameter + 0.1 * rng.normal(samples_seen, name, torch.arange(1), tuple(parameter.shape))[0]
+            for name, parameter in build_denoiser(config, seed=0).named_parameters()
+        }
+        save_pretrained(state, config, weights_folder(recipe, samples_seen))
+    return recipe
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_run: Recipe) -> Recipe:
+    return copied(tiny_run, tmp_path / "runs")
+
+
+def copied(recipe: Recipe, runs: Path) -> Recipe:
+    """The same run, with all it has written, in another folder."""
+    copy = replace(recipe, runs=str(runs))
+    shutil.copytree(recipe.folder, copy.folder)
+    return copy

@@ -163,11 +163,14 @@ def test_losses_are_finite_at_every_timestep(zero):
         assert all(term.isfinite().all() for term in diffusion.loss(output, x0, noise, torch.arange(1000)).values())
 
 
-def test_the_loss_is_computed_in_float32_from_bfloat16():
+def test_a_bfloat16_output_is_widened_before_anything_is_computed_from_it():
     x0, noise = tensors()
     output = torch.cat([noise, noise], dim=1).bfloat16()
-    losses = Diffusion().loss(output, x0, noise, torch.tensor([1, 10, 100, 999]))
-    assert {term.dtype for term in losses.values()} == {torch.float32}
+    t = torch.tensor([1, 10, 100, 999])
+    wide = Diffusion().loss(output.float(), x0, noise, t)
+    for name, term in Diffusion().loss(output, x0, noise, t).items():
+        assert term.dtype == torch.float32
+        assert torch.equal(term, wide[name])
 
 
 @pytest.mark.parametrize(

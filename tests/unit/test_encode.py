@@ -1,10 +1,9 @@
-"""Encoding is a pure function of pictures and settings: neither kills, workers nor batch size change what is written."""
+"""Encoding is a pure function of pictures and settings: no kill, number of workers or batch size changes it."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.recipe import VAE, Data, Launch, Model, Recipe
+from common.recipe import VAE, Data, Model, Recipe
 from preprocess.encode_latents import encode, plan
 from preprocess.encoder import Encoder, draw_latents, unscale_latents
 from preprocess.encoding import resolve
@@ -85,11 +84,21 @@ def test_workers_do_not_change_a_byte_and_batches_at_most_the_last_bit(recipe: R
     assert np.abs(first.view(np.int16).astype(int) - second.view(np.int16)).max() <= 1
 
 
-KILLED = """
-import sys
+KILLED_AT_SAMPLE_12 = """
+import os, signal, sys
 from pydantic import TypeAdapter
+import preprocess.encoding
 from common.recipe import Recipe
 from preprocess.encode_latents import encode
+
+outcome, calls = preprocess.encoding._outcome, []
+def outcome_or_death(*arguments):
+    calls.append(arguments)
+    if len(calls) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return outcome(*arguments)
+
+preprocess.encoding._outcome = outcome_or_death
 encode(TypeAdapter(Recipe).validate_json(sys.argv[1]))
 """
 
@@ -98,19 +107,16 @@ def test_after_kill_9_the_same_command_ends_in_the_same_bytes(recipe: Recipe, tm
     from pydantic import TypeAdapter
 
     encode(recipe)
-    killed = changed(changed(recipe, "data", shards=str(tmp_path / "killed")), "vae", batch_size=3)
-    arguments = [sys.executable, "-c", KILLED, TypeAdapter(Recipe).dump_json(killed).decode()]
-    process = subprocess.Popen(arguments, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    second = Path(killed.data.shards) / shard_name(1)
-    while process.poll() is None and not second.with_suffix(".json").exists():
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (Path(killed.data.shards) / INDEX).exists()
-    kept = second.stat().st_mtime_ns
-    (Path(killed.data.shards) / f".{shard_name(2)}.123.tmp").write_bytes(b"half a shard")
+    killed = changed(recipe, "data", shards=str(tmp_path / "killed"))
+    arguments = [sys.executable, "-c", KILLED_AT_SAMPLE_12, TypeAdapter(Recipe).dump_json(killed).decode()]
+    process = subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert process.returncode == -signal.SIGKILL
+    left = contents(killed)
+    assert INDEX not in left
+    assert [shard_name(number) in left for number in range(4)] == [True, True, False, False]
+    kept = (Path(killed.data.shards) / shard_name(1)).stat().st_mtime_ns
     encode(killed)
-    assert second.stat().st_mtime_ns == kept
+    assert (Path(killed.data.shards) / shard_name(1)).stat().st_mtime_ns == kept
     assert {name: data for name, data in contents(killed).items() if not name.startswith(".")} == contents(recipe)
 
 
@@ -196,6 +202,17 @@ def test_a_folder_without_a_vae_is_named(recipe: Recipe, tmp_path: Path) -> None
         plan(changed(recipe, "vae", path=recipe.data.images))
 
 
+@pytest.mark.parametrize("path", ["somebody/some-vae", "no/such/folder"])
+def test_a_vae_that_is_not_here_is_planned_and_then_named(
+    recipe: Recipe, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elsewhere = changed(recipe, "vae", path=path)
+    assert f"{path} (to be downloaded from the hub)" in "\n".join(plan(elsewhere))
+    with pytest.raises(UserError, match=rf"vae\.path: {path} is no folder here.*config\.json.*safetensors"):
+        encode(elsewhere)
+
+
 @pytest.mark.parametrize(("field", "value"), [("crop", "resize"), ("flips", False), ("shard_samples", 6)])
 def test_shards_of_other_settings_are_never_overwritten(recipe: Recipe, field: str, value: object) -> None:
     encode(recipe)
@@ -244,7 +261,3 @@ def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
     decoded = encoder.decode(draw_latents(moments, torch.zeros(2, 4, 4, 4), 0.5, 0.25))
     mean = moments.chunk(2, dim=1)[0]
     assert torch.allclose(decoded, encoder.network.decode(mean).sample.clamp(-1, 1), atol=1e-4)
-
-
-def test_the_launch_section_says_how_many_workers_decode() -> None:
-    assert Launch().cpus_per_process == 1

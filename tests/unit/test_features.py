@@ -1,6 +1,7 @@
 """Features are those of the published weights through torch-fidelity's interface, and carry an honest name."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,14 +93,28 @@ def test_weights_of_another_sha256_are_refused(tmp_path: Path) -> None:
         features.load_extractor(features.find_weights(settings))
 
 
-def test_a_local_inception_file_runs_and_a_pickle_does_not(tmp_path: Path) -> None:
-    path = tmp_path / "inception.pth"
-    torch.save({"fc.weight": Path}, path)  # a class: only the unlimited unpickler would take it
-    settings = Evaluate(feature_extractor_weights=str(path))
+class Trap:
+    """Unpickled without limits, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
+    path, made = tmp_path / "inception.pth", tmp_path / "made"
+    torch.save(random_inception() | {"trap": Trap(made)}, path)
     with pytest.raises(UserError, match=f"{path}: no weights of inception-v3-compat"):
-        features.load_extractor(features.find_weights(settings))
+        features.load_extractor(features.find_weights(Evaluate(feature_extractor_weights=str(path))))
+    assert not made.exists()
+
+
+def test_local_inception_weights_give_the_pooled_features(tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
     torch.save(random_inception(), path)
-    extractor = features.load_extractor(features.find_weights(settings))
+    extractor = features.load_extractor(features.find_weights(Evaluate(feature_extractor_weights=str(path))))
     (found,) = features.extract(extractor, pictures(0, 2), 2)
     assert found.shape == (2, 2048)
     assert np.isfinite(found).all()

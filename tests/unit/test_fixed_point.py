@@ -116,12 +116,13 @@ def test_anderson_reaches_the_fixed_point_in_fewer_iterations_than_the_plain_one
     assert error("anderson", 8) < 1e-3 < 0.5 < error("picard", 8)
 
 
-def test_sjfb_is_the_gradient_of_the_last_m_iterations_from_a_constant_start():
+@pytest.mark.parametrize("n", [0, 3])
+def test_sjfb_is_the_gradient_of_the_last_m_iterations_from_a_constant_start(n):
     model = network()
     with torch.no_grad():
-        start = model(*inputs(), iterations=3).solution
+        start = model(*inputs(), iterations=n).solution
     for found, expected in zip(
-        gradients(model, iterations=(3, 2)), gradients(model, iterations=2, start=start), strict=True
+        gradients(model, iterations=(n, 2)), gradients(model, iterations=2, start=start), strict=True
     ):
         torch.testing.assert_close(found, expected)
 

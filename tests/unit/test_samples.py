@@ -1,5 +1,6 @@
 """Sample i depends on (seed, i) alone; chunks are whole, counted once, and damage is named."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -9,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from common.errors import UserError
 from common.loading import dump_recipe
-from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
-from fpdm import rng
-from fpdm.denoiser import build_denoiser
-from fpdm.weights import save_pretrained
+from common.recipe import Recipe, denoiser_config
+from fpdm.weights import WEIGHTS_NAME, load_pretrained, save_pretrained
 from pipeline import samples
 from pipeline.run_folder import weights_folder
 
@@ -24,30 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_vae: Path) -> Recipe:
-    """A run with weights after 0 and 64 training samples: no zeros, as every network starts with, but noise in them."""
-    recipe = Recipe(
-        name="tiny",
-        runs=str(tmp_path / "runs"),
-        data=Data(resolution=16),
-        vae=VAE(path=str(tiny_vae), downsampling=4),
-        model=Model(size=None, hidden_size=16, num_heads=2, patch_size=2, num_classes=3),
-        objective=Objective(learned_variance=False),
-        sample=Sample(num_samples=10, batch_size=4, chunk_samples=4, sampler="ddpm", num_steps=3, iterations=2),
-        evaluate=Evaluate(untrained_baseline=False),
-    )
-    for samples_seen in (0, 64):
-        write_weights(recipe, samples_seen)
-    return recipe
-
-
-def write_weights(recipe: Recipe, samples_seen: int) -> None:
-    config = denoiser_config(recipe)
-    state = {
-        name: parameter + 0.1 * rng.normal(samples_seen, name, torch.arange(1), tuple(parameter.shape))[0]
-        for name, parameter in build_denoiser(config, seed=0).named_parameters()
-    }
-    save_pretrained(state, config, weights_folder(recipe, samples_seen))
+def recipe(tiny_recipe: Recipe) -> Recipe:
+    return tiny_recipe
 
 
 def changed(recipe: Recipe, **fields: Any) -> Recipe:
@@ -56,11 +32,9 @@ def changed(recipe: Recipe, **fields: Any) -> Recipe:
 
 def fresh(recipe: Recipe, tmp_path: Path, **fields: Any) -> Recipe:
     """The same run in an empty folder, with other settings of sampling."""
-    runs = tmp_path / "other"
-    recipe = replace(changed(recipe, **fields), runs=str(runs))
-    for samples_seen in (0, 64):
-        write_weights(recipe, samples_seen)
-    return recipe
+    other = replace(changed(recipe, **fields), runs=str(tmp_path / "other"))
+    shutil.copytree(recipe.folder / "weights", other.folder / "weights")
+    return other
 
 
 def drawn(recipe: Recipe) -> samples.Chunk:
@@ -109,7 +83,7 @@ def test_whole_chunks_are_kept_and_the_rest_is_drawn(recipe: Recipe) -> None:
 
 
 def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path) -> None:
-    recipe = changed(recipe, num_samples=400, chunk_samples=8, batch_size=2, num_steps=20)
+    recipe = changed(recipe, num_samples=120, chunk_samples=4, batch_size=2, num_steps=10)
     config = tmp_path / "tiny.yaml"
     config.write_text(dump_recipe(recipe))
     folder = samples.sample_set(recipe, "latest").folder
@@ -119,19 +93,20 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
             assert process.poll() is None
             time.sleep(0.005)
         process.kill()
-    assert len(sorted(folder.glob("chunk-*.npz"))) < 50, "the kill came too late to prove anything"
+    assert len(sorted(folder.glob("chunk-*.npz"))) < 30, "the kill came too late to prove anything"
     before = early[0].stat().st_mtime_ns
-    images, labels = samples.load_samples(samples.generate(recipe, "latest"), 400)
+    images, labels = samples.load_samples(samples.generate(recipe, "latest"), 120)
     assert early[0].stat().st_mtime_ns == before
-    assert len(images) == 400
-    assert (labels == np.arange(400) % 3).all()
-    assert len(np.unique(images.reshape(400, -1), axis=0)) == 400
+    assert len(images) == 120
+    assert (labels == np.arange(120) % 3).all()
+    assert len(np.unique(images.reshape(120, -1), axis=0)) == 120
 
 
 def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
     folder = samples.generate(recipe, "latest")
     expected, _ = samples.load_samples(folder, 10)
     assert samples.generate(changed(recipe, chunk_samples=3, num_samples=8), "latest") == folder
+    (folder / "chunk-00000004-00000008.npz").unlink()  # what is left: 0 to 4, 3 to 6 and 6 to 8, 8 to 10
     found, labels = samples.load_samples(folder, 8)
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert np.abs(found.astype(int) - expected[:8]).max() <= 1
@@ -147,8 +122,7 @@ def test_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dic
 def test_samples_of_other_weights_are_never_counted(recipe: Recipe) -> None:
     here = samples.sample_set(recipe, "latest").folder
     state = {
-        name: parameter * 1.1
-        for name, parameter in samples.load_pretrained(weights_folder(recipe, 64)).named_parameters()
+        name: parameter * 1.1 for name, parameter in load_pretrained(weights_folder(recipe, 64)).named_parameters()
     }
     save_pretrained(state, denoiser_config(recipe), weights_folder(recipe, 64))
     assert samples.sample_set(recipe, "latest").folder != here
@@ -183,7 +157,7 @@ def test_a_chunk_under_another_name_is_refused(recipe: Recipe) -> None:
 
 
 def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
-    model = samples.load_pretrained(weights_folder(recipe, 64))
+    model = load_pretrained(weights_folder(recipe, 64))
     state = {name: parameter * float("nan") for name, parameter in model.named_parameters()}
     save_pretrained(state, denoiser_config(recipe), weights_folder(recipe, 64))
     with pytest.raises(UserError, match="samples 0 to 3: samples: 4 of 4 are non-finite"):
@@ -194,6 +168,20 @@ def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
 def test_without_the_weights_the_message_says_which_there_are(recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"no weights after 5 samples in .*; there are 0, 64"):
         samples.generate(recipe, "5")
+
+
+def test_weights_of_another_network_are_refused(recipe: Recipe) -> None:
+    other = replace(recipe, model=replace(recipe.model, hidden_size=32))
+    with pytest.raises(UserError, match="weights of a network with hidden_size 16, the recipe has 32; set that"):
+        samples.generate(other, "latest")
+
+
+def test_cut_weights_are_named(recipe: Recipe) -> None:
+    folder = weights_folder(recipe, 64)
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{folder}: damaged .*; delete it and run"):
+        samples.generate(recipe, "latest")
 
 
 def test_blocks_a_picture_counts_every_block_evaluation(recipe: Recipe) -> None:
