@@ -8,14 +8,13 @@ For each size, in one run, its contenders taking turns:
              and the iterations "without gradient" build their graph all the same
   dit        (b) DiT of the same width, 28 layers deep
   products   (c) only the matrix products of ours, preallocated: the limit
-A training step is forward and backward, without the optimiser, with the given n and m. Medians over the rounds; ratios
-are medians of the rounds' ratios. On the CPU, time is the CPU time of this process, so that others' load counts less.
+A training step is forward and backward, without the optimiser, with the given n and m. Of each contender's rounds the
+fastest counts, and on the CPU time is this process's CPU time: the rest is the machine's other load.
 Memory is the peak of the tensors allocated: of activations during the forward pass, of a step with the gradients too.
 """
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -201,16 +200,14 @@ class Contenders:
 
 
 def report_times(title: str, times: dict[str, list[float]], aim: float) -> None:
-    medians = "  ".join(f"{name} {statistics.median(seconds):.3f} s" for name, seconds in times.items())
-    print(f"  {title}: {medians}")
-    for name, seconds in times.items():
-        if name == "ours":
-            continue
-        ratio = statistics.median(own / other for own, other in zip(times["ours"], seconds, strict=True))
+    fastest = {name: min(seconds) for name, seconds in times.items()}
+    print(f"  {title}: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in fastest.items()))
+    for name, seconds in fastest.items():
         if name == "products":
-            print(f"    share of the limit {1 / ratio:.2f} (aim: at least 0.85)")
-        else:
-            print(f"    time, ours / {name} {ratio:.3f}" + (f" (aim: at most {aim})" if name == "published" else ""))
+            print(f"    share of the limit {seconds / fastest['ours']:.2f} (aim: at least 0.85)")
+        elif name != "ours":
+            aimed = f" (aim: at most {aim})" if name == "published" else ""
+            print(f"    time, ours / {name} {fastest['ours'] / seconds:.3f}{aimed}", flush=True)
 
 
 def report_memory(title: str, calls: dict[str, Callable[[], object]], aim: float | None, device: str) -> None:

@@ -136,7 +136,9 @@ class Evaluate:
     feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
     batch_size: Count = 64
     reference_samples: Count | None = None  # training pictures compared with, evenly spaced over all; null: all of them
-    untrained_baseline: StrictBool = True  # also measures the network before its first step
+    untrained_baseline: StrictBool = (
+        False  # also samples and measures the network before its first step: twice the work
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -188,7 +188,7 @@ class Denoiser(nn.Module):
 
         Args:
             x: (B, C, H, W), any float dtype; the computation runs in the parameters' dtype.
-            t: (B,) timesteps in [0, 1000), integer or continuous.
+            t: (B,) timesteps, 0 to 1000, integer or continuous.
             y: (B,) class labels in 0..num_classes (the last is the null label), or (B, condition_dim) vectors.
             iterations: FPDM: (n, m) for n iterations without and m with graph, or k for (0, k). DiT ignores it.
             start: FPDM: (B, T, D) iterate to start from; by default the tokens after the pre-layers.

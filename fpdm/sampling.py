@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from fpdm.denoiser import Denoised, Denoiser
+from fpdm.denoiser import Denoised, Denoiser, DenoiserConfig
 from fpdm.diffusion import Diffusion, GaussianSchedule, interpolate_log_variance, split_prediction
 from fpdm.fixed_point import Solver
 
@@ -82,7 +82,7 @@ class GaussianSampler:
     ) -> Tensor:
         abar, previous = self._abar[k], self._previous[k]
         sigma = self._eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)) ** 0.5
-        mean = previous**0.5 * clean + (1 - previous - sigma**2) ** 0.5 * epsilon
+        mean = previous**0.5 * clean + max(0.0, 1 - previous - sigma**2) ** 0.5 * epsilon
         return mean if k == 0 or noise is None else mean + sigma * noise
 
 
@@ -187,6 +187,9 @@ def sample(
     Raises:
         ValueError: for arguments that do not fit, and for samples that came out non-finite or constant.
     """
+    channels = model.config.in_channels if guidance_channels is None else guidance_channels
+    low, high = (bound * diffusion.num_timesteps for bound in guidance_interval)
+    _check(model.config, diffusion, labels, channels, low <= high)
     steps = build_sampler(diffusion, sampler, num_steps, eta)
     counts = _one_a_step("iterations", iterations, num_steps, model.config.kind == "fpdm")
     reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
@@ -194,10 +197,8 @@ def sample(
         raise ValueError(
             f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step's number"
         )
-    channels = model.config.in_channels if guidance_channels is None else guidance_channels
     x, solution = noise.float(), None
     for i, t in enumerate(steps.timesteps):
-        low, high = (bound * diffusion.num_timesteps for bound in guidance_interval)
         guided = guidance_scale != 1 and low <= t <= high
         y = torch.cat([labels, model.config.null_condition(labels)]) if guided else labels
         inputs = torch.cat([x, x]) if guided else x
@@ -222,6 +223,20 @@ def sample(
         x = steps.step(i, output, x, None if last or step_noise is None else step_noise(i))
     require_sound(x)
     return x
+
+
+def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor, channels: int, interval_ordered: bool) -> None:
+    if config.learned_variance != diffusion.learned_variance:
+        raise ValueError(
+            f"learned_variance: {config.learned_variance} in the model, {diffusion.learned_variance} in the diffusion; "
+            "set both to what the model was trained with"
+        )
+    if not 1 <= channels <= config.in_channels:
+        raise ValueError(f"guidance_channels: {channels} is outside 1..{config.in_channels}")
+    if not interval_ordered:
+        raise ValueError("guidance_interval: its lower bound is above its upper one; give (low, high)")
+    if config.condition_dim is None and not 0 <= int(labels.min()) <= int(labels.max()) <= config.num_classes:
+        raise ValueError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{config.num_classes}")
 
 
 def _one_a_step(name: str, values: Sequence[Any] | None, num_steps: int, needed: bool) -> Sequence[Any]:

@@ -89,7 +89,7 @@ def read_config(folder: str | Path) -> DenoiserConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_extra(folder: str | Path) -> dict[str, object]:
+def read_extra(folder: str | Path) -> dict[str, Any]:
     """What was passed as `extra` to `save_pretrained`."""
     return json.loads((Path(folder) / CONFIG_NAME).read_text()).get("extra", {})
 

@@ -7,6 +7,7 @@ pickle; the networks of this project are small enough for that (XL/2: 1.4 GB).
 
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def save(
 def export_weights(recipe: Recipe, averages: dict[str, Tensor], samples_seen: int) -> None:
     """Writes averaged weights in diffusers' layout: what sampling reads."""
     with atomic_folder(weights_folder(recipe, samples_seen)) as folder:
-        save_pretrained(averages, denoiser_config(recipe), folder)
+        # The objective goes with the weights: a v-predicting network sampled as if it predicted noise still draws.
+        save_pretrained(averages, denoiser_config(recipe), folder, {"objective": asdict(recipe.objective)})
 
 
 def complete_checkpoints(recipe: Recipe) -> list[Path]:

@@ -21,9 +21,11 @@ def evaluate(recipe: Recipe) -> None:
     from pipeline.evaluation import Evaluation
 
     evaluation = Evaluation(recipe)
-    for pictures in evaluation.compared:
-        if not evaluation.path_of(pictures).exists():
-            evaluation.measure(pictures)
+    missing = [pictures for pictures in evaluation.compared if not evaluation.path_of(pictures).exists()]
+    for pictures in missing:
+        pictures.open()  # samples that are not there are named now, not after minutes of work on the others
+    for pictures in missing:
+        evaluation.measure(pictures)
     metrics = evaluation.metrics()
     write_json(recipe.folder / "metrics.json", metrics)
     for found in metrics["measurements"]:

@@ -77,8 +77,9 @@ class Evaluation:
         key = content_key([pictures.content, self.weights.sha256])
         path = self.recipe.folder / "eval" / "statistics" / f"{pictures.name}-{key}.npz"
         if not path.exists():
+            extractor = self.extractor
             bar = tqdm(pictures.open(), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
-            found = statistics(extract(self.extractor, bar, self.recipe.evaluate.batch_size))
+            found = statistics(extract(extractor, bar, self.recipe.evaluate.batch_size))
             write_arrays(path, mean=found.mean, covariance=found.covariance, count=found.count)
         arrays = read_arrays(path, "python pipeline/eval_fid.py")
         return Statistics(arrays["mean"], arrays["covariance"], int(arrays["count"]))

@@ -68,7 +68,7 @@ def samples(recipe: Recipe, name: str, weights: str) -> PictureSet:
 
 def by_class(recipe: Recipe, label: int, count: int) -> tuple[str, list[NDArray[np.uint8]]]:
     """The name of a class, and its first pictures of the reference."""
-    source = SOURCES[recipe.data.source](recipe.data.images)
+    source = SOURCES[recipe.data.source](recipe.data.images, "data.images")
     entries = [entry for entry in source.entries if entry.label == label]
     return source.class_names[label], list(islice(_read(recipe, source, entries), count))
 
@@ -76,7 +76,7 @@ def by_class(recipe: Recipe, label: int, count: int) -> tuple[str, list[NDArray[
 def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> PictureSet:
     """At most `limit` pictures of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     data = recipe.data
-    source = SOURCES[data.source](path)
+    source = SOURCES[data.source](path, "data.images" if name == "reference" else "data.held_out")
     found = len(source.entries)
     size = min(limit or found, found)
     chosen = [source.entries[place * found // size] for place in range(size)]

@@ -27,7 +27,7 @@ from fpdm.allocation import allocate
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
 from fpdm.sampling import sample as sample_latents
-from fpdm.weights import WEIGHTS_NAME, load_pretrained
+from fpdm.weights import WEIGHTS_NAME, load_pretrained, read_config, read_extra
 from pipeline.arrays import read_arrays, write_arrays
 from pipeline.distributed import rank_and_world_size, share_cores
 from pipeline.run_folder import find_weights
@@ -73,10 +73,14 @@ class SampleSet:
 
 
 def sample_set(recipe: Recipe, weights: str) -> SampleSet:
-    """Resolves `weights`, "latest" or a number of samples seen. Raises UserError where there are none."""
+    """Resolves `weights`, "latest" or a number of samples seen.
+
+    Raises UserError where there are none, or where they are another network's than the recipe's.
+    """
     samples_seen, folder = find_weights(recipe, weights)
     settings = {
         "weights_sha256": sha256_file(folder / WEIGHTS_NAME),
+        "network": _network_settings(recipe, folder),
         "seed": recipe.seed,
         "sample": {name: value for name, value in asdict(recipe.sample).items() if name not in NOT_OF_THE_PICTURE},
         "objective": asdict(recipe.objective),
@@ -116,7 +120,7 @@ def generate(recipe: Recipe, weights: str, rank: int = 0, world_size: int = 1) -
     if rank == 0:
         write_json(wanted.folder / "settings.json", wanted.settings)
     device = _device()
-    model = _load_network(recipe, wanted.weights).to(device)
+    model = _load_network(wanted.weights).to(device)
     vae = Encoder(recipe.vae, device)
     total = sum(end - first for first, end in spans)
     with tqdm(total=total, unit="picture", desc=f"sample {wanted.samples_seen}", disable=rank != 0) as bar:
@@ -130,19 +134,26 @@ def generate(recipe: Recipe, weights: str, rank: int = 0, world_size: int = 1) -
     return wanted.folder
 
 
-def _load_network(recipe: Recipe, folder: Path) -> Denoiser:
-    """In float32. Raises UserError where the weights are damaged, or of another network than the recipe's."""
+def _load_network(folder: Path) -> Denoiser:
+    """In float32. Raises UserError where the weights are damaged."""
     try:
-        model = load_pretrained(folder)
+        return load_pretrained(folder).float().eval()
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error}); delete it and run python pipeline/train.py again") from None
-    found, wanted = asdict(model.config), asdict(denoiser_config(recipe))
-    if found != wanted:
-        name = next(name for name in wanted if found[name] != wanted[name])
-        raise UserError(
-            f"{folder}: weights of a network with {name} {found[name]}, the recipe has {wanted[name]}; set that"
-        )
-    return model.float().eval()
+
+
+def _network_settings(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The network that the weights belong to. Raises UserError where the recipe means another network or objective."""
+    try:
+        found = asdict(read_config(folder))
+        trained_for = read_extra(folder).get("objective", {})
+    except ValueError as error:
+        raise UserError(f"{error}; delete the folder and run python pipeline/train.py again") from None
+    for there, wanted in ((found, denoiser_config(recipe)), (trained_for, recipe.objective)):
+        for name, value in asdict(wanted).items():
+            if there.get(name) != value:
+                raise UserError(f"{folder}: weights with {name} {there.get(name)}, the recipe has {value}; set that")
+    return found
 
 
 def labels_of(index: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     not here yet is left unknown.
     """
     data, vae = recipe.data, recipe.vae
-    source = SOURCES[data.source](data.images)
+    source = SOURCES[data.source](data.images, "data.images")
     classes = len(source.class_names)
     if classes != recipe.model.num_classes:
         raise UserError(
@@ -104,13 +104,21 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
 
 def _check_settings(encoding: Encoding) -> None:
     """Refuses a folder whose shards were made with other settings: another data set is never overwritten."""
-    for path, there in recorded_settings(encoding.folder):
-        different = [name for name, now in encoding.settings.items() if now is not None and there.get(name) != now]
-        if different:
-            raise UserError(
-                f"data.shards: {path} was made with another {different[0]} ({there.get(different[0])}; now "
-                f"{encoding.settings[different[0]]}); choose another folder, or delete {encoding.folder}"
-            )
+    wanted = _flat(encoding.settings)
+    for path, recorded in recorded_settings(encoding.folder):
+        there = _flat(recorded)
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                raise UserError(
+                    f"data.shards: {path} was made with another {name} ({there.get(name)}; now {value}); "
+                    f"choose another folder, or delete {encoding.folder}"
+                )
+
+
+def _flat(settings: Settings) -> Settings:
+    """The VAE's identity, where it is known, beside the other settings."""
+    vae = {f"vae.{name}": value for name, value in (settings["vae"] or {}).items()}
+    return {name: value for name, value in settings.items() if name != "vae"} | vae
 
 
 def check_disk(encoding: Encoding, missing: int) -> str:

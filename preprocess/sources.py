@@ -37,16 +37,19 @@ class FolderSource:
     to folders or to files outside.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, field: str = "data.images") -> None:
+        """`field` is what of the recipe names the folder; errors begin with it."""
+        self.path, self.field = Path(path), field
         self.left_out = 0
         if not self.path.is_dir():
-            raise UserError(f"data.images: {path} is not a folder; it should hold one sub-folder of pictures a class")
+            raise UserError(f"{self.field}: {path} is not a folder; it should hold one sub-folder of pictures a class")
         items = self._scan("")
         self.class_names = [item.name for item in items if item.is_dir()]
         alone = [item.name for item in items if not item.is_dir() and _is_picture(item.name)]
         if self.class_names and alone:
-            raise UserError(f"data.images: {path} holds both pictures ({alone[0]}) and folders; move them into classes")
+            raise UserError(
+                f"{self.field}: {path} holds both pictures ({alone[0]}) and folders; move them into classes"
+            )
         if self.class_names:
             self.left_out = len(items) - len(self.class_names)
             entries = [self._class_entries(name, label) for label, name in enumerate(self.class_names)]
@@ -63,7 +66,7 @@ class FolderSource:
         files = sorted(self._files(name))
         pictures = [Entry(key, label, size) for key, size in files if _is_picture(key)]
         if not pictures:
-            raise UserError(f"data.images: {self.path / name} holds no pictures; fill it or remove it")
+            raise UserError(f"{self.field}: {self.path / name} holds no pictures; fill it or remove it")
         self.left_out += len(files) - len(pictures)
         return pictures
 
@@ -82,7 +85,7 @@ class FolderSource:
             with os.scandir(self.path / folder) as items:
                 visible = sorted((item for item in items if not item.name.startswith(".")), key=lambda item: item.name)
         except PermissionError as error:
-            raise UserError(f"data.images: {error.filename} cannot be listed; make it readable or remove it") from None
+            raise UserError(f"{self.field}: {error.filename} cannot be listed; make it readable or remove it") from None
         for item in visible:
             if item.is_symlink():
                 self._check_link(Path(item.path))
@@ -92,12 +95,12 @@ class FolderSource:
         target = Path(os.path.realpath(link))
         if not target.is_file() or not target.is_relative_to(os.path.realpath(self.path)):
             raise UserError(
-                f"data.images: {link} is a symbolic link to {target}, which is no file inside {self.path}; "
+                f"{self.field}: {link} is a symbolic link to {target}, which is no file inside {self.path}; "
                 "copy the pictures, or name the folder they are in"
             )
 
 
-SOURCES: dict[str, Callable[[str], Source]] = {"folder": FolderSource}
+SOURCES: dict[str, Callable[[str, str], Source]] = {"folder": FolderSource}
 
 
 def fingerprint(source: Source) -> str:

@@ -27,7 +27,7 @@ def work(folder: str) -> None:
         print(fault, flush=True)
         faults += 1
     if faults:
-        raise UserError(f"{folder}: {faults} faults, listed above")
+        raise UserError(f"{folder}: not whole, the faults are listed above ({faults})")
     print(f"{folder}: {len(shards):,} samples in {len(shards.index['shardlist'])} shards, all whole")
 
 

@@ -42,8 +42,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Recipe
 
     from fpdm import rng
     from fpdm.denoiser import build_denoiser
-    from fpdm.weights import save_pretrained
-    from pipeline.run_folder import weights_folder
+    from pipeline.checkpoint import export_weights
 
     folder = tmp_path_factory.mktemp("tiny-run")
     recipe = Recipe(
@@ -62,7 +61,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Recipe
             name: parameter + 0.1 * rng.normal(samples_seen, name, torch.arange(1), tuple(parameter.shape))[0]
             for name, parameter in build_denoiser(config, seed=0).named_parameters()
         }
-        save_pretrained(state, config, weights_folder(recipe, samples_seen))
+        export_weights(recipe, state, samples_seen)
     return recipe
 
 

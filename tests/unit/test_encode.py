@@ -1,6 +1,7 @@
 """Encoding is a pure function of pictures and settings: no kill, number of workers or batch size changes it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,14 @@ def test_shards_of_other_settings_are_never_overwritten(recipe: Recipe, field: s
     with pytest.raises(UserError, match=rf"data\.shards: .*made with another {field}"):
         encode(changed(recipe, "data", **{field: value}))
     assert contents(recipe) == before
+
+
+def test_shards_of_another_vae_are_never_overwritten(recipe: Recipe, tmp_path: Path) -> None:
+    encode(recipe)
+    other = shutil.copytree(recipe.vae.path, tmp_path / "other-vae")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(UserError, match=r"another vae\.config_sha256 \(\w{64}; now \w{64}\); choose another folder"):
+        encode(changed(recipe, "vae", path=str(other)))
 
 
 def test_shards_of_other_pictures_are_never_overwritten(recipe: Recipe) -> None:

@@ -218,7 +218,7 @@ def test_defect_a3_peak_memory_does_not_grow_with_the_iterations_without_gradien
 
     with_graph = growth(0, 12)
     assert with_graph > 30_000  # KiB; so that the comparison says something
-    assert growth(12, 1) < 0.1 * with_graph
+    assert growth(12, 1) < 0.25 * with_graph
 
 
 def test_counts_are_the_same_on_every_rank_and_as_drawn_in_algorithm_1():

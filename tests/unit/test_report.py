@@ -88,10 +88,14 @@ def test_another_reference_is_another_measurement(recipe: Recipe) -> None:
     assert not eval_fid.finished(recipe)  # metrics.json is the other recipe's now
 
 
-def test_missing_samples_name_the_command(recipe: Recipe) -> None:
-    more = replace(recipe, sample=replace(recipe.sample, num_samples=11))
-    with pytest.raises(UserError, match=r"samples 10 to 10 of 11 are missing; run python pipeline/sample\.py"):
-        eval_fid.evaluate(more)
+def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -> None:
+    fewer = replace(recipe, evaluate=replace(recipe.evaluate, reference_samples=5))
+    for chunk in samples.sample_set(recipe, "0").folder.glob("chunk-*"):
+        chunk.unlink()
+    before = sorted((recipe.folder / "eval").rglob("*"))
+    with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
+        eval_fid.evaluate(fewer)
+    assert sorted((recipe.folder / "eval").rglob("*")) == before
 
 
 def test_the_reference_is_spaced_over_all_classes(recipe: Recipe) -> None:

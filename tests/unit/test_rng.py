@@ -52,7 +52,7 @@ def test_seed_stream_and_index_each_change_what_is_drawn():
 
 
 def test_uniforms_fill_the_unit_interval_evenly():
-    values = rng.uniform(0, "u", torch.arange(400), (50,))
+    values = rng.uniform(0, "u", torch.arange(2000), (50,))
     assert values.dtype == torch.float32
     assert 0 <= values.min() < 1e-4
     assert 1 - 1e-4 < values.max() < 1

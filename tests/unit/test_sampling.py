@@ -33,7 +33,9 @@ class Exact(torch.nn.Module):
     def __init__(self, diffusion, clean, null_offset=0.0):
         super().__init__()
         self.diffusion, self.clean, self.null_offset = diffusion, clean, null_offset
-        self.config = DenoiserConfig(kind="dit", input_size=4, in_channels=4, num_classes=3)
+        self.config = DenoiserConfig(
+            kind="dit", input_size=4, num_classes=3, learned_variance=diffusion.learned_variance
+        )
         self.calls = []
 
     def forward(self, x, t, y, **options):
@@ -232,6 +234,21 @@ def test_ddim_with_eta_one_has_the_spread_of_ancestral_sampling():
         assert 0 < lower < upper
 
 
+def test_defect_c7_a_model_and_a_diffusion_that_disagree_on_the_variance_are_refused():
+    index = torch.arange(2)
+    diffusion = Diffusion(prediction="v", learned_variance=False)
+    with pytest.raises(ValueError, match="learned_variance: True in the model, False in the diffusion"):
+        sample(network(), diffusion, noise_of(index), index, num_steps=2, iterations=[1, 1])
+
+
+def test_stochastic_ddim_is_finite_for_any_number_of_steps():
+    diffusion = PROCESSES["v zero snr"]
+    x, output = noise_of(torch.arange(1)), torch.zeros(1, 8, 4, 4)
+    for num_steps in (1, 2, 3, 28, 250, 1000):
+        sampler = build_sampler(diffusion, "ddim", num_steps, eta=1.0)
+        assert all(sampler.step(i, output, x, x).isfinite().all() for i in range(num_steps))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_non_finite_sample_is_reported_by_its_row(bad):
     samples = noise_of(torch.arange(5))
@@ -269,6 +286,8 @@ def test_a_model_that_went_to_nan_is_refused_at_the_end_of_sampling():
         ({"iterations": None}, "iterations: None for 2 steps"),
         ({"iterations": [1, 2, 3]}, "iterations: 3 values for 2 steps"),
         ({"reuse": [True]}, "reuse: 1 values for 2 steps"),
+        ({"guidance_channels": 5}, "guidance_channels: 5 is outside 1..4"),
+        ({"guidance_interval": (0.7, 0.3)}, "guidance_interval: "),
     ],
 )
 def test_settings_that_do_not_fit_are_named(options, message):
@@ -276,5 +295,9 @@ def test_settings_that_do_not_fit_are_named(options, message):
     options = {"num_steps": 2, "iterations": [1, 1], **options}
     with pytest.raises(ValueError, match=f"^{message}"):
         sample(network(), Diffusion(prediction="v"), noise_of(index), index, **options)
+    with pytest.raises(ValueError, match=r"labels: 1..4 are outside 0..3"):
+        sample(
+            network(), Diffusion(prediction="v"), noise_of(index), torch.tensor([1, 4]), num_steps=2, iterations=[1, 1]
+        )
     with pytest.raises(ValueError, match="sampler: 'ddim' does not fit prediction 'flow'"):
         build_sampler(FLOW, "ddim", 2)
