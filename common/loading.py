@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+import common.recipe
 from common.errors import UserError
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 
@@ -80,10 +81,11 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """The first fault as one line: field, what was found, what is allowed."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
+    faults = [(_field_path(fault["loc"]), fault) for fault in error.errors(include_url=False)]
+    path, first = faults[0]
+    same = [fault for where, fault in faults if where == path]  # a field of two types has a fault of each
+    others = f" (and {len(faults) - len(same)} more)" if len(faults) > len(same) else ""
     name = ".".join(path) or "recipe"
-    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] in ("unexpected_keyword_argument", "dataclass_exact_type"):
         allowed = sorted(_fields(path[:-1]))
         near = difflib.get_close_matches(path[-1], allowed, n=1)
@@ -91,7 +93,14 @@ def _explain(error: ValidationError) -> str:
         return f"{name}: unknown key; {hint}{others}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{name}: missing; every recipe states it{others}"
-    return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}; found {first['input']!r}{others}"
+    reasons = [fault["msg"].removeprefix("Input ") for fault in same]
+    return f"{name}: {' or '.join(r[0].lower() + r[1:] for r in reasons)}; found {first['input']!r}{others}"
+
+
+def _field_path(location: tuple[int | str, ...]) -> list[str]:
+    """pydantic's location without its own words for the members of a union, such as `constrained-int`."""
+    classes = vars(common.recipe)
+    return [str(part) for part in location if isinstance(part, int) or (part.isidentifier() and part not in classes)]
 
 
 def _fields(sections: Sequence[str]) -> list[str]:
@@ -103,6 +112,12 @@ def _fields(sections: Sequence[str]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
+def _sampler(recipe: Recipe) -> Any:
+    from fpdm.sampling import build_sampler
+
+    return build_sampler(diffusion(recipe), recipe.sample.sampler, recipe.sample.num_steps)
+
+
 def _check_together(recipe: Recipe) -> None:
     """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
     resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
@@ -111,15 +126,11 @@ def _check_together(recipe: Recipe) -> None:
     side = latent_shape(recipe)[1]
     if side % recipe.model.patch_size:
         raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
-    weights = recipe.sample.weights
-    if weights != "latest" and not weights.isdigit():
-        raise ValueError(f"sample.weights: found {weights!r}; allowed: latest, or a number of samples seen")
-    if recipe.sample.num_steps > recipe.objective.num_timesteps:
+    if recipe.train.precision == "bf16" and recipe.train.zero_stage == 0:
         raise ValueError(
-            f"sample.num_steps: {recipe.sample.num_steps} is above objective.num_timesteps, "
-            f"{recipe.objective.num_timesteps}; use that or fewer"
+            "train.zero_stage: 0 keeps no fp32 parameters beside bf16 ones; use 1, 2 or 3, or precision fp32"
         )
-    for section, build in (("model", denoiser_config), ("objective", diffusion)):
+    for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
         try:
             build(recipe)
         except ValueError as error:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from fpdm.denoiser import DenoiserConfig
     from fpdm.diffusion import Diffusion
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[StrictInt, Field(ge=1)]
 CountOrZero = Annotated[StrictInt, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -53,7 +55,9 @@ class Data:
 class VAE:
     """The autoencoder. Channels and downsampling are here too, so that a dry run needs no weights; they are checked."""
 
-    path: str = "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder, or a hub id
+    path: str = (
+        "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder (./folder is never taken for a hub id), or a hub id
+    )
     revision: str | None = None
     latent_channels: Count = 4
     downsampling: Count = 8
@@ -99,7 +103,7 @@ class Train:
     warmup_samples: CountOrZero = 0
     cosine_decay: StrictBool = False  # to zero at total_samples; constant otherwise, as in the paper
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # of the global norm; 0: none
     label_dropout: Fraction = 0.1
     # S-JFB: n ~ U{0..N} iterations without gradient, m ~ U{1..M} with. The paper's main models use 12 and 12; its own
@@ -108,7 +112,7 @@ class Train:
     max_grad_iterations: Count = 6
     ema_decay: Fraction = 0.9999  # a step of `ema_reference_batch` samples
     ema_reference_batch: Count = 512
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     zero_stage: Literal[0, 1, 2, 3] = 2
     checkpoint_samples: Count = 5_120_000
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
@@ -120,13 +124,13 @@ class Sample:
     num_samples: Count = 50_000
     batch_size: Count = 32  # of one process at once; sample i does not depend on it
     chunk_samples: Count = 1000  # of one file
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
     num_steps: Count = 28
     iterations: Count = 8  # mean of a step; 28 steps of 8 with one pre and one post layer are the paper's 280 blocks
     allocation: Literal["constant", "more_at_noise", "more_at_data"] = "constant"
     reuse: StrictBool = True  # start a step from the previous step's solution
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none
-    weights: str = "latest"  # samples seen, or "latest"
+    weights: Literal["latest"] | CountOrZero = "latest"  # or a number of samples seen
     save_images: Count = 64  # as many of each set are drawn into samples.png
 
 
@@ -158,7 +162,7 @@ class Recipe:
 
     name: Name
     runs: str = "runs"
-    seed: CountOrZero = 0
+    seed: Seed = 0
     demo: DemoPictures | None = None
     data: Data = Data()
     vae: VAE = VAE()

@@ -199,9 +199,9 @@ class Denoiser(nn.Module):
             ValueError: for a shape that does not fit the config, or an FPDM without iterations.
         """
         self._check(x, t, y)
-        dtype = self.pos_embed.dtype
+        dtype = self.x_embedder.proj.weight.dtype  # not the buffer's: DeepSpeed casts parameters alone
         call = _checkpointed if activation_checkpointing else _plain
-        tokens = self.x_embedder(x.to(dtype)) + self.pos_embed  # (B, T, D)
+        tokens = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)  # (B, T, D)
         label = self.y_embedder(y.to(dtype) if y.is_floating_point() else y)  # (B, D)
         timed = self.t_embedder(t, dtype) + label
         if self.config.kind == "dit":

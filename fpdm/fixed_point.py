@@ -41,10 +41,8 @@ def sjfb_counts(seed: int, step: int, max_no_grad: int, max_grad: int) -> tuple[
         raise ValueError(f"max_no_grad: {max_no_grad} is negative; choose 0 or more")
     if max_grad < 1:
         raise ValueError(f"max_grad: {max_grad} leaves no iteration to differentiate; choose 1 or more")
-    index = torch.tensor([step])
-    n = rng.integers(seed, "sjfb/no_grad", index, max_no_grad + 1)
-    m = rng.integers(seed, "sjfb/grad", index, max_grad)
-    return int(n), 1 + int(m)
+    both = rng.integers(seed, "sjfb", torch.tensor([step]), (max_no_grad + 1) * max_grad)
+    return int(both) // max_grad, 1 + int(both) % max_grad
 
 
 def solve_implicit(

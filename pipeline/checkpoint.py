@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import atomic_folder, read_json, sha256_file, write_json
+from common.files import atomic_folder, content_key, read_json, sha256_file, write_json
 from common.recipe import Recipe, denoiser_config
 from fpdm.weights import save_pretrained
 from pipeline.run_folder import weights_folder
@@ -48,21 +48,34 @@ def save(
     for moment in MOMENTS:
         state |= {f"{moment}.{name}": tensor for name, tensor in gather(engine, moment_shards(engine, moment)).items()}
     if engine.global_rank == 0:
-        export_weights(recipe, averages, samples_seen)
+        _refuse_non_finite(recipe, state, samples_seen)
+        export_weights(recipe, averages, samples_seen, identity)
         with atomic_folder(folder_of(recipe) / f"{samples_seen:012d}") as folder:
             save_file(state, folder / STATE)
             marker = {"samples_seen": samples_seen, "sha256": sha256_file(folder / STATE), "identity": identity}
-            write_json(folder / MARKER, marker)
+            write_json(folder / MARKER, {"marker": marker, "key": content_key(marker)})
         for old in complete_checkpoints(recipe)[: -recipe.train.keep_checkpoints]:
             shutil.rmtree(old)
     torch.distributed.barrier()
 
 
-def export_weights(recipe: Recipe, averages: dict[str, Tensor], samples_seen: int) -> None:
-    """Writes averaged weights in diffusers' layout: what sampling reads."""
+def _refuse_non_finite(recipe: Recipe, state: dict[str, Tensor], samples_seen: int) -> None:
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"train.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of this; "
+                f"lower it from {recipe.train.learning_rate}"
+            )
+
+
+def export_weights(
+    recipe: Recipe, averages: dict[str, Tensor], samples_seen: int, identity: dict[str, Any] | None = None
+) -> None:
+    """Writes averaged weights in diffusers' layout: what sampling reads. `identity`: of the run they come from."""
     with atomic_folder(weights_folder(recipe, samples_seen)) as folder:
         # The objective goes with the weights: a v-predicting network sampled as if it predicted noise still draws.
-        save_pretrained(averages, denoiser_config(recipe), folder, {"objective": asdict(recipe.objective)})
+        extra: dict[str, object] = {"objective": asdict(recipe.objective), "run": identity}
+        save_pretrained(averages, denoiser_config(recipe), folder, extra)
 
 
 def complete_checkpoints(recipe: Recipe) -> list[Path]:
@@ -80,11 +93,10 @@ def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> tuple[int, di
 
     folders = complete_checkpoints(recipe)
     for folder in reversed(folders):
-        marker = read_json(folder / MARKER)
-        if not (folder / STATE).exists() or sha256_file(folder / STATE) != marker["sha256"]:
-            warnings.warn(
-                f"{folder / STATE}: damaged (its checksum differs); taking the checkpoint before it", stacklevel=2
-            )
+        marker = _read_marker(folder)
+        if marker is None or not (folder / STATE).exists() or sha256_file(folder / STATE) != marker["sha256"]:
+            damaged = folder / (MARKER if marker is None else STATE)
+            warnings.warn(f"{damaged}: damaged (its checksum differs); taking the checkpoint before it", stacklevel=2)
             continue
         _refuse_changes(folder, marker["identity"], identity)
         return marker["samples_seen"], load_file(folder / STATE)
@@ -93,6 +105,17 @@ def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> tuple[int, di
             f"{folder_of(recipe)}: none of its {len(folders)} checkpoints is whole; delete it to start again"
         )
     return None
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    """The marker of a checkpoint; None where it is not as it was written."""
+    try:
+        sealed = read_json(folder / MARKER)
+    except UserError:
+        return None
+    if not isinstance(sealed, dict) or sealed.get("key") != content_key(sealed.get("marker")):
+        return None
+    return sealed["marker"]
 
 
 def restore(engine: Any, ema: ExponentialMovingAverage, state: dict[str, Tensor], steps: int) -> None:

@@ -2,10 +2,11 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+
+from slurm.cluster import free_port
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -60,12 +61,6 @@ def _from_srun() -> dict[str, int | str]:
     if nodes > 1:
         found["MASTER_ADDR"] = SlurmJobEnvironment().hostnames[0]
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Evaluation:
         """What is measured against the reference, the recipe's own samples first."""
         sets = [picture_sets.samples(self.recipe, "trained", self.recipe.sample.weights)]
         if self.recipe.evaluate.untrained_baseline:
-            sets.append(picture_sets.samples(self.recipe, "untrained", "0"))
+            sets.append(picture_sets.samples(self.recipe, "untrained", 0))
         if self.recipe.data.held_out is not None:
             sets += [picture_sets.held_out(self.recipe), picture_sets.reconstruction(self.recipe)]
         return sets

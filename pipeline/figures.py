@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.recipe import Recipe
 from pipeline.picture_sets import by_class
+from pipeline.run_folder import Weights
 from pipeline.samples import iterate_samples, sample_set, wanted_weights
 
 MAX_CLASSES = 8
@@ -47,12 +48,12 @@ def class_panels(recipe: Recipe) -> list[list[Block]]:
     return panels
 
 
-def _origin(recipe: Recipe, weights: str) -> str:
+def _origin(recipe: Recipe, weights: Weights) -> str:
     samples_seen = sample_set(recipe, weights).samples_seen
     return f"drawn after {samples_seen:,} training samples" if samples_seen else "drawn before training"
 
 
-def _samples_by_class(recipe: Recipe, weights: str, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
+def _samples_by_class(recipe: Recipe, weights: Weights, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
     """The first samples of each class; a set of few samples may have fewer than `each`."""
     found: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
     for images, labels in iterate_samples(sample_set(recipe, weights).folder, recipe.sample.num_samples):

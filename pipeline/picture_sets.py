@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.recipe import Recipe
+from pipeline.run_folder import Weights
 from pipeline.samples import iterate_samples, sample_set, vae_settings
 from preprocess.encoder import Encoder, draw_latents
 from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
@@ -53,7 +54,7 @@ def reconstruction(recipe: Recipe) -> PictureSet:
     )
 
 
-def samples(recipe: Recipe, name: str, weights: str) -> PictureSet:
+def samples(recipe: Recipe, name: str, weights: Weights) -> PictureSet:
     """The pictures drawn from `weights`; their files are looked for when the set is opened."""
     found = sample_set(recipe, weights)
     count = recipe.sample.num_samples

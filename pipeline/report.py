@@ -94,7 +94,13 @@ def _inputs(recipe: Recipe) -> str:
             f"{recipe.folder / 'metrics.json'}: not there, or of other settings than this recipe's; "
             "run python pipeline/eval_fid.py with this recipe first"
         )
-    files = [recipe.folder / name for name in ("metrics.json", "metrics.jsonl")]
+    files = [recipe.folder / name for name in ("metrics.json", "metrics.jsonl", "provenance.jsonl")]
+    for path in files:
+        if not path.exists():
+            raise UserError(
+                f"{path}: not there, and the report shows it; run python pipeline/train.py with this recipe"
+            )
+    files.pop()  # says when and where, which is nothing new to show
     return content_key([dump_recipe(recipe), *(sha256_file(path) for path in files)])
 
 

@@ -6,6 +6,8 @@
 Run it again to go on: finished stages are recognised and skipped.
 """
 
+import os
+import shlex
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -41,7 +43,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for number, stage in enumerate(stages, 1):
         run_stage(stage, recipe, arguments.cluster, f"[{number}/{len(stages)}] {stage.name}")
-    say_where(recipe, arguments.config)
+    say_where(recipe)
 
 
 def plan(recipe: Recipe, stages: list["Stage"], cluster: str) -> list[str]:
@@ -75,7 +77,7 @@ def run_stage(stage: "Stage", recipe: Recipe, cluster: str, title: str) -> None:
         executor = slurm.executor(cluster, recipe.folder / "logs" / stage.name, stage.name, stage.resources(recipe))
     except ValueError as error:
         raise UserError(str(error)) from None
-    outcomes = slurm.run(executor, Job.of(stage, recipe))
+    outcomes = slurm.run(executor, Job.of(stage, recipe), failed=lambda outcome: "error" in outcome)
     for outcome in outcomes:
         if "error" in outcome:
             raise UserError(outcome["error"])
@@ -84,14 +86,15 @@ def run_stage(stage: "Stage", recipe: Recipe, cluster: str, title: str) -> None:
     print(f"{title}: done in {seconds:.0f} s", flush=True)
 
 
-def say_where(recipe: Recipe, config: str) -> None:
+def say_where(recipe: Recipe) -> None:
     """The last lines of a run: where the results lie, and what to do next."""
     folder = recipe.folder
     print(
         f"\nreport:   {folder / 'report.html'}\npictures: {folder / 'samples.png'}\nnumbers:  {folder / 'metrics.json'}"
     )
-    print("\nnext: train longer from where it stopped, then sample and measure again:")
-    print(f"  python pipeline/run.py --config {config} train.total_samples={4 * recipe.train.total_samples}")
+    longer = (f"name={recipe.name}-longer", f"train.total_samples={4 * recipe.train.total_samples}")
+    command = shlex.join([os.path.relpath(sys.executable), *sys.argv, *longer])
+    print(f"\nnext: train four times as long, beside this run:\n  {command}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ weights/<samples seen>/ema/, samples/<samples seen>-<settings key>/, eval/, metr
 """
 
 from pathlib import Path
+from typing import Literal
 
 from common.errors import UserError
 from common.recipe import Recipe
+
+Weights = Literal["latest"] | int  # which weights: the newest, or those after a number of training samples
 
 
 def weights_folder(recipe: Recipe, samples_seen: int) -> Path:
@@ -15,7 +18,7 @@ def weights_folder(recipe: Recipe, samples_seen: int) -> Path:
     return recipe.folder / "weights" / f"{samples_seen:012d}" / "ema"
 
 
-def find_weights(recipe: Recipe, which: str) -> tuple[int, Path]:
+def find_weights(recipe: Recipe, which: Weights) -> tuple[int, Path]:
     """(samples seen, folder) of the exported weights that `which` names: "latest" or a number of samples seen.
 
     Raises UserError naming what there is.
@@ -24,7 +27,7 @@ def find_weights(recipe: Recipe, which: str) -> tuple[int, Path]:
     found = sorted(int(path.parent.name) for path in (recipe.folder / "weights").glob("[0-9]*/ema"))
     if not found:
         raise UserError(f"{recipe.folder / 'weights'}: no weights; run python pipeline/train.py with this recipe first")
-    samples_seen = found[-1] if which == "latest" else int(which)
+    samples_seen = found[-1] if which == "latest" else which
     if samples_seen not in found:
         there = ", ".join(map(str, found))
         raise UserError(

@@ -30,8 +30,8 @@ from fpdm.sampling import sample as sample_latents
 from fpdm.weights import WEIGHTS_NAME, load_pretrained, read_config, read_extra
 from pipeline.arrays import read_arrays, write_arrays
 from pipeline.distributed import rank_and_world_size, share_cores
-from pipeline.run_folder import find_weights
-from preprocess.encoder import Encoder, fetch_vae, identify
+from pipeline.run_folder import Weights, find_weights
+from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images import to_uint8
 
 CHUNK_NAME = re.compile(r"chunk-(\d+)-(\d+)\.npz")
@@ -56,10 +56,10 @@ def finished(recipe: Recipe) -> bool:
         return False
 
 
-def wanted_weights(recipe: Recipe) -> list[str]:
-    """The weights that the recipe measures: its own, then "0", the network before its first step."""
+def wanted_weights(recipe: Recipe) -> list[Weights]:
+    """The weights that the recipe measures: its own, then 0, the network before its first step."""
     own = recipe.sample.weights
-    return [own, "0"] if recipe.evaluate.untrained_baseline and own != "0" else [own]
+    return [own, 0] if recipe.evaluate.untrained_baseline and own != 0 else [own]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SampleSet:
     settings: dict[str, Any]  # all that changes a picture, JSON-able
 
 
-def sample_set(recipe: Recipe, weights: str) -> SampleSet:
+def sample_set(recipe: Recipe, weights: Weights) -> SampleSet:
     """Resolves `weights`, "latest" or a number of samples seen.
 
     Raises UserError where there are none, or where they are another network's than the recipe's.
@@ -92,10 +92,13 @@ def sample_set(recipe: Recipe, weights: str) -> SampleSet:
 
 def vae_settings(recipe: Recipe) -> dict[str, Any]:
     """What of the autoencoder changes a picture."""
-    return asdict(identify(fetch_vae(recipe.vae), recipe.vae)) | {"precision": recipe.vae.precision}
+    folder = find_vae(recipe.vae)
+    if folder is None:
+        raise UserError(f"vae.path: {recipe.vae.path} is not here; python preprocess/encode_latents.py downloads it")
+    return asdict(identify(folder, recipe.vae)) | {"precision": recipe.vae.precision}
 
 
-def missing_chunks(recipe: Recipe, weights: str) -> list[tuple[int, int]]:
+def missing_chunks(recipe: Recipe, weights: Weights) -> list[tuple[int, int]]:
     """(first, end) of the chunks that are still to be drawn, over all ranks."""
     folder = sample_set(recipe, weights).folder
     return [span for span in chunk_spans(recipe) if not _chunk_path(folder, *span).exists()]
@@ -107,12 +110,13 @@ def chunk_spans(recipe: Recipe) -> list[tuple[int, int]]:
     return [(first, min(first + settings.chunk_samples, settings.num_samples)) for first in firsts]
 
 
-def generate(recipe: Recipe, weights: str, rank: int = 0, world_size: int = 1) -> Path:
+def generate(recipe: Recipe, weights: Weights, rank: int = 0, world_size: int = 1) -> Path:
     """Draws the chunks of this rank that are not there yet, and returns the set's folder. Chunk k belongs to
     rank k % world_size.
 
     Raises UserError where there are no such weights, or where latents or pictures come out non-finite or constant.
     """
+    fetch_vae(recipe.vae)
     wanted = sample_set(recipe, weights)
     spans = [span for span in chunk_spans(recipe)[rank::world_size] if not _chunk_path(wanted.folder, *span).exists()]
     if not spans:

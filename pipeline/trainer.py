@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_write, write_json
+from common.files import alone_in, atomic_write, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
 from fpdm.denoiser import Denoiser, build_denoiser
 from fpdm.fixed_point import sjfb_counts
-from fpdm.weights import assemble
+from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
 from pipeline.data import Stream
-from pipeline.distributed import process_group
+from pipeline.distributed import process_group, rank_and_world_size
 from pipeline.run_folder import weights_folder
 from pipeline.zero import ExponentialMovingAverage, gather
 from preprocess.shards import LatentShards
@@ -30,10 +31,11 @@ from preprocess.shards import LatentShards
 IDENTITY = {
     "model": None,
     "objective": None,
+    "data": ["flips"],
     "train": [
         *("batch_size", "learning_rate", "warmup_samples", "cosine_decay", "weight_decay", "betas"),
         *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
-        *("ema_decay", "ema_reference_batch", "precision"),
+        *("ema_decay", "ema_reference_batch"),
     ],
 }
 
@@ -42,17 +44,37 @@ def train(recipe: Recipe) -> None:
     """Trains to `train.total_samples`, from the newest checkpoint if there is one; finished runs return at once."""
     if finished(recipe):
         return
-    with process_group() as (rank, world_size):
-        try:
-            recipe = with_world_size(recipe, world_size)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    rank, world_size = rank_and_world_size()
+    try:
+        recipe = with_world_size(recipe, world_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    with alone_in(recipe.folder) if rank == 0 else nullcontext(), process_group():
         Trainer(recipe, open_shards(recipe), rank, world_size).run()
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the averaged weights of the last sample are there."""
-    return weights_folder(recipe, total_samples(recipe)).exists()
+    """Whether this recipe's averaged weights after its last sample are there."""
+    folder = weights_folder(recipe, total_samples(recipe))
+    try:
+        return folder.exists() and read_extra(folder).get("run") == identity(recipe, open_shards(recipe))
+    except UserError:  # no shards any more; the stage before this one says so
+        return False
+
+
+def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
+    """What makes a run this run and no other: field names and values, as JSON gives them back."""
+    found: dict[str, Any] = {
+        "seed": recipe.seed,
+        "data.shards": shards.index["samples_sha256"],
+        "train.precision": _precision(recipe),
+    }
+    if recipe.train.cosine_decay:  # every rate of the schedule depends on its end
+        found["train.total_samples"] = recipe.train.total_samples
+    for section, names in IDENTITY.items():
+        values = vars(getattr(recipe, section))
+        found |= {f"{section}.{name}": values[name] for name in names or values}
+    return json.loads(json.dumps(found))
 
 
 def total_samples(recipe: Recipe) -> int:
@@ -76,11 +98,12 @@ def open_shards(recipe: Recipe) -> LatentShards:
     return shards
 
 
-def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own settings, generated. `micro_batch_size` must be resolved (`with_world_size`)."""
-    settings = recipe.train
+    settings, precision = recipe.train, _precision(recipe)
     assert settings.micro_batch_size is not None
-    precision = _precision(recipe, on_gpu)
+    if precision != "fp32" and settings.zero_stage == 0:
+        raise UserError(f"train.zero_stage: 0 keeps no fp32 parameters beside {precision} ones; use 1, 2 or 3")
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
@@ -89,14 +112,13 @@ def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool) -> dict[str,
         "zero_optimization": {"stage": settings.zero_stage},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW
         "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
         "steps_per_print": 2**31,  # the loop below does the printing
     }
 
 
-def _precision(recipe: Recipe, on_gpu: bool) -> str:
+def _precision(recipe: Recipe) -> str:
     if recipe.train.precision == "auto":
-        return "bf16" if on_gpu else "fp32"
+        return "bf16" if torch.cuda.is_available() else "fp32"
     return recipe.train.precision
 
 
@@ -107,12 +129,17 @@ class Trainer:
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
         self.diffusion = diffusion(recipe)
         self.stream = Stream(recipe, shards, self.diffusion)
-        self.identity = self._identity(shards)
+        self.identity = identity(recipe, shards)
         found = checkpoint.newest_checkpoint(recipe, self.identity)
         self.samples_seen, state = found if found else (0, None)
+        if self.samples_seen > total_samples(recipe):
+            raise UserError(
+                f"train.total_samples: {recipe.train.total_samples}, but {recipe.folder} has trained on "
+                f"{self.samples_seen}; ask for more, or choose another name"
+            )
         config = denoiser_config(recipe)
         model = assemble(checkpoint.part(state, "model"), config) if state else build_denoiser(config, seed=recipe.seed)
-        self.config = deepspeed_config(recipe, world_size, torch.cuda.is_available())
+        self.config = deepspeed_config(recipe, world_size)
         self.engine = self._engine(model)
         settings = recipe.train
         self.ema = ExponentialMovingAverage(
@@ -185,8 +212,9 @@ class Trainer:
         settings = self.recipe.train
         first = self.samples_seen - len(losses) * settings.batch_size
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss} between samples {first} and {self.samples_seen}; nothing was saved since then"
+            raise UserError(
+                f"train.learning_rate: the loss became {loss} between samples {first} and {self.samples_seen}; nothing "
+                f"was saved since then; lower it from {settings.learning_rate}, or look at these samples"
             )
         if self.log is not None:
             self.log.write(
@@ -213,21 +241,15 @@ class Trainer:
 
     def _export(self, averages: dict[str, Tensor]) -> None:
         if self.rank == 0:
-            checkpoint.export_weights(self.recipe, averages, self.samples_seen)
-
-    def _identity(self, shards: LatentShards) -> dict[str, Any]:
-        """Flat field names and values, as JSON gives them back."""
-        identity: dict[str, Any] = {"seed": self.recipe.seed, "data.shards": shards.index["samples_sha256"]}
-        for section, names in IDENTITY.items():
-            values = vars(getattr(self.recipe, section))
-            identity |= {f"{section}.{name}": values[name] for name in names or values}
-        return json.loads(json.dumps(identity))
+            checkpoint.export_weights(self.recipe, averages, self.samples_seen, self.identity)
 
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""
         if self.rank != 0:
             return
         folder = self.recipe.folder
+        for written in (folder, folder / "checkpoints", folder / "weights"):
+            remove_leftovers(written)
         with atomic_write(folder / "recipe.yaml") as file:
             file.write_text(dump_recipe(self.recipe))
         write_json(folder / "deepspeed.json", self.config)

@@ -50,9 +50,14 @@ def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float)
 def find_vae(settings: VAE) -> Path | None:
     """The local folder of a VAE: `vae.path` itself, or the hub's copy of it in the cache; None if it is in neither.
 
-    Raises UserError where the folder holds no configuration or no safetensors.
+    A path that begins with a dot or a slash is never looked for on the hub, where anybody may own its name. Raises
+    UserError where such a folder is missing, or a folder holds no configuration or no safetensors.
     """
     folder = Path(settings.path)
+    if not folder.is_dir() and settings.path.startswith((".", "/")):
+        raise UserError(
+            f"vae.path: {settings.path} is no folder below {Path.cwd()}; run this in the clone, or correct it"
+        )
     return _checked(folder) if folder.is_dir() else _from_hub(settings, local_files_only=True)
 
 

@@ -204,8 +204,6 @@ class Pictures(Dataset[Loaded]):
                 image = decode(self.source.open(key))
             except Rejected as reason:
                 rejected.append(Rejection(key, str(reason)))
-            except OSError as error:
-                rejected.append(Rejection(key, f"cannot be opened: {error.strerror}"))
             else:
                 positions.append(position)
                 sizes.append(image.size)

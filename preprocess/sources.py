@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from common.errors import UserError
+from preprocess.images import Rejected
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -24,7 +25,9 @@ class Source(Protocol):
     entries: list[Entry]
     left_out: int  # files that are no pictures by their name
 
-    def open(self, key: str) -> bytes: ...
+    def open(self, key: str) -> bytes:
+        """A picture's bytes. Raises Rejected where they cannot be read."""
+        ...
 
 
 class FolderSource:
@@ -60,7 +63,10 @@ class FolderSource:
 
     def open(self, key: str) -> bytes:
         """The encoded picture; OSError where the file cannot be read."""
-        return (self.path / key).read_bytes()
+        try:
+            return (self.path / key).read_bytes()
+        except OSError as error:
+            raise Rejected(f"cannot be opened: {error.strerror}") from None
 
     def _class_entries(self, name: str, label: int) -> list[Entry]:
         files = sorted(self._files(name))

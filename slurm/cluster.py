@@ -4,7 +4,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,51 +52,53 @@ def executor(cluster: str, folder: str | Path, name: str, resources: Resources) 
         cpus_per_task=resources.cpus_per_process,
         gpus_per_node=resources.gpus_per_process * resources.processes,
         timeout_min=resources.timeout_minutes,
-        slurm_signal_delay_s=120,  # time to save before the limit
+        slurm_signal_delay_s=120,  # before the limit: time to queue the job again
     )
     return made
 
 
-def run(made: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run(
+    made: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any, failed: Callable[[Any], bool]
+) -> list[Any]:
     """Submits one job, shows what its first task prints until it ends, and returns every task's result.
 
-    A task that fails brings the others down. Raises submitit's own error, with the first failing task's traceback. An
-    interruption here cancels the job.
+    A task that raises, or whose result `failed` says is a failure, brings the others down. Raises the first task's
+    exception where no result tells of a failure: a task that others were waiting for explains more than their waiting.
+    An interruption here cancels the job.
     """
-    if made.cluster == "local":
-        os.environ["MASTER_PORT"] = str(_free_port())  # the tasks inherit it; a port drawn by each would differ
-    try:
+    with _master_port() if made.cluster == "local" else nullcontext():
         job = made.submit(function, *arguments)
-    finally:
-        os.environ.pop("MASTER_PORT", None)
+    tasks = [job.task(rank) for rank in range(job.num_tasks)] if job.num_tasks > 1 else [job]
     try:
         if made.cluster != "debug":  # that one runs here, and prints by itself
-            _follow(job)
+            _follow(job, tasks, failed)
     except BaseException:
         job.cancel(check=False)
         raise
-    error = job.exception()
-    if error is not None:
-        raise error
-    return job.results()
+    errors = [task.exception() for task in tasks]
+    results = [task.result() for task, error in zip(tasks, errors, strict=True) if error is None]
+    told = [result for result in results if failed(result)]
+    for error in errors:
+        if error is not None and not told:
+            raise error
+    return told or results
 
 
-def _follow(job: submitit.Job[Any]) -> None:
+def _follow(job: submitit.Job[Any], tasks: list[submitit.Job[Any]], failed: Callable[[Any], bool]) -> None:
     """Copies the first task's output to this terminal until all tasks have ended, or one of them has failed."""
-    tasks = [job.task(rank) for rank in range(job.num_tasks)]
+
+    def has_failed(task: submitit.Job[Any]) -> bool:
+        return task.done() and (task.exception() is not None or failed(task.result()))
+
     tails = (_Tail(tasks[0].paths.stdout, sys.stdout.buffer), _Tail(tasks[0].paths.stderr, sys.stderr.buffer))
     ended = False
     while not ended:
-        ended = job.done() or _one_has_failed(tasks)
+        ended = job.done() or any(has_failed(task) for task in tasks)
         for tail in tails:
             tail.copy()
         time.sleep(0.2)
     if not job.done():
-        job.cancel(check=False)  # the others wait for the dead one in a collective
-
-
-def _one_has_failed(tasks: list[submitit.Job[Any]]) -> bool:
-    return any(task.done() and task.exception() is not None for task in tasks)
+        job.cancel(check=False)  # the others wait for the failed one in a collective
 
 
 class _Tail:
@@ -116,7 +119,21 @@ class _Tail:
             self.sink.flush()
 
 
-def _free_port() -> int:
+@contextmanager
+def _master_port() -> Iterator[None]:
+    """A free port in MASTER_PORT, which the tasks of a local job inherit; one drawn by each of them would differ."""
+    before = os.environ.get("MASTER_PORT")
+    os.environ["MASTER_PORT"] = str(free_port())
+    try:
+        yield
+    finally:
+        del os.environ["MASTER_PORT"]
+        if before is not None:
+            os.environ["MASTER_PORT"] = before
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on, on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

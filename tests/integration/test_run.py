@@ -1,6 +1,7 @@
 """The chain: every stage a submitit job, finished stages skipped, faults told in one line, nothing left behind."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ def test_a_run_ends_with_report_pictures_and_numbers(finished_run: Path) -> None
     for name in ("report.html", "samples.png", "metrics.json", "recipe.yaml", "provenance.jsonl", "metrics.jsonl"):
         assert (finished_run / name).stat().st_size > 0, name
     stages = [entry["stage"] for entry in json.loads((finished_run / "stages.json").read_text())]
+    distances = json.loads((finished_run / "metrics.json").read_text())["distances"]
+    assert set(distances) == {"trained", "untrained", "held_out", "reconstruction"}
     assert stages == ["train", "sample", "evaluate", "report"]  # the fixture had encoded before
 
 
@@ -66,6 +69,19 @@ def test_a_mistake_found_in_a_job_is_one_line_and_status_2(
     done = experiment.run(RUN, "name=mistake", *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(expected)
+    assert "Traceback" not in done.stderr
+
+
+def test_damage_that_one_rank_finds_is_told_and_ends_the_others(experiment: Experiment, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(experiment.folder / "shards", shards)
+    tar = min(shards.glob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1  # in the first sample's moments; one rank meets it in the first epoch
+    tar.write_bytes(content)
+    done = experiment.run(RUN, "name=one-rank", f"data.shards={shards}", "data.flips=true", "launch.processes=2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tar}: sample 0 (member 0000000000) does not match")
     assert "Traceback" not in done.stderr
 
 

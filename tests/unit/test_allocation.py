@@ -35,7 +35,7 @@ def test_every_budget_over_1_to_100_steps_is_spent_exactly_with_at_least_one_ite
             assert count_blocks(counts, 2) == total + 2 * num_steps
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(num_steps=st.integers(1, 100), spare=st.integers(0, 300), longest=st.integers(1, 40), seed=st.integers(0, 99))
 def test_allocations_from_curves_spend_their_budget_exactly_too(num_steps, spare, longest, seed):
     total = num_steps + min(spare, num_steps * (longest - 1))
@@ -153,10 +153,10 @@ def test_reuse_is_chosen_exactly_where_it_lowered_the_last_residual(draw):
 
 def test_calibration_picks_the_number_of_steps_nearest_to_the_reference_within_the_budget(draw):
     plan = calibrate(
-        draw, block_budget=48, outer_depth=2, step_choices=[3, 6, 12], reference_steps=50, reference_iterations=12
+        draw, block_budget=48, outer_depth=2, step_choices=[3, 12], reference_steps=30, reference_iterations=10
     )
     assert plan.errors[plan.num_steps] == min(plan.errors.values())
-    assert set(plan.errors) == {3, 6, 12}
+    assert set(plan.errors) == {3, 12}
     assert count_blocks(plan.iterations, 2) == 48
     assert len(plan.iterations) == len(plan.reuse) == plan.num_steps
 

@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [
-    path
-    for room in ("preprocess", "pipeline")
-    for path in sorted((ROOT / room).glob("*.py"))
-    if "__main__" in path.read_text()
-]
+SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
+COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text() and "common.command" in path.read_text()]
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

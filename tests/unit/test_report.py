@@ -90,7 +90,7 @@ def test_another_reference_is_another_measurement(recipe: Recipe) -> None:
 
 def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -> None:
     fewer = replace(recipe, evaluate=replace(recipe.evaluate, reference_samples=5))
-    for chunk in samples.sample_set(recipe, "0").folder.glob("chunk-*"):
+    for chunk in samples.sample_set(recipe, 0).folder.glob("chunk-*"):
         chunk.unlink()
     before = sorted((recipe.folder / "eval").rglob("*"))
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):

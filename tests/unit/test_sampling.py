@@ -244,7 +244,7 @@ def test_defect_c7_a_model_and_a_diffusion_that_disagree_on_the_variance_are_ref
 def test_stochastic_ddim_is_finite_for_any_number_of_steps():
     diffusion = PROCESSES["v zero snr"]
     x, output = noise_of(torch.arange(1)), torch.zeros(1, 8, 4, 4)
-    for num_steps in (1, 2, 3, 28, 250, 1000):
+    for num_steps in (1, 2, 28, 96, 1000):  # at 96 rounding makes the rest of the variance negative
         sampler = build_sampler(diffusion, "ddim", num_steps, eta=1.0)
         assert all(sampler.step(i, output, x, x).isfinite().all() for i in range(num_steps))
 

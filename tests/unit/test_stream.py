@@ -8,6 +8,7 @@ import torch
 
 from common.loading import parse_recipe
 from common.recipe import Recipe, diffusion
+from fpdm import rng
 from pipeline.data import Stream
 from preprocess.shards import LatentShards, Sample, write_index, write_shard
 
@@ -50,18 +51,20 @@ def test_how_a_step_is_divided_changes_nothing(stream: Stream, parts: tuple[int,
 
 def test_latents_are_drawn_from_the_right_posterior_and_scaled(stream: Stream) -> None:
     batch, indices = stream.batch(0, COUNT), stream.indices(torch.arange(COUNT))
-    # The fixture's moments are all i, or all -i where mirrored: (i + i * normal - 0.25) * 0.5.
-    normals = (batch.latents / 0.5 + 0.25) / indices[:, None, None, None].clamp_min(1) - 1
-    mirrored = (batch.latents / 0.5 + 0.25) / -indices[:, None, None, None].clamp_min(1) - 1
-    from fpdm import rng
+    mirrored = rng.integers(0, "train/flip", torch.arange(COUNT), 2)
+    assert 0 < mirrored.sum() < COUNT
+    assert torch.allclose(batch.latents, drawn(torch.where(mirrored == 1, -indices, indices)))
 
-    expected = rng.normal(0, "train/posterior", torch.arange(COUNT), (2, 2, 2))
-    matches = [
-        bool(torch.allclose(normals[i], expected[i], atol=1e-4) or torch.allclose(mirrored[i], expected[i], atol=1e-4))
-        for i in range(COUNT)
-        if indices[i]
-    ]
-    assert all(matches)
+
+def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
+    plain = Stream(recipe(stream.shards.folder, "data.flips=false"), stream.shards, stream.diffusion)
+    assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.indices(torch.arange(COUNT))))
+
+
+def drawn(moments: torch.Tensor) -> torch.Tensor:
+    """What the fixture's moments become; mean and deviation are both i, or both -i where mirrored."""
+    normals = rng.normal(0, "train/posterior", torch.arange(COUNT), (2, 2, 2))
+    return ((1 + normals) * moments[:, None, None, None] - 0.25) * 0.5
 
 
 def test_labels_belong_to_their_samples_or_are_the_null_label(stream: Stream) -> None:
