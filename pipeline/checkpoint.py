@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.errors import UserError
@@ -56,7 +55,6 @@ def save(
             write_json(folder / MARKER, {"marker": marker, "key": content_key(marker)})
         for old in complete_checkpoints(recipe)[: -recipe.train.keep_checkpoints]:
             shutil.rmtree(old)
-    torch.distributed.barrier()
 
 
 def _refuse_non_finite(recipe: Recipe, state: dict[str, Tensor], samples_seen: int) -> None:

@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
+from common.errors import UserError
 from slurm.cluster import free_port
 
 
@@ -83,6 +85,22 @@ def process_group() -> Iterator[tuple[int, int]]:
         yield int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     finally:
         torch.distributed.destroy_process_group()
+
+
+def raise_together(error: UserError | None, group: Any) -> None:
+    """Raises on every rank the error of the first rank that has one; no rank is left waiting for another that gave up.
+
+    `group` must be a gloo group: asking over NCCL would wait for the GPU's queue in every step.
+    """
+    import torch
+    import torch.distributed as dist
+
+    failed = torch.tensor(int(error is not None))
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if failed.item():
+        errors: list[UserError | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+        raise next(one for one in errors if one is not None)
 
 
 def share_cores() -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from fpdm.denoiser import Denoiser, build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
-from pipeline.data import Stream
-from pipeline.distributed import process_group, rank_and_world_size
+from pipeline.data import Batch, Stream
+from pipeline.distributed import process_group, raise_together, rank_and_world_size
 from pipeline.run_folder import weights_folder
+from pipeline.training_log import TrainingLog
 from pipeline.zero import ExponentialMovingAverage, gather
 from preprocess.shards import LatentShards
 
@@ -128,6 +128,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, shards: LatentShards, rank: int, world_size: int) -> None:
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
         self.diffusion = diffusion(recipe)
+        self.control = torch.distributed.new_group(backend="gloo")
         self.stream = Stream(recipe, shards, self.diffusion)
         self.identity = identity(recipe, shards)
         found = checkpoint.newest_checkpoint(recipe, self.identity)
@@ -147,7 +148,7 @@ class Trainer:
         )
         if state is not None:
             checkpoint.restore(self.engine, self.ema, state, self.samples_seen // settings.batch_size)
-        self.log = Log(recipe, self.samples_seen) if rank == 0 else None
+        self.log = TrainingLog(recipe, self.samples_seen) if rank == 0 else None
 
     def run(self) -> None:
         self._describe()
@@ -173,26 +174,38 @@ class Trainer:
                     bar.set_postfix(loss=f"{loss:.4f}")
                     losses, started = [], time.monotonic()
                 if save:
-                    checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
+                    self._save()
 
     def _step(self, iterations: tuple[int, int]) -> Tensor:
         """One update. Returns this rank's mean loss, still on its device."""
-        settings = self.recipe.train
-        assert settings.micro_batch_size is not None
-        share = settings.batch_size // self.world_size
-        first = self.samples_seen + self.rank * share
         self._set_learning_rate()
+        batches = self._batches()
         total = torch.zeros((), device=self.engine.device)
-        for start in range(first, first + share, settings.micro_batch_size):
-            batch = self.stream.batch(start, settings.micro_batch_size).to(self.engine.device)
+        for batch in batches:
+            batch = batch.to(self.engine.device)
             noisy = self.diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
             output = self.engine(noisy, batch.timesteps, batch.labels, iterations=iterations).output
             terms = self.diffusion.loss(output.float(), batch.latents, batch.noise, batch.timesteps)
             loss = terms["loss"].mean()
             self.engine.backward(loss)
             self.engine.step()
-            total += loss.detach() * (settings.micro_batch_size / share)
+            total += loss.detach() / len(batches)
         return total
+
+    def _batches(self) -> list[Batch]:
+        """This rank's micro-batches of the step. All ranks raise the UserError of one that reads damage."""
+        settings = self.recipe.train
+        assert settings.micro_batch_size is not None
+        share = settings.batch_size // self.world_size
+        first = self.samples_seen + self.rank * share
+        batches, error = [], None
+        try:
+            for start in range(first, first + share, settings.micro_batch_size):
+                batches.append(self.stream.batch(start, settings.micro_batch_size))
+        except UserError as damage:
+            error = damage
+        raise_together(error, self.control)
+        return batches
 
     def _iterations(self) -> tuple[int, int]:
         """The step's S-JFB counts, the same on every rank: a rank that iterates longer would make the others wait."""
@@ -239,6 +252,15 @@ class Trainer:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
         return engine
 
+    def _save(self) -> None:
+        """Saves a checkpoint; all ranks raise rank 0's UserError if it refuses to write."""
+        error = None
+        try:
+            checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
+        except UserError as refusal:
+            error = refusal
+        raise_together(error, self.control)
+
     def _export(self, averages: dict[str, Tensor]) -> None:
         if self.rank == 0:
             checkpoint.export_weights(self.recipe, averages, self.samples_seen, self.identity)
@@ -257,40 +279,9 @@ class Trainer:
             lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")
 
 
-class Log:
-    """`metrics.jsonl`, a line a report, and TensorBoard. Lines after the checkpoint resumed from are taken back."""
-
-    def __init__(self, recipe: Recipe, samples_seen: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path: Path = recipe.folder / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _samples_of(line) <= samples_seen]
-        with atomic_write(self.path) as file:
-            file.write_text("".join(f"{line}\n" for line in kept))
-        self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
-
-    def write(self, **values: float | None) -> None:
-        with open(self.path, "a") as lines:
-            lines.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if value is not None:
-                self.tensorboard.add_scalar(f"train/{name}", value, values["samples"])
-        self.tensorboard.flush()
-
-
 def _number(value: Any) -> float | None:
     """DeepSpeed's gradient norm: a tensor, a float, or None (it keeps none at stage 0 in fp32)."""
     return None if value is None else float(value)
-
-
-def _samples_of(line: str) -> float:
-    """Samples of a log line; infinity for one that a kill cut short, so that it is taken back."""
-    try:
-        return json.loads(line)["samples"]
-    except ValueError:
-        return math.inf
 
 
 def _crosses(before: int, after: int, interval: int) -> bool:

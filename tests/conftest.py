@@ -1,5 +1,6 @@
 """Parts that many tests need: real ones, small enough for seconds."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,26 @@ from pathlib import Path
 import pytest
 
 from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> list[str]:
+    """A headless browser that reaches nothing. Where there is none the test does not run, which is a failure in CI."""
+    program = shutil.which("chromium")
+    if program is None:
+        reason = "needs chromium: sudo apt-get install -y --no-install-recommends chromium"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    offline = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+    return [
+        program,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *offline,
+        f"--user-data-dir={tmp_path / 'chromium'}",
+    ]
 
 
 @pytest.fixture(scope="session")

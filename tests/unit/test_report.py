@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,28 @@ def test_a_report_of_older_numbers_is_made_again(recipe: Recipe) -> None:
     with open(recipe.folder / "metrics.jsonl", "a") as lines:
         lines.write('{"samples": 128, "step": 2, "loss": 0.4}\n')
     assert not report.finished(recipe)
+
+
+def test_in_a_browser_the_page_shows_its_pictures_fits_a_phone_and_runs_nothing(
+    recipe: Recipe, chromium: list[str]
+) -> None:
+    report.report(recipe)
+    page = recipe.folder / "report.html"
+    # What the browser sees is written into the page by a probe that only this copy holds.
+    probe = (
+        "<script>addEventListener('load', () => { const pictures = [...document.images];"
+        "document.title = JSON.stringify({pictures: pictures.length,"
+        "broken: pictures.filter(picture => !picture.naturalWidth).length,"
+        "overflow: document.documentElement.scrollWidth - innerWidth}); })</script>"
+    )
+    copy = recipe.folder / "probed.html"
+    copy.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
+    shown = subprocess.run(
+        [*chromium, "--window-size=500,900", "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    title = re.search(r"<title>(\{.*?\})</title>", shown.stdout)  # one an attacker's script had set would be another
+    assert title is not None, shown.stderr
+    seen = json.loads(title[1])
+    assert seen["pictures"] > 2
+    assert seen["broken"] == 0
+    assert seen["overflow"] <= 0
