@@ -1,6 +1,6 @@
 """The network's time and memory against the published recurrence, DiT, and the bare matrix products.
 
-    python benchmarks/network.py [--sizes S B XL] [--compile]
+    python benchmarks/network.py [--sizes S B XL] [--compile] [--json FILE]
 
 For each size, in one run, its contenders taking turns:
   ours       this FPDM, one layer before and one after the implicit one
@@ -14,10 +14,14 @@ Memory is the peak of the tensors allocated: of activations during the forward p
 """
 
 import argparse
+import json
 import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would report on itself
 
@@ -34,6 +38,23 @@ ITERATIONS = (8, 26)  # of a sampling call: 28 calls of 8 are the paper's 280 bl
 TRAINING = (6, 6)  # n and m of a training step: the largest of the default recipe
 LONG_TAIL = (12, 1)  # where what a graph in the no-gradient part costs shows most
 BATCH = {"S": 4, "B": 1, "L": 1, "XL": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: ours against one contender, the ratio below 1 where ours is faster or smaller."""
+
+    measurement: str
+    contender: str
+    unit: str
+    ours: float
+    theirs: float
+    ratio: float
+    aim: str = ""
+
+    def __str__(self) -> str:
+        amounts = f"{self.ours:10.4g} {self.theirs:10.4g} {self.unit:4}"
+        return f"{self.measurement:44} {self.contender:10} {amounts} {self.ratio:6.3f}  {self.aim}".rstrip()
 
 
 class Published:
@@ -211,22 +232,45 @@ class Contenders:
         return torch.autograd.grad(output.square().mean(), list(model.parameters()))
 
 
-def report_times(title: str, times: dict[str, list[float]], aim: float, allowed: float) -> None:
+def time_rows(title: str, times: dict[str, list[float]], aim: float, allowed: float) -> list[Row]:
+    """Ours against each contender; the fastest round of each. `allowed`: what the matrix products alone would give."""
     fastest = {name: min(seconds) for name, seconds in times.items()}
-    print(f"  {title}: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in fastest.items()))
-    for name, seconds in fastest.items():
-        if name == "products":
-            print(f"    share of the limit {seconds / fastest['ours']:.2f} (aim: at least 0.85)")
-        elif name != "ours":
-            aimed = f" (aim: at most {aim}; the products alone: {allowed:.3f})" if name == "published" else ""
-            print(f"    time, ours / {name} {fastest['ours'] / seconds:.3f}{aimed}", flush=True)
+    ours = fastest.pop("ours")
+    rows = [Row(title, name, "s", ours, theirs, ours / theirs) for name, theirs in fastest.items()]
+    aims = {
+        "published": f"at most {aim}; products alone {allowed:.3f}",
+        "products": "at most 1.176 (0.85 of the limit)",
+    }
+    return [replace(row, aim=aims.get(row.contender, "")) for row in rows]
 
 
-def report_memory(title: str, calls: dict[str, Callable[[], object]], aim: float | None, device: str) -> None:
-    peaks = {name: peak_bytes(call, device) for name, call in calls.items() if name != "products"}
-    amounts = "  ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
-    ratios = "  ".join(f"ours / {name} {peaks['ours'] / peak:.3f}" for name, peak in peaks.items() if name != "ours")
-    print(f"  {title}: {amounts}\n    peak memory, {ratios}" + (f" (aim: at most {aim} of published)" if aim else ""))
+def memory_rows(title: str, calls: dict[str, Callable[[], object]], aim: str, device: str) -> list[Row]:
+    peaks = {name: peak_bytes(call, device) / 2**20 for name, call in calls.items() if name != "products"}
+    ours = peaks.pop("ours")
+    return [
+        Row(title, name, "MiB", ours, theirs, ours / theirs, aim if name == "published" else "")
+        for name, theirs in peaks.items()
+    ]
+
+
+def measure(size: str, contenders: Contenders, rounds: int, device: str, *, compiled: bool) -> Iterator[list[Row]]:
+    config = contenders.ours.config
+    for count in ITERATIONS:
+        times = take_turns(contenders.sampling(count, compiled=False), rounds, device)
+        yield time_rows(f"sampling call, {count} iterations", times, 0.92, product_ratio(config, 0, count, False))
+    if compiled:
+        times = take_turns(contenders.sampling(ITERATIONS[0], compiled=True), rounds, device)
+        allowed = product_ratio(config, 0, ITERATIONS[0], False)
+        yield time_rows(f"the same compiled, {ITERATIONS[0]} iterations", times, 0.90, allowed)
+    n, m = TRAINING
+    training = contenders.training(n, m)
+    title = f"training step, n = {n}, m = {m}"
+    yield time_rows(title, take_turns(training, rounds, device), 0.90, product_ratio(config, n, m, True))
+    yield memory_rows("sampling call, peak memory", contenders.sampling(ITERATIONS[0], compiled=False), "", device)
+    yield memory_rows(f"{title}, peak memory", training, "", device)
+    n, m = LONG_TAIL
+    title = f"activations, n = {n}, m = {m}, peak memory"
+    yield memory_rows(title, contenders.forward(n, m), "at most 0.30", device)
 
 
 def main() -> None:
@@ -236,28 +280,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="also compare sampling under torch.compile (minutes)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device, rounds = arguments.device, arguments.rounds
+    found: list[dict[str, object]] = []
     for size in arguments.sizes:
-        print(f"{size}/2, batch {BATCH[size]}, float32, {device}, {arguments.threads} threads", flush=True)
-        contenders = Contenders(size, BATCH[size], device)
-        for count in ITERATIONS:
-            allowed = product_ratio(contenders.ours.config, 0, count, False)
-            times = take_turns(contenders.sampling(count, compiled=False), rounds, device)
-            report_times(f"sampling call, {count} iterations", times, 0.92, allowed)
-        if arguments.compile:
-            times = take_turns(contenders.sampling(ITERATIONS[0], compiled=True), rounds, device)
-            allowed = product_ratio(contenders.ours.config, 0, ITERATIONS[0], False)
-            report_times(f"compiled, {ITERATIONS[0]} iterations", times, 0.90, allowed)
-        n, m = TRAINING
-        training = contenders.training(n, m)
-        allowed = product_ratio(contenders.ours.config, n, m, True)
-        report_times(f"training step, n = {n}, m = {m}", take_turns(training, rounds, device), 0.90, allowed)
-        report_memory("sampling call", contenders.sampling(ITERATIONS[0], compiled=False), None, device)
-        report_memory(f"training step, n = {n}, m = {m}", training, None, device)
-        n, m = LONG_TAIL
-        report_memory(f"activations, n = {n}, m = {m}", contenders.forward(n, m), 0.30, device)
+        print(f"\n{size}/2, batch {BATCH[size]}, float32, {arguments.device}, {arguments.threads} threads")
+        print(f"{'':44} {'against':10} {'ours':>10} {'theirs':>10}      {'ratio':>6}  aim", flush=True)
+        contenders = Contenders(size, BATCH[size], arguments.device)
+        for rows in measure(size, contenders, arguments.rounds, arguments.device, compiled=arguments.compile):
+            for row in rows:
+                print(row, flush=True)
+                found.append({"size": size, "batch": BATCH[size], **asdict(row)})
+    if arguments.json:
+        machine = {"cpu": platform.processor() or platform.machine(), "device": arguments.device}
+        record = {"torch": torch.__version__, "threads": arguments.threads, **machine, "rows": found}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

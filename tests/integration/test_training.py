@@ -46,6 +46,7 @@ def train_together(experiment: Experiment, ranks: int, **overrides: str) -> dict
     return {name: losses(experiment.folder / "runs" / name) for name in overrides}
 
 
+@pytest.mark.timeout(600)  # ten runs in two launches
 def test_two_ranks_have_the_losses_of_one_under_every_zero_stage(experiment: Experiment) -> None:
     one = train_together(
         experiment, 1, one="train.zero_stage=0", accumulated="train.zero_stage=1,train.micro_batch_size=4"
