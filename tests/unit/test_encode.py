@@ -166,10 +166,10 @@ def test_too_many_rejected_pictures_stop_the_run_with_the_list(recipe: Recipe) -
 
 
 def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: object, key: str) -> bytes:
-        raise PermissionError(13, "Permission denied", key)
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("preprocess.sources.FolderSource.open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, as whom tests may run, may read anything
     with pytest.raises(UserError, match=r"cat/0\.png: cannot be opened: Permission denied"):
         encode(recipe)
 

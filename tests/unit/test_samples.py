@@ -13,9 +13,10 @@ import pytest
 
 from common.errors import UserError
 from common.loading import dump_recipe
-from common.recipe import Recipe, denoiser_config
-from fpdm.weights import WEIGHTS_NAME, load_pretrained, save_pretrained
+from common.recipe import Recipe
+from fpdm.weights import WEIGHTS_NAME, load_pretrained
 from pipeline import samples
+from pipeline.checkpoint import export_weights
 from pipeline.run_folder import weights_folder
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,7 @@ def test_samples_of_other_weights_are_never_counted(recipe: Recipe) -> None:
     state = {
         name: parameter * 1.1 for name, parameter in load_pretrained(weights_folder(recipe, 64)).named_parameters()
     }
-    save_pretrained(state, denoiser_config(recipe), weights_folder(recipe, 64))
+    export_weights(recipe, state, 64)
     assert samples.sample_set(recipe, "latest").folder != here
 
 
@@ -159,7 +160,7 @@ def test_a_chunk_under_another_name_is_refused(recipe: Recipe) -> None:
 def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
     model = load_pretrained(weights_folder(recipe, 64))
     state = {name: parameter * float("nan") for name, parameter in model.named_parameters()}
-    save_pretrained(state, denoiser_config(recipe), weights_folder(recipe, 64))
+    export_weights(recipe, state, 64)
     with pytest.raises(UserError, match="samples 0 to 3: samples: 4 of 4 are non-finite"):
         samples.generate(recipe, "latest")
     assert not list(samples.sample_set(recipe, "latest").folder.glob("chunk-*"))
@@ -172,7 +173,7 @@ def test_without_the_weights_the_message_says_which_there_are(recipe: Recipe) ->
 
 def test_weights_of_another_network_are_refused(recipe: Recipe) -> None:
     other = replace(recipe, model=replace(recipe.model, hidden_size=32))
-    with pytest.raises(UserError, match="weights of a network with hidden_size 16, the recipe has 32; set that"):
+    with pytest.raises(UserError, match="weights with hidden_size 16, the recipe has 32; set that"):
         samples.generate(other, "latest")
 
 
