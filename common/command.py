@@ -54,11 +54,13 @@ def _run(
     arguments: argparse.Namespace, plan: Callable[[Recipe], Iterable[str]], work: Callable[[Recipe], None]
 ) -> None:
     from common.loading import dump_recipe, load_recipe
+    from common.recipe import describe_network
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     first = os.environ.get("RANK", "0") == "0"
     if first and arguments.dry_run:
         print(dump_recipe(recipe))
+        print(f"plan: {describe_network(recipe)}")
     for line in plan(recipe):
         if first:
             print(f"plan: {line}", flush=True)

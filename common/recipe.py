@@ -208,6 +208,14 @@ def denoiser_config(recipe: Recipe) -> DenoiserConfig:
     )
 
 
+def describe_network(recipe: Recipe) -> str:
+    """One line: the network, what it works on, and its exact size."""
+    from fpdm.denoiser import count_parameters
+
+    parameters = count_parameters(denoiser_config(recipe))
+    return f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"
+
+
 def diffusion(recipe: Recipe) -> Diffusion:
     """The objective as `fpdm` computes it. ValueError names a field that does not go with another."""
     from fpdm.diffusion import Diffusion

@@ -48,11 +48,9 @@ def main() -> None:
 
 def plan(recipe: Recipe, stages: list["Stage"], cluster: str) -> list[str]:
     """One line a stage, and the exact size of the network."""
-    from common.recipe import denoiser_config, latent_shape
-    from fpdm.denoiser import count_parameters
+    from common.recipe import describe_network
 
-    parameters = count_parameters(denoiser_config(recipe))
-    lines = [f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"]
+    lines = [describe_network(recipe)]
     for stage in stages:
         asked = stage.resources(recipe)
         state = (

@@ -15,12 +15,9 @@ from common.recipe import Recipe
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """What sampling costs, which weights it takes, and what is there already."""
-    from common.recipe import denoiser_config
-    from fpdm.denoiser import count_parameters
     from pipeline.samples import blocks_a_picture, chunk_spans, missing_chunks, sample_set, wanted_weights
 
     settings = recipe.sample
-    yield f"network: {recipe.model.kind}, {count_parameters(denoiser_config(recipe)):,} parameters"
     iterations = f" x {settings.iterations} iterations ({settings.allocation})" if recipe.model.kind == "fpdm" else ""
     yield (
         f"sampler: {settings.sampler}, {settings.num_steps} steps{iterations}, guidance {settings.guidance_scale:g}: "

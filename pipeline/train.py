@@ -14,14 +14,12 @@ from common.recipe import Recipe
 def plan(recipe: Recipe) -> Iterator[str]:
     """What training will do, checked against the shards and the number of processes."""
     from common.errors import UserError
-    from common.recipe import denoiser_config, latent_shape, with_world_size
-    from fpdm.denoiser import count_parameters
+    from common.recipe import with_world_size
     from pipeline.checkpoint import complete_checkpoints
     from pipeline.distributed import rank_and_world_size
     from pipeline.trainer import finished, open_shards, total_samples
 
-    train, parameters = recipe.train, count_parameters(denoiser_config(recipe))
-    yield f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"
+    train = recipe.train
     if recipe.model.kind == "fpdm":
         without, with_gradient = train.max_no_grad_iterations, train.max_grad_iterations
         yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
