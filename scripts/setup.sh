@@ -20,11 +20,10 @@ fi
 
 if [ "${1:-}" = --test ] && ! command -v chromium >/dev/null; then
     install="apt-get install -y --no-install-recommends chromium"
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "setup: installing chromium, which the report's tests open pages in"
-        apt-get -qq -o DPkg::Lock::Timeout=300 update
-        DEBIAN_FRONTEND=noninteractive $install -qq -o DPkg::Lock::Timeout=300 >/dev/null
-    else
-        echo "setup: chromium is missing and only root may install it; the tests that need it will not run. To have them: sudo $install" >&2
+    quietly=(-qq -o DPkg::Lock::Timeout=300)
+    echo "setup: installing chromium, which a test of the report opens it in"
+    if [ "$(id -u)" != 0 ] ||
+        ! { apt-get "${quietly[@]}" update && DEBIAN_FRONTEND=noninteractive $install "${quietly[@]}" >/dev/null; }; then
+        echo "setup: chromium could not be installed here; the tests that need it will not run. To have them: sudo $install" >&2
     fi
 fi
