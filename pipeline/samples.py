@@ -209,12 +209,6 @@ def blocks_a_picture(recipe: Recipe) -> int:
     return sum(config.blocks(count) for count in counts) * (1 if recipe.sample.guidance_scale == 1 else 2)
 
 
-def load_samples(folder: Path, num_samples: int) -> Chunk:
-    """(images, labels) of samples 0 to num_samples - 1. Raises as `iterate_samples`."""
-    images, labels = zip(*iterate_samples(folder, num_samples), strict=True)
-    return np.concatenate(images), np.concatenate(labels)
-
-
 def iterate_samples(folder: Path, num_samples: int) -> Iterator[Chunk]:
     """Samples 0 to num_samples - 1 in order, none missing and none twice, a chunk at a time.
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
@@ -96,3 +97,11 @@ def copied(recipe: Recipe, runs: Path) -> Recipe:
     copy = replace(recipe, runs=str(runs))
     shutil.copytree(recipe.folder, copy.folder)
     return copy
+
+
+def load_samples(folder: Path, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of samples 0 to num_samples - 1, as `iterate_samples` gives them."""
+    from pipeline.samples import iterate_samples
+
+    images, labels = zip(*iterate_samples(folder, num_samples), strict=True)
+    return np.concatenate(images), np.concatenate(labels)

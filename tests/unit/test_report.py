@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.recipe import Recipe
 from pipeline import eval_fid, evaluation, figures, picture_sets, report, samples
-from tests.conftest import copied
+from tests.conftest import copied, load_samples
 
 HOSTILE = '<img src="http://host/x" onerror=alert(1)>&$x_{'.replace("/", "\N{DIVISION SLASH}")
 
@@ -115,7 +115,7 @@ def test_a_panel_shows_a_class_with_its_own_pictures(recipe: Recipe) -> None:
     panels = figures.class_panels(recipe)
     origins = ["real", "drawn after 64 training samples", "drawn before training"]
     assert [[block.origin for block in panel] for panel in panels] == [origins] * 3
-    images, labels = samples.load_samples(samples.sample_set(recipe, "latest").folder, 10)
+    images, labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
     expected = figures.grid(list(images[labels == 1][:3]))
     assert (panels[1][1].grid == expected).all()
     assert [panel[0].title for panel in panels] == [HOSTILE, "a", "b"]

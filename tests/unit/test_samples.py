@@ -18,6 +18,7 @@ from fpdm.weights import WEIGHTS_NAME, load_pretrained
 from pipeline import samples
 from pipeline.checkpoint import export_weights
 from pipeline.run_folder import weights_folder
+from tests.conftest import load_samples
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,7 @@ def fresh(recipe: Recipe, tmp_path: Path, **fields: Any) -> Recipe:
 
 
 def drawn(recipe: Recipe) -> samples.Chunk:
-    return samples.load_samples(samples.generate(recipe, "latest"), recipe.sample.num_samples)
+    return load_samples(samples.generate(recipe, "latest"), recipe.sample.num_samples)
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 1}, {"batch_size": 3}, {"chunk_samples": 3}, {"chunk_samples": 100}])
@@ -58,7 +59,7 @@ def test_the_number_of_ranks_changes_no_picture(recipe: Recipe, tmp_path: Path) 
     other = fresh(recipe, tmp_path)
     for rank in (2, 0, 1):
         folder = samples.generate(other, "latest", rank, 3)
-    found = samples.load_samples(folder, 10)
+    found = load_samples(folder, 10)
     assert all((one == two).all() for one, two in zip(expected, found, strict=True))
 
 
@@ -69,15 +70,15 @@ def test_labels_are_balanced(recipe: Recipe) -> None:
 
 def test_whole_chunks_are_kept_and_the_rest_is_drawn(recipe: Recipe) -> None:
     folder = samples.generate(recipe, "latest")
-    expected = samples.load_samples(folder, 10)
+    expected = load_samples(folder, 10)
     kept, lost, _ = sorted(folder.glob("chunk-*.npz"))
     before = kept.stat().st_mtime_ns
     lost.unlink()
     (folder / f".{lost.name}.77.tmp").write_bytes(b"what a kill leaves")
     assert not samples.finished(recipe)
     with pytest.raises(UserError, match=r"samples 4 to 7 of 10 are missing; run python pipeline/sample\.py"):
-        samples.load_samples(folder, 10)
-    found = samples.load_samples(samples.generate(recipe, "latest"), 10)
+        load_samples(folder, 10)
+    found = load_samples(samples.generate(recipe, "latest"), 10)
     assert samples.finished(recipe)
     assert kept.stat().st_mtime_ns == before
     assert all((one == two).all() for one, two in zip(expected, found, strict=True))
@@ -96,7 +97,7 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
         process.kill()
     assert len(sorted(folder.glob("chunk-*.npz"))) < 30, "the kill came too late to prove anything"
     before = early[0].stat().st_mtime_ns
-    images, labels = samples.load_samples(samples.generate(recipe, "latest"), 120)
+    images, labels = load_samples(samples.generate(recipe, "latest"), 120)
     assert early[0].stat().st_mtime_ns == before
     assert len(images) == 120
     assert (labels == np.arange(120) % 3).all()
@@ -105,10 +106,10 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
 
 def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
     folder = samples.generate(recipe, "latest")
-    expected, _ = samples.load_samples(folder, 10)
+    expected, _ = load_samples(folder, 10)
     assert samples.generate(changed(recipe, chunk_samples=3, num_samples=8), "latest") == folder
     (folder / "chunk-00000004-00000008.npz").unlink()  # what is left: 0 to 4, 3 to 6 and 6 to 8, 8 to 10
-    found, labels = samples.load_samples(folder, 8)
+    found, labels = load_samples(folder, 8)
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert np.abs(found.astype(int) - expected[:8]).max() <= 1
 
@@ -117,7 +118,7 @@ def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
 def test_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dict[str, Any]) -> None:
     here, there = samples.generate(recipe, "latest"), samples.generate(changed(recipe, **fields), "latest")
     assert here != there
-    assert (samples.load_samples(here, 10)[0] != samples.load_samples(there, 10)[0]).any()
+    assert (load_samples(here, 10)[0] != load_samples(there, 10)[0]).any()
 
 
 def test_samples_of_other_weights_are_never_counted(recipe: Recipe) -> None:
@@ -154,7 +155,7 @@ def test_a_chunk_under_another_name_is_refused(recipe: Recipe) -> None:
     first, second, _ = sorted(folder.glob("chunk-*.npz"))
     second.write_bytes(first.read_bytes())
     with pytest.raises(UserError, match=rf"{second.name}: holds .* not the samples of its name"):
-        samples.load_samples(folder, 10)
+        load_samples(folder, 10)
 
 
 def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
