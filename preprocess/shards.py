@@ -20,7 +20,7 @@ import math
 import mmap
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,13 @@ def finished_record(folder: Path, number: int, *, thorough: bool) -> Record | No
     if whole and thorough:
         whole = (sha256_file(path), sha256_file(_rows_path(path))) == (record["sha256"], record["samples_sha256"])
     return record if whole else None
+
+
+def remove_unfinished(folder: Path, numbers: Container[int]) -> None:
+    """Deletes what killed writers of the shards `numbers` left; only for who alone writes these."""
+    for path in folder.glob(".latents-*.tmp"):
+        if int(path.name.split("-")[1].partition(".")[0]) in numbers:
+            path.unlink()
 
 
 def recorded_settings(folder: Path) -> Iterator[tuple[Path, Settings]]:
