@@ -102,8 +102,9 @@ def _slurm_parameters(site: Site, resources: Resources, after: str | None, code:
         found["slurm_dependency"] = f"afterok:{after}"
         additional["kill-on-invalid-dep"] = "yes"  # it would wait for ever
     if code is not None:
-        line = f"export PYTHONPATH={shlex.quote(str(code.resolve()))}"
-        found["slurm_setup"] = [*found.get("slurm_setup", []), line]
+        # `python -m` looks in the working directory first, which is the clone.
+        lines = (f"export PYTHONPATH={shlex.quote(str(code.resolve()))}", "export PYTHONSAFEPATH=1")
+        found["slurm_setup"] = [*found.get("slurm_setup", []), *lines]
     return found | {
         "slurm_signal_delay_s": resources.signal_seconds,
         "slurm_additional_parameters": additional,

@@ -46,7 +46,7 @@ def status(run: Path, lines: int) -> Iterator[str]:
                 job_name(task),
                 task["JobState"],
                 task.get("Restarts", "-"),
-                task.get("RunTime", "-"),
+                task["RunTime"] if task.get("RunTime") and where_it_ran(task) else "-",
                 where(task),
             )
     yield from training(run)
@@ -88,13 +88,17 @@ def job_name(task: dict[str, str]) -> str:
     return task["JobId"]
 
 
+def where_it_ran(task: dict[str, str]) -> str:
+    return task.get("NodeList", "").replace("(null)", "").replace("None assigned", "")
+
+
 def where(task: dict[str, str]) -> str:
     """Why it waits or has ended, or the nodes that it runs on."""
     reason = task.get("Reason", "None")
     waits_for = f" ({task['Dependency']})" if task.get("Dependency", "(null)") != "(null)" else ""
     if task["JobState"] == "FAILED" and "ExitCode" in task:
         return f"exit status {task['ExitCode'].partition(':')[0]}"
-    return f"{reason}{waits_for}" if reason != "None" else task.get("NodeList", "").replace("(null)", "")
+    return f"{reason}{waits_for}" if reason != "None" else where_it_ran(task)
 
 
 def training(run: Path) -> Iterator[str]:
