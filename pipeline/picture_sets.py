@@ -95,7 +95,7 @@ def _read(recipe: Recipe, source: Source, entries: Sequence[Entry]) -> Pictures:
     crop, resolution = CROPS[recipe.data.crop], recipe.data.resolution
     for entry in entries:
         try:
-            yield np.asarray(crop(decode(source.open(entry.key)), resolution))
+            yield np.asarray(crop(decode(source.open(entry)), resolution))
         except Rejected:  # encoding leaves it out too; the count beside a distance shows it
             continue
 
