@@ -59,7 +59,7 @@ class Stream:
         vae = self.shards.index["settings"]["vae"]
         normals = rng.normal(seed, "train/posterior", positions, shape)
         latents = draw_latents(moments, normals, vae["scaling_factor"], vae["shift_factor"])
-        labels = torch.from_numpy(self.shards.labels[indices])
+        labels = torch.from_numpy(self.shards.labels_at(indices))
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
         return Batch(
             latents=latents,

@@ -57,7 +57,7 @@ def test_latents_are_drawn_from_the_right_posterior_and_scaled(stream: Stream) -
 
 
 def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
-    plain = Stream(recipe(stream.shards.folder, "data.flips=false"), stream.shards, stream.diffusion)
+    plain = Stream(recipe(stream.shards.address, "data.flips=false"), stream.shards, stream.diffusion)
     assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.indices(torch.arange(COUNT))))
 
 
@@ -76,6 +76,6 @@ def test_labels_belong_to_their_samples_or_are_the_null_label(stream: Stream) ->
 
 
 def test_another_seed_is_another_stream(stream: Stream) -> None:
-    other = Stream(recipe(stream.shards.folder, "seed=1"), stream.shards, stream.diffusion)
+    other = Stream(recipe(stream.shards.address, "seed=1"), stream.shards, stream.diffusion)
     assert not torch.equal(other.batch(0, 8).noise, stream.batch(0, 8).noise)
     assert other.indices(torch.arange(COUNT)).tolist() != stream.indices(torch.arange(COUNT)).tolist()
