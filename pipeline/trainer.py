@@ -20,7 +20,7 @@ from fpdm.denoiser import Denoiser, build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
-from pipeline.data import Batch, Stream
+from pipeline.data import Batch, Stream, open_latents, staged
 from pipeline.distributed import process_group, raise_together, rank_and_world_size
 from pipeline.run_folder import weights_folder
 from pipeline.training_log import TrainingLog
@@ -31,7 +31,7 @@ from preprocess.shards import LatentShards
 IDENTITY = {
     "model": None,
     "objective": None,
-    "data": ["flips"],
+    "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
         *("batch_size", "learning_rate", "warmup_samples", "cosine_decay", "weight_decay", "betas"),
         *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
@@ -50,7 +50,7 @@ def train(recipe: Recipe) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     with alone_in(recipe.folder) if rank == 0 else nullcontext(), process_group():
-        Trainer(recipe, open_shards(recipe), rank, world_size).run()
+        Trainer(recipe, staged(recipe, open_shards(recipe)), rank, world_size).run()
 
 
 def finished(recipe: Recipe) -> bool:
@@ -66,7 +66,7 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
     """What makes a run this run and no other: field names and values, as JSON gives them back."""
     found: dict[str, Any] = {
         "seed": recipe.seed,
-        "data.shards": shards.index["samples_sha256"],
+        "data.shards": shards.content_key,
         "train.precision": _precision(recipe),
     }
     if recipe.train.cosine_decay:  # every rate of the schedule depends on its end
@@ -84,7 +84,7 @@ def total_samples(recipe: Recipe) -> int:
 
 def open_shards(recipe: Recipe) -> LatentShards:
     """The recipe's shards; UserError where they are not what the recipe describes."""
-    shards = LatentShards(recipe.data.shards)
+    shards = open_latents(recipe)
     channels, height, width = latent_shape(recipe)
     if shards.shape != (2 * channels, height, width):
         raise UserError(

@@ -31,6 +31,7 @@ from preprocess.shards.format import (
     shard_name,
 )
 from preprocess.shards.reader import LatentShards
+from preprocess.shards.storage import Cache
 from preprocess.shards.verification import verify
 from preprocess.shards.writer import finished_record, recorded_settings, remove_unfinished, write_index, write_shard
 
@@ -39,6 +40,7 @@ __all__ = [
     "MOMENTS",
     "SAMPLE",
     "SAMPLES",
+    "Cache",
     "LatentShards",
     "Record",
     "Rejection",

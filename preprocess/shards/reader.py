@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,15 @@ from preprocess.shards.format import (
     SAMPLE,
     SAMPLES,
     VERSION,
+    Record,
     checksum,
     member_name,
     rows_header,
     rows_size,
 )
 from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, check_size, shard_files
+
+Storage = LocalFolder | CachedFolder
 
 MAX_MAPPED = 8192  # shards; Linux lets a process map 65,530 files
 
@@ -38,7 +42,7 @@ class LatentShards:
 
     def __init__(self, address: str | Path, cache: Cache | None = None) -> None:
         self.address, self.cache = address, cache
-        self.storage = CachedFolder(str(address), cache) if cache else LocalFolder(address)
+        self.storage: Storage = CachedFolder(str(address), cache) if cache else LocalFolder(address)
         self.index = self.storage.read_index()
         if self.index["version"] != VERSION:
             found = self.index["version"]
@@ -103,10 +107,10 @@ class LatentShards:
     def _map(self, shard: int) -> memoryview:
         if shard >= len(self.index["shardlist"]):  # a damaged row
             return memoryview(b"")
-        if len(self._maps) >= MAX_MAPPED:
-            self._maps.popitem(last=False)
-        entry = self.index["shardlist"][shard]
+        shards = self.index["shardlist"]
+        entry = shards[shard]
         with open(self.storage.open(entry["url"], entry["filesize"], entry["sha256"]), "rb") as file:
+            _unmap(self._maps, self.storage, lambda number: shard_files(shards[number])[1])
             self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[shard]
 
@@ -126,10 +130,19 @@ class LatentShards:
         )
 
 
+def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], tuple[str, int, str]]) -> None:
+    """Makes room for one more. What the cache has deleted to stay within its limit takes room until it is unmapped."""
+    if isinstance(storage, CachedFolder) and storage.cache.limit is not None:
+        for number in [number for number in maps if not storage.is_here(*file_of(number))]:
+            del maps[number]
+    if len(maps) >= MAX_MAPPED:
+        maps.popitem(last=False)
+
+
 Rows = Callable[[np.ndarray], np.ndarray]
 
 
-def _row_reader(storage: LocalFolder | CachedFolder, index: dict) -> Rows:
+def _row_reader(storage: Storage, index: Record) -> Rows:
     """A function (B,) sample indices -> (B,) rows."""
     if isinstance(storage, CachedFolder):
         return RemoteRows(storage, index["shardlist"])
@@ -152,7 +165,7 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
 class RemoteRows:
     """The rows of remote shards, fetched shard by shard: those of all samples may be larger than any disk here."""
 
-    def __init__(self, storage: CachedFolder, shardlist: list[dict]) -> None:
+    def __init__(self, storage: CachedFolder, shardlist: list[Record]) -> None:
         self.storage, self.shardlist = storage, shardlist
         self.starts = np.cumsum([0] + [shard["nsamples"] for shard in shardlist])  # (shards + 1,)
         self._tables: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -167,12 +180,12 @@ class RemoteRows:
 
     def _table(self, shard: int) -> np.ndarray:
         if shard not in self._tables:
-            if len(self._tables) >= MAX_MAPPED:
-                self._tables.popitem(last=False)
-            self._tables[shard] = self._open(self.shardlist[shard])
+            table = self._open(self.shardlist[shard])
+            _unmap(self._tables, self.storage, lambda number: shard_files(self.shardlist[number])[0])
+            self._tables[shard] = table
         return self._tables[shard]
 
-    def _open(self, shard: dict) -> np.ndarray:
+    def _open(self, shard: Record) -> np.ndarray:
         """Maps the rows of a shard, once they are proved: no checksum covers all of a row."""
         (name, size, sha256), _ = shard_files(shard)
         for _ in range(2):

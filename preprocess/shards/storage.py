@@ -73,10 +73,6 @@ class CachedFolder:
     def __init__(self, address: str, cache: Cache) -> None:
         self.address, self.cache = address.rstrip("/"), cache
         self.filesystem, self.root = _filesystem(self.address)
-        try:
-            (cache.folder / ".locks").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache: {cache.folder} cannot be written ({error.strerror})") from None
 
     def read_index(self) -> Record:
         where = f"{self.address}/{INDEX}"
@@ -97,7 +93,7 @@ class CachedFolder:
             path = self._fetch(name, size, sha256)
             with suppress(FileNotFoundError):  # another process has made room for its own
                 file = os.open(path, os.O_RDONLY)
-                os.utime(file)  # used last now
+                os.utime(file, ns=(time.time_ns(),) * 2)  # used last now; the kernel's own clock ticks in milliseconds
                 return file
         raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; allow more")
 
@@ -121,7 +117,7 @@ class CachedFolder:
                 f"{self.cache.limit / 1e9:.2f}; allow more, or leave data.stage_in off"
             )
         with self._lock("stage"):
-            missing = [file for file in files if not self._is_here(*file)]
+            missing = [file for file in files if not self.is_here(*file)]
             needed, free = sum(size for _, size, _ in missing), shutil.disk_usage(self.cache.folder).free
             if needed > free:
                 raise UserError(
@@ -137,16 +133,17 @@ class CachedFolder:
     def _copy(self, name: str, sha256: str) -> Path:
         return self.cache.folder / f"{sha256[:16]}-{name}"
 
-    def _is_here(self, name: str, size: int, sha256: str) -> bool:
+    def is_here(self, name: str, size: int, sha256: str) -> bool:
+        """Whether there is a whole copy now."""
         path = self._copy(name, sha256)
         return path.is_file() and path.stat().st_size == size
 
     def _fetch(self, name: str, size: int, sha256: str) -> Path:
         """The path of the whole copy."""
         path = self._copy(name, sha256)
-        if not self._is_here(name, size, sha256):
+        if not self.is_here(name, size, sha256):
             with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
-                if not self._is_here(name, size, sha256):  # another process may have fetched it meanwhile
+                if not self.is_here(name, size, sha256):  # another process may have fetched it meanwhile
                     with atomic_write(path) as temporary:
                         self._reserve(temporary, size)
                         self._download(name, temporary, sha256)
@@ -204,7 +201,12 @@ class CachedFolder:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        with open(self.cache.folder / ".locks" / name, "a") as lock:
+        folder = self.cache.folder / ".locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache: {self.cache.folder} cannot be written ({error.strerror})") from None
+        with open(folder / name, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
