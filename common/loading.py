@@ -113,9 +113,14 @@ def _fields(sections: Sequence[str]) -> list[str]:
 
 
 def _sampler(recipe: Recipe) -> Any:
+    from fpdm.allocation import allocate
     from fpdm.sampling import build_sampler
 
-    return build_sampler(diffusion(recipe), recipe.sample.sampler, recipe.sample.num_steps)
+    settings = recipe.sample
+    if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
+        kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
+        allocate(kind, settings.num_steps, settings.iterations)
+    return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
 
 
 def _check_together(recipe: Recipe) -> None:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from common.recipe import Recipe
+from pipeline.chunks import cover_gap, iterate
 from pipeline.picture_sets import by_class
 from pipeline.run_folder import Weights
-from pipeline.samples import iterate_samples, sample_set, wanted_weights
+from pipeline.samples import sample_set, wanted_weights
 
 MAX_CLASSES = 8
 PANELS_A_ROW = 4
@@ -54,11 +55,13 @@ def _origin(recipe: Recipe, weights: Weights) -> str:
 
 
 def _samples_by_class(recipe: Recipe, weights: Weights, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
-    """The first samples of each class; a set of few samples may have fewer than `each`."""
+    """The first samples of each class; a set of few samples, or of few pictures, may have fewer than `each`."""
     found: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
-    for images, labels in iterate_samples(sample_set(recipe, weights).folder, recipe.sample.num_samples):
+    folder, count = sample_set(recipe, weights).folder, recipe.sample.num_samples
+    gap = cover_gap(folder, (0, count)) if recipe.sample.output == "features" else None
+    for rows in iterate(folder, (0, gap[0] if gap else count)):
         for label, pictures in enumerate(found):
-            pictures += list(images[labels == label][: each - len(pictures)])
+            pictures += list(rows["images"][rows["labels"] == label][: each - len(pictures)])
         if all(len(pictures) == each for pictures in found):
             break
     return found

@@ -65,7 +65,7 @@ def context(recipe: Recipe) -> dict[str, Any]:
     from common.loading import dump_recipe
     from common.recipe import denoiser_config, latent_shape
     from fpdm.denoiser import count_parameters
-    from pipeline.samples import blocks_a_picture
+    from pipeline.plans import blocks_a_picture
 
     metrics = read_json(recipe.folder / "metrics.json")
     stages = recipe.folder / "stages.json"

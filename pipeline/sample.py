@@ -15,19 +15,24 @@ from common.recipe import Recipe
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """What sampling costs, which weights it takes, and what is there already."""
-    from pipeline.samples import blocks_a_picture, chunk_spans, missing_chunks, sample_set, wanted_weights
+    from pipeline.chunks import chunk_spans
+    from pipeline.plans import blocks_a_picture
+    from pipeline.samples import missing_chunks, sample_set, total_samples, wanted_weights
 
     settings = recipe.sample
-    iterations = f" x {settings.iterations} iterations ({settings.allocation})" if recipe.model.kind == "fpdm" else ""
+    iterations = ""
+    if recipe.model.kind == "fpdm":
+        iterations = f" x {settings.iterations} iterations ({settings.allocation}, reuse {settings.reuse})"
     yield (
         f"sampler: {settings.sampler}, {settings.num_steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
         f"{blocks_a_picture(recipe):,} blocks a picture"
     )
-    chunks = len(chunk_spans(recipe))
+    chunks = len(chunk_spans(total_samples(recipe), settings.chunk_samples))
     for weights in wanted_weights(recipe):
         found, missing = sample_set(recipe, weights), len(missing_chunks(recipe, weights))
         yield f"weights: {found.weights}, sha256 {found.settings['weights_sha256'][:16]}..."
-        yield f"samples: {settings.num_samples:,} in {found.folder}: {chunks - missing} chunks there, {missing} missing"
+        there = f"{chunks - missing} chunks there, {missing} missing"
+        yield f"samples: {total_samples(recipe):,} in {found.folder} ({settings.output}): {there}"
 
 
 def work(recipe: Recipe) -> None:
