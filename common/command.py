@@ -1,6 +1,7 @@
 """The command line that every stage shares: `--config recipe.yaml [section.field=value ...] [--dry-run]`.
 
-Resolve, check, print, and only then work. Exit status 2 and one line on stderr for a user's mistake.
+Resolve, check, print, and only then work. Exit status 2 and one line on stderr for a user's mistake; status 75 and one
+line where the command was asked to stop and has saved its work.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from common.errors import UserError
+from common.errors import INTERRUPTED, Interrupted, UserError
 from common.recipe import Recipe
 
 
@@ -41,13 +42,22 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """The exit status of `work`: 0, or 2 with the one line of a UserError on stderr."""
+    """The exit status of `work`: 0, or with one line on stderr 2 for a UserError, INTERRUPTED for an Interrupted."""
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         return 2
+    except Interrupted as interruption:
+        _say(f"interrupted: {interruption}")
+        return INTERRUPTED
     return 0
+
+
+def _say(line: str) -> None:
+    """On stderr, in one write: ranks that end together share a terminal."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _run(

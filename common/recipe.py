@@ -176,6 +176,7 @@ class Launch:
     cpus_per_process: Count = 1
     gpus_per_process: CountOrZero = 0
     timeout_minutes: Count = 240
+    jobs: Count = 1  # into how many jobs, each such a one, encoding and sampling are split
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

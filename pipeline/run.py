@@ -26,7 +26,7 @@ def main() -> None:
         "--cluster",
         default="local",
         metavar="local|debug|slurm|auto",
-        help="where jobs run: this machine, this process, SLURM, or SLURM where it is installed",
+        help="where jobs run: this machine, this process, SLURM, or SLURM where it answers",
     )
     arguments = parser.parse_intermixed_args()
 
@@ -64,7 +64,8 @@ def plan(recipe: Recipe, stages: list["Stage"], cluster: str) -> list[str]:
 
 def run_stage(stage: "Stage", recipe: Recipe, cluster: str, title: str) -> None:
     """Submits one stage and waits for it. Raises UserError with the stage's own message."""
-    from pipeline.stages import Job, keep_time
+    from common.jobs import Job, failed
+    from pipeline.stages import keep_time
     from slurm import cluster as slurm
 
     if stage.finished(recipe):
@@ -75,7 +76,7 @@ def run_stage(stage: "Stage", recipe: Recipe, cluster: str, title: str) -> None:
         executor = slurm.executor(cluster, recipe.folder / "logs" / stage.name, stage.name, stage.resources(recipe))
     except ValueError as error:
         raise UserError(str(error)) from None
-    outcomes = slurm.run(executor, Job.of(stage, recipe), failed=lambda outcome: "error" in outcome)
+    outcomes = slurm.run(executor, Job.of(stage.module, stage.function, recipe), failed=failed)
     for outcome in outcomes:
         if "error" in outcome:
             raise UserError(outcome["error"])

@@ -1,17 +1,10 @@
-"""The stages of a run, in order, and how one of them becomes a job."""
+"""The stages of a run, in order, and what each asks for."""
 
 import importlib
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import submitit
-
-from common.errors import UserError
 from common.files import read_json, write_json
-from common.loading import dump_recipe, parse_recipe
 from common.recipe import Recipe
 from slurm.cluster import Resources
 
@@ -63,29 +56,3 @@ def keep_time(recipe: Recipe, stage: Stage, seconds: float) -> None:
     times = {entry["stage"]: entry["seconds"] for entry in read_json(path)} if path.exists() else {}
     times[stage.name] = seconds
     write_json(path, [{"stage": one.name, "seconds": times[one.name]} for one in STAGES if one.name in times])
-
-
-@dataclass(frozen=True)
-class Job(submitit.helpers.Checkpointable):
-    """A stage as submitit pickles it: names and YAML, so that a queue holds no objects of ours.
-
-    `Checkpointable`: on a time limit or a preemption the same job is queued again; every stage finds what is done.
-    """
-
-    module: str
-    function: str
-    recipe: str
-
-    @classmethod
-    def of(cls, stage: Stage, recipe: Recipe) -> "Job":
-        return cls(stage.module, stage.function, dump_recipe(recipe))
-
-    def __call__(self) -> dict[str, Any]:
-        """{"seconds": ...}, or {"error": line} for a user's mistake: that needs no traceback."""
-        os.environ.setdefault("TQDM_MININTERVAL", "1")  # a bar in a log file: a line a second is enough
-        started = time.monotonic()
-        try:
-            getattr(importlib.import_module(self.module), self.function)(parse_recipe(self.recipe))
-        except UserError as error:
-            return {"error": str(error)}
-        return {"seconds": round(time.monotonic() - started, 1)}

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.files import alone_in, atomic_write, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
@@ -21,8 +21,9 @@ from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
 from pipeline.data import Batch, Stream
-from pipeline.distributed import process_group, raise_together, rank_and_world_size
+from pipeline.distributed import any_rank, process_group, raise_together, rank_and_world_size
 from pipeline.run_folder import weights_folder
+from pipeline.signals import StopRequest, stop_requests
 from pipeline.training_log import TrainingLog
 from pipeline.zero import ExponentialMovingAverage, gather
 from preprocess.shards import LatentShards
@@ -41,7 +42,10 @@ IDENTITY = {
 
 
 def train(recipe: Recipe) -> None:
-    """Trains to `train.total_samples`, from the newest checkpoint if there is one; finished runs return at once."""
+    """Trains to `train.total_samples`, from the newest checkpoint if there is one; finished runs return at once.
+
+    Raises Interrupted, after all ranks have saved, if any of them is sent a stop signal.
+    """
     if finished(recipe):
         return
     rank, world_size = rank_and_world_size()
@@ -49,8 +53,8 @@ def train(recipe: Recipe) -> None:
         recipe = with_world_size(recipe, world_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    with alone_in(recipe.folder) if rank == 0 else nullcontext(), process_group():
-        Trainer(recipe, open_shards(recipe), rank, world_size).run()
+    with stop_requests() as stop, alone_in(recipe.folder) if rank == 0 else nullcontext(), process_group():
+        Trainer(recipe, open_shards(recipe), rank, world_size, stop).run()
 
 
 def finished(recipe: Recipe) -> bool:
@@ -125,14 +129,18 @@ def _precision(recipe: Recipe) -> str:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, recipe: Recipe, shards: LatentShards, rank: int, world_size: int) -> None:
+    def __init__(
+        self, recipe: Recipe, shards: LatentShards, rank: int, world_size: int, stop: StopRequest | None = None
+    ) -> None:
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        self.stop = StopRequest() if stop is None else stop
         self.diffusion = diffusion(recipe)
         self.control = torch.distributed.new_group(backend="gloo")
         self.stream = Stream(recipe, shards, self.diffusion)
         self.identity = identity(recipe, shards)
         found = checkpoint.newest_checkpoint(recipe, self.identity)
         self.samples_seen, state = found if found else (0, None)
+        self.samples_saved = self.samples_seen
         if self.samples_seen > total_samples(recipe):
             raise UserError(
                 f"train.total_samples: {recipe.train.total_samples}, but {recipe.folder} has trained on "
@@ -162,8 +170,8 @@ class Trainer:
             losses: list[Tensor] = []
             started = time.monotonic()
             while self.samples_seen < total:
-                counts = self._iterations()
-                losses.append(self._step(counts))
+                batches, counts = self._batches(), self._iterations()
+                losses.append(self._step(batches, counts))
                 before, self.samples_seen = self.samples_seen, self.samples_seen + settings.batch_size
                 self.ema.update(settings.batch_size)
                 bar.update(settings.batch_size)
@@ -176,10 +184,9 @@ class Trainer:
                 if save:
                     self._save()
 
-    def _step(self, iterations: tuple[int, int]) -> Tensor:
+    def _step(self, batches: list[Batch], iterations: tuple[int, int]) -> Tensor:
         """One update. Returns this rank's mean loss, still on its device."""
         self._set_learning_rate()
-        batches = self._batches()
         total = torch.zeros((), device=self.engine.device)
         for batch in batches:
             batch = batch.to(self.engine.device)
@@ -193,7 +200,10 @@ class Trainer:
         return total
 
     def _batches(self) -> list[Batch]:
-        """This rank's micro-batches of the step. All ranks raise the UserError of one that reads damage."""
+        """This rank's micro-batches of the step. All ranks raise the UserError of one that reads damage.
+
+        Where any rank was asked to stop, all save what they have and raise Interrupted.
+        """
         settings = self.recipe.train
         assert settings.micro_batch_size is not None
         share = settings.batch_size // self.world_size
@@ -204,7 +214,10 @@ class Trainer:
                 batches.append(self.stream.batch(start, settings.micro_batch_size))
         except UserError as damage:
             error = damage
-        raise_together(error, self.control)
+        if any_rank(bool(self.stop), error, self.control):
+            if self.samples_seen > self.samples_saved:
+                self._save()
+            raise Interrupted(f"{self.recipe.folder}: saved after {self.samples_seen} samples; run again to go on")
         return batches
 
     def _iterations(self) -> tuple[int, int]:
@@ -259,7 +272,8 @@ class Trainer:
             checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
         except UserError as refusal:
             error = refusal
-        raise_together(error, self.control)
+        raise_together(error, self.control)  # all wait here: a launcher kills the others once one has left
+        self.samples_saved = self.samples_seen
 
     def _export(self, averages: dict[str, Tensor]) -> None:
         if self.rank == 0:

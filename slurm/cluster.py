@@ -2,17 +2,20 @@
 
 import os
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import submitit
 
-CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it is installed, this machine elsewhere
+from slurm import queue
+from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
+
+CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,13 @@ def executor(cluster: str, folder: str | Path, name: str, resources: Resources) 
     """
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
-    try:
-        made = submitit.AutoExecutor(str(folder), cluster=None if cluster == "auto" else cluster)
-    except RuntimeError as error:  # slurm is asked for and not there
+    if cluster == "auto":
+        cluster = "slurm" if queue.answers() else "local"
+    elif cluster == "slurm" and not queue.answers():
         raise ValueError(
-            f"cluster: {cluster} is not to be had here ({error}); allowed: {', '.join(CLUSTERS)}"
-        ) from None
+            "cluster: slurm is not to be had here (no controller answers `scontrol ping`); use local, debug or auto"
+        )
+    made = submitit.AutoExecutor(str(folder), cluster=cluster)
     if made.cluster != "slurm" and resources.nodes > 1:
         raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {made.cluster} one has 1")
     if made.cluster == "debug" and resources.processes > 1:
@@ -62,61 +66,58 @@ def run(
 ) -> list[Any]:
     """Submits one job, shows what its first task prints until it ends, and returns every task's result.
 
-    A task that raises, or whose result `failed` says is a failure, brings the others down. Raises the first task's
-    exception where no result tells of a failure: a task that others were waiting for explains more than their waiting.
-    An interruption here cancels the job.
+    A task that raises, or whose result `failed` says is a failure, brings the others down; failing results are returned
+    alone. Raises the exception of the task that failed first where no result tells of a failure. An interruption here
+    cancels the job.
     """
-    with _master_port() if made.cluster == "local" else nullcontext():
-        job = made.submit(function, *arguments)
-    tasks = [job.task(rank) for rank in range(job.num_tasks)] if job.num_tasks > 1 else [job]
+    return _run_all(made, [partial(function, *arguments) if arguments else function], 1, failed)
+
+
+def run_array(
+    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
+) -> list[Any]:
+    """Runs every call as a job of its own, at most `at_once` at a time; a job array on SLURM.
+
+    Returns all tasks' results in the order of `calls`. The first failure cancels the rest: its results are returned
+    alone where `failed` tells them, its exception is raised otherwise, as `run` does. An interruption here cancels all.
+    """
+    if made.cluster == "slurm":
+        made.update_parameters(slurm_array_parallelism=at_once)
+    return _run_all(made, calls, at_once, failed)
+
+
+def _run_all(
+    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
+) -> list[Any]:
+    """Shows what a single call prints, and counts where there are several."""
+    batch = Batch(made.cluster, partial(_submit, made), calls, at_once)
+    results: dict[int, list[Any]] = {}
+    tails: tuple[Tail, ...] = ()
     try:
-        if made.cluster != "debug":  # that one runs here, and prints by itself
-            _follow(job, tasks, failed)
+        while len(results) < len(calls):
+            ended = batch.advance(failed)
+            for found in ended.values():
+                if any(failed(result) for result in found):
+                    batch.cancel()
+                    return found
+            results |= ended
+            if len(calls) > 1 and ended:
+                print(f"{len(results)} of {len(calls)} parts are done", flush=True)
+            for job in batch.running.values() if len(calls) == 1 else ():
+                tails = tails or tails_of(job)
+            for tail in tails:
+                tail.copy()
+            time.sleep(NEXT_LOOK_SECONDS)
     except BaseException:
-        job.cancel(check=False)
+        batch.cancel()
         raise
-    errors = [task.exception() for task in tasks]
-    results = [task.result() for task, error in zip(tasks, errors, strict=True) if error is None]
-    told = [result for result in results if failed(result)]
-    for error in errors:
-        if error is not None and not told:
-            raise error
-    return told or results
+    return [result for number in range(len(calls)) for result in results[number]]
 
 
-def _follow(job: submitit.Job[Any], tasks: list[submitit.Job[Any]], failed: Callable[[Any], bool]) -> None:
-    """Copies the first task's output to this terminal until all tasks have ended, or one of them has failed."""
-
-    def has_failed(task: submitit.Job[Any]) -> bool:
-        return task.done() and (task.exception() is not None or failed(task.result()))
-
-    tails = (_Tail(tasks[0].paths.stdout, sys.stdout.buffer), _Tail(tasks[0].paths.stderr, sys.stderr.buffer))
-    ended = False
-    while not ended:
-        ended = job.done() or any(has_failed(task) for task in tasks)
-        for tail in tails:
-            tail.copy()
-        time.sleep(0.2)
-    if not job.done():
-        job.cancel(check=False)  # the others wait for the failed one in a collective
-
-
-class _Tail:
-    """Copies what is appended to a file, which may not exist yet."""
-
-    def __init__(self, path: Path, sink: BinaryIO) -> None:
-        self.path, self.sink, self.copied = path, sink, 0
-
-    def copy(self) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as source:
-            source.seek(self.copied)
-            new = source.read()
-        if new:
-            self.copied += len(new)
-            self.sink.write(new)
-            self.sink.flush()
+def _submit(made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
+    """Several calls are one array on SLURM."""
+    with queue.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
+        return made.submit_array(calls)
 
 
 @contextmanager
