@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -102,6 +103,7 @@ class Evaluation:
                 "content": self.reference.content,
             },
             "extractor": {"name": self.weights.extractor, "weights_sha256": self.weights.sha256},
+            "recipe": TypeAdapter(Recipe).dump_python(self.recipe, mode="json"),
             "provenance": provenance(),
         }
         write_json(self.path_of(pictures), found)
@@ -144,7 +146,7 @@ class Evaluation:
         """Computed once for each extractor and content; of references, for all runs below `runs`."""
         key = content_key([pictures.content, self.weights.sha256, wanted_layers(self.recipe.evaluate)])
         is_reference = pictures.name == "reference"
-        folder = Path(self.recipe.runs) / "references" if is_reference else self.recipe.folder / "eval" / "statistics"
+        folder = Path(self.recipe.runs) / ".references" if is_reference else self.recipe.folder / "eval" / "statistics"
         path = folder / f"{pictures.name}-{key}.npz"
         if not path.exists():
             extractor = self.extractor
