@@ -39,7 +39,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     try:
-        _check_together(recipe)
+        check_together(recipe)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe
@@ -123,7 +123,7 @@ def _sampler(recipe: Recipe) -> Any:
     return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
 
 
-def _check_together(recipe: Recipe) -> None:
+def check_together(recipe: Recipe) -> None:
     """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
     resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
     if resolution % downsampling:

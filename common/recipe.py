@@ -168,6 +168,25 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sweep:
+    """Ways of sampling that `pipeline/sweep.py` compares: every combination, each at every budget of blocks a picture.
+
+    A budget is spent exactly on FPDM: on as many steps as it pays for, the rest on more iterations. DiT takes the steps
+    that the budget pays for. Guidance computes a block twice, and pays for both.
+    """
+
+    budgets: tuple[Count, ...] = (140, 280, 560)  # the paper's Table 1
+    iterations: tuple[Count, ...] = (8,)  # about so many a step: the steps follow from the budget
+    num_steps: tuple[Count, ...] | None = None  # or the steps themselves: the iterations follow
+    allocation: tuple[Literal["constant", "more_at_noise", "more_at_data", "adaptive", "calibrated"], ...] = (
+        "constant",
+    )
+    reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddim",)
+    guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Launch:
     """What one job of a stage asks for, on any cluster. Where it runs is `pipeline/run.py --cluster`."""
 
@@ -194,6 +213,7 @@ class Recipe:
     train: Train = Train()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    sweep: Sweep = Sweep()
     launch: Launch = Launch()
 
     @property

@@ -2,6 +2,7 @@
 
   python pipeline/eval_fid.py --config recipes/demo.yaml
   python pipeline/eval_fid.py --config recipes/demo.yaml evaluate.feature_extractor=inception-v3-compat
+  python pipeline/eval_fid.py --config recipes/demo.yaml --cluster slurm --jobs 16
 
 Also measured against the same reference: the network before its first step, held-out pictures (the floor), and their
 reconstructions (what the autoencoder alone costs). What is measured already is kept.
@@ -15,6 +16,7 @@ from common.command import run_command
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.recipe import Recipe
+from pipeline.parts import run_parts
 
 
 def evaluate(recipe: Recipe) -> None:
@@ -76,5 +78,21 @@ def plan(recipe: Recipe) -> Iterator[str]:
         yield f"{pictures.name}: {pictures.label}; " + (f"measured in {path}" if path.exists() else "to be measured")
 
 
+def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
+    """An array of jobs that extract the features of samples; then one that reduces them to numbers."""
+    run_parts(recipe, cluster, "features", "pipeline.eval_fid", "extract_part", jobs)
+    run_parts(recipe, cluster, "evaluate", "pipeline.eval_fid", "evaluate")
+
+
+def extract_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
+    """The features of this part's chunks of samples."""
+    from pipeline.evaluation import Evaluation
+    from pipeline.sample_features import extract_missing
+
+    for samples in Evaluation(recipe).samples:
+        samples.check()
+        extract_missing(recipe, samples.weights, part, parts)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, evaluate))
+    sys.exit(run_command(__doc__, plan, evaluate, in_jobs=in_jobs))

@@ -108,6 +108,11 @@ class Evaluation:
         }
         write_json(self.path_of(pictures), found)
 
+    def measure_reference(self) -> None:
+        """Once, where many measurements would do it at the same time."""
+        if self.reference.open is not None:
+            self._summary(self.reference)
+
     def _numbers(self, own: Summary, against: Summary) -> dict[str, float]:
         """Raises UserError for a metric that the recipe names and that these sets do not give."""
         settings = self.recipe.evaluate

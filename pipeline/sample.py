@@ -1,6 +1,7 @@
 """Draws the pictures that the recipe measures: from the trained weights, and from the network before its first step.
 
   python pipeline/sample.py --config recipes/demo.yaml
+  python pipeline/sample.py --config recipes/demo.yaml --cluster slurm --jobs 16
   torchrun --nproc-per-node 8 pipeline/sample.py --config recipes/demo.yaml sample.weights=64000
 
 Run it again to go on: whole chunks are kept, whatever the number of processes that drew them.
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 
 from common.command import run_command
 from common.recipe import Recipe
+from pipeline.parts import run_parts
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
@@ -41,5 +43,11 @@ def work(recipe: Recipe) -> None:
     sample(recipe)
 
 
+def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
+    """An array of jobs, each drawing every `jobs`-th chunk; then what is made of all chunks."""
+    run_parts(recipe, cluster, "sample", "pipeline.samples", "sample", jobs)
+    work(recipe)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, work))
+    sys.exit(run_command(__doc__, plan, work, in_jobs=in_jobs))
