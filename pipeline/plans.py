@@ -22,6 +22,7 @@ from fpdm.allocation import allocate
 from fpdm.calibration import CURVE_REACH, choose_reuse, measure_residuals
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import sample as sample_latents
+from fpdm.sampling import sample_noise
 
 MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
 
@@ -65,20 +66,17 @@ def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
 def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Callable[..., torch.Tensor]:
     """`fpdm.sample` of the samples `index` (B,), with all but steps, iterations and reuse bound."""
     settings, shape = recipe.sample, latent_shape(recipe)
-
-    def noise(purpose: str) -> torch.Tensor:
-        return rng.normal(recipe.seed, f"{stream}/{purpose}", index, shape)  # (B, C, h, w)
-
+    noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
     noisy = settings.sampler == "ddpm" or (settings.sampler == "ddim" and settings.eta > 0)
     return partial(
         sample_latents,
         model,
         diffusion(recipe),
-        noise("noise"),
+        noise(),
         labels_of(recipe, index),
         sampler=settings.sampler,
         eta=settings.eta,
-        step_noise=(lambda step: noise(f"step/{step}")) if noisy else None,
+        step_noise=(lambda step: noise(step=step)) if noisy else None,
         guidance_scale=settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         guidance_channels=settings.guidance_channels,
