@@ -42,8 +42,11 @@ class Data:
 
     images: str = "data/images"
     held_out: str | None = None  # pictures that training never sees: a second figure beside the distance
-    source: Literal["folder"] = "folder"
-    crop: Literal["center", "resize"] = "center"  # "center": ADM's centre crop; "resize": Lanczos, for aligned pictures
+    # folder: one sub-folder a class; webdataset: tars of key.jpg and key.cls; parquet: as Hugging Face writes it. The
+    # others are data sets, in every form in which they are passed on (docs/data.md).
+    source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet"] = "folder"
+    # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
+    crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels
     shards: str = "data/shards"
     shard_samples: Count = 8192
@@ -195,6 +198,7 @@ class Launch:
     cpus_per_process: Count = 1
     gpus_per_process: CountOrZero = 0
     timeout_minutes: Count = 240
+    signal_seconds: Count = 120  # before the time is over: training saves, and every job is queued again
     jobs: Count = 1  # into how many jobs, each such a one, encoding and sampling are split
 
 

@@ -137,7 +137,7 @@ def _read(recipe: Recipe, source: Source, entries: Sequence[Entry]) -> Pictures:
 
     def load(entry: Entry) -> NDArray[np.uint8] | None:
         try:
-            return np.asarray(crop(decode(source.open(entry.key)), resolution))
+            return np.asarray(crop(decode(source.open(entry)), resolution))
         except Rejected:  # encoding leaves it out too; the count beside a distance shows it
             return None
 
