@@ -39,7 +39,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     try:
-        _check_together(recipe)
+        check_together(recipe)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe
@@ -113,12 +113,17 @@ def _fields(sections: Sequence[str]) -> list[str]:
 
 
 def _sampler(recipe: Recipe) -> Any:
+    from fpdm.allocation import allocate
     from fpdm.sampling import build_sampler
 
-    return build_sampler(diffusion(recipe), recipe.sample.sampler, recipe.sample.num_steps)
+    settings = recipe.sample
+    if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
+        kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
+        allocate(kind, settings.num_steps, settings.iterations)
+    return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
 
 
-def _check_together(recipe: Recipe) -> None:
+def check_together(recipe: Recipe) -> None:
     """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
     resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
     if resolution % downsampling:
