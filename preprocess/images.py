@@ -7,12 +7,14 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+Rounding = Literal["half_away", "truncate"]
 MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, EPS above all, run programs or none
 WHITE = (255, 255, 255, 255)
@@ -133,9 +135,11 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255, halves rounded up.
+def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
+    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255.
 
-    The one rounding rule of the project; it gives back exactly what `to_tensor` was given.
+    The one rounding rule of the project: halves away from zero, as DiT; it gives back what `to_tensor` was given.
+    "truncate" drops the fraction, as REPA and EDM2 do: half a level darker, for comparison with their numbers.
     """
-    return (images.float() * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
+    offset = 128 if rounding == "half_away" else 127.5
+    return (images.float() * 127.5 + offset).floor().clamp(0, 255).to(torch.uint8)

@@ -1,6 +1,7 @@
 """Where work runs: submitit executors for SLURM, for this machine, and for this process."""
 
 import os
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 import submitit
 
-from slurm import queue
+from slurm import controller
+from slurm.site_file import Site, load_site, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
@@ -27,38 +29,108 @@ class Resources:
     cpus_per_process: int = 1
     gpus_per_process: int = 0
     timeout_minutes: int = 60
+    signal_seconds: int = 120  # before that: time to save, and to be queued again
 
 
-def executor(cluster: str, folder: str | Path, name: str, resources: Resources) -> submitit.AutoExecutor:
-    """A submitit executor whose jobs write their logs and pickles below `folder`.
+def executor(
+    cluster: str,
+    folder: str | Path,
+    name: str,
+    resources: Resources,
+    *,
+    after: str | None = None,
+    code: Path | None = None,
+) -> submitit.AutoExecutor:
+    """A submitit executor whose jobs write their logs and pickles below `folder`; the site file says the rest.
 
-    Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for.
+    Args:
+        after: SLURM only: the id of the job, or of the array, that has to succeed first.
+        code: a folder whose Python packages the jobs import in place of the clone's.
+
+    Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for, and for a site file
+    or a folder that SLURM cannot be given.
     """
-    if cluster not in CLUSTERS:
-        raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
-    if cluster == "auto":
-        cluster = "slurm" if queue.answers() else "local"
-    elif cluster == "slurm" and not queue.answers():
-        raise ValueError(
-            "cluster: slurm is not to be had here (no controller answers `scontrol ping`); use local, debug or auto"
-        )
-    made = submitit.AutoExecutor(str(folder), cluster=cluster)
-    if made.cluster != "slurm" and resources.nodes > 1:
-        raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {made.cluster} one has 1")
-    if made.cluster == "debug" and resources.processes > 1:
-        raise ValueError(
-            f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
-        )
+    cluster = _resolve(cluster, resources)
+    site = load_site() if cluster == "slurm" else Site()
+    made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
     made.update_parameters(
         name=name,
         nodes=resources.nodes,
         tasks_per_node=resources.processes,
         cpus_per_task=resources.cpus_per_process,
-        gpus_per_node=resources.gpus_per_process * resources.processes,
         timeout_min=resources.timeout_minutes,
-        slurm_signal_delay_s=120,  # before the limit: time to queue the job again
     )
+    if resources.gpus_per_process or cluster != "slurm":  # a cluster without GPUs refuses even none of them
+        made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
+    if cluster == "slurm":
+        _check_folder(Path(folder))
+        made.update_parameters(**_slurm_parameters(site, resources, after, code))
     return made
+
+
+def _resolve(cluster: str, resources: Resources) -> str:
+    """`cluster` with `auto` decided; ValueError where it is not to be had, or too small."""
+    if cluster not in CLUSTERS:
+        raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
+    if cluster == "auto":
+        cluster = "slurm" if controller.answers() else "local"
+    elif cluster == "slurm" and not controller.answers():
+        raise ValueError(
+            "cluster: slurm is not to be had here (no controller answers `scontrol ping`); use local, debug or auto"
+        )
+    if cluster != "slurm" and resources.nodes > 1:
+        raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
+    if cluster == "debug" and resources.processes > 1:
+        raise ValueError(
+            f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
+        )
+    return cluster
+
+
+def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
+    if cluster != "slurm":
+        return {}
+    # A long training reaches its time limit many times.
+    python = {"slurm_python": site.python} if site.python else {}
+    return {"slurm_max_num_timeout": 10_000, **python}
+
+
+def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
+    found = submission_parameters(site)
+    additional = {"requeue": True, **site.sbatch}  # a dead node's job starts again, whatever the cluster's default
+    if after is not None:
+        found["slurm_dependency"] = f"afterok:{after}"
+        additional["kill-on-invalid-dep"] = "yes"  # it would wait for ever
+    if code is not None:
+        # `python -m` looks in the working directory first, which is the clone.
+        lines = (f"export PYTHONPATH={shlex.quote(str(code.resolve()))}", "export PYTHONSAFEPATH=1")
+        found["slurm_setup"] = [*found.get("slurm_setup", []), *lines]
+    return found | {
+        "slurm_signal_delay_s": resources.signal_seconds,
+        "slurm_additional_parameters": additional,
+        # A failed task ends the others in seconds. srun does not take over the job's CPUs a task since SLURM 22.05.
+        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_process}"],
+    }
+
+
+def _check_folder(folder: Path) -> None:
+    """SLURM replaces `%` in the names of log files, and reads a backslash as the end of that; lines end at newlines."""
+    for bad in ("%", "\\", "\n"):
+        if bad in str(folder.absolute()):
+            raise ValueError(
+                f"{folder}: SLURM cannot write logs to a path with {bad!r}; choose another folder for runs"
+            )
+
+
+def submission_script(made: submitit.AutoExecutor, parts: int = 1) -> str:
+    """What would be given to sbatch."""
+    inner: Any = made._executor
+    array = {"map_count": parts} if parts > 1 else {}
+    before, inner.parameters = inner.parameters, inner.parameters | array
+    try:
+        return inner._make_submission_file_text(inner._submitit_command_str, "submission")
+    finally:
+        inner.parameters = before
 
 
 def run(
@@ -81,8 +153,6 @@ def run_array(
     Returns all tasks' results in the order of `calls`. The first failure cancels the rest: its results are returned
     alone where `failed` tells them, its exception is raised otherwise, as `run` does. An interruption here cancels all.
     """
-    if made.cluster == "slurm":
-        made.update_parameters(slurm_array_parallelism=at_once)
     return _run_all(made, calls, at_once, failed)
 
 
@@ -90,7 +160,7 @@ def _run_all(
     made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
 ) -> list[Any]:
     """Shows what a single call prints, and counts where there are several."""
-    batch = Batch(made.cluster, partial(_submit, made), calls, at_once)
+    batch = Batch(made.cluster, lambda some: submit(made, some, at_once), calls, at_once)
     results: dict[int, list[Any]] = {}
     tails: tuple[Tail, ...] = ()
     try:
@@ -114,10 +184,21 @@ def _run_all(
     return [result for number in range(len(calls)) for result in results[number]]
 
 
-def _submit(made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
-    """Several calls are one array on SLURM."""
-    with queue.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
-        return made.submit_array(calls)
+def submit(
+    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int | None = None
+) -> list[submitit.Job[Any]]:
+    """Submits calls, several as one array on SLURM, and waits for none. ValueError with SLURM's words if it refuses."""
+    if made.cluster == "slurm" and at_once is not None:
+        made.update_parameters(slurm_array_parallelism=at_once)
+    with controller.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
+        try:
+            return made.submit_array(calls)
+        except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
+            words = [line for line in str(error).splitlines() if "error" in line.lower()]
+            raise ValueError(
+                f"SLURM refuses the job: {'; '.join(words) or error}; slurm/site.yaml, or the file that FPDM_SITE "
+                "names, says partition and account, the recipe's launch section the rest"
+            ) from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import submitit
 
-from slurm import queue
+from slurm import controller
 
 NEXT_LOOK_SECONDS = 0.2  # at files on disk
 NEXT_QUESTION_SECONDS = 2.0  # to SLURM's controller, which all users share
@@ -80,16 +80,16 @@ class Watch:
             return []
         self.asked = now
         try:
-            states = queue.states(job.job_id for job in jobs.values())
+            states = controller.states(job.job_id for job in jobs.values())
         except (OSError, subprocess.SubprocessError):  # a controller that restarts; jobs outlive it
             return []
         self.states = {number: states.get(job.job_id, "no longer known") for number, job in jobs.items()}
         return [number for number, state in self.states.items() if self._is_over(number, state, now)]
 
     def _is_over(self, number: int, state: str, now: float) -> bool:
-        if state in queue.OVER:
+        if state in controller.OVER:
             return True
-        if state in queue.ALIVE:
+        if state in controller.ALIVE:
             self.unsure.pop(number, None)
             return False
         return now - self.unsure.setdefault(number, now) >= UNSURE_SECONDS

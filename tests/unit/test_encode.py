@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
-from preprocess.encode_latents import encode, plan
+from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoder import Encoder, draw_latents, unscale_latents
 from preprocess.encoding import resolve
 from preprocess.images import to_tensor
@@ -99,7 +99,7 @@ def test_a_finished_encoding_is_left_alone(recipe: Recipe, monkeypatch: pytest.M
     encode(recipe)
     before = contents(recipe)
     monkeypatch.setattr("preprocess.encode_latents.plan", None)
-    monkeypatch.setattr("preprocess.encode_latents.make_shards", None)  # would raise where it is called
+    monkeypatch.setattr("preprocess.encoding.make_shards", None)  # would raise where it is called
     encode(recipe)
     assert contents(recipe) == before
 
@@ -137,14 +137,14 @@ def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, mon
 
 
 def test_numbers_that_float16_does_not_hold_are_rejected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Encoder.encode
+    original = Encoder.moments
 
     def overflow(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
         moments = original(encoder, images)
         moments[0, 0, 0, 0] = 1e6
         return moments
 
-    monkeypatch.setattr(Encoder, "encode", overflow)
+    monkeypatch.setattr(Encoder, "moments", overflow)
     with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
         encode(recipe)
 
@@ -232,3 +232,14 @@ def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
     decoded = encoder.decode(draw_latents(moments, torch.zeros(2, 4, 4, 4), 0.5, 0.25))
     mean = moments.chunk(2, dim=1)[0]
     assert torch.allclose(decoded, encoder.network.decode(mean).sample.clamp(-1, 1), atol=1e-4)
+
+
+def test_encoding_in_ffcv_format_makes_the_file_after_the_shards(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ffcv, converted = changed(recipe, "data", format="ffcv"), []
+    monkeypatch.setattr("preprocess.beton.convert", lambda folder, processes: converted.append(folder))
+    encode(ffcv)
+    assert converted == [Path(recipe.data.shards)]
+    assert finished(recipe)
+    assert not finished(ffcv)

@@ -49,3 +49,13 @@ def states(job_ids: Iterable[str]) -> dict[str, str]:
     if asked.returncode and "Invalid job id" not in asked.stderr:
         asked.check_returncode()
     return dict(line.strip().split("|", 1) for line in asked.stdout.splitlines())
+
+
+def own_state() -> str:
+    """The state of the job that this process belongs to; RUNNING where the controller does not answer."""
+    asked = subprocess.run(
+        ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"],
+        capture_output=True,
+        text=True,
+    )
+    return asked.stdout.strip() or "RUNNING"
