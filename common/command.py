@@ -18,6 +18,7 @@ def run_command(
     plan: Callable[[Recipe], Iterable[str]],
     work: Callable[[Recipe], None],
     argv: Sequence[str] | None = None,
+    in_jobs: Callable[[Recipe, str, int], None] | None = None,
 ) -> int:
     """Runs one stage and returns its exit status.
 
@@ -26,8 +27,12 @@ def run_command(
         plan: checks the recipe against this machine and says what will be done, a line each; touches nothing. A
             generator shows what it knows before the check that fails.
         work: does it; finds what is finished and goes on from there.
+        in_jobs: does it as jobs: given the recipe, `--cluster` and `--jobs`, options that only such a stage has.
     """
-    return guarded(lambda: _run(argument_parser(description).parse_intermixed_args(argv), plan, work))
+    parser = argument_parser(description)
+    if in_jobs is not None:
+        add_job_options(parser)
+    return guarded(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -39,6 +44,15 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.field=value", help="replaces one field, as train.batch_size=64"
     )
     return parser
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        metavar="local|debug|slurm|auto",
+        help="work in jobs: on this machine, in this process, on SLURM, or on SLURM where it answers",
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="with --cluster: how many; launch.jobs otherwise")
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -61,11 +75,17 @@ def _say(line: str) -> None:
 
 
 def _run(
-    arguments: argparse.Namespace, plan: Callable[[Recipe], Iterable[str]], work: Callable[[Recipe], None]
+    arguments: argparse.Namespace,
+    plan: Callable[[Recipe], Iterable[str]],
+    work: Callable[[Recipe], None],
+    in_jobs: Callable[[Recipe, str, int], None] | None,
 ) -> None:
     from common.loading import dump_recipe, load_recipe
     from common.recipe import describe_network
 
+    cluster, jobs = getattr(arguments, "cluster", None), getattr(arguments, "jobs", None)
+    if jobs is not None and (cluster is None or jobs < 1):
+        raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
     first = os.environ.get("RANK", "0") == "0"
     if first and arguments.dry_run:
@@ -74,5 +94,9 @@ def _run(
     for line in plan(recipe):
         if first:
             print(f"plan: {line}", flush=True)
-    if not arguments.dry_run:
+    if arguments.dry_run:
+        return
+    if cluster is not None and in_jobs is not None:
+        in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
+    else:
         work(recipe)

@@ -39,7 +39,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     try:
-        _check_together(recipe)
+        check_together(recipe)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe
@@ -113,12 +113,17 @@ def _fields(sections: Sequence[str]) -> list[str]:
 
 
 def _sampler(recipe: Recipe) -> Any:
+    from fpdm.allocation import allocate
     from fpdm.sampling import build_sampler
 
-    return build_sampler(diffusion(recipe), recipe.sample.sampler, recipe.sample.num_steps)
+    settings = recipe.sample
+    if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
+        kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
+        allocate(kind, settings.num_steps, settings.iterations)
+    return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
 
 
-def _check_together(recipe: Recipe) -> None:
+def check_together(recipe: Recipe) -> None:
     """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
     resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
     if resolution % downsampling:
@@ -126,6 +131,11 @@ def _check_together(recipe: Recipe) -> None:
     side = latent_shape(recipe)[1]
     if side % recipe.model.patch_size:
         raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
+    if recipe.data.cache is None and (recipe.data.stage_in or "://" in recipe.data.shards):
+        needs = "stage_in" if recipe.data.stage_in else f"shards: {recipe.data.shards}"
+        raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
+    if recipe.train.batch_size % recipe.data.lanes:
+        raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     _check_training(recipe.train)
     for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
         try:

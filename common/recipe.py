@@ -43,11 +43,22 @@ class Data:
 
     images: str = "data/images"
     held_out: str | None = None  # pictures that training never sees: a second figure beside the distance
-    source: Literal["folder"] = "folder"
-    crop: Literal["center", "resize"] = "center"  # "center": ADM's centre crop; "resize": Lanczos, for aligned pictures
+    # folder: one sub-folder a class; webdataset: tars of key.jpg and key.cls; parquet: as Hugging Face writes it. The
+    # others are data sets, in every form in which they are passed on (docs/data.md).
+    source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet"] = "folder"
+    # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
+    crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels
-    shards: str = "data/shards"
+    shards: str = "data/shards"  # training also reads any fsspec address (s3://bucket/folder), through `cache`
     shard_samples: Count = 8192
+    format: Literal["tar", "ffcv"] = "tar"  # ffcv: the one file that preprocess/beton.py makes; the same samples
+    # Copies of shards on a local disk, each proved before it is used; `$SCRATCH` and the like are put in.
+    cache: str | None = None
+    cache_gb: Positive | None = None  # what was used longest ago goes; several times mixed_blocks shards are best
+    stage_in: StrictBool = False  # copy all shards into `cache` before the first step, once a node
+    order: Literal["random", "block"] = "random"  # block: shards nearly in sequence, for slow or remote storage
+    mixed_blocks: Count = 16  # shards whose samples are shuffled together in block order
+    lanes: Count = 1  # parts of a step that read shards of their own in block order; best one a node
     flips: StrictBool = True  # a second set of moments, of the mirrored picture
     max_rejected: Fraction = 0.001  # share of unreadable pictures above which encoding stops
 
@@ -138,13 +149,29 @@ class Train:
 class Sample:
     num_samples: Count = 50_000
     batch_size: Count = 32  # of one process at once; sample i does not depend on it
-    chunk_samples: Count = 1000  # of one file
+    chunk_samples: Count = 1000  # of one file; what a kill costs
+    # What is kept. "chunks": arrays; "features": no pictures but the first, only what the evaluation's extractor sees;
+    # "webdataset": tars of PNGs; "npz": chunks, then one file for ADM's evaluator (arr_0); "folder": chunks, then PNGs.
+    output: Literal["chunks", "features", "webdataset", "npz", "folder"] = "chunks"
+    labels: Literal["balanced", "uniform"] = (
+        "balanced"  # as many of each class, worth about 0.1 FID, or drawn at random
+    )
+    rounding: Literal["half_away", "truncate"] = (
+        "half_away"  # to uint8: as DiT, or half a level darker as REPA and EDM2
+    )
     sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
+    eta: Fraction = 0.0  # ddim's noise
     num_steps: Count = 28
-    iterations: Count = 8  # mean of a step; 28 steps of 8 with one pre and one post layer are the paper's 280 blocks
-    allocation: Literal["constant", "more_at_noise", "more_at_data"] = "constant"
-    reuse: StrictBool = True  # start a step from the previous step's solution
+    # A mean of a step, or for allocation "list" one count a step, noisiest first. 28 steps of 8 with one pre and one
+    # post layer are the paper's 280 blocks.
+    iterations: Count | Annotated[float, Field(ge=1)] | tuple[Count, ...] = 8
+    # "adaptive" (one residual threshold) and "calibrated" (least sum of residuals) are measured on the weights.
+    allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
+    reuse: Literal["always", "none", "calibrated"] = "always"  # start a step from the previous step's solution
+    calibration_samples: Count = 32  # what "adaptive" and "calibrated" are measured on
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # of t / T where guidance acts; 1 is pure noise
+    guidance_channels: Count | None = None  # null: all; 3 is what DiT and FPDM published
     weights: Literal["latest"] | CountOrZero = "latest"  # or a number of samples seen
     save_images: Count = 64  # as many of each set are drawn into samples.png
 
@@ -153,11 +180,36 @@ class Sample:
 class Evaluate:
     feature_extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = "inception-v3-compat"
     feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
+    # null: all that the extractor and the reference give. "frechet" (FID of Inception's published weights), "spatial"
+    # (sFID), "inception_score", "kid", "precision_recall".
+    metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
     batch_size: Count = 64
+    reference: str | None = None  # null: the training pictures; an ADM statistics file (.npz); or another run's folder
     reference_samples: Count | None = None  # training pictures compared with, evenly spaced over all; null: all of them
+    seed_ranges: Count = 1  # 3: EDM2's protocol, samples 0..N-1, N..2N-1, 2N..3N-1 measured apart; that many more drawn
+    bootstrap: CountOrZero = 0  # replicates for the standard error of the Fréchet distance; 0: none
     untrained_baseline: StrictBool = (
         False  # also samples and measures the network before its first step: twice the work
     )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sweep:
+    """Ways of sampling that `pipeline/sweep.py` compares: every combination, each at every budget of blocks a picture.
+
+    A budget is spent exactly on FPDM: on as many steps as it pays for, the rest on more iterations. DiT takes the steps
+    that the budget pays for. Guidance computes a block twice, and pays for both.
+    """
+
+    budgets: tuple[Count, ...] = (140, 280, 560)  # the paper's Table 1
+    iterations: tuple[Count, ...] = (8,)  # about so many a step: the steps follow from the budget
+    num_steps: tuple[Count, ...] | None = None  # or the steps themselves: the iterations follow
+    allocation: tuple[Literal["constant", "more_at_noise", "more_at_data", "adaptive", "calibrated"], ...] = (
+        "constant",
+    )
+    reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddim",)
+    guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -169,6 +221,8 @@ class Launch:
     cpus_per_process: Count = 1
     gpus_per_process: CountOrZero = 0
     timeout_minutes: Count = 240
+    signal_seconds: Count = 120  # before the time is over: training saves, and every job is queued again
+    jobs: Count = 1  # into how many jobs, each such a one, encoding and sampling are split
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -186,6 +240,7 @@ class Recipe:
     train: Train = Train()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    sweep: Sweep = Sweep()
     launch: Launch = Launch()
 
     @property

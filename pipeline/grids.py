@@ -29,7 +29,8 @@ class GridPainter:
         recipe = self.recipe
         model = assemble(weights, denoiser_config(recipe)).to(self.device).eval()
         index = torch.arange(recipe.train.grid_pictures, device=self.device)
-        steps = recipe.sample.num_steps
+        steps, counts = recipe.sample.num_steps, recipe.sample.iterations
+        mean = round(sum(counts) / len(counts) if isinstance(counts, tuple) else counts)
         latents = sample(
             model,
             diffusion(recipe),
@@ -37,7 +38,7 @@ class GridPainter:
             index % recipe.model.num_classes,
             sampler="flow_euler" if recipe.objective.prediction == "flow" else "ddim",
             num_steps=steps,
-            iterations=[recipe.sample.iterations] * steps if recipe.model.kind == "fpdm" else None,
+            iterations=[mean] * steps if recipe.model.kind == "fpdm" else None,
         )
         path = recipe.folder / "grids" / f"{samples_seen:012d}.png"
         with atomic_write(path) as file:
