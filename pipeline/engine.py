@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.errors import UserError
 from common.files import read_json
@@ -146,7 +146,10 @@ def update(engine: Any, gradient_clipping: float) -> float:
         engine.step()
         return float(engine.get_global_grad_norm())
     parameters = list(engine.module.parameters())
-    norm = float(clip_grad_norm_(parameters, gradient_clipping or math.inf))
+    total = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = float(total)
+    if math.isfinite(norm) and norm > (gradient_clipping or math.inf):
+        clip_grads_with_norm_(parameters, gradient_clipping, total)
     if not math.isfinite(norm):
         for parameter in parameters:
             parameter.grad = None  # the optimiser passes over parameters without a gradient
