@@ -149,14 +149,14 @@ def test_the_cache_stays_within_its_limit_by_dropping_what_was_used_longest_ago(
 
 
 FETCHING = """
-import sys, time
+import os, sys, time
 import fsspec, numpy as np
 from pathlib import Path
 from preprocess.shards import Cache, LatentShards, storage
 
 original = storage.CachedFolder._copy_hashed
 def slowly(self, name, path):
-    print(name, flush=True)
+    os.write(1, f"{name}\\n".encode())
     time.sleep(float(sys.argv[3]))
     return original(self, name, path)
 storage.CachedFolder._copy_hashed = slowly
