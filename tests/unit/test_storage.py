@@ -216,7 +216,7 @@ def test_a_network_that_fails_twice_is_asked_a_third_time(
     expected = LatentShards(local).gather(EVERYTHING)
     assert np.array_equal(LatentShards(ADDRESS, Cache(tmp_path)).gather(EVERYTHING), expected)
     monkeypatch.setattr(CachedFolder, "_copy_hashed", lambda *_: failing_always())
-    with pytest.raises(UserError, match=r"latents-000000\.samples\.npy: cannot be read \(connection reset\), 3 times"):
+    with pytest.raises(UserError, match=r"/latents-00000\d\S*: cannot be read \(connection reset\), 3 times"):
         LatentShards(ADDRESS, Cache(tmp_path / "other")).gather(EVERYTHING)
 
 
