@@ -1,6 +1,7 @@
 """The command line that every stage shares: `--config recipe.yaml [section.field=value ...] [--dry-run]`.
 
-Resolve, check, print, and only then work. Exit status 2 and one line on stderr for a user's mistake.
+Resolve, check, print, and only then work. Exit status 2 and one line on stderr for a user's mistake; status 75 and one
+line where the command was asked to stop and has saved its work.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from common.errors import UserError
+from common.errors import INTERRUPTED, Interrupted, UserError
 from common.recipe import Recipe
 
 
@@ -17,6 +18,7 @@ def run_command(
     plan: Callable[[Recipe], Iterable[str]],
     work: Callable[[Recipe], None],
     argv: Sequence[str] | None = None,
+    in_jobs: Callable[[Recipe, str, int], None] | None = None,
 ) -> int:
     """Runs one stage and returns its exit status.
 
@@ -25,8 +27,12 @@ def run_command(
         plan: checks the recipe against this machine and says what will be done, a line each; touches nothing. A
             generator shows what it knows before the check that fails.
         work: does it; finds what is finished and goes on from there.
+        in_jobs: does it as jobs: given the recipe, `--cluster` and `--jobs`, options that only such a stage has.
     """
-    return guarded(lambda: _run(argument_parser(description).parse_intermixed_args(argv), plan, work))
+    parser = argument_parser(description)
+    if in_jobs is not None:
+        add_job_options(parser)
+    return guarded(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -40,22 +46,46 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        metavar="local|debug|slurm|auto",
+        help="work in jobs: on this machine, in this process, on SLURM, or on SLURM where it answers",
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="with --cluster: how many; launch.jobs otherwise")
+
+
 def guarded(work: Callable[[], None]) -> int:
-    """The exit status of `work`: 0, or 2 with the one line of a UserError on stderr."""
+    """The exit status of `work`: 0, or with one line on stderr 2 for a UserError, INTERRUPTED for an Interrupted."""
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         return 2
+    except Interrupted as interruption:
+        _say(f"interrupted: {interruption}")
+        return INTERRUPTED
     return 0
 
 
+def _say(line: str) -> None:
+    """On stderr, in one write: ranks that end together share a terminal."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def _run(
-    arguments: argparse.Namespace, plan: Callable[[Recipe], Iterable[str]], work: Callable[[Recipe], None]
+    arguments: argparse.Namespace,
+    plan: Callable[[Recipe], Iterable[str]],
+    work: Callable[[Recipe], None],
+    in_jobs: Callable[[Recipe, str, int], None] | None,
 ) -> None:
     from common.loading import dump_recipe, load_recipe
     from common.recipe import describe_network
 
+    cluster, jobs = getattr(arguments, "cluster", None), getattr(arguments, "jobs", None)
+    if jobs is not None and (cluster is None or jobs < 1):
+        raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
     first = os.environ.get("RANK", "0") == "0"
     if first and arguments.dry_run:
@@ -64,5 +94,9 @@ def _run(
     for line in plan(recipe):
         if first:
             print(f"plan: {line}", flush=True)
-    if not arguments.dry_run:
+    if arguments.dry_run:
+        return
+    if cluster is not None and in_jobs is not None:
+        in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
+    else:
         work(recipe)

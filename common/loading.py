@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import common.recipe
 from common.errors import UserError
-from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.recipe import Recipe, Train, denoiser_config, diffusion, latent_shape
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -39,7 +39,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     try:
-        _check_together(recipe)
+        check_together(recipe)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe
@@ -113,12 +113,17 @@ def _fields(sections: Sequence[str]) -> list[str]:
 
 
 def _sampler(recipe: Recipe) -> Any:
+    from fpdm.allocation import allocate
     from fpdm.sampling import build_sampler
 
-    return build_sampler(diffusion(recipe), recipe.sample.sampler, recipe.sample.num_steps)
+    settings = recipe.sample
+    if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
+        kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
+        allocate(kind, settings.num_steps, settings.iterations)
+    return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
 
 
-def _check_together(recipe: Recipe) -> None:
+def check_together(recipe: Recipe) -> None:
     """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
     resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
     if resolution % downsampling:
@@ -131,12 +136,23 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
     if recipe.train.batch_size % recipe.data.lanes:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
-    if recipe.train.precision == "bf16" and recipe.train.zero_stage == 0:
-        raise ValueError(
-            "train.zero_stage: 0 keeps no fp32 parameters beside bf16 ones; use 1, 2 or 3, or precision fp32"
-        )
+    _check_training(recipe.train)
     for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
         try:
             build(recipe)
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None
+
+
+def _check_training(train: Train) -> None:
+    if train.zero_stage == 0 and train.precision in ("bf16", "fp16"):
+        raise ValueError(
+            f"train.zero_stage: 0 keeps no fp32 parameters beside {train.precision} ones; use 1, 2 or 3, or precision "
+            "fp32"
+        )
+    if train.zero_stage == 0 and train.offload_optimizer:
+        raise ValueError("train.offload_optimizer: ZeRO stage 0 has no optimizer of its own to move; use 1, 2 or 3")
+    if train.zero_stage == 3 and train.compile:
+        raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
+    if not (train.ema_decays or train.ema_widths):
+        raise ValueError("train.ema_decays: sampling needs an average; give one, such as [0.9999]")

@@ -10,15 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+COMMIT_FILE = "COMMIT"  # in a copy of the code, which is no checkout
 PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "torch-fidelity", "timm", "safetensors", "submitit")
 
 
 def provenance() -> dict[str, Any]:
-    """A JSON-able record. `git` is the commit, with `-dirty` where files differ from it; None outside a checkout."""
+    """A JSON-able record. `git` is as `git_commit` says."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
-        "git": _git_commit(),
+        "git": git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -33,8 +34,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
     root = Path(__file__).parents[1]
+    if (root / COMMIT_FILE).exists():
+        return (root / COMMIT_FILE).read_text() or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -25,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+Width = Annotated[float, Field(gt=0, lt=0.28)]  # of a power-function average (fpdm.ema)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -42,8 +43,11 @@ class Data:
 
     images: str = "data/images"
     held_out: str | None = None  # pictures that training never sees: a second figure beside the distance
-    source: Literal["folder"] = "folder"
-    crop: Literal["center", "resize"] = "center"  # "center": ADM's centre crop; "resize": Lanczos, for aligned pictures
+    # folder: one sub-folder a class; webdataset: tars of key.jpg and key.cls; parquet: as Hugging Face writes it. The
+    # others are data sets, in every form in which they are passed on (docs/data.md).
+    source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet"] = "folder"
+    # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
+    crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels
     shards: str = "data/shards"  # training also reads any fsspec address (s3://bucket/folder), through `cache`
     shard_samples: Count = 8192
@@ -109,7 +113,7 @@ class Train:
     micro_batch_size: Count | None = None  # of one rank at once; less than its share means gradient accumulation
     learning_rate: Positive = 1e-4
     warmup_samples: CountOrZero = 0
-    cosine_decay: StrictBool = False  # to zero at total_samples; constant otherwise, as in the paper
+    learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"  # to zero at total_samples; paper: none
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # of the global norm; 0: none
@@ -118,26 +122,56 @@ class Train:
     # table prefers 3-6 (FID 43.2 at 6 against 61.5 at 12), and they cost half.
     max_no_grad_iterations: CountOrZero = 6
     max_grad_iterations: Count = 6
-    ema_decay: Fraction = 0.9999  # a step of `ema_reference_batch` samples
+    ema_decays: tuple[Fraction, ...] = (0.9999,)  # each an average kept; of a step of `ema_reference_batch` samples
+    ema_widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
     ema_reference_batch: Count = 512
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs; fp16: GPUs alone
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
+    activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
+    compile: StrictBool = False  # each block by torch.compile: minutes at the start
+    deepspeed_config: str | None = None  # a JSON file of your own; what it leaves out comes from the recipe
     checkpoint_samples: Count = 5_120_000
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
+    keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
+    resume_from: str | None = None  # a checkpoint's folder to begin with, while this run has none of its own
+    max_skipped_steps: CountOrZero = 0  # in a row, for a loss or gradient that is not finite; 0: stop at the first
+    spike_deviations: Positive | None = 10.0  # a loss so many standard deviations above the last 100 is told
     log_samples: Count = 51_200
+    grid_samples: CountOrZero = 0  # every so many a grid of samples is drawn from the first average; 0: never
+    grid_pictures: Count = 16
+    tensorboard: StrictBool = True
+    wandb_project: str | None = None  # Weights & Biases, where it is installed
+    peak_tflops: Positive | None = None  # of one device, for flop_utilisation; null: known GPUs alone
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sample:
     num_samples: Count = 50_000
     batch_size: Count = 32  # of one process at once; sample i does not depend on it
-    chunk_samples: Count = 1000  # of one file
+    chunk_samples: Count = 1000  # of one file; what a kill costs
+    # What is kept. "chunks": arrays; "features": no pictures but the first, only what the evaluation's extractor sees;
+    # "webdataset": tars of PNGs; "npz": chunks, then one file for ADM's evaluator (arr_0); "folder": chunks, then PNGs.
+    output: Literal["chunks", "features", "webdataset", "npz", "folder"] = "chunks"
+    labels: Literal["balanced", "uniform"] = (
+        "balanced"  # as many of each class, worth about 0.1 FID, or drawn at random
+    )
+    rounding: Literal["half_away", "truncate"] = (
+        "half_away"  # to uint8: as DiT, or half a level darker as REPA and EDM2
+    )
     sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
+    eta: Fraction = 0.0  # ddim's noise
     num_steps: Count = 28
-    iterations: Count = 8  # mean of a step; 28 steps of 8 with one pre and one post layer are the paper's 280 blocks
-    allocation: Literal["constant", "more_at_noise", "more_at_data"] = "constant"
-    reuse: StrictBool = True  # start a step from the previous step's solution
+    # A mean of a step, or for allocation "list" one count a step, noisiest first. 28 steps of 8 with one pre and one
+    # post layer are the paper's 280 blocks.
+    iterations: Count | Annotated[float, Field(ge=1)] | tuple[Count, ...] = 8
+    # "adaptive" (one residual threshold) and "calibrated" (least sum of residuals) are measured on the weights.
+    allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
+    reuse: Literal["always", "none", "calibrated"] = "always"  # start a step from the previous step's solution
+    calibration_samples: Count = 32  # what "adaptive" and "calibrated" are measured on
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # of t / T where guidance acts; 1 is pure noise
+    guidance_channels: Count | None = None  # null: all; 3 is what DiT and FPDM published
     weights: Literal["latest"] | CountOrZero = "latest"  # or a number of samples seen
     save_images: Count = 64  # as many of each set are drawn into samples.png
 
@@ -146,11 +180,36 @@ class Sample:
 class Evaluate:
     feature_extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = "inception-v3-compat"
     feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
+    # null: all that the extractor and the reference give. "frechet" (FID of Inception's published weights), "spatial"
+    # (sFID), "inception_score", "kid", "precision_recall".
+    metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
     batch_size: Count = 64
+    reference: str | None = None  # null: the training pictures; an ADM statistics file (.npz); or another run's folder
     reference_samples: Count | None = None  # training pictures compared with, evenly spaced over all; null: all of them
+    seed_ranges: Count = 1  # 3: EDM2's protocol, samples 0..N-1, N..2N-1, 2N..3N-1 measured apart; that many more drawn
+    bootstrap: CountOrZero = 0  # replicates for the standard error of the Fréchet distance; 0: none
     untrained_baseline: StrictBool = (
         False  # also samples and measures the network before its first step: twice the work
     )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sweep:
+    """Ways of sampling that `pipeline/sweep.py` compares: every combination, each at every budget of blocks a picture.
+
+    A budget is spent exactly on FPDM: on as many steps as it pays for, the rest on more iterations. DiT takes the steps
+    that the budget pays for. Guidance computes a block twice, and pays for both.
+    """
+
+    budgets: tuple[Count, ...] = (140, 280, 560)  # the paper's Table 1
+    iterations: tuple[Count, ...] = (8,)  # about so many a step: the steps follow from the budget
+    num_steps: tuple[Count, ...] | None = None  # or the steps themselves: the iterations follow
+    allocation: tuple[Literal["constant", "more_at_noise", "more_at_data", "adaptive", "calibrated"], ...] = (
+        "constant",
+    )
+    reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddim",)
+    guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -162,6 +221,8 @@ class Launch:
     cpus_per_process: Count = 1
     gpus_per_process: CountOrZero = 0
     timeout_minutes: Count = 240
+    signal_seconds: Count = 120  # before the time is over: training saves, and every job is queued again
+    jobs: Count = 1  # into how many jobs, each such a one, encoding and sampling are split
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -179,6 +240,7 @@ class Recipe:
     train: Train = Train()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    sweep: Sweep = Sweep()
     launch: Launch = Launch()
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from fpdm import rng
 from fpdm.denoiser import Denoised, Denoiser, DenoiserConfig
 from fpdm.diffusion import Diffusion, GaussianSchedule, interpolate_log_variance, split_prediction
 from fpdm.fixed_point import Solver
@@ -141,6 +142,13 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: in
     """u + scale (c - u) on the first `channels` of the outputs (B, C or 2C, H, W), the conditional on the others."""
     guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
     return torch.cat([guided, conditional[:, channels:]], dim=1)
+
+
+def sample_noise(
+    seed: int, index: Tensor, shape: tuple[int, ...], step: int | None = None, stream: str = "sample"
+) -> Tensor:
+    """Noise (B, *shape) of the samples `index` (B,), a function of (seed, index): of a step, or the starting one."""
+    return rng.normal(seed, f"{stream}/noise" if step is None else f"{stream}/step/{step}", index, shape)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from common.files import atomic_write
 _DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
-def write_arrays(path: Path, **arrays: NDArray | int) -> None:
+def write_arrays(path: Path, **arrays: NDArray | int | str) -> None:
     """Stored, not compressed; zip keeps a crc32 of each array."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -87,20 +87,28 @@ def process_group() -> Iterator[tuple[int, int]]:
         torch.distributed.destroy_process_group()
 
 
-def raise_together(error: UserError | None, group: Any) -> None:
-    """Raises on every rank the error of the first rank that has one; no rank is left waiting for another that gave up.
+def any_rank(asked: bool, error: UserError | None, group: Any) -> bool:
+    """Whether any rank was `asked`; if any has an error, the first such rank's is raised on every rank.
 
-    `group` must be a gloo group: asking over NCCL would wait for the GPU's queue in every step.
+    No rank is left waiting for another that gave up. `group` must be a gloo group: asking over NCCL would wait for the
+    GPU's queue in every step.
     """
     import torch
     import torch.distributed as dist
 
-    failed = torch.tensor(int(error is not None))
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-    if failed.item():
+    found = torch.tensor([int(asked), int(error is not None)])
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    anyone, failed = found.tolist()
+    if failed:
         errors: list[UserError | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(errors, error, group=group)
         raise next(one for one in errors if one is not None)
+    return bool(anyone)
+
+
+def raise_together(error: UserError | None, group: Any) -> None:
+    """As `any_rank`, of errors alone."""
+    any_rank(False, error, group)
 
 
 def share_cores() -> None:

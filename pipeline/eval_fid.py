@@ -2,6 +2,7 @@
 
   python pipeline/eval_fid.py --config recipes/demo.yaml
   python pipeline/eval_fid.py --config recipes/demo.yaml evaluate.feature_extractor=inception-v3-compat
+  python pipeline/eval_fid.py --config recipes/demo.yaml --cluster slurm --jobs 16
 
 Also measured against the same reference: the network before its first step, held-out pictures (the floor), and their
 reconstructions (what the autoencoder alone costs). What is measured already is kept.
@@ -9,11 +10,13 @@ reconstructions (what the autoencoder alone costs). What is measured already is 
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from common.command import run_command
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.recipe import Recipe
+from pipeline.parts import run_parts
 
 
 def evaluate(recipe: Recipe) -> None:
@@ -22,14 +25,35 @@ def evaluate(recipe: Recipe) -> None:
 
     evaluation = Evaluation(recipe)
     missing = [pictures for pictures in evaluation.compared if not evaluation.path_of(pictures).exists()]
-    for pictures in missing:
-        pictures.open()  # samples that are not there are named now, not after minutes of work on the others
+    for samples in evaluation.samples:
+        if samples in missing:
+            samples.check()  # what is not there is named now, not after minutes of work on the others
     for pictures in missing:
         evaluation.measure(pictures)
     metrics = evaluation.metrics()
     write_json(recipe.folder / "metrics.json", metrics)
-    for found in metrics["measurements"]:
-        print(f"{found['distance']} = {found['value']:.2f}: {found['label']}")
+    for line in summary(metrics["measurements"]):
+        print(line)
+
+
+def summary(measurements: list[dict[str, Any]]) -> Iterator[str]:
+    """The numbers of each set, and what they were measured from."""
+    for found in measurements:
+        spread = found["numbers"]["frechet"]["spread"]
+        error = f" ± {spread:.2f} (bootstrap)" if spread is not None else ""
+        if len(found["ranges"]) > 1:
+            error += f" ({min(found['ranges']):.2f} to {max(found['ranges']):.2f} over {len(found['ranges'])} ranges)"
+        yield f"{found['distance']} = {found['value']:.2f}{error}: {found['label']}, from {found['reference']['label']}"
+        others = [_short(number) for key, number in found["numbers"].items() if key != "frechet"]
+        if others:
+            yield f"  {', '.join(others)}"
+        yield from (f"  note: {note}" for note in found["notes"])
+
+
+def _short(number: dict[str, Any]) -> str:
+    """Without the extractor, which the line above names."""
+    spread = f" ± {number['spread']:.2g}" if number["spread"] is not None else ""
+    return f"{number['name'].partition(' (')[0]} {number['value']:.4g}{spread}"
 
 
 def finished(recipe: Recipe) -> bool:
@@ -54,5 +78,21 @@ def plan(recipe: Recipe) -> Iterator[str]:
         yield f"{pictures.name}: {pictures.label}; " + (f"measured in {path}" if path.exists() else "to be measured")
 
 
+def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
+    """An array of jobs that extract the features of samples; then one that reduces them to numbers."""
+    run_parts(recipe, cluster, "features", "pipeline.eval_fid", "extract_part", jobs)
+    run_parts(recipe, cluster, "evaluate", "pipeline.eval_fid", "evaluate")
+
+
+def extract_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
+    """The features of this part's chunks of samples."""
+    from pipeline.evaluation import Evaluation
+    from pipeline.sample_features import extract_missing
+
+    for samples in Evaluation(recipe).samples:
+        samples.check()
+        extract_missing(recipe, samples.weights, part, parts)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, evaluate))
+    sys.exit(run_command(__doc__, plan, evaluate, in_jobs=in_jobs))

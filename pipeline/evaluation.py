@@ -5,22 +5,35 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+import numpy as np
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import content_key, read_json, write_json
 from common.provenance import provenance
 from common.recipe import Recipe
 from pipeline import picture_sets
-from pipeline.arrays import read_arrays, write_arrays
-from pipeline.features import ExtractorWeights, extract, find_weights, load_extractor
-from pipeline.metrics import Statistics, frechet_distance, statistics
-from pipeline.picture_sets import PictureSet
+from pipeline.features import (
+    Extractor,
+    ExtractorWeights,
+    extract,
+    find_weights,
+    load_extractor,
+    wanted_layers,
+    wanted_metrics,
+)
+from pipeline.metrics import bootstrap_error
+from pipeline.picture_sets import PictureSet, SampleRanges, opened
+from pipeline.references import reference
+from pipeline.summaries import KEPT_LAYERS, Summary, measure, possible, read_summary, summarise, write_summary
+
+COMMAND = "python pipeline/eval_fid.py"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The distances of a recipe: each one JSON file in `eval/`, named by a key of all that it is made of."""
+    """The measurements of a recipe: each one JSON file in `eval/`, named by a key of all that it is made of."""
 
     recipe: Recipe
 
@@ -29,25 +42,30 @@ class Evaluation:
         return find_weights(self.recipe.evaluate)
 
     @cached_property
-    def extractor(self) -> FeatureExtractorBase:
-        return load_extractor(self.weights)
+    def extractor(self) -> Extractor:
+        return load_extractor(self.weights, wanted_layers(self.recipe.evaluate))
 
     @cached_property
     def reference(self) -> PictureSet:
-        return picture_sets.reference(self.recipe)
+        return reference(self.recipe)
 
     @cached_property
-    def compared(self) -> list[PictureSet]:
-        """What is measured against the reference, the recipe's own samples first."""
-        sets = [picture_sets.samples(self.recipe, "trained", self.recipe.sample.weights)]
+    def samples(self) -> list[SampleRanges]:
+        sets = [SampleRanges(self.recipe, "trained", self.recipe.sample.weights)]
         if self.recipe.evaluate.untrained_baseline:
-            sets.append(picture_sets.samples(self.recipe, "untrained", 0))
-        if self.recipe.data.held_out is not None:
-            sets += [picture_sets.held_out(self.recipe), picture_sets.reconstruction(self.recipe)]
+            sets.append(SampleRanges(self.recipe, "untrained", 0))
         return sets
 
-    def path_of(self, pictures: PictureSet) -> Path:
-        key = content_key([pictures.content, self.reference.content, self.weights.sha256])
+    @cached_property
+    def compared(self) -> list[SampleRanges | PictureSet]:
+        """What is measured against the reference, the recipe's own samples first."""
+        others = [picture_sets.held_out, picture_sets.reconstruction] if self.recipe.data.held_out else []
+        return [*self.samples, *(make(self.recipe) for make in others)]
+
+    def path_of(self, pictures: SampleRanges | PictureSet) -> Path:
+        settings = self.recipe.evaluate
+        made_of = [pictures.content, self.reference.content, self.weights.sha256, wanted_metrics(settings)]
+        key = content_key([*made_of, settings.bootstrap])
         return self.recipe.folder / "eval" / f"{pictures.name}-{key}.json"
 
     def metrics(self) -> dict[str, Any]:
@@ -56,30 +74,89 @@ class Evaluation:
         distances = {found["name"]: found["value"] for found in measurements}
         return {"distance": self.weights.distance_name, "distances": distances, "measurements": measurements}
 
-    def measure(self, pictures: PictureSet) -> None:
-        """Writes the distance of one set from the reference, with what both were made of."""
-        own, reference = self._statistics(pictures), self._statistics(self.reference)
+    def measure(self, pictures: SampleRanges | PictureSet) -> None:
+        """Writes the numbers of one set, with what it and the reference were made of."""
+        against = self._reference_summary
+        own = pictures.summaries() if isinstance(pictures, SampleRanges) else iter([self._summary(pictures)])
+        ranges, counts = [], []
+        for summary in own:
+            ranges.append(self._numbers(summary, against))
+            counts.append(summary.statistics["pooled"].count)
+        numbers = {name: float(np.mean([found[name] for found in ranges])) for name in ranges[0]}
         found = {
             "name": pictures.name,
             "label": pictures.label,
             "distance": self.weights.distance_name,
-            "value": frechet_distance(own, reference),
-            "count": own.count,
+            "value": numbers["frechet"],
+            "numbers": {
+                name: {"name": self.weights.name_of(name), "value": value, "spread": numbers.get(f"{name}_spread")}
+                for name, value in numbers.items()
+                if not name.endswith("_spread")
+            },
+            "ranges": [found["frechet"] for found in ranges],
+            "count": counts[0],
+            "notes": self._notes(counts[0], against),
             "content": pictures.content,
-            "reference": {"label": self.reference.label, "count": reference.count, "content": self.reference.content},
+            "reference": {
+                "label": self.reference.label,
+                "count": against.statistics["pooled"].count,
+                "content": self.reference.content,
+            },
             "extractor": {"name": self.weights.extractor, "weights_sha256": self.weights.sha256},
+            "recipe": TypeAdapter(Recipe).dump_python(self.recipe, mode="json"),
             "provenance": provenance(),
         }
         write_json(self.path_of(pictures), found)
 
-    def _statistics(self, pictures: PictureSet) -> Statistics:
-        """Mean and covariance of a set's features; computed once for each extractor and content."""
-        key = content_key([pictures.content, self.weights.sha256])
-        path = self.recipe.folder / "eval" / "statistics" / f"{pictures.name}-{key}.npz"
+    def measure_reference(self) -> None:
+        """Once, where many measurements would do it at the same time."""
+        if self.reference.open is not None:
+            self._summary(self.reference)
+
+    def _numbers(self, own: Summary, against: Summary) -> dict[str, float]:
+        """Raises UserError for a metric that the recipe names and that these sets do not give."""
+        settings = self.recipe.evaluate
+        numbers = measure("frechet", own, against)
+        for metric in wanted_metrics(settings):
+            reason = possible(metric, own, against)
+            if reason is None and metric != "frechet":
+                numbers |= measure(metric, own, against)
+            if reason is not None and settings.metrics is not None:
+                raise UserError(f"evaluate.metrics: {metric} cannot be measured: {reason}; leave it out")
+        if settings.bootstrap:
+            numbers["frechet_spread"] = bootstrap_error(
+                own.rows["pooled"], against.statistics["pooled"], settings.bootstrap, self.recipe.seed
+            )
+        return numbers
+
+    @staticmethod
+    def _notes(count: int | None, against: Summary) -> list[str]:
+        """What a reader of the number must know."""
+        width = against.statistics["pooled"].mean.size
+        sets = {"the set": count, "the reference": against.statistics["pooled"].count}
+        return [
+            f"{name} has {pictures:,} pictures for {width:,} dimensions: a singular covariance, a biased distance"
+            for name, pictures in sets.items()
+            if pictures is not None and pictures <= width
+        ]
+
+    @cached_property
+    def _reference_summary(self) -> Summary:
+        summary = Summary({}, {}) if self.reference.open is None else self._summary(self.reference)
+        if self.reference.statistics is None:
+            return summary
+        return Summary(self.reference.statistics(), summary.rows)
+
+    def _summary(self, pictures: PictureSet) -> Summary:
+        """Computed once for each extractor and content; of references, for all runs below `runs`."""
+        key = content_key([pictures.content, self.weights.sha256, wanted_layers(self.recipe.evaluate)])
+        is_reference = pictures.name == "reference"
+        folder = Path(self.recipe.runs) / ".references" if is_reference else self.recipe.folder / "eval" / "statistics"
+        path = folder / f"{pictures.name}-{key}.npz"
         if not path.exists():
             extractor = self.extractor
-            bar = tqdm(pictures.open(), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
-            found = statistics(extract(extractor, bar, self.recipe.evaluate.batch_size))
-            write_arrays(path, mean=found.mean, covariance=found.covariance, count=found.count)
-        arrays = read_arrays(path, "python pipeline/eval_fid.py")
-        return Statistics(arrays["mean"], arrays["covariance"], int(arrays["count"]))
+            bar = tqdm(opened(pictures), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
+            features = extract(extractor, bar, self.recipe.evaluate.batch_size)
+            kept = ("pooled",) if is_reference else KEPT_LAYERS  # nobody asks for a reference's Inception Score
+            write_summary(path, summarise(features, pictures.size, kept))
+        return read_summary(path, COMMAND)

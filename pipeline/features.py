@@ -5,7 +5,7 @@ Importing this module takes seconds (torch, timm, torch-fidelity): commands do s
 
 import importlib.util
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -30,7 +30,28 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 EFFICIENTNET = "efficientnet-lite0"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LAYERS = {INCEPTION: "2048", EFFICIENTNET: "1280"}  # the pooled features a Fréchet distance is taken of
+# What each extractor gives, by torch-fidelity's names: the pooled features that a Fréchet distance is taken of, and the
+# logits of an Inception Score.
+LAYERS = {INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"}, EFFICIENTNET: {"pooled": "1280"}}
+SPATIAL = "spatial"  # Inception's also: the first 7 channels of the 1x1 branch of its 7th mixed block, for sFID
+SPATIAL_CHANNELS = 7  # as in ADM's evaluator: 7 x 17 x 17 = 2,023 numbers
+
+METRICS = {  # what can be measured, and the layer that each is measured on
+    "frechet": "pooled",
+    "spatial": SPATIAL,
+    "inception_score": "logits",
+    "kid": "pooled",
+    "precision_recall": "pooled",
+}
+
+NAMES = {  # of a number with the published Inception weights, and with any others
+    "frechet": ("FID", "FD"),
+    "spatial": ("sFID", "spatial FD"),
+    "inception_score": ("Inception Score", "exp of mean KL"),
+    "kid": ("KID", "kernel distance"),
+}
+
+Features = dict[str, NDArray[np.float32]]  # by layer: each (B, D)
 
 
 class EfficientNetLite0(FeatureExtractorBase):
@@ -52,11 +73,11 @@ class EfficientNetLite0(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        return (LAYERS[EFFICIENTNET],)
+        return (LAYERS[EFFICIENTNET]["pooled"],)
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYERS[EFFICIENTNET]
+        return LAYERS[EFFICIENTNET]["pooled"]
 
     @staticmethod
     def can_be_compiled() -> bool:
@@ -81,10 +102,16 @@ class ExtractorWeights:
 
     @property
     def distance_name(self) -> str:
-        """The one home of this name. Only the published Inception weights measure what the field calls FID."""
+        return self.name_of("frechet")
+
+    def name_of(self, number: str) -> str:
+        """How a number is printed; the one home of these names. Only the published Inception weights measure what the
+        field calls FID, sFID, KID and Inception Score.
+        """
+        published, other = NAMES.get(number, (number, number))
         if self.extractor == EFFICIENTNET:
-            return "FD (EfficientNet-Lite0)"
-        return "FID" if self.sha256 == INCEPTION_SHA256 else f"FD (Inception with weights {self.sha256[:8]})"
+            return f"{other} (EfficientNet-Lite0)"
+        return published if self.sha256 == INCEPTION_SHA256 else f"{other} (Inception with weights {self.sha256[:8]})"
 
 
 def find_weights(evaluate: Evaluate) -> ExtractorWeights:
@@ -100,8 +127,54 @@ def find_weights(evaluate: Evaluate) -> ExtractorWeights:
     return ExtractorWeights(extractor, usual, INCEPTION_SHA256)
 
 
-def load_extractor(weights: ExtractorWeights) -> FeatureExtractorBase:
-    """The network, on the GPU where there is one; Inception's published weights are downloaded if they are not here.
+def layers_of(extractor: str) -> tuple[str, ...]:
+    """The layers that an extractor gives."""
+    return (*LAYERS[extractor], *((SPATIAL,) if extractor == INCEPTION else ()))
+
+
+def wanted_metrics(evaluate: Evaluate) -> tuple[str, ...]:
+    """The recipe's metrics, or all that its extractor gives. Raises UserError for one that it does not give."""
+    layers = layers_of(evaluate.feature_extractor)
+    given = [metric for metric, layer in METRICS.items() if layer in layers]
+    for metric in evaluate.metrics or ():
+        if metric not in given:
+            raise UserError(
+                f"evaluate.metrics: {evaluate.feature_extractor} does not give {metric}; it gives {', '.join(given)}"
+            )
+    return evaluate.metrics or tuple(given)
+
+
+def wanted_layers(evaluate: Evaluate) -> list[str]:
+    needed = {"pooled", *(METRICS[metric] for metric in wanted_metrics(evaluate))}
+    return [layer for layer in layers_of(evaluate.feature_extractor) if layer in needed]
+
+
+class Extractor:
+    """A network behind torch-fidelity's interface, and which of its layers are wanted."""
+
+    def __init__(self, network: FeatureExtractorBase, layers: Sequence[str]) -> None:
+        self.network, self.layers = network, tuple(layers)
+        self.device = next(network.parameters()).device
+        self._spatial = torch.empty(0)
+        if SPATIAL in layers:
+            network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
+
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        """Features of pictures (B, H, W, 3)."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        # TF32 would round each product to 10 bits; features are compared with ones computed in float32.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found = list(self.network(pixels.to(self.device)))
+        if SPATIAL in self.layers:
+            found.append(self._spatial)
+        return {name: values.cpu().numpy() for name, values in zip(self.layers, found, strict=True)}
+
+    def _keep_spatial(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
+
+
+def load_extractor(weights: ExtractorWeights, layers: Sequence[str] = ("pooled",)) -> Extractor:
+    """Inception's published weights are downloaded if they are not here.
 
     Raises UserError for a failed download, a file of another sha256, and a file of other tensors.
     """
@@ -111,12 +184,14 @@ def load_extractor(weights: ExtractorWeights) -> FeatureExtractorBase:
     if sha256 != weights.sha256:
         advice = _advice(weights.extractor, weights.path)
         raise UserError(f"{weights.path}: sha256 is {sha256}, should be {weights.sha256}; {advice}")
+    wanted = [layer for layer in layers_of(weights.extractor) if layer in layers]
+    names = LAYERS[weights.extractor]
     try:
         # torch-fidelity unpickles Inception's file without limits; a file that passes this load holds tensors only.
         torch.load(weights.path, map_location="cpu", weights_only=True)
-        extractor = create_feature_extractor(
+        network = create_feature_extractor(
             weights.extractor,
-            [LAYERS[weights.extractor]],
+            [names[layer] for layer in wanted if layer in names],
             cuda=torch.cuda.is_available(),
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
@@ -124,21 +199,14 @@ def load_extractor(weights: ExtractorWeights) -> FeatureExtractorBase:
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError, AttributeError) as error:
         reason, advice = str(error).splitlines()[0], _advice(weights.extractor, weights.path)
         raise UserError(f"{weights.path}: no weights of {weights.extractor} ({reason}); {advice}") from None
-    return extractor.to(memory_format=torch.channels_last)  # half the time on CPUs
+    return Extractor(network.to(memory_format=torch.channels_last), wanted)  # half the time on CPUs
 
 
-def extract(
-    extractor: FeatureExtractorBase, images: Iterable[NDArray[np.uint8]], batch_size: int
-) -> Iterator[NDArray[np.float32]]:
-    """Yields feature batches `(B, D)` of pictures `(H, W, 3)` uint8, in order; an array `(N, H, W, 3)` will do."""
-    device = next(extractor.parameters()).device
+def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[Features]:
+    """Features of pictures `(H, W, 3)` uint8, in order, a batch at a time; an array `(N, H, W, 3)` will do."""
     pictures = iter(images)
     while batch := list(islice(pictures, batch_size)):
-        pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        # TF32 would round each product to 10 bits; features are compared with ones computed in float32.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            (features,) = extractor(pixels.to(device))
-        yield features.cpu().numpy()
+        yield extractor(np.stack(batch))
 
 
 def _packaged_efficientnet() -> Path:

@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from common.recipe import Recipe
+from pipeline.chunks import cover_gap, iterate
 from pipeline.picture_sets import by_class
 from pipeline.run_folder import Weights
-from pipeline.samples import iterate_samples, sample_set, wanted_weights
+from pipeline.samples import sample_set, wanted_weights
 
 MAX_CLASSES = 8
 PANELS_A_ROW = 4
 GAP = 2  # pixels between pictures
 MARGIN = 16  # between blocks
+SOFT = "#858585"
+COLOURS = ("#3b82c4", "#d1793b", "#4f9d69", "#a35fb5", "#b8475a", "#8c8c3e")
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -54,11 +57,13 @@ def _origin(recipe: Recipe, weights: Weights) -> str:
 
 
 def _samples_by_class(recipe: Recipe, weights: Weights, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
-    """The first samples of each class; a set of few samples may have fewer than `each`."""
+    """The first samples of each class; a set of few samples, or of few pictures, may have fewer than `each`."""
     found: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
-    for images, labels in iterate_samples(sample_set(recipe, weights).folder, recipe.sample.num_samples):
+    folder, count = sample_set(recipe, weights).folder, recipe.sample.num_samples
+    gap = cover_gap(folder, (0, count)) if recipe.sample.output == "features" else None
+    for rows in iterate(folder, (0, gap[0] if gap else count)):
         for label, pictures in enumerate(found):
-            pictures += list(images[labels == label][: each - len(pictures)])
+            pictures += list(rows["images"][rows["labels"] == label][: each - len(pictures)])
         if all(len(pictures) == each for pictures in found):
             break
     return found
@@ -125,19 +130,72 @@ def png_uri(image: NDArray[np.uint8] | bytes) -> str:
 
 
 def loss_curve(lines: Sequence[dict[str, Any]]) -> bytes:
-    """The training loss as a PNG, from lines of `metrics.jsonl`; transparent, in greys that read on light and dark."""
+    """The training loss as a PNG, from lines of `metrics.jsonl`."""
+    figure, (axes,) = _panels(1)
+    axes.plot([line["samples"] for line in lines], [line["loss"] for line in lines], color=COLOURS[0], linewidth=1.5)
+    axes.set(xlabel="training samples", ylabel="loss", xlim=(0, None))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    return _png(figure)
+
+
+def sweep_picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """The distance against blocks a picture, a line a way of sampling (the paper's Table 1); where several numbers of
+    steps were tried, also against iterations a step, a line a budget (its Figure 4). From rows of `sweep/table.json`.
+    """
+    ways = ("sampler", "allocation", "reuse", "guidance_scale")
+    iterated = len({round(row["iterations"] or 0) for row in rows}) > 1
+    figure, axes = _panels(2 if iterated else 1)
+    _draw_lines(axes[0], rows, "blocks", (*ways, "about") if iterated else ways)
+    axes[0].set(xlabel="blocks a picture", ylabel=rows[0]["distance"], xscale="log")
+    if iterated:
+        _draw_lines(axes[1], rows, "iterations", ("budget", *ways))
+        axes[1].set(xlabel="iterations a step", xscale="log")
+    ticks = (sorted({row["blocks"] for row in rows}), sorted({round(row["iterations"] or 0) for row in rows}))
+    for one, values in zip(axes, ticks, strict=False):
+        one.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        one.set_xticks([], minor=True)
+    return _png(figure)
+
+
+def _draw_lines(axes: Any, rows: Sequence[dict[str, Any]], across: str, fields: Sequence[str]) -> None:
+    """One line for each combination of the fields that vary, named by those."""
+    marked = [
+        row | {"about": f"about {round(row['iterations'])} iterations" if row["iterations"] else ""} for row in rows
+    ]
+    varying = [field for field in fields if len({row[field] for row in marked}) > 1]
+    lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for row in marked:
+        name = tuple(row[field] for field in varying)
+        lines.setdefault(name, []).append((row[across], row["numbers"]["frechet"]["value"]))
+    for number, (name, points) in enumerate(lines.items()):
+        label = ", ".join(_word(field, value) for field, value in zip(varying, name, strict=True))
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, "o-", color=COLOURS[number % len(COLOURS)], linewidth=1.5, markersize=4, label=label)
+    if varying:
+        axes.legend(frameon=False, labelcolor=SOFT, fontsize=8)
+
+
+def _word(field: str, value: Any) -> str:
+    words = {"reuse": f"reuse {value}", "guidance_scale": f"guidance {value}", "budget": f"{value} blocks"}
+    return words.get(field, str(value))
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """A transparent figure of panels side by side, in greys that read on light and dark."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([line["samples"] for line in lines], [line["loss"] for line in lines], color="#3b82c4", linewidth=1.5)
-    axes.set(xlabel="training samples", ylabel="loss", xlim=(0, None))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(color="#8888", linewidth=0.5)
-    for part in (axes.xaxis.label, axes.yaxis.label):
-        part.set_color("#858585")
-    axes.tick_params(which="both", colors="#858585")
-    axes.spines[:].set_visible(False)
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for one in axes:
+        one.grid(color="#8888", linewidth=0.5)
+        for part in (one.xaxis.label, one.yaxis.label):
+            part.set_color(SOFT)
+        one.tick_params(which="both", colors=SOFT)
+        one.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, transparent=True)
     return buffer.getvalue()

@@ -1,12 +1,23 @@
-"""How far two sets of pictures lie apart: Gaussians fitted to their features, and the Fréchet distance between them."""
+"""How far two sets of pictures lie apart, from their features, by torch-fidelity's definitions.
+
+The Fréchet distance, KID, Inception Score, precision and recall.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from fpdm import rng
+
+KID_SUBSET = 1000  # pictures of each of torch-fidelity's 100 subsets; all of them where there are fewer
+NEIGHBOURHOOD = 3  # the nearest neighbour whose distance is a ball's radius (Kynkäänniemi et al. 2019)
+ISC_SPLITS = 10
+SHUFFLE_SEED = 2020  # torch-fidelity's own, so that its subsets are ours
+BLOCK = 10_000  # pictures whose distances are held at once
 
 
 @dataclass(frozen=True)
@@ -15,56 +26,148 @@ class Statistics:
 
     mean: NDArray[np.float64]  # (D,)
     covariance: NDArray[np.float64]  # (D, D), unbiased: divided by count - 1
-    count: int
+    count: int | None  # None where a statistics file does not say
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether there are too few pictures for a covariance of full rank; the distance is then biased upwards."""
+        return self.count is not None and self.count <= self.mean.size
+
+
+class Accumulator:
+    """Sums of features, in float64 and in one pass: no set is held in memory."""
+
+    def __init__(self) -> None:
+        self.count = self.non_finite = 0
+        self.shift = self.total = self.products = np.zeros(0)
+
+    def add(self, batch: NDArray[np.floating]) -> None:
+        """Features (B, D)."""
+        features = batch.astype(np.float64)
+        self.non_finite += int((~np.isfinite(features)).any(axis=1).sum())
+        if not self.count:
+            # Sums about a point inside the cloud: the covariance is then no small difference of large numbers.
+            self.shift = features.mean(axis=0)
+            self.total, self.products = np.zeros_like(self.shift), np.zeros((self.shift.size, self.shift.size))
+        features -= self.shift
+        self.total += features.sum(axis=0)
+        self.products += features.T @ features
+        self.count += len(features)
+
+    def statistics(self) -> Statistics:
+        """Raises UserError for features that are not finite, with their count, and for fewer than two pictures."""
+        count = self.count
+        if count < 2:
+            raise UserError(
+                f"features of {count} pictures: a covariance needs two pictures at least; give a larger set"
+            )
+        if self.non_finite:
+            raise UserError(
+                f"features of {self.non_finite} of {count} pictures are not finite; look at the pictures first"
+            )
+        covariance = (self.products - np.outer(self.total, self.total) / count) / (count - 1)
+        return Statistics(self.shift + self.total / count, covariance, count)
 
 
 def statistics(batches: Iterable[NDArray[np.floating]]) -> Statistics:
-    """Mean and covariance of feature batches `(B, D)`, one pass, accumulated in float64: no set is held in memory.
-
-    Raises UserError for features that are not finite, with their count, and for fewer than two pictures.
-    """
-    count, non_finite = 0, 0
-    shift = total = products = np.zeros(0)
+    """Mean and covariance of feature batches `(B, D)`; errors as `Accumulator.statistics`."""
+    accumulator = Accumulator()
     for batch in batches:
-        features = batch.astype(np.float64)
-        non_finite += int((~np.isfinite(features)).any(axis=1).sum())
-        if not count:
-            # Sums about a point inside the cloud: the covariance is then no small difference of large numbers.
-            shift = features.mean(axis=0)
-            total, products = np.zeros_like(shift), np.zeros((shift.size, shift.size))
-        features -= shift
-        total += features.sum(axis=0)
-        products += features.T @ features
-        count += len(features)
-    if count < 2:
-        raise UserError(f"features of {count} pictures: a covariance needs two pictures at least; give a larger set")
-    if non_finite:
-        raise UserError(f"features of {non_finite} of {count} pictures are not finite; look at the pictures first")
-    covariance = (products - np.outer(total, total) / count) / (count - 1)
-    return Statistics(shift + total / count, covariance, count)
+        accumulator.add(batch)
+    return accumulator.statistics()
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
     """|m1 - m2|² + tr(C1) + tr(C2) - 2 tr((C1 C2)^½), as in Heusel et al. 2017, equation 6.
 
-    The trace of the root is the sum of the singular values of C1^½ C2^½, both roots symmetric, by `eigh`. This way
-    nothing is squared and rooted again: the error is 1e-16 of the largest value, where the eigenvalues of C1 C2 have
-    the root of that. Raises UserError where the two were made by different extractors.
+    With C1 = F1 F1ᵀ and C2 = F2 F2ᵀ the trace of the root is the sum of the singular values of F1ᵀ F2. This way nothing
+    is squared and rooted again: the error is 1e-16 of the largest value, where the eigenvalues of C1 C2 have the root
+    of that. Raises UserError where the two were made by different extractors.
     """
     if first.mean.shape != second.mean.shape:
         raise UserError(
             f"features of {first.mean.size} and {second.mean.size} dimensions; compare sets of the same extractor"
         )
-    cross = np.linalg.svd(_root(first.covariance) @ _root(second.covariance), compute_uv=False)
+    cross = np.linalg.svd(_factor(first).T @ _factor(second), compute_uv=False)
     difference = first.mean - second.mean
     traces = np.trace(first.covariance) + np.trace(second.covariance)
     return float(difference @ difference + traces - 2 * cross.sum())
 
 
-def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The symmetric square root. Eigenvalues that are rounding error count as zero: with fewer pictures than dimensions
-    there are hundreds, and the root makes 1e-8 of each 1e-16.
+def _factor(fitted: Statistics) -> NDArray[np.floating]:
+    """F (D, rank) with F Fᵀ = C: Cholesky's, or from the eigenvectors where C is not safely of full rank.
+
+    With fewer pictures than dimensions hundreds of eigenvalues are rounding error, and a root makes 1e-8 of each 1e-16:
+    they are left out.
     """
+    covariance = fitted.covariance
+    threshold = covariance.shape[0] * np.finfo(np.float64).eps
+    if not fitted.is_singular:
+        try:
+            lower = np.linalg.cholesky(covariance)
+        except np.linalg.LinAlgError:
+            pass
+        else:
+            pivots = np.diag(lower) ** 2
+            if pivots.min() > threshold * pivots.max():
+                return lower
     values, vectors = np.linalg.eigh(covariance)
-    threshold = values.max(initial=0) * values.size * np.finfo(np.float64).eps
-    return (vectors * np.sqrt(np.where(values > threshold, values, 0))) @ vectors.T
+    kept = values > threshold * values.max(initial=0)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def bootstrap_error(features: NDArray[np.floating], reference: Statistics, replicates: int, seed: int) -> float:
+    """Standard error of the Fréchet distance of features (N, D) from a reference: the standard deviation over sets of N
+    pictures drawn from them with replacement. How well N pictures tell the distance, not its bias at N.
+    """
+    count = len(features)
+    found = []
+    for replicate in range(replicates):
+        chosen = rng.integers(seed, f"evaluate/bootstrap/{replicate}", torch.arange(count), count).numpy()
+        found.append(frechet_distance(statistics(np.array_split(features[chosen], -(-count // BLOCK))), reference))
+    return float(np.std(found, ddof=1))
+
+
+def kernel_distance(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): mean and standard deviation over torch-fidelity's random subsets, in float64."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    found = kid_features_to_metric(
+        torch.from_numpy(features).double(),
+        torch.from_numpy(reference).double(),
+        kid_subset_size=min(KID_SUBSET, len(features), len(reference)),
+        rng_seed=SHUFFLE_SEED,
+        verbose=False,
+    )
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+def inception_score(logits: NDArray[np.floating]) -> tuple[float, float]:
+    """Mean and standard deviation over ten parts of a shuffled set (Salimans et al. 2016), in float64."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if len(logits) < ISC_SPLITS:
+        raise UserError(
+            f"evaluate.metrics: the Inception Score takes {ISC_SPLITS} pictures or more; {len(logits)} given"
+        )
+    found = isc_features_to_metric(torch.from_numpy(logits), splits=ISC_SPLITS, rng_seed=SHUFFLE_SEED)
+    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+
+
+def precision_recall(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[float, float]:
+    """Share of samples inside the reference's manifold, and of the reference inside the samples' (balls to the third
+    neighbour, Kynkäänniemi et al. 2019).
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    if min(len(features), len(reference)) <= NEIGHBOURHOOD:
+        raise UserError(f"evaluate.metrics: precision and recall need more than {NEIGHBOURHOOD} pictures of each set")
+    found = prc_features_to_metric(
+        torch.from_numpy(features),
+        torch.from_numpy(reference),
+        prc_neighborhood=NEIGHBOURHOOD,
+        prc_batch_size=BLOCK,
+        save_cpu_ram=True,  # distances of one block at a time
+        verbose=False,
+    )
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]

@@ -1,6 +1,9 @@
 """The sets of pictures that are compared: the reference, held-out pictures, their reconstructions, and samples."""
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,11 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.recipe import Recipe
+from pipeline.chunks import Span, cover_gap, iterate
+from pipeline.metrics import Statistics
 from pipeline.run_folder import Weights
-from pipeline.samples import iterate_samples, sample_set, vae_settings
+from pipeline.sample_features import extract_missing, features_folder, read_features
+from pipeline.samples import sample_set, vae_settings
+from pipeline.summaries import Summary, summarise
 from preprocess.encoder import Encoder, draw_latents
 from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
 from preprocess.sources import SOURCES, Entry, Source, fingerprint
+
+AHEAD = 8  # pictures that each decoding thread may be ahead
 
 Pictures = Iterator[NDArray[np.uint8]]  # each (H, W, 3)
 
@@ -28,10 +37,49 @@ class PictureSet:
     label: str  # for people
     content: dict[str, Any]  # JSON-able
     size: int
-    open: Callable[[], Pictures]
+    open: Callable[[], Pictures] | None  # None: only their statistics are to be had
+    statistics: Callable[[], dict[str, Statistics]] | None = None  # by layer, where a file gives them
 
 
-def reference(recipe: Recipe) -> PictureSet:
+@dataclass(frozen=True)
+class SampleRanges:
+    """Samples of one set of weights, in ranges of equal size that are measured apart."""
+
+    recipe: Recipe
+    name: str
+    weights: Weights
+
+    @property
+    def label(self) -> str:
+        ranges = len(self.spans)
+        times = f"{ranges} x " if ranges > 1 else ""
+        samples_seen = sample_set(self.recipe, self.weights).samples_seen
+        return f"{times}{self.recipe.sample.num_samples:,} samples after {samples_seen:,} training samples"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        found = sample_set(self.recipe, self.weights)
+        return found.settings | {"ranges": self.spans, "samples_seen": found.samples_seen}
+
+    @property
+    def spans(self) -> list[Span]:
+        count = self.recipe.sample.num_samples
+        return [(number * count, (number + 1) * count) for number in range(self.recipe.evaluate.seed_ranges)]
+
+    def check(self) -> None:
+        """Raises UserError naming the samples that are missing."""
+        folder, everything = sample_set(self.recipe, self.weights).folder, (0, self.spans[-1][1])
+        if cover_gap(features_folder(self.recipe, folder), everything):
+            iterate(folder, everything)
+
+    def summaries(self) -> Iterator[Summary]:
+        """Of each range, from the features of its chunks; those that are not there yet are extracted first."""
+        extract_missing(self.recipe, self.weights)
+        for span in self.spans:
+            yield summarise([read_features(self.recipe, self.weights, span)], span[1] - span[0])
+
+
+def training_pictures(recipe: Recipe) -> PictureSet:
     """The training pictures through the crop rule of encoding; `evaluate.reference_samples` of them, or all."""
     return _source_set(recipe, "reference", recipe.data.images, recipe.evaluate.reference_samples)
 
@@ -50,20 +98,7 @@ def reconstruction(recipe: Recipe) -> PictureSet:
         label=f"the autoencoder's reconstruction of {originals.label}",
         content={"originals": originals.content, "vae": vae_settings(recipe)},
         size=originals.size,
-        open=lambda: _reconstruct(recipe, originals.open()),
-    )
-
-
-def samples(recipe: Recipe, name: str, weights: Weights) -> PictureSet:
-    """The pictures drawn from `weights`; their files are looked for when the set is opened."""
-    found = sample_set(recipe, weights)
-    count = recipe.sample.num_samples
-    return PictureSet(
-        name=name,
-        label=f"{count:,} samples after {found.samples_seen:,} training samples",
-        content=found.settings | {"samples": count, "samples_seen": found.samples_seen},
-        size=count,
-        open=lambda: (image for images, _ in iterate_samples(found.folder, count) for image in images),
+        open=lambda: _reconstruct(recipe, opened(originals)),
     )
 
 
@@ -91,13 +126,31 @@ def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> Pict
     )
 
 
+def opened(pictures: PictureSet) -> Pictures:
+    assert pictures.open is not None
+    return pictures.open()
+
+
 def _read(recipe: Recipe, source: Source, entries: Sequence[Entry]) -> Pictures:
+    """In order, decoded by a thread a core (Pillow leaves Python's lock while it decodes and resizes)."""
     crop, resolution = CROPS[recipe.data.crop], recipe.data.resolution
-    for entry in entries:
+
+    def load(entry: Entry) -> NDArray[np.uint8] | None:
         try:
-            yield np.asarray(crop(decode(source.open(entry.key)), resolution))
+            return np.asarray(crop(decode(source.open(entry)), resolution))
         except Rejected:  # encoding leaves it out too; the count beside a distance shows it
-            continue
+            return None
+
+    workers = len(os.sched_getaffinity(0))
+    waiting: deque[Future[NDArray[np.uint8] | None]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for entry in entries:
+            waiting.append(pool.submit(load, entry))
+            if len(waiting) > AHEAD * workers and (picture := waiting.popleft().result()) is not None:
+                yield picture
+        for future in waiting:
+            if (picture := future.result()) is not None:
+                yield picture
 
 
 def _reconstruct(recipe: Recipe, pictures: Pictures) -> Pictures:
@@ -106,4 +159,4 @@ def _reconstruct(recipe: Recipe, pictures: Pictures) -> Pictures:
     while batch := list(islice(pictures, recipe.vae.batch_size)):
         moments = vae.encode(torch.stack([to_tensor(Image.fromarray(picture)) for picture in batch]))  # (B, 2C, h, w)
         means = draw_latents(moments, torch.zeros(()), scaling, shift)  # (B, C, h, w)
-        yield from to_uint8(vae.decode(means)).permute(0, 2, 3, 1).numpy()
+        yield from to_uint8(vae.decode(means)).permute(0, 2, 3, 1).cpu().numpy()

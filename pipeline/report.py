@@ -65,7 +65,7 @@ def context(recipe: Recipe) -> dict[str, Any]:
     from common.loading import dump_recipe
     from common.recipe import denoiser_config, latent_shape
     from fpdm.denoiser import count_parameters
-    from pipeline.samples import blocks_a_picture
+    from pipeline.plans import blocks_a_picture
 
     metrics = read_json(recipe.folder / "metrics.json")
     stages = recipe.folder / "stages.json"
@@ -79,15 +79,27 @@ def context(recipe: Recipe) -> dict[str, Any]:
         "distance": metrics["distance"],
         "measurements": metrics["measurements"],
         "roles": ROLES,
+        "sweep": _sweep(recipe),
         "stages": read_json(stages) if stages.exists() else [],
         "provenance": [("training", trainings[-1]), ("evaluation", metrics["measurements"][0]["provenance"])],
     }
+
+
+def _sweep(recipe: Recipe) -> dict[str, Any] | None:
+    """The table and the picture of the run's sweep, if there was one."""
+    from pipeline.sweeping import TABLE, table
+
+    path = recipe.folder / TABLE
+    if not path.exists():
+        return None
+    return {"table": table(read_json(path)), "picture": (path.parent / "distances.png").read_bytes()}
 
 
 def _inputs(recipe: Recipe) -> str:
     """A key of all that the report shows. Raises UserError where this recipe's samples are not measured."""
     from common.loading import dump_recipe
     from pipeline import eval_fid
+    from pipeline.sweeping import TABLE
 
     if not eval_fid.finished(recipe):
         raise UserError(
@@ -101,6 +113,7 @@ def _inputs(recipe: Recipe) -> str:
                 f"{path}: not there, and the report shows it; run python pipeline/train.py with this recipe"
             )
     files.pop()  # says when and where, which is nothing new to show
+    files += [path for path in [recipe.folder / TABLE] if path.exists()]
     return content_key([dump_recipe(recipe), *(sha256_file(path) for path in files)])
 
 

@@ -2,14 +2,17 @@
 
   python pipeline/run.py --config recipes/demo.yaml
   python pipeline/run.py --config recipes/demo.yaml --cluster slurm train.total_samples=100000
+  python pipeline/run.py --config recipes/demo.yaml --detach           # submits all to SLURM and returns
 
 Run it again to go on: finished stages are recognised and skipped.
 """
 
+import argparse
 import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.command import argument_parser, guarded
@@ -26,15 +29,30 @@ def main() -> None:
         "--cluster",
         default="local",
         metavar="local|debug|slurm|auto",
-        help="where jobs run: this machine, this process, SLURM, or SLURM where it is installed",
+        help="where jobs run: this machine, this process, SLURM, or SLURM where it answers",
+    )
+    parser.add_argument("--stages", metavar="NAME,NAME", help="only these, such as sample,evaluate,report")
+    parser.add_argument(
+        "--detach", action="store_true", help="submit all stages to SLURM, each after the one before it, and return"
+    )
+    parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="with --detach: jobs run the code as it is now, copied to the run folder",
     )
     arguments = parser.parse_intermixed_args()
 
     from common.loading import dump_recipe, load_recipe
-    from pipeline.stages import STAGES
+    from pipeline.foreground import plan, run_stage
+    from pipeline.stages import select
 
     recipe = load_recipe(arguments.config, arguments.overrides)
-    stages = [stage for stage in STAGES if stage.wanted(recipe)]
+    stages = select(recipe, arguments.stages)
+    if arguments.snapshot and not arguments.detach:
+        raise UserError("--snapshot: without --detach stages start at once; leave it out, or add --detach")
+    if arguments.detach:
+        detach(recipe, stages, arguments)
+        return
     if arguments.dry_run:
         print(dump_recipe(recipe))
         print("\n".join(f"plan: {line}" for line in plan(recipe, stages, arguments.cluster)))
@@ -46,42 +64,16 @@ def main() -> None:
     say_where(recipe)
 
 
-def plan(recipe: Recipe, stages: list["Stage"], cluster: str) -> list[str]:
-    """One line a stage, and the exact size of the network."""
-    from common.recipe import describe_network
+def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace) -> None:
+    from pipeline.chain import describe, submission_scripts, submit_chain
+    from pipeline.snapshot import take_snapshot
 
-    lines = [describe_network(recipe)]
-    for stage in stages:
-        asked = stage.resources(recipe)
-        state = (
-            "finished"
-            if stage.finished(recipe)
-            else f"{asked.nodes} x {asked.processes} processes, --cluster {cluster}"
-        )
-        lines.append(f"{stage.name}: {state}")
-    return [*lines, f"run folder: {recipe.folder}"]
-
-
-def run_stage(stage: "Stage", recipe: Recipe, cluster: str, title: str) -> None:
-    """Submits one stage and waits for it. Raises UserError with the stage's own message."""
-    from pipeline.stages import Job, keep_time
-    from slurm import cluster as slurm
-
-    if stage.finished(recipe):
-        print(f"{title}: finished before, skipped", flush=True)
+    if arguments.dry_run:
+        code = Path("<snapshot>") if arguments.snapshot else None
+        print("\n".join(submission_scripts(recipe, stages, code)))
         return
-    print(f"{title} ...", flush=True)
-    try:
-        executor = slurm.executor(cluster, recipe.folder / "logs" / stage.name, stage.name, stage.resources(recipe))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    outcomes = slurm.run(executor, Job.of(stage, recipe), failed=lambda outcome: "error" in outcome)
-    for outcome in outcomes:
-        if "error" in outcome:
-            raise UserError(outcome["error"])
-    seconds = max(outcome["seconds"] for outcome in outcomes)
-    keep_time(recipe, stage, seconds)
-    print(f"{title}: done in {seconds:.0f} s", flush=True)
+    code = take_snapshot(recipe.folder / "code") if arguments.snapshot else None
+    print("\n".join(describe(recipe, submit_chain(recipe, stages, code))), flush=True)
 
 
 def say_where(recipe: Recipe) -> None:

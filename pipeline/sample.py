@@ -1,6 +1,7 @@
 """Draws the pictures that the recipe measures: from the trained weights, and from the network before its first step.
 
   python pipeline/sample.py --config recipes/demo.yaml
+  python pipeline/sample.py --config recipes/demo.yaml --cluster slurm --jobs 16
   torchrun --nproc-per-node 8 pipeline/sample.py --config recipes/demo.yaml sample.weights=64000
 
 Run it again to go on: whole chunks are kept, whatever the number of processes that drew them.
@@ -11,23 +12,29 @@ from collections.abc import Iterator
 
 from common.command import run_command
 from common.recipe import Recipe
+from pipeline.parts import run_parts
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """What sampling costs, which weights it takes, and what is there already."""
-    from pipeline.samples import blocks_a_picture, chunk_spans, missing_chunks, sample_set, wanted_weights
+    from pipeline.chunks import chunk_spans
+    from pipeline.plans import blocks_a_picture
+    from pipeline.samples import missing_chunks, sample_set, total_samples, wanted_weights
 
     settings = recipe.sample
-    iterations = f" x {settings.iterations} iterations ({settings.allocation})" if recipe.model.kind == "fpdm" else ""
+    iterations = ""
+    if recipe.model.kind == "fpdm":
+        iterations = f" x {settings.iterations} iterations ({settings.allocation}, reuse {settings.reuse})"
     yield (
         f"sampler: {settings.sampler}, {settings.num_steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
         f"{blocks_a_picture(recipe):,} blocks a picture"
     )
-    chunks = len(chunk_spans(recipe))
+    chunks = len(chunk_spans(total_samples(recipe), settings.chunk_samples))
     for weights in wanted_weights(recipe):
         found, missing = sample_set(recipe, weights), len(missing_chunks(recipe, weights))
         yield f"weights: {found.weights}, sha256 {found.settings['weights_sha256'][:16]}..."
-        yield f"samples: {settings.num_samples:,} in {found.folder}: {chunks - missing} chunks there, {missing} missing"
+        there = f"{chunks - missing} chunks there, {missing} missing"
+        yield f"samples: {total_samples(recipe):,} in {found.folder} ({settings.output}): {there}"
 
 
 def work(recipe: Recipe) -> None:
@@ -36,5 +43,11 @@ def work(recipe: Recipe) -> None:
     sample(recipe)
 
 
+def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
+    """An array of jobs, each drawing every `jobs`-th chunk; then what is made of all chunks."""
+    run_parts(recipe, cluster, "sample", "pipeline.samples", "sample", jobs)
+    work(recipe)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, work))
+    sys.exit(run_command(__doc__, plan, work, in_jobs=in_jobs))

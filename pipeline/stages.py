@@ -1,30 +1,33 @@
-"""The stages of a run, in order, and how one of them becomes a job."""
+"""The stages of a run, in order, what each asks for, and the jobs that it is."""
 
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import submitit
 
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.loading import dump_recipe, parse_recipe
+from common.jobs import Job
 from common.recipe import Recipe
 from slurm.cluster import Resources
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the module of its `function(recipe)` and `finished(recipe)`, and whether ranks share its work."""
+    """One stage: the module of its `function(recipe)` and `finished(recipe)`, and whether ranks share its work.
+
+    `part`: the `module.function(recipe, part, parts)` that does one of `parts` independent parts of it, in any order,
+    any number of times. `merge`: the `module.function(recipe)` that makes one whole of them.
+    """
 
     name: str
     module: str
     function: str
     parallel: bool = False
     wanted: Callable[[Recipe], bool] = lambda _: True
+    part: str | None = None
+    merge: str | None = None
 
     def finished(self, recipe: Recipe) -> bool:
         return importlib.import_module(self.module).finished(recipe)
@@ -39,53 +42,80 @@ class Stage:
                 cpus_per_process=launch.cpus_per_process,
                 gpus_per_process=launch.gpus_per_process,
                 timeout_minutes=launch.timeout_minutes,
+                signal_seconds=launch.signal_seconds,
             )
         return Resources(
             cpus_per_process=launch.processes * launch.cpus_per_process,
             gpus_per_process=min(1, launch.gpus_per_process),
             timeout_minutes=launch.timeout_minutes,
+            signal_seconds=launch.signal_seconds,
         )
 
 
 STAGES = (
     Stage("compose", "preprocess.demo_pictures", "compose", wanted=lambda recipe: recipe.demo is not None),
-    Stage("encode", "preprocess.encode_latents", "encode"),
+    Stage(
+        "encode",
+        "preprocess.encode_latents",
+        "encode",
+        part="preprocess.encoding.encode_part",
+        merge="preprocess.encoding.merge",
+    ),
     Stage("train", "pipeline.trainer", "train", parallel=True),
-    Stage("sample", "pipeline.samples", "sample", parallel=True),
+    Stage("sample", "pipeline.samples", "sample", parallel=True, part="pipeline.samples.sample"),
     Stage("evaluate", "pipeline.eval_fid", "evaluate"),
     Stage("report", "pipeline.report", "report"),
 )
 
 
-def keep_time(recipe: Recipe, stage: Stage, seconds: float) -> None:
-    """Notes in `stages.json` how long a stage took when it was last run; the report shows it."""
-    path = recipe.folder / "stages.json"
-    times = {entry["stage"]: entry["seconds"] for entry in read_json(path)} if path.exists() else {}
-    times[stage.name] = seconds
-    write_json(path, [{"stage": one.name, "seconds": times[one.name]} for one in STAGES if one.name in times])
+def select(recipe: Recipe, names: str | None) -> list[Stage]:
+    """The stages that the recipe wants: all, or those of a comma-separated list. UserError names an unknown one."""
+    wanted = [stage for stage in STAGES if stage.wanted(recipe)]
+    if names is None:
+        return wanted
+    known = [stage.name for stage in wanted]
+    for name in names.split(","):
+        if name not in known:
+            raise UserError(f"--stages: found {name!r}; allowed, separated by commas: {', '.join(known)}")
+    return [stage for stage in wanted if stage.name in names.split(",")]
 
 
 @dataclass(frozen=True)
-class Job(submitit.helpers.Checkpointable):
-    """A stage as submitit pickles it: names and YAML, so that a queue holds no objects of ours.
+class Step:
+    """Jobs that may run at the same time; those of the next step come after all of them."""
 
-    `Checkpointable`: on a time limit or a preemption the same job is queued again; every stage finds what is done.
-    """
+    name: str
+    stage: Stage
+    jobs: Sequence[Job]
 
-    module: str
-    function: str
-    recipe: str
 
-    @classmethod
-    def of(cls, stage: Stage, recipe: Recipe) -> "Job":
-        return cls(stage.module, stage.function, dump_recipe(recipe))
+def steps(recipe: Recipe, stage: Stage) -> list[Step]:
+    """One job, or `launch.jobs` of them where the stage has parts, and what merges these."""
+    parts = recipe.launch.jobs
+    if stage.part is None or parts == 1:
+        return [Step(stage.name, stage, [_job(recipe, stage, f"{stage.module}.{stage.function}")])]
+    jobs = [_job(recipe, stage, stage.part, part=part, parts=parts) for part in range(parts)]
+    merging = [Step(f"{stage.name}-merge", stage, [_job(recipe, stage, stage.merge)])] if stage.merge else []
+    return [Step(stage.name, stage, jobs), *merging]
 
-    def __call__(self) -> dict[str, Any]:
-        """{"seconds": ...}, or {"error": line} for a user's mistake: that needs no traceback."""
-        os.environ.setdefault("TQDM_MININTERVAL", "1")  # a bar in a log file: a line a second is enough
-        started = time.monotonic()
-        try:
-            getattr(importlib.import_module(self.module), self.function)(parse_recipe(self.recipe))
-        except UserError as error:
-            return {"error": str(error)}
-        return {"seconds": round(time.monotonic() - started, 1)}
+
+def _job(recipe: Recipe, stage: Stage, function: str, **arguments: int) -> Job:
+    return Job.of(__name__, "work", recipe, stage=stage.name, call=function, **arguments)
+
+
+def work(recipe: Recipe, *, stage: str, call: str, **arguments: int) -> None:
+    """A job's work: `call(recipe, **arguments)`. The first of them notes how long it took; the report shows it."""
+    module, _, name = call.rpartition(".")
+    started = time.monotonic()
+    getattr(importlib.import_module(module), name)(recipe, **arguments)
+    first = os.environ.get("RANK", "0") == "0" and arguments.get("part", 0) == 0
+    if first and not name.startswith("merge"):
+        keep_time(recipe, stage, round(time.monotonic() - started, 1))
+
+
+def keep_time(recipe: Recipe, stage: str, seconds: float) -> None:
+    """Notes in `stages.json` how long a stage took when it was last run."""
+    path = recipe.folder / "stages.json"
+    times = {entry["stage"]: entry["seconds"] for entry in read_json(path)} if path.exists() else {}
+    times[stage] = seconds
+    write_json(path, [{"stage": one.name, "seconds": times[one.name]} for one in STAGES if one.name in times])

@@ -143,9 +143,9 @@ class Encoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]."""
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
-        return self.network.decode(self._prepare(latents)).sample.float().clamp(-1, 1).cpu().contiguous()
+        return self.network.decode(self._prepare(latents)).sample.float().clamp(-1, 1).contiguous()
 
     def _prepare(self, values: Tensor) -> Tensor:
         return values.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)

@@ -199,11 +199,11 @@ class Pictures(Dataset[Loaded]):
     def __getitem__(self, batch: range) -> Loaded:
         positions, sizes, images, rejected = [], [], [], []
         for position in batch:
-            key = self.source.entries[position].key
+            entry = self.source.entries[position]
             try:
-                image = decode(self.source.open(key))
+                image = decode(self.source.open(entry))
             except Rejected as reason:
-                rejected.append(Rejection(key, str(reason)))
+                rejected.append(Rejection(entry.key, str(reason)))
             else:
                 positions.append(position)
                 sizes.append(image.size)

@@ -7,13 +7,16 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+Rounding = Literal["half_away", "truncate"]
 MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, EPS above all, run programs or none
 WHITE = (255, 255, 255, 255)
 
 # What Pillow's decoders raise on damaged files; its UnidentifiedImageError is an OSError.
@@ -40,10 +43,11 @@ class Rejected(Exception):
 def decode(data: bytes) -> Image.Image:
     """The picture in an encoded file, as RGB.
 
-    - The format is found from the bytes, whatever the file's name says; of an animation, the first frame counts.
+    - The format is found from the bytes, whatever the file's name says: one of FORMATS, or NPY of uint8 (CelebA-HQ):
+      (H, W), (H, W, 3), (3, H, W) or (1, 3, H, W). Of an animation, or several pages, the first counts.
     - EXIF orientation is applied: the picture stands as its photographer saw it.
     - Alpha, a palette's transparent colour included, is composed on white. Grey is repeated in three channels, 16-bit
-      grey after dividing by 256; palettes, 1-bit, CMYK and other colour spaces take Pillow's conversion. ICC profiles
+      values are divided by 256; palettes, 1-bit, CMYK and other colour spaces take Pillow's conversion. ICC profiles
       are not applied.
 
     Raises Rejected for what is truncated, damaged, above MAX_PIXELS, of floating-point pixels, or no picture.
@@ -51,13 +55,31 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise Rejected("empty file")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Rejected(f"{image.width} x {image.height} pixels, above {MAX_PIXELS:,}: decompression bomb")
+        if data.startswith(np.lib.format.MAGIC_PREFIX):
+            return _from_array(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(image.width, image.height)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except _DECODER_ERRORS as error:
         raise Rejected(f"not readable as a picture: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Rejected(f"{width} x {height} pixels, above {MAX_PIXELS:,}: decompression bomb")
+
+
+def _from_array(data: bytes) -> Image.Image:
+    """The picture in a .npy file."""
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    planes = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+    if planes.ndim == 3 and planes.shape[0] == 3:
+        planes = planes.transpose(1, 2, 0)  # (H, W, 3)
+    if array.dtype != np.uint8 or not (planes.ndim == 2 or (planes.ndim == 3 and planes.shape[2] == 3)):
+        raise Rejected(f"an array of {array.dtype} {array.shape}; only uint8 of (H, W), (H, W, 3), (3, H, W) is read")
+    _check_pixels(planes.shape[1], planes.shape[0])
+    return Image.fromarray(np.ascontiguousarray(planes)).convert("RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -84,22 +106,40 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def short_side_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """LSUN's rule: the centred square of the shorter side, then one Lanczos resize to `resolution` pixels."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return resize(image.crop((left, top, left + side, top + side)), resolution)
+
+
 def resize(image: Image.Image, resolution: int) -> Image.Image:
     """The whole picture, `resolution` pixels wide and high, by Lanczos: for pictures that are square and aligned."""
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
-CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"center": center_crop, "resize": resize}
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "center": center_crop,
+    "short_side": short_side_crop,
+    "resize": resize,
+}
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]: 0 is -1, 255 is 1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255, halves rounded up.
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 of the same shape in [-1, 1]: 0 is -1, 255 is 1."""
+    return images.float() / 127.5 - 1
 
-    The one rounding rule of the project; it gives back exactly what `to_tensor` was given.
+
+def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
+    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255.
+
+    The one rounding rule of the project: halves away from zero, as DiT; it gives back what `to_tensor` was given.
+    "truncate" drops the fraction, as REPA and EDM2 do: half a level darker, for comparison with their numbers.
     """
-    return (images.float() * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
+    offset = 128 if rounding == "half_away" else 127.5
+    return (images.float() * 127.5 + offset).floor().clamp(0, 255).to(torch.uint8)

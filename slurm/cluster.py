@@ -1,18 +1,23 @@
 """Where work runs: submitit executors for SLURM, for this machine, and for this process."""
 
 import os
+import shlex
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import submitit
 
-CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it is installed, this machine elsewhere
+from slurm import controller
+from slurm.site_file import Site, load_site, submission_parameters
+from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
+
+CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,37 +29,108 @@ class Resources:
     cpus_per_process: int = 1
     gpus_per_process: int = 0
     timeout_minutes: int = 60
+    signal_seconds: int = 120  # before that: time to save, and to be queued again
 
 
-def executor(cluster: str, folder: str | Path, name: str, resources: Resources) -> submitit.AutoExecutor:
-    """A submitit executor whose jobs write their logs and pickles below `folder`.
+def executor(
+    cluster: str,
+    folder: str | Path,
+    name: str,
+    resources: Resources,
+    *,
+    after: str | None = None,
+    code: Path | None = None,
+) -> submitit.AutoExecutor:
+    """A submitit executor whose jobs write their logs and pickles below `folder`; the site file says the rest.
 
-    Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for.
+    Args:
+        after: SLURM only: the id of the job, or of the array, that has to succeed first.
+        code: a folder whose Python packages the jobs import in place of the clone's.
+
+    Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for, and for a site file
+    or a folder that SLURM cannot be given.
     """
-    if cluster not in CLUSTERS:
-        raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
-    try:
-        made = submitit.AutoExecutor(str(folder), cluster=None if cluster == "auto" else cluster)
-    except RuntimeError as error:  # slurm is asked for and not there
-        raise ValueError(
-            f"cluster: {cluster} is not to be had here ({error}); allowed: {', '.join(CLUSTERS)}"
-        ) from None
-    if made.cluster != "slurm" and resources.nodes > 1:
-        raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {made.cluster} one has 1")
-    if made.cluster == "debug" and resources.processes > 1:
-        raise ValueError(
-            f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
-        )
+    cluster = _resolve(cluster, resources)
+    site = load_site() if cluster == "slurm" else Site()
+    made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
     made.update_parameters(
         name=name,
         nodes=resources.nodes,
         tasks_per_node=resources.processes,
         cpus_per_task=resources.cpus_per_process,
-        gpus_per_node=resources.gpus_per_process * resources.processes,
         timeout_min=resources.timeout_minutes,
-        slurm_signal_delay_s=120,  # before the limit: time to queue the job again
     )
+    if resources.gpus_per_process or cluster != "slurm":  # a cluster without GPUs refuses even none of them
+        made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
+    if cluster == "slurm":
+        _check_folder(Path(folder))
+        made.update_parameters(**_slurm_parameters(site, resources, after, code))
     return made
+
+
+def _resolve(cluster: str, resources: Resources) -> str:
+    """`cluster` with `auto` decided; ValueError where it is not to be had, or too small."""
+    if cluster not in CLUSTERS:
+        raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
+    if cluster == "auto":
+        cluster = "slurm" if controller.answers() else "local"
+    elif cluster == "slurm" and not controller.answers():
+        raise ValueError(
+            "cluster: slurm is not to be had here (no controller answers `scontrol ping`); use local, debug or auto"
+        )
+    if cluster != "slurm" and resources.nodes > 1:
+        raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
+    if cluster == "debug" and resources.processes > 1:
+        raise ValueError(
+            f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
+        )
+    return cluster
+
+
+def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
+    if cluster != "slurm":
+        return {}
+    # A long training reaches its time limit many times.
+    python = {"slurm_python": site.python} if site.python else {}
+    return {"slurm_max_num_timeout": 10_000, **python}
+
+
+def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
+    found = submission_parameters(site)
+    additional = {"requeue": True, **site.sbatch}  # a dead node's job starts again, whatever the cluster's default
+    if after is not None:
+        found["slurm_dependency"] = f"afterok:{after}"
+        additional["kill-on-invalid-dep"] = "yes"  # it would wait for ever
+    if code is not None:
+        # `python -m` looks in the working directory first, which is the clone.
+        lines = (f"export PYTHONPATH={shlex.quote(str(code.resolve()))}", "export PYTHONSAFEPATH=1")
+        found["slurm_setup"] = [*found.get("slurm_setup", []), *lines]
+    return found | {
+        "slurm_signal_delay_s": resources.signal_seconds,
+        "slurm_additional_parameters": additional,
+        # A failed task ends the others in seconds. srun does not take over the job's CPUs a task since SLURM 22.05.
+        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_process}"],
+    }
+
+
+def _check_folder(folder: Path) -> None:
+    """SLURM replaces `%` in the names of log files, and reads a backslash as the end of that; lines end at newlines."""
+    for bad in ("%", "\\", "\n"):
+        if bad in str(folder.absolute()):
+            raise ValueError(
+                f"{folder}: SLURM cannot write logs to a path with {bad!r}; choose another folder for runs"
+            )
+
+
+def submission_script(made: submitit.AutoExecutor, parts: int = 1) -> str:
+    """What would be given to sbatch."""
+    inner: Any = made._executor
+    array = {"map_count": parts} if parts > 1 else {}
+    before, inner.parameters = inner.parameters, inner.parameters | array
+    try:
+        return inner._make_submission_file_text(inner._submitit_command_str, "submission")
+    finally:
+        inner.parameters = before
 
 
 def run(
@@ -62,61 +138,67 @@ def run(
 ) -> list[Any]:
     """Submits one job, shows what its first task prints until it ends, and returns every task's result.
 
-    A task that raises, or whose result `failed` says is a failure, brings the others down. Raises the first task's
-    exception where no result tells of a failure: a task that others were waiting for explains more than their waiting.
-    An interruption here cancels the job.
+    A task that raises, or whose result `failed` says is a failure, brings the others down; failing results are returned
+    alone. Raises the exception of the task that failed first where no result tells of a failure. An interruption here
+    cancels the job.
     """
-    with _master_port() if made.cluster == "local" else nullcontext():
-        job = made.submit(function, *arguments)
-    tasks = [job.task(rank) for rank in range(job.num_tasks)] if job.num_tasks > 1 else [job]
+    return _run_all(made, [partial(function, *arguments) if arguments else function], 1, failed)
+
+
+def run_array(
+    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
+) -> list[Any]:
+    """Runs every call as a job of its own, at most `at_once` at a time; a job array on SLURM.
+
+    Returns all tasks' results in the order of `calls`. The first failure cancels the rest: its results are returned
+    alone where `failed` tells them, its exception is raised otherwise, as `run` does. An interruption here cancels all.
+    """
+    return _run_all(made, calls, at_once, failed)
+
+
+def _run_all(
+    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
+) -> list[Any]:
+    """Shows what a single call prints, and counts where there are several."""
+    batch = Batch(made.cluster, lambda some: submit(made, some, at_once), calls, at_once)
+    results: dict[int, list[Any]] = {}
+    tails: tuple[Tail, ...] = ()
     try:
-        if made.cluster != "debug":  # that one runs here, and prints by itself
-            _follow(job, tasks, failed)
+        while len(results) < len(calls):
+            ended = batch.advance(failed)
+            for found in ended.values():
+                if any(failed(result) for result in found):
+                    batch.cancel()
+                    return found
+            results |= ended
+            if len(calls) > 1 and ended:
+                print(f"{len(results)} of {len(calls)} parts are done", flush=True)
+            for job in batch.running.values() if len(calls) == 1 else ():
+                tails = tails or tails_of(job)
+            for tail in tails:
+                tail.copy()
+            time.sleep(NEXT_LOOK_SECONDS)
     except BaseException:
-        job.cancel(check=False)
+        batch.cancel()
         raise
-    errors = [task.exception() for task in tasks]
-    results = [task.result() for task, error in zip(tasks, errors, strict=True) if error is None]
-    told = [result for result in results if failed(result)]
-    for error in errors:
-        if error is not None and not told:
-            raise error
-    return told or results
+    return [result for number in range(len(calls)) for result in results[number]]
 
 
-def _follow(job: submitit.Job[Any], tasks: list[submitit.Job[Any]], failed: Callable[[Any], bool]) -> None:
-    """Copies the first task's output to this terminal until all tasks have ended, or one of them has failed."""
-
-    def has_failed(task: submitit.Job[Any]) -> bool:
-        return task.done() and (task.exception() is not None or failed(task.result()))
-
-    tails = (_Tail(tasks[0].paths.stdout, sys.stdout.buffer), _Tail(tasks[0].paths.stderr, sys.stderr.buffer))
-    ended = False
-    while not ended:
-        ended = job.done() or any(has_failed(task) for task in tasks)
-        for tail in tails:
-            tail.copy()
-        time.sleep(0.2)
-    if not job.done():
-        job.cancel(check=False)  # the others wait for the failed one in a collective
-
-
-class _Tail:
-    """Copies what is appended to a file, which may not exist yet."""
-
-    def __init__(self, path: Path, sink: BinaryIO) -> None:
-        self.path, self.sink, self.copied = path, sink, 0
-
-    def copy(self) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as source:
-            source.seek(self.copied)
-            new = source.read()
-        if new:
-            self.copied += len(new)
-            self.sink.write(new)
-            self.sink.flush()
+def submit(
+    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int | None = None
+) -> list[submitit.Job[Any]]:
+    """Submits calls, several as one array on SLURM, and waits for none. ValueError with SLURM's words if it refuses."""
+    if made.cluster == "slurm" and at_once is not None:
+        made.update_parameters(slurm_array_parallelism=at_once)
+    with controller.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
+        try:
+            return made.submit_array(calls)
+        except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
+            words = [line for line in str(error).splitlines() if "error" in line.lower()]
+            raise ValueError(
+                f"SLURM refuses the job: {'; '.join(words) or error}; slurm/site.yaml, or the file that FPDM_SITE "
+                "names, says partition and account, the recipe's launch section the rest"
+            ) from None
 
 
 @contextmanager

@@ -100,8 +100,8 @@ def copied(recipe: Recipe, runs: Path) -> Recipe:
 
 
 def load_samples(folder: Path, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels) of samples 0 to num_samples - 1, as `iterate_samples` gives them."""
-    from pipeline.samples import iterate_samples
+    """(images, labels) of samples 0 to num_samples - 1, as `chunks.iterate` gives them."""
+    from pipeline.chunks import iterate
 
-    images, labels = zip(*iterate_samples(folder, num_samples), strict=True)
-    return np.concatenate(images), np.concatenate(labels)
+    rows = list(iterate(folder, (0, num_samples)))
+    return np.concatenate([part["images"] for part in rows]), np.concatenate([part["labels"] for part in rows])

@@ -166,10 +166,12 @@ def test_too_many_rejected_pictures_stop_the_run_with_the_list(recipe: Recipe) -
 
 
 def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, as whom tests may run, may read anything
+    monkeypatch.setattr(
+        "preprocess.sources.entries.open", refuse, raising=False
+    )  # root, as whom tests may run, may read anything
     with pytest.raises(UserError, match=r"cat/0\.png: cannot be opened: Permission denied"):
         encode(recipe)
 

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from common.errors import UserError
 from common.recipe import Evaluate
 from pipeline import features
-from pipeline.metrics import frechet_distance, statistics
+from pipeline.metrics import frechet_distance, inception_score, kernel_distance, precision_recall, statistics
 
 LITE = Evaluate(feature_extractor="efficientnet-lite0")
 
@@ -32,29 +32,88 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
     return coarse.repeat(4, axis=1).repeat(4, axis=2)
 
 
-def test_the_distance_is_torch_fidelitys_with_the_registered_extractor() -> None:
-    extractor = features.load_extractor(features.find_weights(LITE))
-    sets = pictures(0, 12), pictures(40, 12)
-    own = frechet_distance(*(statistics(features.extract(extractor, images, 5)) for images in sets))
-    theirs = torch_fidelity.calculate_metrics(
+def theirs(sets: tuple[NDArray[np.uint8], ...], **options: Any) -> dict[str, float]:
+    """torch-fidelity's own measures of the same pictures."""
+    return torch_fidelity.calculate_metrics(
         **{f"input{i}": Pictures(torch.from_numpy(images).permute(0, 3, 1, 2)) for i, images in enumerate(sets, 1)},
-        feature_extractor=features.EFFICIENTNET,
-        fid=True,
         cuda=False,
         save_cpu_ram=True,
         verbose=False,
         cache=False,
+        **options,
     )
+
+
+def whole(extractor: features.Extractor, images: NDArray[np.uint8], batch_size: int) -> dict[str, NDArray[np.float32]]:
+    batches = list(features.extract(extractor, images, batch_size))
+    return {layer: np.concatenate([batch[layer] for batch in batches]) for layer in extractor.layers}
+
+
+def test_the_distance_is_torch_fidelitys_with_the_registered_extractor() -> None:
+    extractor = features.load_extractor(features.find_weights(LITE))
+    sets = pictures(0, 12), pictures(40, 12)
+    own = frechet_distance(*(statistics([whole(extractor, images, 5)["pooled"]]) for images in sets))
+    found = theirs(sets, feature_extractor=features.EFFICIENTNET, fid=True)
     # 12 pictures and 1,280 dimensions: torch-fidelity's own root of a singular product is good to about 1e-4.
-    assert own == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert own == pytest.approx(found["frechet_inception_distance"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> features.ExtractorWeights:
+    """Seeded random weights in a local file of the published structure."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(random_inception(), path)
+    return features.find_weights(Evaluate(feature_extractor_weights=str(path)))
+
+
+def test_kid_inception_score_precision_and_recall_are_torch_fidelitys(inception: features.ExtractorWeights) -> None:
+    # Far apart: torch-fidelity sums in float32, which leaves of a small difference of large sums fewer digits.
+    sets = pictures(0, 20), np.concatenate([pictures(0, 24)[20:], pictures(20, 12) // 4 + 150])
+    found = theirs(
+        sets,
+        feature_extractor=features.INCEPTION,
+        feature_extractor_weights_path=str(inception.path),
+        kid=True,
+        isc=True,
+        prc=True,
+        kid_subset_size=16,
+    )
+    extractor = features.load_extractor(inception, ("pooled", "logits"))
+    own, reference = (whole(extractor, images, 7) for images in sets)
+    kid = kernel_distance(own["pooled"], reference["pooled"])
+    assert kid[0] == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-6)
+    assert inception_score(own["logits"])[0] == pytest.approx(found["inception_score_mean"], rel=1e-6)
+    precision, recall = precision_recall(own["pooled"], reference["pooled"])
+    assert 0 < recall < 1
+    assert (precision, recall) == pytest.approx((found["precision"], found["recall"]), rel=1e-6)
+
+
+def test_fid_is_torch_fidelitys_on_the_same_pictures(
+    inception: features.ExtractorWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of Inception's 64-dimensional layer: 70 pictures fit a covariance of full rank, where both formulas are exact.
+    monkeypatch.setitem(features.LAYERS, features.INCEPTION, {"pooled": "64"})
+    sets = pictures(0, 70), pictures(20, 70)
+    extractor = features.load_extractor(inception)
+    own = frechet_distance(
+        *(statistics(batch["pooled"] for batch in features.extract(extractor, images, 16)) for images in sets)
+    )
+    found = theirs(
+        sets,
+        feature_extractor=features.INCEPTION,
+        feature_extractor_weights_path=str(inception.path),
+        fid=True,
+        feature_layer_fid="64",
+    )
+    assert own == pytest.approx(found["frechet_inception_distance"], rel=1e-6)
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
     extractor = features.load_extractor(features.find_weights(LITE))
-    whole, single = (np.concatenate(list(features.extract(extractor, pictures(0, 5), size))) for size in (5, 1))
-    assert whole.shape == (5, 1280)
-    assert whole.dtype == np.float32
-    np.testing.assert_allclose(whole, single, atol=1e-4)
+    together, single = (whole(extractor, pictures(0, 5), size)["pooled"] for size in (5, 1))
+    assert together.shape == (5, 1280)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together, single, atol=1e-4)
 
 
 def test_only_the_published_inception_weights_are_called_fid(tmp_path: Path) -> None:
@@ -111,13 +170,14 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     assert not made.exists()
 
 
-def test_local_inception_weights_give_the_pooled_features(tmp_path: Path) -> None:
-    path = tmp_path / "inception.pth"
-    torch.save(random_inception(), path)
-    extractor = features.load_extractor(features.find_weights(Evaluate(feature_extractor_weights=str(path))))
-    (found,) = features.extract(extractor, pictures(0, 2), 2)
-    assert found.shape == (2, 2048)
-    assert np.isfinite(found).all()
+def test_inception_gives_pooled_features_logits_and_the_spatial_ones_of_sfid(
+    inception: features.ExtractorWeights,
+) -> None:
+    extractor = features.load_extractor(inception, ("pooled", "logits", "spatial"))
+    found = whole(extractor, pictures(0, 2), 2)
+    shapes = {name: values.shape for name, values in found.items()}
+    assert shapes == {"pooled": (2, 2048), "logits": (2, 1008), "spatial": (2, 7 * 17 * 17)}
+    assert all(np.isfinite(values).all() and values.std() > 0 for values in found.values())
 
 
 def random_inception() -> dict[str, torch.Tensor]:
@@ -130,6 +190,6 @@ def random_inception() -> dict[str, torch.Tensor]:
     return {
         name: torch.ones(tensor.shape, dtype=tensor.dtype)
         if "running_var" in name or tensor.ndim < 2
-        else 0.05 * torch.randn(tensor.shape, generator=generator)
+        else (2.4 / tensor[0].numel()) ** 0.5 * torch.randn(tensor.shape, generator=generator)  # features of about 1
         for name, tensor in network.state_dict().items()
     }

@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from common.files import read_json
 from common.recipe import Recipe
-from pipeline import eval_fid, evaluation, figures, picture_sets, report, samples
+from pipeline import eval_fid, evaluation, figures, picture_sets, references, report, samples
 from tests.conftest import copied, load_samples
 
 HOSTILE = '<img src="http://host/x" onerror=alert(1)>&$x_{'.replace("/", "\N{DIVISION SLASH}")
@@ -62,7 +62,7 @@ def test_each_distance_says_what_it_was_made_of(recipe: Recipe) -> None:
     assert list(metrics["distances"]) == ["held_out", "reconstruction", "trained", "untrained"]
     assert all(value > 0 for value in metrics["distances"].values())
     trained = metrics["measurements"][0]
-    assert trained["count"] == trained["content"]["samples"] == 10
+    assert trained["count"] == trained["content"]["ranges"][0][1] == 10
     assert trained["reference"]["count"] == 6
     assert trained["content"]["seed"] == 0
     assert trained["content"]["sample"]["num_steps"] == 3
@@ -91,7 +91,7 @@ def test_another_reference_is_another_measurement(recipe: Recipe) -> None:
 
 def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -> None:
     fewer = replace(recipe, evaluate=replace(recipe.evaluate, reference_samples=5))
-    for chunk in samples.sample_set(recipe, 0).folder.glob("chunk-*"):
+    for chunk in samples.sample_set(recipe, 0).folder.rglob("chunk-*"):
         chunk.unlink()
     before = sorted((recipe.folder / "eval").rglob("*"))
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
@@ -100,7 +100,7 @@ def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -
 
 
 def test_the_reference_is_spaced_over_all_classes(recipe: Recipe) -> None:
-    pictures = picture_sets.reference(recipe).open()
+    pictures = picture_sets.opened(references.reference(recipe))
     assert [int(picture.mean(axis=(0, 1)).argmax()) for picture in pictures] == [0, 0, 1, 1, 2, 2]
 
 

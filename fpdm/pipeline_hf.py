@@ -1,0 +1,110 @@
+"""A diffusers pipeline: the denoiser, an AutoencoderKL, and this project's sampler.
+
+from fpdm.pipeline_hf import FPDMPipeline
+pipeline = FPDMPipeline.from_pretrained("runs/demo/pipeline")
+pipeline([0, 1, 2, 3], num_inference_steps=20, iterations=5).images
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from torch import Tensor
+
+from fpdm.allocation import AllocationKind, allocate
+from fpdm.denoiser import Denoiser
+from fpdm.diffusion import Diffusion
+from fpdm.sampling import SamplerName, sample, sample_noise
+from fpdm.weights import load_pretrained, read_extra, save_pretrained
+
+
+class FPDMTransformer2DModel(ModelMixin):
+    """A denoiser and the diffusion it was trained for, as a component of diffusers' pipelines."""
+
+    def __init__(self, denoiser: Denoiser, diffusion: Diffusion) -> None:
+        super().__init__()
+        self.denoiser, self.diffusion = denoiser, diffusion
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any
+    ) -> "FPDMTransformer2DModel":
+        """From a folder written by training or by `save_pretrained`.
+
+        Raises ValueError where the folder does not say what the weights predict, or holds other tensors than it says.
+        """
+        objective = read_extra(folder).get("objective")
+        if objective is None:
+            raise ValueError(
+                f"{folder}: config.json has no extra.objective, what the weights predict; export them again"
+            )
+        denoiser = load_pretrained(folder).to(torch_dtype or torch.float32).eval()
+        return cls(denoiser, Diffusion(**objective))
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+        state = dict(self.denoiser.named_parameters())
+        save_pretrained(state, self.denoiser.config, save_directory, {"objective": vars(self.diffusion)})
+
+
+class FPDMPipeline(DiffusionPipeline):
+    """Class labels to pictures."""
+
+    def __init__(self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | Tensor,
+        *,
+        num_inference_steps: int = 28,
+        iterations: int | float | Sequence[int] = 8,
+        allocation: AllocationKind = "constant",
+        sampler: SamplerName = "ddpm",
+        reuse: bool | Sequence[bool] = True,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        first_index: int = 0,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Draws one picture a label.
+
+        Args:
+            class_labels: (B,) classes.
+            num_inference_steps: steps of the sampler.
+            iterations, allocation: of the fixed point, as in `fpdm.allocate`; DiT takes none.
+            sampler, reuse, guidance_scale: as in `fpdm.sample`.
+            seed, first_index: picture i of the batch starts from the noise of sample first_index + i of this seed: the
+                same as the project's own sample of that index, whatever the batch.
+            output_type: "pil", "np" or "pt".
+
+        Raises:
+            ValueError: as `fpdm.sample` and `fpdm.allocate`.
+        """
+        transformer, vae = cast(FPDMTransformer2DModel, self.transformer), cast(AutoencoderKL, self.vae)
+        config = transformer.denoiser.config
+        labels = torch.as_tensor(class_labels, device=self._execution_device)
+        index = torch.arange(first_index, first_index + len(labels), device=labels.device)
+        shape = (config.in_channels, config.input_size, config.input_size)
+        counts = None if config.kind == "dit" else allocate(allocation, num_inference_steps, iterations)
+        latents = sample(
+            transformer.denoiser,
+            transformer.diffusion,
+            sample_noise(seed, index, shape),
+            labels,
+            num_steps=num_inference_steps,
+            iterations=counts,
+            sampler=sampler,
+            step_noise=(lambda step: sample_noise(seed, index, shape, step)) if sampler == "ddpm" else None,
+            reuse=reuse,
+            guidance_scale=guidance_scale,
+        )  # (B, C, h, w)
+        latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+        images = vae.decode(latents.to(vae.dtype)).sample.float()  # (B, 3, H, W)
+        return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type))

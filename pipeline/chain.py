@@ -1,0 +1,130 @@
+"""A whole run as SLURM jobs that wait for one another; whoever submits them need not stay.
+
+`jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import submitit
+
+from common.errors import UserError
+from common.files import alone_in, content_key, read_json, write_json
+from common.loading import dump_recipe
+from common.recipe import Recipe
+from pipeline.stages import Stage, Step, steps
+from slurm import cluster, controller
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job, or an array of `parts` jobs, as `jobs.json` lists it and `slurm/status.py` reads it."""
+
+    step: str
+    job: str
+    parts: int
+    after: str | None
+    logs: str  # folder
+    recipe: str  # key of the recipe it works on
+    time: float
+
+
+def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> list[Submitted]:
+    """Submits the steps that are neither finished nor on their way, each after the one before it.
+
+    Returns all jobs that are now on their way. Raises UserError where SLURM refuses one (those before it stay, and the
+    same call goes on from there), and where jobs of another recipe are at work in the run folder.
+    """
+    with alone_in(recipe.folder / "logs"):
+        listed = listed_jobs(recipe.folder)
+        alive = _alive(listed)
+        key = content_key(dump_recipe(recipe))
+        _refuse_another_recipe(recipe, alive, key)
+        on_their_way: list[Submitted] = []
+        for step in _to_do(recipe, stages, alive):
+            if step.name not in alive:
+                after = on_their_way[-1].job if on_their_way else None
+                alive[step.name] = _submit(recipe, step, after, code, key)
+                listed.append(alive[step.name])
+                write_json(recipe.folder / "jobs.json", [asdict(one) for one in listed])
+            on_their_way.append(alive[step.name])
+        return on_their_way
+
+
+def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> Iterator[str]:
+    """What `submit_chain` would give to sbatch; ids of jobs that are not submitted yet are shown as names."""
+    after = None
+    for step in _to_do(recipe, stages, {}):
+        made = _executor(recipe, step, after, code)
+        yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(made, len(step.jobs))}"
+        after = f"<{step.name}>"
+
+
+def listed_jobs(folder: Path) -> list[Submitted]:
+    path = folder / "jobs.json"
+    return [Submitted(**entry) for entry in read_json(path)] if path.exists() else []
+
+
+def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
+    """How to watch, stop and continue."""
+    if not jobs:
+        return [f"{recipe.folder}: every stage is finished; nothing to submit"]
+    lines = [
+        f"{one.step:14} job {one.job}{f'_[0-{one.parts - 1}]' if one.parts > 1 else '':8}"
+        + (f" after {one.after}" if one.after else "")
+        for one in jobs
+    ]
+    ids = " ".join(one.job for one in jobs)
+    return [
+        *lines,
+        f"logs:     {recipe.folder / 'logs'}/<step>/<job>_0_log.out",
+        f"watch:    python slurm/status.py {recipe.folder}",
+        f"stop:     scancel {ids}",
+        "continue: the same command again; it submits only what is neither finished nor on its way",
+    ]
+
+
+def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted]) -> list[Step]:
+    """The steps from the first that is on its way, or else from the first that is not finished."""
+    planned = [(step, stage) for stage in stages for step in steps(recipe, stage)]
+    for number, (step, stage) in enumerate(planned):
+        if step.name in alive or (not alive and not stage.finished(recipe)):
+            return [step for step, _ in planned[number:]]
+    return []
+
+
+def _alive(listed: Sequence[Submitted]) -> dict[str, Submitted]:
+    """By step, the jobs that have not ended. A job that the controller has forgotten ended long ago."""
+    states = controller.states(one.job for one in listed)
+    living = {job_id.partition("_")[0] for job_id, state in states.items() if state not in controller.OVER}
+    return {one.step: one for one in listed if one.job in living}
+
+
+def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str) -> None:
+    others = [one.job for one in alive.values() if one.recipe != key]
+    if others:
+        raise UserError(
+            f"{recipe.folder}: jobs of another recipe are on their way in it: {', '.join(others)}; wait for them, end "
+            f"them (scancel {' '.join(others)}), or choose another name"
+        )
+
+
+def _executor(recipe: Recipe, step: Step, after: str | None, code: Path | None) -> submitit.AutoExecutor:
+    resources = step.stage.resources(recipe)
+    folder = recipe.folder / "logs" / step.name
+    try:
+        return cluster.executor("slurm", folder, f"{recipe.name}-{step.name}", resources, after=after, code=code)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _submit(recipe: Recipe, step: Step, after: str | None, code: Path | None, key: str) -> Submitted:
+    made = _executor(recipe, step, after, code)
+    try:
+        jobs = cluster.submit(made, step.jobs, at_once=len(step.jobs))
+    except ValueError as error:
+        raise UserError(f"{step.name}: {error}") from None
+    job = jobs[0].job_id.partition("_")[0]
+    return Submitted(step.name, job, len(jobs), after, str(made.folder), key, round(time.time(), 1))

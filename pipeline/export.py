@@ -1,0 +1,45 @@
+"""Writes a run's weights as a diffusers pipeline, which loads without a recipe and without this project's other rooms.
+
+  python pipeline/export.py --config recipes/demo.yaml
+  python -c "from fpdm.pipeline_hf import FPDMPipeline; FPDMPipeline.from_pretrained('runs/demo/pipeline')([0])"
+
+Into `pipeline/` of the run folder: model_index.json, transformer/, vae/.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.command import run_command
+from common.recipe import Recipe
+
+
+def folder_of(recipe: Recipe) -> Path:
+    return recipe.folder / "pipeline"
+
+
+def plan(recipe: Recipe) -> Iterator[str]:
+    from pipeline.samples import sample_set
+
+    yield f"weights: {sample_set(recipe, recipe.sample.weights).weights}"
+    yield f"pipeline: {folder_of(recipe)}"
+
+
+def export(recipe: Recipe) -> None:
+    """Replaces what was exported before."""
+    from diffusers.models import AutoencoderKL
+
+    from common.files import atomic_folder
+    from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
+    from pipeline.samples import sample_set
+    from preprocess.encoder import fetch_vae
+
+    transformer = FPDMTransformer2DModel.from_pretrained(sample_set(recipe, recipe.sample.weights).weights)
+    vae = AutoencoderKL.from_pretrained(fetch_vae(recipe.vae), use_safetensors=True, low_cpu_mem_usage=False)
+    with atomic_folder(folder_of(recipe)) as folder:
+        FPDMPipeline(transformer, vae).save_pretrained(folder)
+    print(f"pipeline: {folder_of(recipe)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, plan, export))

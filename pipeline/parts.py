@@ -1,0 +1,34 @@
+"""A stage in independent parts: an array of jobs, each with the processes of one GPU, and what follows it."""
+
+import os
+
+from common.errors import UserError
+from common.recipe import Recipe
+
+
+def run_parts(recipe: Recipe, cluster: str, name: str, module: str, function: str, parts: int | None = None) -> None:
+    """Runs `module.function(recipe, part, parts)` for every part as an array of jobs; without `parts`, one job of
+    `module.function(recipe)`. Raises UserError with the first failing job's own message.
+    """
+    from common.jobs import Job, failed
+    from slurm.cluster import Resources, executor, run_array
+
+    launch = recipe.launch
+    resources = Resources(
+        cpus_per_process=launch.cpus_per_process,
+        gpus_per_process=min(1, launch.gpus_per_process),
+        timeout_minutes=launch.timeout_minutes,
+    )
+    try:
+        made = executor(cluster, recipe.folder / "logs" / name, name, resources)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if parts is None:
+        calls = [Job.of(module, function, recipe)]
+    else:
+        calls = [Job.of(module, function, recipe, part=part, parts=parts) for part in range(parts)]
+    here = 1 if launch.gpus_per_process else max(1, len(os.sched_getaffinity(0)) // launch.cpus_per_process)
+    outcomes = run_array(made, calls, at_once=len(calls) if made.cluster == "slurm" else here, failed=failed)
+    for outcome in outcomes:
+        if failed(outcome):
+            raise UserError(outcome["error"])

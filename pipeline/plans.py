@@ -1,0 +1,123 @@
+"""How a set's steps are computed: iterations of each, and where solutions are reused.
+
+What is measured on the weights is measured once for a set, and kept beside its samples: every rank, job and later run
+draws by the same plan.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.recipe import STRICT, Recipe, denoiser_config, diffusion, latent_shape
+from fpdm import rng
+from fpdm.allocation import allocate
+from fpdm.calibration import CURVE_REACH, choose_reuse, measure_residuals
+from fpdm.denoiser import Denoiser
+from fpdm.sampling import sample as sample_latents
+from fpdm.sampling import sample_noise
+
+MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
+
+
+@dataclass(frozen=True, config=STRICT)
+class Plan:
+    """One entry a step, noisiest first; iterations None for DiT, which has none."""
+
+    iterations: list[int] | None
+    reuse: list[bool]
+
+
+def total_iterations(recipe: Recipe) -> int:
+    """Of all steps; exact whatever the allocation. ValueError names what does not fit."""
+    settings = recipe.sample
+    kind = "constant" if settings.allocation in MEASURED else settings.allocation
+    return sum(allocate(kind, settings.num_steps, settings.iterations))
+
+
+def blocks_a_picture(recipe: Recipe) -> int:
+    """Transformer blocks of one picture; a step with guidance computes each twice."""
+    settings, config = recipe.sample, denoiser_config(recipe)
+    if config.kind == "dit":
+        unguided = settings.num_steps * config.blocks(0)
+    else:
+        unguided = total_iterations(recipe) + settings.num_steps * config.blocks(0)
+    return unguided * (1 if settings.guidance_scale == 1 else 2)
+
+
+def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
+    """The plan of the set in `folder`, from its plan.json; measured first where there is none."""
+    path = folder / "plan.json"
+    if not path.exists():
+        _write_once(path, TypeAdapter(Plan).dump_python(_make(recipe, model)))
+    try:
+        return TypeAdapter(Plan).validate_python(read_json(path))
+    except ValueError:
+        raise UserError(f"{path}: no plan of iterations; delete the folder and run python pipeline/sample.py") from None
+
+
+def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """`fpdm.sample` of the samples `index` (B,), with all but steps, iterations and reuse bound."""
+    settings, shape = recipe.sample, latent_shape(recipe)
+    noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
+    noisy = settings.sampler == "ddpm" or (settings.sampler == "ddim" and settings.eta > 0)
+    return partial(
+        sample_latents,
+        model,
+        diffusion(recipe),
+        noise(),
+        labels_of(recipe, index),
+        sampler=settings.sampler,
+        eta=settings.eta,
+        step_noise=(lambda step: noise(step=step)) if noisy else None,
+        guidance_scale=settings.guidance_scale,
+        guidance_interval=settings.guidance_interval,
+        guidance_channels=settings.guidance_channels,
+    )
+
+
+def labels_of(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
+    """Label of sample i. "balanced": i % num_classes, as many of each class exactly where the classes divide the number
+    of samples; "uniform": drawn, a function of (seed, i).
+    """
+    classes = recipe.model.num_classes
+    if recipe.sample.labels == "balanced":
+        return index % classes
+    return rng.integers(recipe.seed, "sample/label", index, classes)
+
+
+def _make(recipe: Recipe, model: Denoiser) -> Plan:
+    settings = recipe.sample
+    steps = settings.num_steps
+    always = [settings.reuse == "always"] * steps
+    if model.config.kind == "dit":
+        return Plan(None, always)
+    index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
+    drawing = draw(recipe, model, "calibrate", index)
+    if settings.allocation in MEASURED:
+        total = total_iterations(recipe)
+        longest = min(CURVE_REACH * -(-total // steps), total - steps + 1)
+        curves = torch.stack(measure_residuals(drawing, [longest] * steps))  # (steps, longest)
+        counts = allocate(settings.allocation, steps, settings.iterations, residuals=curves)
+    else:
+        counts = allocate(settings.allocation, steps, settings.iterations)
+    return Plan(counts, choose_reuse(drawing, counts) if settings.reuse == "calibrated" else always)
+
+
+def _write_once(path: Path, value: Any) -> None:
+    """The first of several processes wins; what another machine's rounding would have chosen is dropped."""
+    own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    write_json(own, value)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()

@@ -1,0 +1,108 @@
+"""What every source of pictures gives: entries in a stable order, and the bytes of any of them."""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from common.errors import UserError
+from preprocess.images import Rejected
+
+PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
+
+
+class Entry(NamedTuple):
+    """One picture of a source."""
+
+    key: str  # its name within the source; no two entries share one
+    label: int  # class index
+    size: int  # of the encoded picture, bytes; of the file it lies in where the format does not tell
+    place: tuple[int, int] = (0, 0)  # where the source finds it: the source's own affair
+
+
+class Entries:
+    """Entries as columns of numbers: some 60 bytes each, and forked workers share them without copying."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        keys, columns, ends = bytearray(), array("q"), array("q", [0])
+        for entry in entries:
+            keys += entry.key.encode(errors="surrogateescape")
+            ends.append(len(keys))
+            columns.extend((entry.label, entry.size, *entry.place))
+        self._keys, self._ends = bytes(keys), np.array(ends)
+        self._columns = np.array(columns).reshape(-1, 4)  # (N, 4): label, size, place
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __getitem__(self, position: int) -> Entry:
+        if not 0 <= position < len(self):
+            raise IndexError(position)
+        key = self._keys[self._ends[position] : self._ends[position + 1]].decode(errors="surrogateescape")
+        label, size, *place = self._columns[position].tolist()
+        return Entry(key, label, size, (place[0], place[1]))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (self[position] for position in range(len(self)))
+
+
+class Source(Protocol):
+    """A data set as people have it. Opening one reads names and labels, no pixels; picklable."""
+
+    class_names: list[str]
+    entries: Entries
+    left_out: int  # files that are no pictures by their name
+
+    def open(self, entry: Entry) -> bytes:
+        """A picture's encoded bytes. Raises Rejected where they cannot be read."""
+        ...
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 over every key, label and size and the class names, in order: another list of pictures has another one."""
+    digest = hashlib.sha256("\n".join(source.class_names).encode(errors="surrogateescape"))
+    for entry in source.entries:
+        digest.update(f"\n{entry.key}\t{entry.label}\t{entry.size}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
+    """`size` bytes of a file, opened anew: any number of forked workers may read at once. Raises Rejected."""
+    if size > MAX_ENCODED:
+        raise Rejected(f"{size:,} bytes, above {MAX_ENCODED:,}: too many for a picture")
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise Rejected(f"cannot be opened: {error.strerror}") from None
+
+
+def read_whole(path: os.PathLike[str], size: int) -> bytes:
+    """A file that had `size` bytes when it was listed. Raises Rejected where it has not."""
+    data = read_at(path, 0, size)
+    if os.stat(path).st_size != size:
+        raise Rejected(f"changed while pictures were read: it had {size:,} bytes")
+    return data
+
+
+def is_picture(name: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes
+
+
+def is_hidden(name: str) -> bool:
+    """Whether some part of a path begins with a dot, or it is macOS's own part of a zip."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def check_member(field: str, archive: object, name: str) -> None:
+    """Refuses a member whose name would leave the folder it were unpacked in."""
+    if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+        raise UserError(
+            f"{field}: {archive} has a member {name!r}, a path that leads out of it; "
+            "no data set has one: get the archive anew, or pack it again"
+        )

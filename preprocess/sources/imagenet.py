@@ -1,0 +1,92 @@
+"""ImageNet-1k as people have it. Class indices are those of everybody: the wnids in the order of their names."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import UserError
+from preprocess.sources.archives import TarMember, tar_members
+from preprocess.sources.entries import Entries, Entry, is_picture, read_at
+from preprocess.sources.folders import FolderSource
+from preprocess.sources.parquet import ParquetSource
+
+WNID = re.compile(r"n\d{8}")
+
+
+def class_names(wnids: list[str]) -> list[str]:
+    """`n01440764 tench, Tinca tinca`: the wnid, because two of the thousand names are the same (crane)."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    information = ImageNetInfo("imagenet-1k")
+    return [f"{wnid} {information.label_name_to_description(wnid, detailed=False)}".strip() for wnid in wnids]
+
+
+def all_wnids() -> list[str]:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return list(ImageNetInfo("imagenet-1k").label_names())
+
+
+def check_wnids(names: list[str], path: Path, field: str) -> None:
+    known = set(all_wnids())
+    strange = next((name for name in names if name not in known), None)
+    if strange is not None:
+        raise UserError(
+            f"{field}: {path} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids (n01440764, ...); "
+            "name the folder or tar of the training pictures, or set data.source=folder"
+        )
+
+
+class ImageNetFolder(FolderSource):
+    """`n01440764/n01440764_10026.JPEG`: one folder a wnid; a part of the wnids numbers them from 0."""
+
+    def __init__(self, path: str | Path, field: str) -> None:
+        super().__init__(path, field)
+        check_wnids(self.class_names, self.path, field)
+        self.class_names = class_names(self.class_names)
+
+
+class ImageNetTar:
+    """ILSVRC2012_img_train.tar: a tar of one tar a wnid, read where it lies."""
+
+    def __init__(self, path: str | Path, field: str) -> None:
+        self.path, self.left_out = Path(path), 0
+        try:
+            with open(self.path, "rb") as file:
+                classes = sorted(tar_members(self.path, field, file))
+        except OSError as error:
+            raise UserError(f"{field}: {path} cannot be opened: {error.strerror}") from None
+        wnids = [member.name.removesuffix(".tar") for member in classes]
+        check_wnids(wnids, self.path, field)
+        self.entries = Entries(self._entries(classes, field))
+        self.class_names = class_names(wnids)
+
+    def open(self, entry: Entry) -> bytes:
+        return read_at(self.path, entry.place[0], entry.size)
+
+    def _entries(self, classes: list[TarMember], field: str) -> Iterator[Entry]:
+        for label, inner in enumerate(classes):
+            inside = Path(f"{self.path}/{inner.name}")
+            with open(self.path, "rb") as file:
+                file.seek(inner.offset)
+                members = sorted(tar_members(inside, field, file))
+            if not members or members[-1].offset + members[-1].size > inner.offset + inner.size:
+                raise UserError(f"{field}: {inside} is empty or reaches beyond its end; get {self.path} anew")
+            pictures = [member for member in members if is_picture(member.name)]
+            self.left_out += len(members) - len(pictures)
+            for member in pictures:
+                yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0))
+
+
+class ImageNetParquet(ParquetSource):
+    """Parquet files as Hugging Face has them; their labels are the standard indices."""
+
+    def __init__(self, path: str | Path, field: str) -> None:
+        super().__init__(path, field)
+        wnids = all_wnids()
+        if len(self.class_names) != len(wnids):
+            raise UserError(
+                f"{field}: {path} has {len(self.class_names)} classes, ImageNet-1k has {len(wnids)}; "
+                "set data.source=parquet"
+            )
+        self.class_names = class_names(wnids)

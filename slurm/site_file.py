@@ -1,0 +1,77 @@
+"""What this cluster wants of every job: partition, account, set-up lines. One YAML file, never part of a recipe."""
+
+import os
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+DEFAULT = Path(__file__).parent / "site.yaml"
+VARIABLE = "FPDM_SITE"
+ONE_LINE = r"^[^\n]*$"
+
+Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
+Line = Annotated[str, Field(pattern=ONE_LINE)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Site:
+    """Every field may be left out; SLURM's own defaults hold then. `site.example.yaml` shows them in use."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node
+    exclusive: StrictBool = False
+    setup: tuple[Line, ...] = ()  # shell lines before a job's command: modules, variables
+    python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
+    scratch: Line | None = None  # a folder on each node's own disk, with $VARIABLES; TMPDIR of every job
+    sbatch: dict[Word, Line | StrictBool | int] = Field(default_factory=dict)  # any other option of sbatch
+
+
+def load_site(path: str | Path | None = None) -> Site:
+    """The site file: `path`, else what FPDM_SITE names, else slurm/site.yaml; defaults where that is not there.
+
+    Raises ValueError with one line that names the file and the field.
+    """
+    named = path or os.environ.get(VARIABLE)
+    file = Path(named or DEFAULT)
+    if not file.exists():
+        if named:
+            raise ValueError(f"{file}: no such file; {VARIABLE} names it (slurm/site.example.yaml is one)")
+        return Site()
+    try:
+        settings = yaml.safe_load(file.read_text()) or {}
+        return TypeAdapter(Site).validate_python(settings)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ValueError(f"{file}: {_first_fault(error)}") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    name = ".".join(map(str, fault["loc"][:1])) or "site"
+    if fault["type"] == "unexpected_keyword_argument":
+        return f"{name}: unknown key; allowed: {', '.join(one.name for one in fields(Site))}"
+    return f"{name}: {fault['msg']}; found {fault['input']!r}"
+
+
+def submission_parameters(site: Site) -> dict[str, Any]:
+    """The site's part of what `submitit.AutoExecutor.update_parameters` takes; `site.sbatch` is apart from it."""
+    lines = [f"export TMPDIR={shlex.quote(os.path.expandvars(site.scratch))}"] if site.scratch else []
+    wanted = {
+        "slurm_partition": site.partition,
+        "slurm_account": site.account,
+        "slurm_qos": site.qos,
+        "slurm_constraint": site.constraint,
+        "slurm_exclusive": site.exclusive or None,
+        "slurm_setup": [*lines, *site.setup] or None,
+        "mem_gb": site.memory_gb,
+    }
+    return {name: value for name, value in wanted.items() if value is not None}

@@ -1,0 +1,144 @@
+"""What has become of the jobs of a run: their states, the last step trained, the loss, the time left, the last lines.
+
+python slurm/status.py runs/demo [--lines 5]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROW = "{:14} {:>14} {:12} {:>8} {:>9}  {}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--lines", type=int, default=5, help="how many lines of the newest log to show")
+    arguments = parser.parse_args()
+    try:
+        print("\n".join(status(arguments.run, arguments.lines)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def status(run: Path, lines: int) -> Iterator[str]:
+    """The lines to print. ValueError where the folder has no jobs."""
+    listing = run / "jobs.json"
+    if not listing.exists():
+        raise ValueError(f"{listing}: no such file; a run folder whose stages were submitted with --detach has one")
+    yield ROW.format("step", "job", "state", "requeues", "elapsed", "why, or where")
+    jobs = json.loads(listing.read_text())
+    asked = [(listed, tasks_of(listed)) for listed in jobs]
+    for listed, tasks in asked:
+        for task in tasks or [{"JobId": listed["job"], "JobState": told_by_files(listed)}]:
+            yield ROW.format(
+                listed["step"],
+                job_name(task),
+                task["JobState"],
+                task.get("Restarts", "-"),
+                task["RunTime"] if task.get("RunTime") and where_it_ran(task) else "-",
+                where(task),
+            )
+    yield from training(run)
+    yield from newest_log(jobs, lines)
+
+
+def tasks_of(listed: dict[str, Any]) -> list[dict[str, str]]:
+    """What SLURM knows of a job, or of each task of an array: the controller, and where it has forgotten, sacct."""
+    asked = _output("scontrol", "--oneliner", "show", "job", listed["job"])
+    found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in asked.splitlines()]
+    if found:
+        return found
+    told = _output("sacct", "--allocations", "--parsable2", "--noheader", "--format=JobID,State,Elapsed,NodeList",
+                   f"--jobs={listed['job']}")  # fmt: skip
+    rows = [line.split("|") for line in told.splitlines()]
+    return [
+        {"JobId": job, "JobState": state.split()[0], "RunTime": elapsed, "NodeList": nodes}
+        for job, state, elapsed, nodes in rows
+    ]
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is not there or does not succeed: sacct needs a data base."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def told_by_files(listed: dict[str, Any]) -> str:
+    """How a job ended that SLURM has forgotten, by what it left."""
+    results = list(Path(listed["logs"]).glob(f"{listed['job']}*_result.pkl"))
+    return "ended" if len(results) >= listed["parts"] else "unknown"
+
+
+def job_name(task: dict[str, str]) -> str:
+    if "ArrayTaskId" in task:
+        return f"{task['ArrayJobId']}_{task['ArrayTaskId']}"
+    return task["JobId"]
+
+
+def where_it_ran(task: dict[str, str]) -> str:
+    return task.get("NodeList", "").replace("(null)", "").replace("None assigned", "")
+
+
+def where(task: dict[str, str]) -> str:
+    """Why it waits or has ended, or the nodes that it runs on."""
+    reason = task.get("Reason", "None")
+    waits_for = f" ({task['Dependency']})" if task.get("Dependency", "(null)") != "(null)" else ""
+    if task["JobState"] == "FAILED" and "ExitCode" in task:
+        return f"exit status {task['ExitCode'].partition(':')[0]}"
+    return f"{reason}{waits_for}" if reason != "None" else where_it_ran(task)
+
+
+def training(run: Path) -> Iterator[str]:
+    """The last line of the training log, and when the training will be done at the rate of that."""
+    log, settings = run / "metrics.jsonl", run / "recipe.yaml"
+    complete = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
+    if not complete:
+        return
+    import yaml
+
+    last = json.loads(complete[-1])
+    total = yaml.safe_load(settings.read_text())["train"]["total_samples"]
+    left = max(0, total - last["samples"])
+    ends = f", done in {_duration(left / last['samples_per_second'])} at this rate" if left else ", done"
+    age = _duration(time.time() - log.stat().st_mtime)
+    yield ""
+    yield (
+        f"training: step {last['step']:,}, {last['samples']:,} of {total:,} samples, loss {last['loss']:.4f}, "
+        f"{last['samples_per_second']:.1f} samples/s{ends} (logged {age} ago)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds // 60) % 60, int(seconds // 3600)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds) % 60} s"
+
+
+def newest_log(jobs: list[dict[str, Any]], lines: int) -> Iterator[str]:
+    """The end of the log file that was written last; a progress bar counts as its last state."""
+    logs = [
+        path for listed in jobs for path in Path(listed["logs"]).glob(f"{listed['job']}*_log.*") if path.stat().st_size
+    ]
+    if not logs or not lines:
+        return
+    newest = max(logs, key=lambda path: path.stat().st_mtime)
+    written = newest.read_text(errors="replace").splitlines()
+    yield f"\n{newest}:"
+    for line in [line for line in written if line.strip()][-lines:]:
+        yield f"  {line}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

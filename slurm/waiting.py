@@ -1,0 +1,196 @@
+"""Waiting for submitit jobs: what they print, when they have ended, and which failure came first."""
+
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import submitit
+
+from slurm import controller
+
+NEXT_LOOK_SECONDS = 0.2  # at files on disk
+NEXT_QUESTION_SECONDS = 2.0  # to SLURM's controller, which all users share
+UNSURE_SECONDS = 10.0  # a state that a job may leave again has to last, and a result may be late on a network disk
+TOLD_LINES = 30  # of the log of a task that left no result
+
+Failed = Callable[[Any], bool]
+
+
+class Batch:
+    """Calls on their way to being done, each a job: submitted in order, at most `at_once` of them unfinished.
+
+    Where SLURM is the cluster all are one job array, which holds that number by itself.
+    """
+
+    def __init__(
+        self,
+        cluster: str,
+        submit: Callable[[Sequence[Callable[[], Any]]], list[submitit.Job[Any]]],
+        calls: Sequence[Callable[[], Any]],
+        at_once: int,
+    ) -> None:
+        self.watch = Watch(cluster)
+        self.submit = submit
+        self.at_once = len(calls) if cluster == "slurm" else at_once
+        self.waiting = deque(enumerate(calls))
+        self.running: dict[int, submitit.Job[Any]] = {}
+
+    def advance(self, failed: Failed) -> dict[int, list[Any]]:
+        """Submits what may run now, and returns the outcomes of the calls that have ended since, by their number."""
+        free = min(self.at_once - len(self.running), len(self.waiting))
+        if free > 0:
+            numbers, calls = zip(*(self.waiting.popleft() for _ in range(free)), strict=True)
+            self.running |= dict(zip(numbers, self.submit(calls), strict=True))
+        ended = self.watch.ended(self.running, failed)
+        return {number: outcomes(self.running.pop(number), self.watch.states.get(number), failed) for number in ended}
+
+    def cancel(self) -> None:
+        self.waiting.clear()
+        for job in self.running.values():
+            job.cancel(check=False)
+
+
+class Watch:
+    """Tells which jobs of one cluster have ended.
+
+    submitit asks `sacct`, which not every cluster has, and which calls a job ended that has been queued again; here
+    SLURM's controller is asked.
+    """
+
+    def __init__(self, cluster: str) -> None:
+        self.cluster = cluster
+        self.states: dict[int, str] = {}  # as SLURM last told them
+        self.asked = float("-inf")
+        self.unsure: dict[int, float] = {}  # since when a job is in a state that it may leave again
+
+    def ended(self, jobs: dict[int, submitit.Job[Any]], failed: Failed) -> list[int]:
+        """The numbers of the jobs that have ended, or one of whose tasks has failed: the others wait for it."""
+        if self.cluster == "debug":
+            return list(jobs)
+        if self.cluster != "slurm":
+            return [
+                number for number, job in jobs.items() if job.done() or (job.num_tasks > 1 and has_failed(job, failed))
+            ]
+        now = time.monotonic()
+        if now - self.asked < NEXT_QUESTION_SECONDS:
+            return []
+        self.asked = now
+        try:
+            states = controller.states(job.job_id for job in jobs.values())
+        except (OSError, subprocess.SubprocessError):  # a controller that restarts; jobs outlive it
+            return []
+        self.states = {number: states.get(job.job_id, "no longer known") for number, job in jobs.items()}
+        return [number for number, state in self.states.items() if self._is_over(number, state, now)]
+
+    def _is_over(self, number: int, state: str, now: float) -> bool:
+        if state in controller.OVER:
+            return True
+        if state in controller.ALIVE:
+            self.unsure.pop(number, None)
+            return False
+        return now - self.unsure.setdefault(number, now) >= UNSURE_SECONDS
+
+
+def tasks_of(job: submitit.Job[Any]) -> list[submitit.Job[Any]]:
+    return [job.task(rank) for rank in range(job.num_tasks)] if job.num_tasks > 1 else [job]
+
+
+def has_failed(job: submitit.Job[Any], failed: Failed) -> bool:
+    """Whether one of a job's tasks has left an exception, or a result that tells of a failure."""
+    left = [_left(task) for task in tasks_of(job) if task.paths.result_pickle.exists()]
+    return any(kind == "error" or failed(result) for kind, result in left)
+
+
+def outcomes(job: submitit.Job[Any], state: str | None, failed: Failed) -> list[Any]:
+    """The results of an ended job's tasks, or those alone that `failed` tells of.
+
+    Raises the exception of the task that failed first where no result tells of a failure: a task that others were
+    waiting for explains more than their waiting. Ends the tasks that are left.
+    """
+    if isinstance(job, submitit.DebugJob):
+        error = job.exception()  # runs it
+        if error is not None:
+            raise error
+        return [job.result()]
+    tasks = tasks_of(job)
+    if len(tasks) > 1 and has_failed(job, failed):
+        _end(job)
+        tasks = [task for task in tasks if task.paths.result_pickle.exists()]
+    results, errors = [], []
+    for task in tasks:
+        kind, result = _left(task) if _waited_for(task, state) else ("missing", _without_result(task, state))
+        if kind == "success":
+            results.append(result)
+        else:
+            errors.append((_written(task.paths.result_pickle), result))
+    told = [result for result in results if failed(result)]
+    if errors and not told:
+        raise submitit.core.utils.FailedJobError(min(errors)[1])
+    return told or results
+
+
+def _end(job: submitit.Job[Any]) -> None:
+    """Ends the tasks of a failed job that have not ended yet: they wait for the failed one in a collective."""
+    patience = time.monotonic() + 2.0  # several tasks may be about to tell the same
+    while not all(task.paths.result_pickle.exists() for task in tasks_of(job)):
+        if time.monotonic() > patience:
+            job.cancel(check=False)
+            break
+        time.sleep(NEXT_LOOK_SECONDS)
+    if isinstance(job, submitit.LocalJob):  # what it still prints must not follow what is said of it
+        job.wait()
+
+
+def _left(task: submitit.Job[Any]) -> tuple[str, Any]:
+    """("success", result) or ("error", traceback), as submitit wrote it."""
+    return submitit.core.utils.pickle_load(task.paths.result_pickle)
+
+
+def _waited_for(task: submitit.Job[Any], state: str | None) -> bool:
+    """Whether an ended task left a result; on a network disk it may be late."""
+    patience = time.monotonic() + (UNSURE_SECONDS if state == "COMPLETED" else 1.0)
+    while not task.paths.result_pickle.exists() and time.monotonic() < patience:
+        time.sleep(NEXT_LOOK_SECONDS)
+    return task.paths.result_pickle.exists()
+
+
+def _without_result(task: submitit.Job[Any], state: str | None) -> str:
+    log = task.paths.stderr
+    lines = log.read_text(errors="replace").splitlines()[-TOLD_LINES:] if log.exists() else []
+    ended = f"ended ({state})" if state else "ended"
+    return "\n".join([f"job {task.job_id} {ended} without a result; the last lines of {log}:", *lines])
+
+
+def _written(path: Path) -> float:
+    """When a file was written; infinity for one that never was: a task that tells nothing explains least."""
+    return path.stat().st_mtime if path.exists() else float("inf")
+
+
+class Tail:
+    """Copies what is appended to a file, which may not exist yet."""
+
+    def __init__(self, path: Path, sink: BinaryIO) -> None:
+        self.path, self.sink, self.copied = path, sink, 0
+
+    def copy(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as source:
+            source.seek(self.copied)
+            new = source.read()
+        if new:
+            self.copied += len(new)
+            self.sink.write(new)
+            self.sink.flush()
+
+
+def tails_of(job: submitit.Job[Any]) -> tuple[Tail, ...]:
+    """What a job's first task prints, to be copied to this terminal; a debug job prints here by itself."""
+    if isinstance(job, submitit.DebugJob):
+        return ()
+    first = tasks_of(job)[0].paths
+    return Tail(first.stdout, sys.stdout.buffer), Tail(first.stderr, sys.stderr.buffer)

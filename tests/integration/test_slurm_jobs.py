@@ -1,0 +1,172 @@
+"""Jobs on a real SLURM that has no sacct: what fails is told, what is interrupted comes back, what is asked arrives."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+
+from common.jobs import Job, failed
+from common.recipe import Recipe
+from pipeline.snapshot import take_snapshot
+from slurm.cluster import Resources, executor, run, run_array, submit
+from tests.integration.conftest import ROOT, environment
+from tests.slurm_cluster.configuration import Cluster
+from tests.slurm_cluster.fixtures import squeue, state, use, wait_until
+
+WORK = "tests.slurm_cluster.work"
+FOUR = Resources(nodes=2, processes=2, timeout_minutes=5)
+HOSTILE = """it's a "run"; $(touch pwned) `touch pwned` & #x"""
+
+
+def job(function: str, **arguments: Any) -> Job:
+    return Job.of(WORK, function, Recipe(name="none"), **arguments)
+
+
+def made(folder: Path, resources: Resources = Resources(timeout_minutes=5), **more: Any) -> submitit.AutoExecutor:  # noqa: B008
+    return executor("slurm", folder / "logs", "test", resources, **more)
+
+
+def test_a_failing_rank_ends_its_job_within_seconds_and_is_the_one_told(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "started").mkdir()
+    began = time.monotonic()
+    with pytest.raises(submitit.core.utils.FailedJobError, match="LookupError: the cause, on rank 3"):
+        run(made(tmp_path, FOUR), job("fail_on_rank", rank=3, started=str(tmp_path / "started")), failed=failed)
+    assert time.monotonic() - began < 100  # the others would have slept for 600 s
+
+
+def test_a_job_that_fails_at_import_shows_the_import(slurm: Cluster, tmp_path: Path) -> None:
+    missing = Job("tests.slurm_cluster.no_such_module", "work", job("mistake").recipe)
+    with pytest.raises(
+        submitit.core.utils.FailedJobError, match=r"No module named 'tests\.slurm_cluster\.no_such_module'"
+    ):
+        run(made(tmp_path), missing, failed=failed)
+
+
+def test_a_process_that_ends_without_a_word_is_told_with_its_log(slurm: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(submitit.core.utils.FailedJobError, match=r"FAILED\) without a result(.|\n)*last words"):
+        run(made(tmp_path), job("end_the_process"), failed=failed)
+
+
+def test_a_users_mistake_is_one_line_and_stops_the_jobs_after_it(slurm: Cluster, tmp_path: Path) -> None:
+    first = submit(made(tmp_path), [job("mistake")])[0]
+    second = submit(made(tmp_path, after=first.job_id), [job("wait", seconds=600)])[0]
+    wait_until(lambda: state(second.job_id) == "CANCELLED", "the second job to be cancelled")
+    assert state(first.job_id) == "FAILED"
+    assert first.stderr().splitlines()[0] == "error: data.images: nothing here; choose another folder"
+    assert first.result() == {"error": "data.images: nothing here; choose another folder"}
+
+
+def test_an_interrupted_job_is_queued_again_and_all_its_ranks_start_again(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "starts").mkdir()
+    outcomes = run(made(tmp_path, FOUR), job("interrupted_once", folder=str(tmp_path / "starts")), failed=failed)
+    assert len(outcomes) == 4
+    starts = {path.name for path in (tmp_path / "starts").iterdir()}
+    assert starts == {f"{rank}-start-{restart}" for rank in range(4) for restart in range(2)}
+
+
+def test_arrays_give_all_results_with_so_many_at_once(slurm: Cluster, tmp_path: Path) -> None:
+    calls = [job("note", path=str(tmp_path / f"note-{part}")) for part in range(3)]
+    outcomes = run_array(made(tmp_path), calls, at_once=2, failed=failed)
+    assert [set(outcome) for outcome in outcomes] == [{"seconds"}] * 3
+    assert len(list(tmp_path.glob("note-*"))) == 3
+    (script,) = {path.resolve() for path in (tmp_path / "logs").glob("*_submission.sh")}
+    assert "#SBATCH --array=0-2%2" in script.read_text()
+
+
+def test_a_full_queue_is_waited_in(slurm: Cluster, tmp_path: Path) -> None:
+    asked = ["sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 600"]
+    other = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    wait_until(lambda: state(other) == "RUNNING", "another's job to fill the cluster")
+    waiting = submit(made(tmp_path), [job("note", path=str(tmp_path / "note"))])[0]
+    wait_until(lambda: squeue("%r", f"--jobs={waiting.job_id}") in (["Resources"], ["Priority"]), "the job to wait")
+    subprocess.run(["scancel", other], check=True)
+    wait_until(lambda: state(waiting.job_id) == "COMPLETED", "the job to have its turn")
+
+
+def test_paths_reach_no_shell_unquoted(slurm: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    assert not failed(run(made(folder), job("note", path=str(folder / "note")), failed=failed)[0])
+    assert (folder / "note").exists()
+    assert list(folder.glob("logs/*_0_result.pkl"))
+    assert list(folder.glob("logs/*_0_log.out"))
+    assert not list(tmp_path.rglob("pwned"))
+    assert not (ROOT / "pwned").exists()
+
+
+@pytest.mark.parametrize("bad", ["100%j", "back\\slash", "two\nlines"])
+def test_a_path_that_slurm_would_change_is_refused(slurm: Cluster, tmp_path: Path, bad: str) -> None:
+    with pytest.raises(ValueError, match="SLURM cannot write logs to a path with"):
+        made(tmp_path / bad)
+
+
+def test_the_site_file_reaches_every_job(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(f"partition: high\nscratch: '{tmp_path}/a b'\nsetup: ['export FPDM_TEST=1']\nsbatch: {{nice: 5}}\n")
+    monkeypatch.setenv("FPDM_SITE", str(site))
+    submitted = submit(made(tmp_path), [job("note", path=str(tmp_path / "note"))])[0]
+    assert squeue("%P|%y", "--states=all", f"--jobs={submitted.job_id}") == ["high|5"]
+    wait_until((tmp_path / "note").exists, "the job")
+    wait_until(lambda: state(submitted.job_id) == "COMPLETED", "its end")
+    assert (tmp_path / "note").read_text().splitlines()[2] == f"{tmp_path}/a b"
+
+
+def test_a_wrong_partition_is_told_with_the_file_to_correct(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("partition: nowhere\n")
+    monkeypatch.setenv("FPDM_SITE", str(site))
+    with pytest.raises(ValueError, match=r"invalid partition specified: nowhere.*site\.yaml"):
+        submit(made(tmp_path), [job("mistake")])
+
+
+def test_a_job_runs_the_code_as_it_was_when_it_was_submitted(slurm: Cluster, tmp_path: Path) -> None:
+    code = take_snapshot(tmp_path / HOSTILE / "code")
+    assert take_snapshot(tmp_path / HOSTILE / "code") == code
+    run(made(tmp_path, code=code), job("note", path=str(tmp_path / "note")), failed=failed)
+    assert (tmp_path / "note").read_text().splitlines()[0] == str(code / "common/jobs.py")
+
+
+def test_a_job_submitted_from_a_job_does_not_inherit_it(slurm: Cluster, tmp_path: Path) -> None:
+    submits = (
+        "from tests.integration.test_slurm_jobs import *\n"
+        f"submit(made(Path({str(tmp_path)!r})), [job('note', path={str(tmp_path / 'note')!r})])\n"
+    )
+    (tmp_path / "submits.py").write_text(submits)
+    # 1 MB a CPU: the inner job would be killed, or refused, with it.
+    subprocess.run(
+        [*("sbatch", "--mem-per-cpu=1", "--ntasks=2", "--nodes=2", f"--output={tmp_path}/outer"), "--wrap",
+         f"{sys.executable} {tmp_path}/submits.py"],
+        check=True,
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    wait_until((tmp_path / "note").exists, (tmp_path / "outer").read_text() if (tmp_path / "outer").exists() else "it")
+
+
+def test_status_asks_sacct_where_the_controller_has_forgotten(
+    cluster_with_sacct: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(cluster_with_sacct, monkeypatch)
+    asked = ["sbatch", "--parsable", "--output=/dev/null", "--wrap=exit 7"]
+    number = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    wait_until(lambda: state(number) == "FAILED", "the job to fail")
+    listed = f'[{{"step": "train", "job": "{number}", "parts": 1, "logs": "{tmp_path}"}}]'
+    (tmp_path / "jobs.json").write_text(listed)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    for path, expected in ((f"{tmp_path}/bin:", ["FAILED"]), ("", ["FAILED", "exit status 7"])):
+        command = [sys.executable, str(ROOT / "slurm/status.py"), str(tmp_path)]
+        told = environment() | {"PATH": path + cluster_with_sacct.environment["PATH"]}
+
+        def says(command: list[str] = command, told: dict[str, str] = told, expected: list[str] = expected) -> bool:
+            shown = subprocess.run(command, env=told, capture_output=True, text=True, check=True).stdout
+            return number in shown and all(word in shown for word in expected)
+
+        wait_until(says, f"status.py to say {expected}", 30)

@@ -1,0 +1,225 @@
+"""Whole runs on a real SLURM: submitted once, interrupted in every way there is, the same in the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.files import read_json
+from common.jobs import Job
+from common.loading import load_recipe
+from slurm.cluster import Resources, executor, submit
+from tests.integration.conftest import ROOT, Experiment, environment
+from tests.slurm_cluster.configuration import Cluster
+from tests.slurm_cluster.daemons import running
+from tests.slurm_cluster.fixtures import WITHOUT, squeue, state, use, wait_until
+from tests.slurm_cluster.work import __name__ as WORK
+
+STEPS = 60
+LONG = (f"train.total_samples={16 * STEPS}", "train.zero_stage=1")
+HOSTILE = """it's a "run"; $(touch pwned)"""
+
+
+def losses(run: Path) -> list[float]:
+    log = run / "metrics.jsonl"
+    complete = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
+    return [json.loads(line)["loss"] for line in complete]
+
+
+def newest_state(run: Path) -> bytes:
+    return (max((run / "checkpoints").iterdir()) / "state.safetensors").read_bytes()
+
+
+def restarts(job: str) -> int:
+    shown = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    return int(next(word for word in shown.split() if word.startswith("Restarts=")).partition("=")[2])
+
+
+def call(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, **more)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(experiment: Experiment) -> Path:
+    """Two ranks, without SLURM."""
+    done = experiment.run("pipeline/train.py", "name=uninterrupted", *LONG, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return experiment.folder / "runs/uninterrupted"
+
+
+@pytest.fixture
+def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster of its own, for a test that destroys a node."""
+    if os.environ.get(WITHOUT):
+        pytest.skip(f"{WITHOUT} is set")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, running(Path(folder), 3, False) as cluster:
+        use(cluster, monkeypatch)
+        yield cluster
+
+
+def start_slow_training(experiment: Experiment, name: str, step_seconds: float, minutes: int) -> tuple[Path, str]:
+    """A training on two nodes, a process each: (run folder, job)."""
+    recipe = load_recipe(experiment.recipe, (f"name={name}", *LONG))
+    resources = Resources(nodes=2, timeout_minutes=minutes, signal_seconds=40)
+    made = executor("slurm", recipe.folder / "logs/train", name, resources)
+    training = Job.of(WORK, "train_slowly", recipe, step_seconds=step_seconds)
+    return recipe.folder, submit(made, [training])[0].job_id
+
+
+@pytest.mark.timeout(600)
+def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weights(
+    experiment: Experiment, uninterrupted: Path, three_nodes: Cluster
+) -> None:
+    folder, job = start_slow_training(experiment, "interrupted", 0.3, minutes=60)
+    wait_until(lambda: len(losses(folder)) >= 5, "the first steps")
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_until(lambda: len(losses(folder)) >= 15, "more steps")
+    assert restarts(job) == 1
+    urgent = ["sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=3", "--output=/dev/null"]
+    other = subprocess.run([*urgent, "--wrap=sleep 1"], capture_output=True, text=True, check=True).stdout.strip()
+    wait_until(lambda: state(other) == "COMPLETED", "the more urgent job")
+    wait_until(lambda: len(losses(folder)) >= 25, "more steps")
+    assert restarts(job) == 2
+    lost = squeue("%N", f"--jobs={job}")[0].removeprefix("node[").rstrip("]")[-1]
+    os.kill(int((three_nodes.folder / f"run/node{lost}.pid").read_text()), signal.SIGKILL)
+    subprocess.run(["scontrol", "update", f"nodename=node{lost}", "state=down", "reason=test"], check=True)
+    wait_until(lambda: state(job) == "COMPLETED", "the end", 240)
+    assert restarts(job) == 3
+    assert losses(folder) == losses(uninterrupted)
+    assert newest_state(folder) == newest_state(uninterrupted)
+
+
+@pytest.mark.timeout(600)
+def test_a_training_that_reaches_its_time_limit_saves_and_goes_on_to_the_same_weights(
+    experiment: Experiment, uninterrupted: Path, slurm: Cluster
+) -> None:
+    folder, job = start_slow_training(experiment, "limited", 0.8, minutes=1)
+    wait_until(lambda: state(job) == "COMPLETED", "the end", 300)
+    assert restarts(job) >= 1
+    assert "asked to stop" in (folder / f"logs/train/{job}_0_log.err").read_text()
+    assert losses(folder) == losses(uninterrupted)
+    assert newest_state(folder) == newest_state(uninterrupted)
+
+
+@pytest.mark.timeout(600)
+def test_two_nodes_of_two_tasks_have_the_losses_of_one_process(
+    experiment: Experiment, uninterrupted: Path, slurm: Cluster
+) -> None:
+    done = experiment.run(
+        "pipeline/run.py",
+        *("name=four", *LONG, "--cluster", "slurm", "--stages", "train", "launch.nodes=2", "launch.processes=2"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    four = experiment.folder / "runs/four"
+    assert read_json(four / "deepspeed.json")["train_micro_batch_size_per_gpu"] == 4
+    done = experiment.run("pipeline/train.py", "name=one", *LONG)
+    assert done.returncode == 0, done.stderr
+    assert losses(four) == pytest.approx(losses(experiment.folder / "runs/one"), rel=1e-4)
+    # srun alone is a launcher too.
+    step = ["srun", "--nodes=2", "--ntasks-per-node=2", *experiment.command("pipeline/train.py", "name=srun", *LONG)]
+    done = call(step)
+    assert done.returncode == 0, done.stderr
+    assert losses(experiment.folder / "runs/srun") == losses(four)
+
+
+@pytest.mark.timeout(600)
+def test_a_whole_run_is_submitted_once_and_ends_with_a_report(slurm: Cluster, tmp_path: Path) -> None:
+    runs = tmp_path / HOSTILE
+    run = runs / "small"
+    script = [
+        str(ROOT / "slurm/train_demo.sh"),
+        f"runs='{str(runs).replace(chr(39), chr(39) * 2)}'",
+        *SMALL_DEMO(tmp_path),
+    ]
+    launcher = subprocess.run(
+        ["sbatch", "--parsable", f"--output={tmp_path}/launcher", *script],
+        capture_output=True, text=True, check=True, env=environment(), cwd=ROOT,
+    ).stdout.strip()  # fmt: skip
+    wait_until(lambda: state(launcher) == "COMPLETED", f"the launcher, {tmp_path}/launcher")
+    first = {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")}
+    assert list(first) == ["compose", "encode", "encode-merge", "train", "sample", "evaluate", "report"]
+    again = call(["bash", *script])
+    assert again.returncode == 0, again.stderr
+    assert {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")} == first
+    shown = call([sys.executable, "slurm/status.py", str(run)]).stdout
+    assert all(f"{step} " in shown for step in first)
+    wait_until(lambda: not squeue("%i"), "the chain", 400)
+    assert {state(job) for job in first.values()} == {"COMPLETED"}
+    for name in ("report.html", "samples.png", "metrics.json"):
+        assert (run / name).stat().st_size > 0
+    shown = call([sys.executable, "slurm/status.py", str(run)]).stdout
+    assert "training: step 2, 128 of 128 samples" in shown
+    assert "nothing to submit" in call(["bash", *script]).stdout
+    assert not [path for path in (*tmp_path.rglob("pwned"), ROOT / "pwned") if path.exists()]
+
+
+def SMALL_DEMO(folder: Path) -> list[str]:
+    """Overrides that make the demo a matter of a minute."""
+    return [
+        *("name=small", f"data.images={folder}/pictures/train", f"data.held_out={folder}/pictures/held_out"),
+        *(f"data.shards={folder}/shards", "data.shard_samples=16", "demo.per_class=16", "demo.held_out_per_class=4"),
+        *("train.total_samples=128", "train.batch_size=64", "sample.num_samples=16", "sample.chunk_samples=4"),
+        *("sample.num_steps=2", "sample.iterations=2", "launch.jobs=2", "launch.nodes=2", "launch.processes=1"),
+    ]
+
+
+@pytest.mark.timeout(600)
+def test_the_cancelled_part_of_an_array_alone_is_done_again(
+    experiment: Experiment, slurm: Cluster, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    encode = experiment.command(
+        "pipeline/run.py", "name=parts", f"data.shards={shards}", "data.shard_samples=10", "launch.jobs=3",
+        "--detach", "--stages", "encode",
+    )  # fmt: skip
+    assert call(encode).returncode == 0
+    array, merge = (entry["job"] for entry in read_json(experiment.folder / "runs/parts/jobs.json"))
+    subprocess.run(["scancel", f"{array}_1"], check=True)
+    wait_until(lambda: state(merge) == "CANCELLED", "the merge to be cancelled")
+    there = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    assert len(there) == 3  # of the shards 0 to 4, part 1 has the second and the last
+    assert call(encode).returncode == 0
+    wait_until(lambda: not squeue("%i"), "the second array")
+    now = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    assert len(now) == 5
+    assert {name: now[name] for name in there} == there
+    assert (shards / "index.json").exists()
+
+
+def test_jobs_of_another_recipe_keep_the_folder(experiment: Experiment, slurm: Cluster) -> None:
+    detach = ("--detach", "--stages", "train", "name=held", "train.total_samples=1000000")
+    done = experiment.run("pipeline/run.py", *detach)
+    assert done.returncode == 0, done.stderr
+    done = experiment.run("pipeline/run.py", *detach, "seed=3")
+    assert done.returncode == 2
+    assert "jobs of another recipe are on their way" in done.stderr
+
+
+def test_a_dry_run_prints_the_scripts_and_submits_nothing(experiment: Experiment, slurm: Cluster) -> None:
+    done = experiment.run("pipeline/run.py", "--detach", "--dry-run", "name=dry", "launch.nodes=2", "launch.jobs=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#SBATCH --nodes=2") == 2  # training and sampling
+    assert "#SBATCH --array=0-1%2" in done.stdout
+    assert not squeue("%i")
+    assert not (experiment.folder / "runs/dry").exists()
+
+
+def test_a_launching_script_outside_a_clone_says_so(slurm: Cluster, tmp_path: Path) -> None:
+    asked = [
+        "sbatch",
+        "--parsable",
+        f"--output={tmp_path}/out",
+        f"--chdir={tmp_path}",
+        str(ROOT / "slurm/train_demo.sh"),
+    ]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment())
+    number = done.stdout.strip()
+    wait_until(lambda: state(number) == "FAILED", "the launcher to give up")
+    assert (tmp_path / "out").read_text().startswith(f"error: {tmp_path} is no clone of this project")

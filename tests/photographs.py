@@ -1,0 +1,91 @@
+"""Real photographs, cut from those that scikit-image ships, and the layouts in which data sets are passed on."""
+
+import importlib.util
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg", "camera.png")
+
+
+@cache
+def _originals() -> list[Image.Image]:
+    specification = importlib.util.find_spec("skimage")
+    assert specification is not None
+    assert specification.origin is not None
+    folder = Path(specification.origin).parent / "data"
+    return [Image.open(folder / name).convert("RGB") for name in NAMES]
+
+
+def photograph(number: int, width: int = 96, height: int = 72) -> Image.Image:
+    """Photograph `number`: a window of a real one; no two of the first thousands are the same."""
+    window, original = divmod(number, len(NAMES))
+    image = _originals()[original]
+    left, top = 37 * window % (image.width - width), 53 * window % (image.height - height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def encoded(image: Image.Image, suffix: str = "png", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+def photographs(count: int, suffix: str = "jpeg", side: tuple[int, int] = (96, 72)) -> list[bytes]:
+    return [encoded(photograph(number, *side), suffix) for number in range(count)]
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, files: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def tar_bytes(files: Mapping[str, bytes], *members: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for member in members:
+            tar.addfile(member)
+    return buffer.getvalue()
+
+
+def write_lmdb(folder: Path, files: Mapping[str, bytes]) -> Path:
+    import lmdb
+
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=2**26) as environment, environment.begin(write=True) as transaction:
+        for name, data in files.items():
+            transaction.put(name.encode(), data)
+    return folder
+
+
+def write_parquet(path: Path, pictures: list[bytes | None], labels: list[int], class_names: list[str] | None) -> Path:
+    """As Hugging Face's `datasets` writes it, in small row groups."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": data, "path": f"{number}.JPEG"} for number, data in enumerate(pictures)]
+    features = {"label": {"names": class_names, "_type": "ClassLabel"}} if class_names else {}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.table({"image": images, "label": labels}).replace_schema_metadata(metadata)
+    parquet.write_table(table, path, row_group_size=4)
+    return path

@@ -1,0 +1,188 @@
+"""The files that SLURM's daemons read. Every setting that is not a name or a path says why it is there."""
+
+import os
+import platform
+import secrets
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server-core",
+}
+LONGEST_FOLDER = 66  # sockets lie below it, and their paths end at 107 bytes
+
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# cred_expire is also how long a requeued job waits before it starts again; 120 s by default.
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.own
+SlurmdPidFile={folder}/run/%n.own
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+# No cgroups here: processes are found by their parents, and memory is not limited.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/linux
+MpiDefault=none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=50000,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+# Nodes claim more CPUs than this host has.
+SlurmdParameters=config_overrides
+ReturnToService=1
+SlurmdTimeout=10
+BatchStartTimeout=10
+MessageTimeout=10
+TCPTimeout=2
+KillWait=3
+# A step that ends while its srun gives up can hang for six MessageTimeouts: its node is not drained for that.
+UnkillableStepTimeout=180
+MinJobAge=3600
+# submitit's folders outlive this cluster: a number used again would find the results of another job.
+FirstJobId={first_job}
+GresTypes=gpu
+{accounting}
+{nodes}
+PartitionName=DEFAULT Nodes=node[1-{count}] MaxTime=INFINITE DefMemPerCPU=100 State=UP
+PartitionName=main Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
+PartitionName=high PriorityTier=10 PreemptMode=OFF
+"""
+# Distinct host names behind one address: distinct addresses break srun inside jobs.
+NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=16000 Gres=gpu:8"
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={folder}/run/munge.sock"""
+SLURMDBD_CONF = """\
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+CommunicationParameters=NoInAddrAny
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/run/munge.sock
+LogFile={folder}/log/slurmdbd.log
+PidFile={folder}/run/slurmdbd.own
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct_db
+"""
+# What a node runs: a host name, /proc and /etc/slurm of its own, and a slurmd.
+NODE_INIT = """\
+hostname "$1" && mount --bind "$SLURM_TEST/etc/hosts" /etc/hosts && mkdir -p /etc/slurm &&
+  mount --bind "$SLURM_TEST/etc" /etc/slurm && mount -t proc proc /proc && mount -t tmpfs tmpfs /dev/shm || exit 1
+mkdir -p "$SLURM_TEST/spool/$1"
+# -b reports a reboot: the controller then requeues the jobs that a node powered off had.
+exec slurmd -D -b -N "$1"
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a cluster lies, and who listens on which port of the loopback interface."""
+
+    folder: Path
+    nodes: int
+    accounting: bool
+    port: int  # slurmctld's; slurmdbd has the next one, the nodes those after it
+
+    @property
+    def names(self) -> list[str]:
+        return [f"node{number}" for number in range(1, self.nodes + 1)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For SLURM's commands and daemons, and for jobs' submission: nothing of another cluster's."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+        path = f"{kept['PATH']}:/usr/sbin:/sbin"
+        return kept | {"PATH": path, "SLURM_CONF": str(self.folder / "etc/slurm.conf"), "SLURM_TEST": str(self.folder)}
+
+
+def require(accounting: bool) -> None:
+    """Raises RuntimeError with one line where a cluster cannot run here."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    needed = [name for name in PROGRAMS if accounting or name not in ("slurmdbd", "mariadbd")]
+    missing = [PROGRAMS[name] for name in needed if shutil.which(name, path=path) is None]
+    if missing:
+        raise RuntimeError(f"no SLURM here: apt-get install --no-install-recommends {' '.join(missing)}")
+    if os.geteuid() != 0:
+        raise RuntimeError("a SLURM cluster for tests runs as root: its nodes are namespaces")
+    host = platform.node()
+    if socket.gethostbyname(host) != "127.0.0.1":
+        raise RuntimeError(f"{host} must be 127.0.0.1 in /etc/hosts: the cluster stays on the loopback interface")
+
+
+def configure(folder: Path, nodes: int, accounting: bool) -> Cluster:
+    """Writes a new cluster's files below `folder`, which must be new or empty."""
+    folder = folder.resolve()
+    if len(str(folder)) > LONGEST_FOLDER or " " in str(folder):
+        raise RuntimeError(f"{folder}: longer than {LONGEST_FOLDER} characters, or with spaces; unix sockets lie in it")
+    for name in ("etc", "run", "state", "log", "db", "dev", "spool"):
+        (folder / name).mkdir(parents=True)
+    cluster = Cluster(folder, nodes, accounting, _free_ports(nodes + 2))
+    host = platform.node()
+    for number in range(8):  # SLURM wants character devices
+        (folder / "dev" / f"nvidia{number}").symlink_to("/dev/null")
+    lines = [NODE.format(name=name, port=cluster.port + 2 + number) for number, name in enumerate(cluster.names)]
+    where = {"folder": folder, "port": cluster.port + 1}
+    texts = {
+        "hosts": "".join(f"127.0.0.1 {name}\n" for name in ("localhost", host, *cluster.names)),
+        "gres.conf": f"AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu File={folder}/dev/nvidia[0-7]\n",
+        "slurm.conf": SLURM_CONF.format(
+            host=host,
+            folder=folder,
+            port=cluster.port,
+            first_job=_first_job(),
+            accounting=ACCOUNTING.format(**where) if accounting else "",
+            nodes="\n".join(lines),
+            count=nodes,
+        ),
+        "slurmdbd.conf": SLURMDBD_CONF.format(**where),
+        "node-init": NODE_INIT,
+    }
+    for name, text in texts.items():
+        (folder / "etc" / name).write_text(text)
+    for name in ("slurmdbd.conf", "munge.key"):
+        (folder / "etc" / name).touch()
+        (folder / "etc" / name).chmod(0o600)
+    (folder / "etc/munge.key").write_bytes(secrets.token_bytes(1024))
+    return cluster
+
+
+def _first_job() -> int:
+    return int(time.time()) % 60_000_000
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` adjacent TCP ports that nothing listens on."""
+    while True:
+        first = 20000 + secrets.randbelow(12000)
+        if not any(_listening(first + number) for number in range(count)):
+            return first
+
+
+def _listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

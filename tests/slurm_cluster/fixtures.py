@@ -1,0 +1,69 @@
+"""The cluster that tests share: one a session, so one in each process of `pytest -n`; ports are free ones."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_cluster.configuration import Cluster
+from tests.slurm_cluster.daemons import running
+
+WITHOUT = "FPDM_WITHOUT_SLURM"
+
+
+def cluster(accounting: bool) -> Iterator[Cluster]:
+    """Two nodes. Where they cannot be had the tests fail and say why, unless FPDM_WITHOUT_SLURM leaves them out."""
+    if os.environ.get(WITHOUT):
+        pytest.skip(f"{WITHOUT} is set")
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        try:
+            with running(Path(folder), 2, accounting) as made:
+                yield made
+        except RuntimeError as error:
+            pytest.fail(f"{error} (scripts/setup.sh --test; or set {WITHOUT}=1)", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def cluster_without_sacct() -> Iterator[Cluster]:
+    yield from cluster(accounting=False)
+
+
+@pytest.fixture
+def cluster_with_sacct() -> Iterator[Cluster]:
+    yield from cluster(accounting=True)
+
+
+@pytest.fixture
+def slurm(cluster_without_sacct: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The cluster, idle, as the one that this process and what it starts see; its jobs are gone afterwards."""
+    use(cluster_without_sacct, monkeypatch)
+    yield cluster_without_sacct
+    subprocess.run(["scancel", "--user=root"], check=True)
+    subprocess.run(["scancel", "--user=root", "--signal=KILL"], check=False)
+    wait_until(lambda: not squeue("%i"), "the queue to be empty")
+
+
+def use(made: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, made.environment[name])
+
+
+def squeue(what: str, *arguments: str) -> list[str]:
+    """One line a job; `what` as squeue's --format."""
+    command = ["squeue", "--noheader", "--array", f"--format={what}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def state(job: str) -> str:
+    return (squeue("%T", "--states=all", f"--jobs={job}") or ["GONE"])[0]
+
+
+def wait_until(holds: Callable[[], object], what: str, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.2)

@@ -1,0 +1,58 @@
+"""The diffusers pipeline draws the same pictures as `sample.py`, and loads from what `export.py` wrote."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers.models import AutoencoderKL
+
+from common.recipe import Recipe
+from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
+from pipeline import export, samples
+from pipeline.run_folder import weights_folder
+from tests.conftest import load_samples
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_pipeline_draws_the_same_pictures_as_the_command(tiny_recipe: Recipe, sampler: str) -> None:
+    recipe = replace(tiny_recipe, sample=replace(tiny_recipe.sample, sampler=sampler, guidance_scale=1.5))
+    images, labels = load_samples(samples.generate(recipe, "latest"), 10)
+    export.export(recipe)
+    loaded = FPDMPipeline.from_pretrained(export.folder_of(recipe))
+    found = loaded(labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3)
+    pictures = np.stack([np.asarray(image) for image in found.images])
+    assert np.abs(pictures.astype(int) - images[3:7]).max() <= 1
+    assert (pictures == images[3:7]).mean() > 0.99
+
+
+def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:
+    transformer = FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64))
+    vae = AutoencoderKL.from_pretrained(tiny_recipe.vae.path)
+    pictures = FPDMPipeline(transformer, vae)([0, 1], num_inference_steps=2, iterations=1, output_type="np").images
+    assert pictures.shape == (2, 16, 16, 3)
+
+
+def test_weights_that_do_not_say_what_they_predict_are_refused(tiny_recipe: Recipe) -> None:
+    path = weights_folder(tiny_recipe, 64) / "config.json"
+    config = json.loads(path.read_text())
+    del config["extra"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json has no extra\.objective"):
+        FPDMTransformer2DModel.from_pretrained(path.parent)
+
+
+def test_an_exported_pipeline_needs_nothing_but_fpdm(tiny_recipe: Recipe) -> None:
+    export.export(tiny_recipe)
+    program = (
+        "import sys; from fpdm.pipeline_hf import FPDMPipeline;"
+        f"pipeline = FPDMPipeline.from_pretrained({str(export.folder_of(tiny_recipe))!r});"
+        "pipeline([0], num_inference_steps=2, iterations=1);"
+        "assert not {'pipeline', 'preprocess', 'common', 'slurm'} & set(sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
