@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import common.recipe
 from common.errors import UserError
-from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.recipe import Recipe, Train, denoiser_config, diffusion, latent_shape
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -126,12 +126,23 @@ def _check_together(recipe: Recipe) -> None:
     side = latent_shape(recipe)[1]
     if side % recipe.model.patch_size:
         raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
-    if recipe.train.precision == "bf16" and recipe.train.zero_stage == 0:
-        raise ValueError(
-            "train.zero_stage: 0 keeps no fp32 parameters beside bf16 ones; use 1, 2 or 3, or precision fp32"
-        )
+    _check_training(recipe.train)
     for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
         try:
             build(recipe)
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None
+
+
+def _check_training(train: Train) -> None:
+    if train.zero_stage == 0 and train.precision in ("bf16", "fp16"):
+        raise ValueError(
+            f"train.zero_stage: 0 keeps no fp32 parameters beside {train.precision} ones; use 1, 2 or 3, or precision "
+            "fp32"
+        )
+    if train.zero_stage == 0 and train.offload_optimizer:
+        raise ValueError("train.offload_optimizer: ZeRO stage 0 has no optimizer of its own to move; use 1, 2 or 3")
+    if train.zero_stage == 3 and train.compile:
+        raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
+    if not (train.ema_decays or train.ema_widths):
+        raise ValueError("train.ema_decays: sampling needs an average; give one, such as [0.9999]")

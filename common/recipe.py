@@ -25,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+Width = Annotated[float, Field(gt=0, lt=0.28)]  # of a power-function average (fpdm.ema)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -104,7 +105,7 @@ class Train:
     micro_batch_size: Count | None = None  # of one rank at once; less than its share means gradient accumulation
     learning_rate: Positive = 1e-4
     warmup_samples: CountOrZero = 0
-    cosine_decay: StrictBool = False  # to zero at total_samples; constant otherwise, as in the paper
+    learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"  # to zero at total_samples; paper: none
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # of the global norm; 0: none
@@ -113,13 +114,27 @@ class Train:
     # table prefers 3-6 (FID 43.2 at 6 against 61.5 at 12), and they cost half.
     max_no_grad_iterations: CountOrZero = 6
     max_grad_iterations: Count = 6
-    ema_decay: Fraction = 0.9999  # a step of `ema_reference_batch` samples
+    ema_decays: tuple[Fraction, ...] = (0.9999,)  # each an average kept; of a step of `ema_reference_batch` samples
+    ema_widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
     ema_reference_batch: Count = 512
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs; fp16: GPUs alone
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
+    activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
+    compile: StrictBool = False  # each block by torch.compile: minutes at the start
+    deepspeed_config: str | None = None  # a JSON file of your own; what it leaves out comes from the recipe
     checkpoint_samples: Count = 5_120_000
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
+    keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
+    resume_from: str | None = None  # a checkpoint's folder to begin with, while this run has none of its own
+    max_skipped_steps: CountOrZero = 0  # in a row, for a loss or gradient that is not finite; 0: stop at the first
+    spike_deviations: Positive | None = 10.0  # a loss so many standard deviations above the last 100 is told
     log_samples: Count = 51_200
+    grid_samples: CountOrZero = 0  # every so many a grid of samples is drawn from the first average; 0: never
+    grid_pictures: Count = 16
+    tensorboard: StrictBool = True
+    wandb_project: str | None = None  # Weights & Biases, where it is installed
+    peak_tflops: Positive | None = None  # of one device, for flop_utilisation; null: known GPUs alone
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

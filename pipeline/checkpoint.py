@@ -7,57 +7,109 @@ pickle; the networks of this project are small enough for that (XL/2: 1.4 GB).
 
 import shutil
 import warnings
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic_folder, content_key, read_json, sha256_file, write_json
 from common.recipe import Recipe, denoiser_config
 from fpdm.weights import save_pretrained
-from pipeline.run_folder import weights_folder
-from pipeline.zero import (
-    MOMENTS,
-    ExponentialMovingAverage,
-    gather,
-    moment_shards,
-    parameter_shards,
-    scatter,
-    start_moments,
-)
+from pipeline.averages import Averages
+from pipeline.run_folder import ema_names, weights_folder
+from pipeline.run_identity import changes
+from pipeline.zero import MOMENTS, gather, moment_shards, parameter_shards, scatter, start_moments
 
 STATE, MARKER = "state.safetensors", "complete.json"
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint. `progress`: the loop's own numbers (`Trainer`), `state` the tensors."""
+
+    folder: Path
+    samples_seen: int
+    progress: dict[str, Any]
+    state: State
 
 
 def folder_of(recipe: Recipe) -> Path:
     return recipe.folder / "checkpoints"
 
 
-def save(
-    recipe: Recipe, engine: Any, ema: ExponentialMovingAverage, samples_seen: int, identity: dict[str, Any]
+def collect(engine: Any, averages: Averages) -> State:
+    """The state of this moment, on rank 0; copies, which training does not change. All ranks must call it."""
+    parts = {f"ema-{name}": shards for name, shards in averages.shards.items()}
+    parts |= {"model": parameter_shards(engine)} | {moment: moment_shards(engine, moment) for moment in MOMENTS}
+    return {
+        f"{part}.{name}": tensor for part, shards in parts.items() for name, tensor in gather(engine, shards).items()
+    }
+
+
+def write(
+    recipe: Recipe,
+    state: State,
+    samples_seen: int,
+    identity: dict[str, Any],
+    progress: dict[str, Any],
+    *,
+    with_weights: bool,
 ) -> None:
-    """Writes the checkpoint and the averaged weights of this moment; all ranks must call it."""
+    """Writes what `collect` gave as a checkpoint, and before it, `with_weights`, the averages to sample with.
+
+    Raises UserError where the state is not finite, or the disk does not take it: then the one before it stands.
+    """
     from safetensors.torch import save_file
 
-    averages = gather(engine, ema.shards)
-    state = {f"ema.{name}": tensor for name, tensor in averages.items()}
-    state |= {f"model.{name}": tensor for name, tensor in gather(engine, parameter_shards(engine)).items()}
-    for moment in MOMENTS:
-        state |= {f"{moment}.{name}": tensor for name, tensor in gather(engine, moment_shards(engine, moment)).items()}
-    if engine.global_rank == 0:
-        _refuse_non_finite(recipe, state, samples_seen)
-        export_weights(recipe, averages, samples_seen, identity)
-        with atomic_folder(folder_of(recipe) / f"{samples_seen:012d}") as folder:
-            save_file(state, folder / STATE)
-            marker = {"samples_seen": samples_seen, "sha256": sha256_file(folder / STATE), "identity": identity}
-            write_json(folder / MARKER, {"marker": marker, "key": content_key(marker)})
-        for old in complete_checkpoints(recipe)[: -recipe.train.keep_checkpoints]:
-            shutil.rmtree(old)
+    _refuse_non_finite(recipe, state, samples_seen)
+    folder = folder_of(recipe) / f"{samples_seen:012d}"
+    with disk_faults_told(folder):
+        if with_weights:
+            export_averages(
+                recipe, {name: part(state, f"ema-{name}") for name in ema_names(recipe)}, samples_seen, identity
+            )
+        with atomic_folder(folder) as temporary:
+            save_file(state, temporary / STATE)
+            marker = {
+                "samples_seen": samples_seen,
+                "sha256": sha256_file(temporary / STATE),
+                "identity": identity,
+                "progress": progress,
+            }
+            write_json(temporary / MARKER, {"marker": marker, "key": content_key(marker)})
+        prune(recipe)
 
 
-def _refuse_non_finite(recipe: Recipe, state: dict[str, Tensor], samples_seen: int) -> None:
+@contextmanager
+def disk_faults_told(path: Path) -> Iterator[None]:
+    """Makes a UserError that names `path` of what a full disk, a read-only folder or a quota raises."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: not written ({reason}); what was saved before is whole: make room, or set `runs` to another "
+            "folder, and run again"
+        ) from error
+
+
+def prune(recipe: Recipe) -> None:
+    """Deletes all checkpoints but the last ones, and those that `train.keep_checkpoint_samples` keeps for good."""
+    settings = recipe.train
+    for folder in complete_checkpoints(recipe)[: -settings.keep_checkpoints]:
+        every = settings.keep_checkpoint_samples
+        if not every or int(folder.name) % every >= settings.batch_size:  # the first step at or after a multiple stays
+            shutil.rmtree(folder)
+
+
+def _refuse_non_finite(recipe: Recipe, state: State, samples_seen: int) -> None:
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(
@@ -66,14 +118,27 @@ def _refuse_non_finite(recipe: Recipe, state: dict[str, Tensor], samples_seen: i
             )
 
 
+def export_averages(
+    recipe: Recipe, averages: dict[str, State], samples_seen: int, identity: dict[str, Any] | None
+) -> None:
+    """`export_weights` of each of the run's averages, by name."""
+    for name, state in averages.items():
+        export_weights(recipe, state, samples_seen, identity, name)
+
+
 def export_weights(
-    recipe: Recipe, averages: dict[str, Tensor], samples_seen: int, identity: dict[str, Any] | None = None
+    recipe: Recipe,
+    weights: State,
+    samples_seen: int,
+    identity: dict[str, Any] | None = None,
+    ema: str | None = None,
+    **notes: Any,
 ) -> None:
     """Writes averaged weights in diffusers' layout: what sampling reads. `identity`: of the run they come from."""
-    with atomic_folder(weights_folder(recipe, samples_seen)) as folder:
+    with atomic_folder(weights_folder(recipe, samples_seen, ema)) as folder:
         # The objective goes with the weights: a v-predicting network sampled as if it predicted noise still draws.
-        extra: dict[str, object] = {"objective": asdict(recipe.objective), "run": identity}
-        save_pretrained(averages, denoiser_config(recipe), folder, extra)
+        extra: dict[str, object] = {"objective": asdict(recipe.objective), "run": identity, **notes}
+        save_pretrained(weights, denoiser_config(recipe), folder, extra)
 
 
 def complete_checkpoints(recipe: Recipe) -> list[Path]:
@@ -81,28 +146,43 @@ def complete_checkpoints(recipe: Recipe) -> list[Path]:
     return sorted(path.parent for path in folder_of(recipe).glob(f"[0-9]*/{MARKER}"))
 
 
-def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
-    """(samples seen, state) of the newest checkpoint whose checksum holds; None where there is no checkpoint.
+def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Found | None:
+    """The newest checkpoint whose checksum holds; the one of `train.resume_from` where the run has none; or None.
 
     A damaged one is named in a warning and the one before it taken. Raises UserError where every one is damaged, or
     where the recipe no longer describes the run that the checkpoint belongs to.
     """
-    from safetensors.torch import load_file
-
     folders = complete_checkpoints(recipe)
     for folder in reversed(folders):
-        marker = _read_marker(folder)
-        if marker is None or not (folder / STATE).exists() or sha256_file(folder / STATE) != marker["sha256"]:
-            damaged = folder / (MARKER if marker is None else STATE)
-            warnings.warn(f"{damaged}: damaged (its checksum differs); taking the checkpoint before it", stacklevel=2)
-            continue
-        _refuse_changes(folder, marker["identity"], identity)
-        return marker["samples_seen"], load_file(folder / STATE)
+        found = _read(folder, identity)
+        if isinstance(found, Found):
+            return found
+        warnings.warn(f"{found}: damaged (its checksum differs); taking the checkpoint before it", stacklevel=2)
     if folders:
         raise UserError(
             f"{folder_of(recipe)}: none of its {len(folders)} checkpoints is whole; delete it to start again"
         )
-    return None
+    if recipe.train.resume_from is None:
+        return None
+    found = _read(Path(recipe.train.resume_from), identity)
+    if isinstance(found, Path):
+        raise UserError(f"train.resume_from: {found} is missing or damaged; give a folder below a run's checkpoints/")
+    return found
+
+
+def _read(folder: Path, identity: dict[str, Any]) -> Found | Path:
+    """The checkpoint in a folder, or the file in it that is not as it was written."""
+    from safetensors.torch import load_file
+
+    marker = _read_marker(folder)
+    if marker is None:
+        return folder / MARKER
+    if not (folder / STATE).exists() or sha256_file(folder / STATE) != marker["sha256"]:
+        return folder / STATE
+    changed = changes(marker["identity"], identity)
+    if changed:
+        raise UserError(f"{folder}: belongs to a run with another {changed}; set it back, or choose another name")
+    return Found(folder, marker["samples_seen"], marker["progress"], load_file(folder / STATE))
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
@@ -116,27 +196,19 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     return sealed["marker"]
 
 
-def restore(engine: Any, ema: ExponentialMovingAverage, state: dict[str, Tensor], steps: int) -> None:
-    """Puts a saved state back, to the bit; all ranks must call it. The module must hold the same parameters already."""
-    start_moments(engine, steps)
+def restore(engine: Any, averages: Averages, state: State, updates: int) -> None:
+    """Puts a saved state back, to the bit; all ranks must call it. The module must hold the same parameters already.
+
+    `updates`: how many updates Adam had made.
+    """
+    start_moments(engine, updates)
     scatter(engine, part(state, "model"), parameter_shards(engine))
-    scatter(engine, part(state, "ema"), ema.shards)
+    for name, shards in averages.shards.items():
+        scatter(engine, part(state, f"ema-{name}"), shards)
     for moment in MOMENTS:
         scatter(engine, part(state, moment), moment_shards(engine, moment))
 
 
-def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one part of a state ("model", "ema", a moment) by parameter name."""
+def part(state: State, name: str) -> State:
+    """The tensors of one part of a state ("model", "ema-0.9999", a moment) by parameter name."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-
-
-def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
-        for field in sorted(before | now)
-        if before.get(field) != now.get(field)
-    ]
-    if changed:
-        raise UserError(
-            f"{folder}: belongs to a run with another {', '.join(changed)}; set it back, or choose another name"
-        )

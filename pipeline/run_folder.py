@@ -1,7 +1,8 @@
 """Where things lie in a run folder, `runs/<name>/`. The one home of these names.
 
-recipe.yaml, provenance.jsonl, metrics.jsonl, tensorboard/, logs/, checkpoints/<samples seen>/,
-weights/<samples seen>/ema/, samples/<samples seen>-<settings key>/, eval/, metrics.json, samples.png, report.html
+recipe.yaml, provenance.jsonl, deepspeed.json, metrics.jsonl, events.jsonl, tensorboard/, logs/,
+checkpoints/<samples seen>/, weights/<samples seen>/<average>/, grids/<samples seen>.png,
+samples/<samples seen>-<settings key>/, eval/, metrics.json, samples.png, report.html
 """
 
 from pathlib import Path
@@ -13,18 +14,29 @@ from common.recipe import Recipe
 Weights = Literal["latest"] | int  # which weights: the newest, or those after a number of training samples
 
 
-def weights_folder(recipe: Recipe, samples_seen: int) -> Path:
-    """Holds the averaged weights after `samples_seen` training samples, in diffusers' layout."""
-    return recipe.folder / "weights" / f"{samples_seen:012d}" / "ema"
+def ema_names(recipe: Recipe) -> list[str]:
+    """The averages that the run keeps: constant decays as `0.9999`, power functions as `power-0.05`."""
+    constant = [f"{decay:g}" for decay in recipe.train.ema_decays]
+    return [*constant, *(power_name(width) for width in recipe.train.ema_widths)]
 
 
-def find_weights(recipe: Recipe, which: Weights) -> tuple[int, Path]:
+def power_name(width: float) -> str:
+    return f"power-{width:g}"
+
+
+def weights_folder(recipe: Recipe, samples_seen: int, ema: str | None = None) -> Path:
+    """Holds averaged weights after `samples_seen` training samples, in diffusers' layout; `ema`: the run's first."""
+    return recipe.folder / "weights" / f"{samples_seen:012d}" / (ema or ema_names(recipe)[0])
+
+
+def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tuple[int, Path]:
     """(samples seen, folder) of the exported weights that `which` names: "latest" or a number of samples seen.
 
     Raises UserError naming what there is.
     """
+    name = ema or ema_names(recipe)[0]
     # A folder appears by renaming, so that one which exists is whole.
-    found = sorted(int(path.parent.name) for path in (recipe.folder / "weights").glob("[0-9]*/ema"))
+    found = sorted(int(path.parent.name) for path in (recipe.folder / "weights").glob(f"[0-9]*/{name}"))
     if not found:
         raise UserError(f"{recipe.folder / 'weights'}: no weights; run python pipeline/train.py with this recipe first")
     samples_seen = found[-1] if which == "latest" else which
@@ -33,4 +45,4 @@ def find_weights(recipe: Recipe, which: Weights) -> tuple[int, Path]:
         raise UserError(
             f"sample.weights: no weights after {samples_seen} samples in {recipe.folder}; there are {there}"
         )
-    return samples_seen, weights_folder(recipe, samples_seen)
+    return samples_seen, weights_folder(recipe, samples_seen, name)

@@ -17,7 +17,8 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.recipe import with_world_size
     from pipeline.checkpoint import complete_checkpoints
     from pipeline.distributed import rank_and_world_size
-    from pipeline.trainer import finished, open_shards, total_samples
+    from pipeline.run_identity import total_samples
+    from pipeline.trainer import finished, open_shards
 
     train = recipe.train
     if recipe.model.kind == "fpdm":

@@ -2,43 +2,49 @@
 
 import json
 import math
-import time
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
 from common.files import alone_in, atomic_write, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
-from fpdm.denoiser import Denoiser, build_denoiser
+from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
+from pipeline.averages import Averages
+from pipeline.background import BackgroundWriter
 from pipeline.data import Batch, Stream
 from pipeline.distributed import any_rank, process_group, raise_together, rank_and_world_size
-from pipeline.run_folder import weights_folder
+from pipeline.engine import (
+    build_engine,
+    deepspeed_config,
+    learning_rate,
+    restore_scaler,
+    scaler_state,
+    set_learning_rate,
+    spoiled_by,
+    update,
+)
+from pipeline.feed import Feed
+from pipeline.grids import GridPainter
+from pipeline.guards import SpikeDetector, describe_fault, fault_error, spike_event
+from pipeline.run_folder import ema_names, weights_folder
+from pipeline.run_identity import crosses, identity, total_samples
 from pipeline.signals import StopRequest, stop_requests
-from pipeline.training_log import TrainingLog
-from pipeline.zero import ExponentialMovingAverage, gather
+from pipeline.training_log import Progress, TrainingLog
+from pipeline.watching import Interval, Throughput, loss_sums
+from pipeline.zero import gather, parameter_shards, start_moments
 from preprocess.shards import LatentShards
-
-# Changing one of these in the middle of a run would make it another run.
-IDENTITY = {
-    "model": None,
-    "objective": None,
-    "data": ["flips"],
-    "train": [
-        *("batch_size", "learning_rate", "warmup_samples", "cosine_decay", "weight_decay", "betas"),
-        *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
-        *("ema_decay", "ema_reference_batch"),
-    ],
-}
 
 
 def train(recipe: Recipe) -> None:
@@ -53,37 +59,23 @@ def train(recipe: Recipe) -> None:
         recipe = with_world_size(recipe, world_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    with stop_requests() as stop, alone_in(recipe.folder) if rank == 0 else nullcontext(), process_group():
+    with ExitStack() as open_things:
+        stop = open_things.enter_context(stop_requests())
+        if rank == 0:
+            with checkpoint.disk_faults_told(recipe.folder):
+                open_things.enter_context(alone_in(recipe.folder))
+        open_things.enter_context(process_group())
         Trainer(recipe, open_shards(recipe), rank, world_size, stop).run()
 
 
 def finished(recipe: Recipe) -> bool:
     """Whether this recipe's averaged weights after its last sample are there."""
-    folder = weights_folder(recipe, total_samples(recipe))
     try:
-        return folder.exists() and read_extra(folder).get("run") == identity(recipe, open_shards(recipe))
+        wanted = identity(recipe, open_shards(recipe))
     except UserError:  # no shards any more; the stage before this one says so
         return False
-
-
-def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
-    """What makes a run this run and no other: field names and values, as JSON gives them back."""
-    found: dict[str, Any] = {
-        "seed": recipe.seed,
-        "data.shards": shards.index["samples_sha256"],
-        "train.precision": _precision(recipe),
-    }
-    if recipe.train.cosine_decay:  # every rate of the schedule depends on its end
-        found["train.total_samples"] = recipe.train.total_samples
-    for section, names in IDENTITY.items():
-        values = vars(getattr(recipe, section))
-        found |= {f"{section}.{name}": values[name] for name in names or values}
-    return json.loads(json.dumps(found))
-
-
-def total_samples(recipe: Recipe) -> int:
-    """`train.total_samples`, up to whole batches."""
-    return math.ceil(recipe.train.total_samples / recipe.train.batch_size) * recipe.train.batch_size
+    folders = [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
+    return all(folder.exists() and read_extra(folder).get("run") == wanted for folder in folders)
 
 
 def open_shards(recipe: Recipe) -> LatentShards:
@@ -102,28 +94,18 @@ def open_shards(recipe: Recipe) -> LatentShards:
     return shards
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own settings, generated. `micro_batch_size` must be resolved (`with_world_size`)."""
-    settings, precision = recipe.train, _precision(recipe)
-    assert settings.micro_batch_size is not None
-    if precision != "fp32" and settings.zero_stage == 0:
-        raise UserError(f"train.zero_stage: 0 keeps no fp32 parameters beside {precision} ones; use 1, 2 or 3")
-    return {
-        "train_batch_size": settings.batch_size,
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * world_size),
-        "gradient_clipping": settings.gradient_clipping,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW
-        "bf16": {"enabled": precision == "bf16"},
-        "steps_per_print": 2**31,  # the loop below does the printing
-    }
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank knows of a step.
 
+    sums (10,) float64 on the CPU: `loss_sums`, then this rank's share of the mean residual of the last iteration.
+    norm: of the gradient over all ranks; not finite where nothing was updated.
+    losses: each micro-batch's, by sample.
+    """
 
-def _precision(recipe: Recipe) -> str:
-    if recipe.train.precision == "auto":
-        return "bf16" if torch.cuda.is_available() else "fp32"
-    return recipe.train.precision
+    sums: Tensor
+    norm: float
+    losses: list[Tensor]
 
 
 class Trainer:
@@ -134,89 +116,146 @@ class Trainer:
     ) -> None:
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
         self.stop = StopRequest() if stop is None else stop
-        self.diffusion = diffusion(recipe)
-        self.control = torch.distributed.new_group(backend="gloo")
-        self.stream = Stream(recipe, shards, self.diffusion)
+        self.total, self.diffusion = total_samples(recipe), diffusion(recipe)
+        self.control: Any = torch.distributed.new_group(backend="gloo")
         self.identity = identity(recipe, shards)
+        self.config = deepspeed_config(recipe, world_size)
         found = checkpoint.newest_checkpoint(recipe, self.identity)
-        self.samples_seen, state = found if found else (0, None)
-        self.samples_saved = self.samples_seen
-        if self.samples_seen > total_samples(recipe):
+        self._resume_at(found)
+        network = denoiser_config(recipe)
+        state = checkpoint.part(found.state, "model") if found else None
+        model = assemble(state, network) if state else build_denoiser(network, seed=recipe.seed)
+        self.engine = build_engine(recipe, model, self.config)
+        self.averages = Averages(recipe, self.engine)
+        if found:
+            checkpoint.restore(self.engine, self.averages, found.state, self.updates)
+            restore_scaler(self.engine, found.progress["scaler"])
+        else:
+            start_moments(self.engine, 0)
+        self.feed = Feed(recipe, Stream(recipe, shards, self.diffusion), rank, world_size, self.total)
+        self.throughput = Throughput(recipe, network, self.engine.device, world_size)
+        self.writer = BackgroundWriter()
+        self.painter: GridPainter | None = None
+        self.log: TrainingLog | None = None
+        self.fault: UserError | None = None  # of rank 0's files, told to all at the next step
+
+    def _resume_at(self, found: checkpoint.Found | None) -> None:
+        """Sets what the loop counts to where the checkpoint stands, or to nothing."""
+        settings, progress = self.recipe.train, found.progress if found else {}
+        self.samples_seen = self.samples_saved = found.samples_seen if found else 0
+        self.updates: int = progress.get("updates", 0)
+        self.skipped: int = progress.get("skipped", 0)  # steps in a row
+        self.interval = Interval(**progress.get("interval", {}))
+        self.spikes = SpikeDetector(settings.spike_deviations, progress.get("recent_losses", []))
+        if self.samples_seen > self.total:
             raise UserError(
-                f"train.total_samples: {recipe.train.total_samples}, but {recipe.folder} has trained on "
+                f"train.total_samples: {settings.total_samples}, but {self.recipe.folder} has trained on "
                 f"{self.samples_seen}; ask for more, or choose another name"
             )
-        config = denoiser_config(recipe)
-        model = assemble(checkpoint.part(state, "model"), config) if state else build_denoiser(config, seed=recipe.seed)
-        self.config = deepspeed_config(recipe, world_size)
-        self.engine = self._engine(model)
-        settings = recipe.train
-        self.ema = ExponentialMovingAverage(
-            self.engine, lambda samples: settings.ema_decay ** (samples / settings.ema_reference_batch)
-        )
-        if state is not None:
-            checkpoint.restore(self.engine, self.ema, state, self.samples_seen // settings.batch_size)
-        self.log = TrainingLog(recipe, self.samples_seen) if rank == 0 else None
+
+    def _progress(self) -> dict[str, Any]:
+        """What `_resume_at` goes on from, JSON-able."""
+        return {
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "interval": asdict(self.interval),
+            "recent_losses": list(self.spikes.recent),
+            "scaler": scaler_state(self.engine),
+        }
 
     def run(self) -> None:
-        self._describe()
-        settings, total = self.recipe.train, total_samples(self.recipe)
-        if self.samples_seen == 0:  # the untrained network, for the comparison in the report
-            self._export(gather(self.engine, self.ema.shards))
-        # Closed by `with`, the bar leaves its line before an error is printed.
-        with tqdm(
-            total=total, initial=self.samples_seen, unit="sample", desc="train", disable=self.rank != 0, smoothing=0.05
-        ) as bar:
-            losses: list[Tensor] = []
-            started = time.monotonic()
-            while self.samples_seen < total:
-                batches, counts = self._batches(), self._iterations()
-                losses.append(self._step(batches, counts))
-                before, self.samples_seen = self.samples_seen, self.samples_seen + settings.batch_size
-                self.ema.update(settings.batch_size)
-                bar.update(settings.batch_size)
-                save = self.samples_seen == total or _crosses(before, self.samples_seen, settings.checkpoint_samples)
-                # A log interval also ends with a checkpoint, so that a resumed run logs the same lines.
-                if save or _crosses(before, self.samples_seen, settings.log_samples):
-                    loss = self._report(losses, counts, time.monotonic() - started)
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    losses, started = [], time.monotonic()
-                if save:
-                    self._save()
+        if self.rank == 0:
+            with checkpoint.disk_faults_told(self.recipe.folder):
+                self._describe()
+                self.log = TrainingLog(self.recipe, self.samples_seen, self.identity)
+        if self.samples_seen == 0:
+            self._export_untrained()
+        progress = Progress(self.total, self.samples_seen, self.rank)
+        self.throughput.start()
+        try:
+            with self.writer, self.feed:  # leaving waits for the checkpoint in hand, whatever the reason
+                while self.samples_seen < self.total:
+                    self._advance(progress)
+                self._save(with_weights=True, wait=True)
+        finally:
+            progress.close()
+            if self.log is not None:
+                self.log.close()
 
-    def _step(self, batches: list[Batch], iterations: tuple[int, int]) -> Tensor:
-        """One update. Returns this rank's mean loss, still on its device."""
-        self._set_learning_rate()
-        total = torch.zeros((), device=self.engine.device)
-        for batch in batches:
-            batch = batch.to(self.engine.device)
-            noisy = self.diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
-            output = self.engine(noisy, batch.timesteps, batch.labels, iterations=iterations).output
-            terms = self.diffusion.loss(output.float(), batch.latents, batch.noise, batch.timesteps)
-            loss = terms["loss"].mean()
-            self.engine.backward(loss)
-            self.engine.step()
-            total += loss.detach() / len(batches)
-        return total
+    def _advance(self, progress: Progress) -> None:
+        """One step, and what is due after it."""
+        settings, watch, before = self.recipe.train, self.throughput.watch, self.samples_seen
+        after = before + settings.batch_size
+        logs = after == self.total or crosses(before, after, settings.log_samples)
+        with watch("data"):
+            batches = self._batches()
+        iterations = self._iterations()
+        result = self._step(batches, iterations, with_residuals=logs)
+        with watch("averages"):
+            self.averages.update(before, after)
+        with watch("exchange"):
+            torch.distributed.all_reduce(result.sums, group=self.control)
+        self._judge(result)
+        self.samples_seen = after
+        self.throughput.count(settings.batch_size, iterations)
+        progress.advance(settings.batch_size)
+        if logs:
+            self._report(progress, result, iterations)
+        if crosses(before, after, settings.grid_samples):
+            self._paint()
+        if crosses(before, after, settings.checkpoint_samples) and after < self.total:
+            self._save(with_weights=True)
+
+    def _step(self, batches: list[Batch], iterations: tuple[int, int], *, with_residuals: bool) -> StepResult:
+        """One update, unless its gradient is not finite."""
+        settings, watch = self.recipe.train, self.throughput.watch
+        set_learning_rate(self.engine, learning_rate(self.recipe, self.samples_seen))
+        sums, norm = torch.zeros(10, dtype=torch.float64, device=self.engine.device), math.nan
+        all_losses = []
+        for number, batch in enumerate(batches, 1):
+            with watch("forward"):
+                losses, residuals = self._forward(batch.to(self.engine.device), iterations, with_residuals)
+                sums[:-1] += loss_sums(losses, batch.timesteps.to(sums.device), self.diffusion.num_timesteps)
+                if residuals is not None:
+                    sums[-1] += residuals[:, -1].double().sum() / settings.batch_size
+                all_losses.append(losses.detach())
+            with watch("backward"):
+                self.engine.backward(spoiled_by(losses.mean()))
+            with watch("optimizer"):
+                if number < len(batches):
+                    self.engine.step()  # counts the micro-batch
+                else:
+                    norm = update(self.engine, settings.gradient_clipping)
+        return StepResult(sums.cpu(), norm, all_losses)
+
+    def _forward(self, batch: Batch, iterations: tuple[int, int], with_residuals: bool) -> tuple[Tensor, Tensor | None]:
+        """Losses (B,) and residuals (B, n + m)."""
+        noisy = self.diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
+        answer = self.engine(
+            noisy,
+            batch.timesteps,
+            batch.labels,
+            iterations=iterations,
+            with_residuals=with_residuals,
+            activation_checkpointing=self.recipe.train.activation_checkpointing,
+        )
+        terms = self.diffusion.loss(answer.output.float(), batch.latents, batch.noise, batch.timesteps)
+        return terms["loss"], answer.residuals
 
     def _batches(self) -> list[Batch]:
-        """This rank's micro-batches of the step. All ranks raise the UserError of one that reads damage.
+        """This rank's micro-batches of the step.
 
-        Where any rank was asked to stop, all save what they have and raise Interrupted.
+        All ranks raise the UserError of one that reads damage or cannot write. Where any rank was asked to stop, all
+        save what they have and raise Interrupted.
         """
-        settings = self.recipe.train
-        assert settings.micro_batch_size is not None
-        share = settings.batch_size // self.world_size
-        first = self.samples_seen + self.rank * share
-        batches, error = [], None
+        batches, error = [], self.fault
         try:
-            for start in range(first, first + share, settings.micro_batch_size):
-                batches.append(self.stream.batch(start, settings.micro_batch_size))
-        except UserError as damage:
-            error = damage
+            self.writer.check()
+            batches = self.feed.batches(self.samples_seen)
+        except UserError as fault:
+            error = error or fault
         if any_rank(bool(self.stop), error, self.control):
-            if self.samples_seen > self.samples_saved:
-                self._save()
+            self._save(with_weights=False, wait=True)
             raise Interrupted(f"{self.recipe.folder}: saved after {self.samples_seen} samples; run again to go on")
         return batches
 
@@ -226,89 +265,109 @@ class Trainer:
         step = self.samples_seen // settings.batch_size
         return sjfb_counts(self.recipe.seed, step, settings.max_no_grad_iterations, settings.max_grad_iterations)
 
-    def _set_learning_rate(self) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.samples_seen)
-
-    def _report(self, losses: list[Tensor], counts: tuple[int, int], seconds: float) -> float:
-        """Logs the mean loss over all ranks since the last report, and returns it. Raises where it is not finite."""
-        summed = torch.stack(losses)
-        torch.distributed.all_reduce(summed)
-        loss = float(summed.double().mean()) / self.world_size
+    def _judge(self, result: StepResult) -> None:
+        """Counts the step, or what was wrong with it. All ranks raise UserError where training must not go on."""
         settings = self.recipe.train
-        first = self.samples_seen - len(losses) * settings.batch_size
-        if not math.isfinite(loss):
-            raise UserError(
-                f"train.learning_rate: the loss became {loss} between samples {first} and {self.samples_seen}; nothing "
-                f"was saved since then; lower it from {settings.learning_rate}, or look at these samples"
-            )
+        loss = float(result.sums[0]) / settings.batch_size
+        if math.isfinite(loss) and math.isfinite(result.norm):
+            self.updates, self.skipped = self.updates + 1, 0
+            self.interval.add(result.sums.tolist(), settings.batch_size)
+            deviations = self.spikes.check(loss)
+            if deviations is not None and self.log is not None:
+                self.log.event(spike_event(self.recipe, self.samples_seen, loss, deviations))
+            return
+        self.interval.skipped += 1
+        if math.isfinite(loss) and self.config["fp16"]["enabled"]:
+            return  # the loss scaler's search for its scale
+        found: list[list[int]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(found, self._not_finite(result), group=self.control)
+        event = describe_fault(self.recipe, self.samples_seen, loss, result.norm, [*chain.from_iterable(found)])
         if self.log is not None:
-            self.log.write(
-                samples=self.samples_seen,
-                step=self.samples_seen // settings.batch_size,
-                loss=loss,
-                learning_rate=learning_rate(self.recipe, self.samples_seen - settings.batch_size),
-                gradient_norm=_number(self.engine.get_global_grad_norm()),
-                no_grad_iterations=counts[0],
-                grad_iterations=counts[1],
-                samples_per_second=round(len(losses) * settings.batch_size / seconds, 2),
-            )
-        return loss
+            self.log.event(event)
+        if self.skipped == settings.max_skipped_steps:
+            raise fault_error(self.recipe, event, self.skipped)
+        self.skipped += 1
 
-    def _engine(self, model: Denoiser) -> Any:
-        import deepspeed
+    def _not_finite(self, result: StepResult) -> list[int]:
+        """This rank's samples whose loss is not finite."""
+        losses = torch.cat(result.losses).tolist()
+        ids = self.feed.sample_ids(self.samples_seen)
+        return [number for number, loss in zip(ids, losses, strict=True) if not math.isfinite(loss)]
 
+    def _report(self, progress: Progress, result: StepResult, iterations: tuple[int, int]) -> None:
+        """The log line of the interval that ends here, on rank 0; gradient norm and residual are the last step's."""
+        speed, interval, self.interval = self.throughput.read(), self.interval, Interval()
+        if self.log is None:
+            return
         settings = self.recipe.train
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-        )
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
-        return engine
-
-    def _save(self) -> None:
-        """Saves a checkpoint; all ranks raise rank 0's UserError if it refuses to write."""
-        error = None
+        values = {
+            "samples": self.samples_seen,
+            "step": self.samples_seen // settings.batch_size,
+            **interval.means(),
+            "residual": float(result.sums[-1]) if self.recipe.model.kind == "fpdm" else None,
+            "gradient_norm": result.norm,
+            "learning_rate": learning_rate(self.recipe, self.samples_seen - settings.batch_size),
+            "no_grad_iterations": iterations[0],
+            "grad_iterations": iterations[1],
+            **speed,
+        }
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         try:
-            checkpoint.save(self.recipe, self.engine, self.ema, self.samples_seen, self.identity)
-        except UserError as refusal:
-            error = refusal
-        raise_together(error, self.control)  # all wait here: a launcher kills the others once one has left
+            with checkpoint.disk_faults_told(self.log.metrics):
+                self.log.write(values)
+        except UserError as fault:
+            self.fault = fault
+        progress.show(values)
+
+    def _save(self, *, with_weights: bool, wait: bool = False) -> None:
+        """Begins a checkpoint, if there is something new to save; `wait`: all ranks until it is written.
+
+        A launcher kills the others once one has left, so none may leave before. All ranks raise rank 0's UserError.
+        """
+        state, error = {}, None
+        if with_weights or self.samples_seen > self.samples_saved:
+            state = checkpoint.collect(self.engine, self.averages)
+        try:
+            if state:
+                arguments = (self.recipe, state, self.samples_seen, self.identity, self._progress())
+                self.writer.start(partial(checkpoint.write, *arguments, with_weights=with_weights))
+            if wait:
+                self.writer.wait()
+        except UserError as fault:
+            error = fault
+        raise_together(error, self.control)
         self.samples_saved = self.samples_seen
 
-    def _export(self, averages: dict[str, Tensor]) -> None:
+    def _paint(self) -> None:
+        """A grid of samples from the first average, on rank 0."""
+        name = ema_names(self.recipe)[0]
+        weights = gather(self.engine, self.averages.shards[name])
+        if self.log is None:
+            return
+        try:
+            self.painter = self.painter or GridPainter(self.recipe, self.engine.device)
+            with checkpoint.disk_faults_told(self.recipe.folder):
+                self.log.picture(self.painter.paint(weights, self.samples_seen), self.samples_seen)
+        except ValueError as error:  # a network that has learned nothing may draw nothing
+            self.log.event({"samples": self.samples_seen, "event": "no grid", "reason": str(error)})
+        except UserError as fault:
+            self.fault = fault
+
+    def _export_untrained(self) -> None:
+        """The network before its first step, under the name of every average, for the comparison in the report."""
+        weights = gather(self.engine, parameter_shards(self.engine))
         if self.rank == 0:
-            checkpoint.export_weights(self.recipe, averages, self.samples_seen, self.identity)
+            with checkpoint.disk_faults_told(self.recipe.folder):
+                averages = dict.fromkeys(ema_names(self.recipe), weights)
+                checkpoint.export_averages(self.recipe, averages, 0, self.identity)
 
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""
-        if self.rank != 0:
-            return
         folder = self.recipe.folder
-        for written in (folder, folder / "checkpoints", folder / "weights"):
+        for written in (folder, folder / "checkpoints", folder / "grids", *folder.glob("weights/*/")):
             remove_leftovers(written)
         with atomic_write(folder / "recipe.yaml") as file:
             file.write_text(dump_recipe(self.recipe))
         write_json(folder / "deepspeed.json", self.config)
         with open(folder / "provenance.jsonl", "a") as lines:
             lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")
-
-
-def _number(value: Any) -> float | None:
-    """DeepSpeed's gradient norm: a tensor, a float, or None (it keeps none at stage 0 in fp32)."""
-    return None if value is None else float(value)
-
-
-def _crosses(before: int, after: int, interval: int) -> bool:
-    """Whether a multiple of `interval` lies in (before, after]."""
-    return after // interval > before // interval
-
-
-def learning_rate(recipe: Recipe, samples_seen: int) -> float:
-    """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or a cosine to zero."""
-    settings = recipe.train
-    rate = settings.learning_rate
-    if settings.warmup_samples:
-        rate *= min(1.0, (samples_seen + settings.batch_size) / settings.warmup_samples)
-    if settings.cosine_decay:
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, samples_seen / total_samples(recipe))))
-    return rate

@@ -1,34 +1,113 @@
-"""What a run writes while it trains."""
+"""What a run writes and shows while it trains."""
 
 import json
 import math
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from common.files import atomic_write
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import atomic_write, content_key
 from common.recipe import Recipe
+
+LINE_EVERY_SECONDS = 10.0
+
+Values = dict[str, float | int | None]
 
 
 class TrainingLog:
-    """`metrics.jsonl`, a line a report, and TensorBoard. Lines after the checkpoint resumed from are taken back."""
+    """`metrics.jsonl` and `events.jsonl`, a line each; TensorBoard and Weights & Biases where the recipe asks for them.
 
-    def __init__(self, recipe: Recipe, samples_seen: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Lines after the checkpoint resumed from are taken back. Raises UserError where wandb is asked for and not installed.
+    """
 
-        self.path: Path = recipe.folder / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _samples_of(line) <= samples_seen]
-        with atomic_write(self.path) as file:
-            file.write_text("".join(f"{line}\n" for line in kept))
-        self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
+    def __init__(self, recipe: Recipe, samples_seen: int, identity: dict[str, Any]) -> None:
+        self.metrics, self.events = recipe.folder / "metrics.jsonl", recipe.folder / "events.jsonl"
+        for path in (self.metrics, self.events):
+            _take_back(path, samples_seen)
+        self.tensorboard = self.wandb = None
+        if recipe.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def write(self, **values: float | None) -> None:
-        with open(self.path, "a") as lines:
-            lines.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if value is not None:
-                self.tensorboard.add_scalar(f"train/{name}", value, values["samples"])
-        self.tensorboard.flush()
+            self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
+        if recipe.train.wandb_project:
+            self.wandb = _start_wandb(recipe, identity)
+
+    def write(self, values: Values) -> None:
+        """One log line; `values["samples"]` is where it stands."""
+        _append(self.metrics, values)
+        samples = values["samples"]
+        numbers = {f"train/{name}": value for name, value in values.items() if value is not None}
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, samples)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=samples)
+
+    def event(self, values: dict[str, Any]) -> None:
+        """Something out of the ordinary, kept and said."""
+        _append(self.events, values)
+        tqdm.write(f"train: {json.dumps(values)}", file=sys.stderr)
+
+    def picture(self, path: Path, samples: int) -> None:
+        """A grid of samples, which lies at `path` already."""
+        if self.tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as image:
+                self.tensorboard.add_image("samples", np.asarray(image), samples, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.log({"samples": _import_wandb().Image(str(path))}, step=samples)
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(recipe: Recipe, identity: dict[str, Any]) -> Any:
+    """The same run however often it is queued again: its id is a function of what the run is."""
+    from dataclasses import asdict
+
+    return _import_wandb().init(
+        project=recipe.train.wandb_project,
+        name=recipe.name,
+        id=content_key([str(recipe.folder), identity]),
+        resume="allow",
+        dir=str(recipe.folder),
+        config=asdict(recipe),
+    )
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "train.wandb_project: the package wandb is not installed; pip install wandb, or set it to null"
+        ) from None
+    return wandb
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with open(path, "a") as lines:
+        lines.write(json.dumps(values) + "\n")
+
+
+def _take_back(path: Path, samples_seen: int) -> None:
+    """Drops the lines of steps that will be done again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _samples_of(line) <= samples_seen]
+    with atomic_write(path) as file:
+        file.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _samples_of(line: str) -> float:
@@ -37,3 +116,41 @@ def _samples_of(line: str) -> float:
         return json.loads(line)["samples"]
     except ValueError:
         return math.inf
+
+
+class Progress:
+    """A bar for a person who watches a terminal; a line now and then in a log file; nothing on other ranks."""
+
+    def __init__(self, total: int, samples_seen: int, rank: int) -> None:
+        watched = sys.stderr.isatty()
+        self.lines = rank == 0 and not watched
+        self.total, self.said = total, 0.0
+        self.bar = tqdm(
+            total=total,
+            initial=samples_seen,
+            unit="sample",
+            desc="train",
+            disable=rank != 0 or not watched,
+            smoothing=0.05,
+        )
+
+    def advance(self, samples: int) -> None:
+        self.bar.update(samples)
+
+    def show(self, values: Values) -> None:
+        """With each log line."""
+        if values["loss"] is None:
+            return
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}")
+        samples, speed = values["samples"] or 0, values["samples_per_second"]
+        due = time.monotonic() - self.said > LINE_EVERY_SECONDS or samples == self.total
+        if self.lines and due:
+            left = f", {tqdm.format_interval((self.total - samples) / speed)} left" if speed else ""
+            print(
+                f"train: {samples:,} of {self.total:,} samples, loss {values['loss']:.4f}, {speed:.1f} samples/s{left}",
+                flush=True,
+            )
+            self.said = time.monotonic()
+
+    def close(self) -> None:
+        self.bar.close()

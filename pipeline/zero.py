@@ -6,7 +6,7 @@ the same shapes. `gather` makes named whole tensors of such a list and `scatter`
 the parameters' place for a moment: DeepSpeed's own functions know where every element of a parameter lies.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,17 +103,3 @@ def _set_full(parameter: Any, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)
     else:
         parameter.copy_(value)
-
-
-class ExponentialMovingAverage:
-    """fp32 averages of this rank's shards. No communication: an average of parts is the part of the average."""
-
-    def __init__(self, engine: Any, decay: Callable[[int], float]) -> None:
-        """`decay(samples)` is the factor of a step of `samples` samples."""
-        self.engine, self.decay = engine, decay
-        self.shards = [shard.detach().clone() for shard in parameter_shards(engine)]
-
-    @torch.no_grad()
-    def update(self, samples: int) -> None:
-        current = [shard.detach() for shard in parameter_shards(self.engine)]
-        torch._foreach_lerp_(self.shards, current, 1 - self.decay(samples))

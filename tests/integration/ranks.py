@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from slurm.cluster import free_port
 from tests.integration.conftest import ROOT, Experiment
@@ -59,23 +60,17 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def started_ranks(
-    experiment: Experiment, *overrides: str, ranks: int = 1, before: Callable[[], None] | None = None
-) -> Iterator[Ranks]:
-    """`pipeline/train.py` on so many ranks; whatever is left of them at the end is killed.
-
-    `before` is called in each rank first: a function of a module, which is how a fault gets in.
-    """
+def started(folder: Path, function: Callable[..., None], *arguments: Any, ranks: int) -> Iterator[Ranks]:
+    """`function(*arguments)` on so many ranks, which log into `folder`; whatever is left at the end is killed."""
     os.environ["OMP_NUM_THREADS"] = "1"  # the server's, and so that of all it forks
     port = free_port()
-    logs = [experiment.folder / f"log-{port}-{rank}" for rank in range(ranks)]
-    arguments = ["--config", str(experiment.recipe), *overrides]
+    logs = [folder / f"log-{port}-{rank}" for rank in range(ranks)]
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(ranks):
         given = {"RANK": rank, "LOCAL_RANK": rank, **shared}
         environment = {name: str(value) for name, value in given.items()}
-        processes.append(_context.Process(target=_train, args=(arguments, environment, logs[rank], before)))
+        processes.append(_context.Process(target=_rank, args=(environment, logs[rank], function, arguments)))
     running = Ranks(processes, logs)
     try:
         for process in processes:
@@ -85,27 +80,46 @@ def started_ranks(
         running.kill()
 
 
-def run_ranks(
-    experiment: Experiment, *overrides: str, ranks: int = 1, before: Callable[[], None] | None = None
-) -> Ranks:
-    """As `started_ranks`, waiting for their end; the statuses are in the result."""
-    with started_ranks(experiment, *overrides, ranks=ranks, before=before) as running:
-        for process in running.processes:
-            process.join(240)
-        running.statuses = [-1 if process.exitcode is None else process.exitcode for process in running.processes]
+def finish(running: Ranks, seconds: float = 240) -> Ranks:
+    """Waits for their end; the statuses are in the result."""
+    for process in running.processes:
+        process.join(seconds)
+    running.statuses = [-1 if process.exitcode is None else process.exitcode for process in running.processes]
     return running
 
 
-def _train(arguments: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None) -> None:
-    """One rank, as `python pipeline/train.py` is one."""
-    from common.command import run_command
-    from pipeline import train
+@contextlib.contextmanager
+def started_ranks(
+    experiment: Experiment, *overrides: str, ranks: int = 1, before: Callable[[], None] | None = None
+) -> Iterator[Ranks]:
+    """`pipeline/train.py` on so many ranks. `before` is called in each of them first: that is how a fault gets in."""
+    arguments = ["--config", str(experiment.recipe), *overrides]
+    with started(experiment.folder, _train, arguments, before, ranks=ranks) as running:
+        yield running
 
+
+def run_ranks(
+    experiment: Experiment, *overrides: str, ranks: int = 1, before: Callable[[], None] | None = None
+) -> Ranks:
+    """As `started_ranks`, waiting for their end."""
+    with started_ranks(experiment, *overrides, ranks=ranks, before=before) as running:
+        return finish(running)
+
+
+def _rank(environment: dict[str, str], log: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     os.chdir(ROOT)
     with open(log, "a") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
+    function(*arguments)
+
+
+def _train(arguments: list[str], before: Callable[[], None] | None) -> None:
+    """One rank, as `python pipeline/train.py` is one."""
+    from common.command import run_command
+    from pipeline import train
+
     if before is not None:
         before()
     sys.exit(run_command(train.__doc__ or "", train.plan, train.work, arguments))

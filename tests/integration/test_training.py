@@ -1,6 +1,7 @@
-"""Training: the same losses whatever shares the work, and the same run whatever interrupts it."""
+"""Training: what is refused, what is resumed, and what a fault does."""
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -9,16 +10,25 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ROOT, Experiment, environment, kill_all, started, torchrun
+from tests.integration.conftest import ROOT, Experiment, environment, started
+from tests.integration.faults import disk_full_at_save, loss_spike_at, nan_in_sample, planted
+from tests.integration.ranks import run_ranks
 
 TRAIN = "pipeline/train.py"
 SAME_TO = 1e-5  # fp32, another order of summation
+OF_THE_CLOCK = {
+    *("samples_per_second", "tflops", "flop_utilisation", "memory_gib"),
+    *(f"{part}_seconds" for part in ("step", "data", "forward", "backward", "optimizer", "averages", "exchange")),
+}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in OF_THE_CLOCK} for line in lines_of(run, "metrics")]
+
+
+def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
@@ -29,126 +39,206 @@ def newest_state(run: Path) -> bytes:
     return (max((run / "checkpoints").iterdir()) / "state.safetensors").read_bytes()
 
 
+def checkpoints(run: Path) -> list[int]:
+    return sorted(int(path.parent.name) for path in run.glob("checkpoints/[0-9]*/complete.json"))
+
+
 @pytest.fixture(scope="module")
 def whole_run(experiment: Experiment) -> Path:
     """Uninterrupted, two ranks."""
-    done = experiment.run(TRAIN, "name=whole", ranks=2)
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(experiment, "name=whole", ranks=2)
+    assert done.statuses == [0, 0], done.output
     return experiment.folder / "runs/whole"
 
 
-def train_together(experiment: Experiment, ranks: int, **overrides: str) -> dict[str, list[float]]:
-    """Losses of several runs trained in one launch, by name."""
-    runs = [f"{name}={given}" for name, given in overrides.items()]
-    command = [*torchrun(ranks), "tests/integration/train_stages.py", str(experiment.recipe), *runs]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=280)
+def test_the_command_trains_under_torchrun_and_says_what_it_will_do(experiment: Experiment, whole_run: Path) -> None:
+    done = experiment.run(TRAIN, "name=torchrun", ranks=2)
     assert done.returncode == 0, done.stderr
-    return {name: losses(experiment.folder / "runs" / name) for name in overrides}
-
-
-@pytest.mark.timeout(600)  # ten runs in two launches
-def test_two_ranks_have_the_losses_of_one_under_every_zero_stage(experiment: Experiment) -> None:
-    one = train_together(
-        experiment, 1, one="train.zero_stage=0", accumulated="train.zero_stage=1,train.micro_batch_size=4"
-    )
-    two = train_together(
-        experiment,
-        2,
-        **{f"stage_{stage}": f"train.zero_stage={stage}" for stage in range(4)},
-        two_accumulated="train.zero_stage=2,train.micro_batch_size=2",
-        **{f"bf16_{stage}": f"train.zero_stage={stage},train.precision=bf16" for stage in (1, 2, 3)},
-    )
-    expected = one["one"]
-    assert len(expected) == 10
-    for name, found in (one | two).items():
-        # bf16 rounds to three digits; it has to train, and from the same numbers.
-        assert found == pytest.approx(expected, rel=0.03 if "bf16" in name else SAME_TO), name
-
-
-def test_a_killed_run_continues_bit_for_bit(experiment: Experiment, whole_run: Path) -> None:
-    run = experiment.folder / "runs/killed"
-    command = experiment.command(TRAIN, "name=killed")
-    with started([*torchrun(2), *command[1:]]) as process:
-        # Past the second checkpoint and into the steps that will have to be done again.
-        wait_until(
-            lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 7
-        )
-        kill_all(process)
-    assert len(metrics(run)) < 10
-    done = experiment.run(TRAIN, "name=killed", ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout
+    assert "plan: steps: 10 of 16 samples: 2 ranks x 8 x 1 accumulations, ZeRO 2" in done.stdout
+    assert "train: 160 of 160 samples" in done.stdout  # nobody watches: lines, and no bar
+    assert "sample/s]" not in done.stderr
+    run = experiment.folder / "runs/torchrun"
     assert metrics(run) == metrics(whole_run)
     assert newest_state(run) == newest_state(whole_run)
 
 
+def test_a_log_line_says_what_a_step_did_and_where_its_time_went(whole_run: Path) -> None:
+    line = lines_of(whole_run, "metrics")[-1]
+    assert {"loss_q1", "loss_q4", "residual", "gradient_norm", "learning_rate", "no_grad_iterations"} <= set(line)
+    assert set(line) >= OF_THE_CLOCK
+    parts = sum(line[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer"))
+    assert 0 < parts <= line["step_seconds"]
+    assert line["flop_utilisation"] is None  # nobody has said what this CPU could do
+    assert line["tflops"] > 0
+    assert list((whole_run / "tensorboard").iterdir())
+
+
 def test_a_run_resumes_with_other_ranks_and_another_zero_stage(experiment: Experiment, whole_run: Path) -> None:
-    run = interrupted_copy(whole_run, "moved", checkpoints=1)
-    done = experiment.run(TRAIN, "name=moved", "train.zero_stage=3")
-    assert done.returncode == 0, done.stderr
+    run = interrupted_copy(whole_run, "moved", saved=1)
+    done = run_ranks(experiment, "name=moved", "train.zero_stage=3")
+    assert done.statuses == [0], done.output
     assert losses(run) == pytest.approx(losses(whole_run), rel=SAME_TO)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
     experiment: Experiment, whole_run: Path
 ) -> None:
-    run = interrupted_copy(whole_run, "damaged", checkpoints=2)
+    run = interrupted_copy(whole_run, "damaged", saved=2)
     state = max((run / "checkpoints").iterdir()) / "state.safetensors"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    cut = interrupted_copy(whole_run, "cut-marker", checkpoints=2)
+    cut = interrupted_copy(whole_run, "cut-marker", saved=2)
     marker = max((cut / "checkpoints").iterdir()) / "complete.json"
     marker.write_text(marker.read_text()[:100])
     for name, damaged in (("damaged", state), ("cut-marker", marker)):
-        done = experiment.run(TRAIN, f"name={name}", ranks=2)
-        assert done.returncode == 0, done.stderr
-        assert f"{damaged}: damaged" in done.stderr
+        done = run_ranks(experiment, f"name={name}", ranks=2)
+        assert done.statuses == [0, 0], done.output
+        assert f"{damaged}: damaged" in done.output
         assert metrics(run.parent / name) == metrics(whole_run)
 
 
 def test_another_recipe_does_not_continue_a_run(experiment: Experiment, whole_run: Path) -> None:
-    interrupted_copy(whole_run, "changed", checkpoints=1)
-    done = experiment.run(TRAIN, "name=changed", "train.learning_rate=0.5", "model.pre_depth=2")
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    interrupted_copy(whole_run, "changed", saved=1)
+    done = run_ranks(experiment, "name=changed", "train.learning_rate=0.5", "model.pre_depth=2")
+    assert done.statuses == [2]
+    (line,) = done.errors
     assert "model.pre_depth (was 1, is 2), train.learning_rate (was 0.001, is 0.5)" in line
+
+
+def test_a_run_begins_with_a_given_checkpoint_and_then_goes_on_with_its_own(
+    experiment: Experiment, whole_run: Path
+) -> None:
+    start = min((whole_run / "checkpoints").iterdir())
+    settings = ("name=fork", f"train.resume_from={start}")
+    done = run_ranks(experiment, *settings, "train.total_samples=128", ranks=2)
+    assert done.statuses == [0, 0], done.output
+    fork = experiment.folder / "runs/fork"
+    done = run_ranks(experiment, *settings, ranks=2)
+    assert done.statuses == [0, 0], done.output
+    assert [line["from_samples"] for line in lines_of(fork, "provenance")] == [96, 128]
+    assert metrics(fork) == metrics(whole_run)[6:]
+    assert newest_state(fork) == newest_state(whole_run)
+    refused = run_ranks(experiment, "name=nowhere", "train.resume_from=nowhere")
+    assert refused.statuses == [2]
+    assert refused.errors[0].startswith("error: train.resume_from: nowhere/complete.json is missing or damaged")
+
+
+def test_the_last_checkpoints_and_every_nth_are_kept(experiment: Experiment) -> None:
+    done = run_ranks(
+        experiment,
+        *("name=kept", "train.checkpoint_samples=16", "train.keep_checkpoints=2"),
+        "train.keep_checkpoint_samples=60",
+    )
+    assert done.statuses == [0], done.output
+    assert checkpoints(experiment.folder / "runs/kept") == [64, 128, 144, 160]
 
 
 def test_a_finished_run_returns_at_once(experiment: Experiment, whole_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
-    done = experiment.run(TRAIN, "name=whole")
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(experiment, "name=whole")
+    assert done.statuses == [0], done.output
     assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
 
 
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(experiment: Experiment, whole_run: Path) -> None:
     for override, expected in (("seed=9", "seed (was 0, is 9)"), ("train.total_samples=32", "train.total_samples: 32")):
-        done = experiment.run(TRAIN, "name=whole", override)
-        assert done.returncode == 2
-        assert expected in done.stderr.splitlines()[-1]
+        done = run_ranks(experiment, "name=whole", override)
+        assert done.statuses == [2]
+        assert expected in done.errors[0]
 
 
 def test_a_second_training_in_the_same_folder_is_refused(experiment: Experiment) -> None:
     command = experiment.command(TRAIN, "name=locked", "train.total_samples=1000000")
     with started(command) as process:
         wait_until((experiment.folder / "runs/locked/metrics.jsonl").exists)
-        done = experiment.run(TRAIN, "name=locked", "train.total_samples=1000000")
-        assert done.returncode == 2
-        assert f"runs/locked: process {process.pid} on " in done.stderr.splitlines()[-1]
+        done = run_ranks(experiment, "name=locked", "train.total_samples=1000000")
+        assert done.statuses == [2]
+        assert f"runs/locked: process {process.pid} on " in done.errors[0]
 
 
-def test_a_loss_that_is_not_finite_ends_training_before_anything_is_saved(experiment: Experiment) -> None:
-    done = experiment.run(TRAIN, "name=exploded", "train.learning_rate=1e30", "train.gradient_clipping=0")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: train.learning_rate: ")
-    assert not list((experiment.folder / "runs/exploded/checkpoints").glob("[0-9]*"))
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_planted_nan_stops_before_the_update_and_names_step_and_sample(experiment: Experiment, stage: int) -> None:
+    run = experiment.folder / f"runs/nan-{stage}"
+    fault = planted(nan_in_sample, 13)
+    done = run_ranks(experiment, f"name={run.name}", f"train.zero_stage={stage}", ranks=2, before=fault)
+    assert done.statuses == [2, 2]
+    (line,) = done.errors
+    (event,) = lines_of(run, "events")
+    assert line.startswith(f"error: {run}: step {event['step']}: the loss is not finite, through samples 13 of ")
+    assert event["sample_ids"] == [13]
+    assert len(metrics(run)) == event["step"] - 1
+    assert max(checkpoints(run), default=0) < event["samples"]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_steps_that_are_not_finite_are_skipped_where_the_recipe_allows_it(experiment: Experiment, stage: int) -> None:
+    run = experiment.folder / f"runs/skipped-{stage}"
+    settings = (f"name={run.name}", f"train.zero_stage={stage}", "train.max_skipped_steps=1")
+    fault = planted(nan_in_sample, 13)
+    done = run_ranks(experiment, *settings, ranks=2, before=fault)
+    assert done.statuses == [0, 0], done.output
+    events = lines_of(run, "events")
+    assert len(events) == sum(line["skipped_steps"] for line in metrics(run)) >= 2
+    assert {tuple(event["sample_ids"]) for event in events} == {(13,)}
+    again = experiment.folder / f"runs/skipped-again-{stage}"  # the count of updates is saved and restored
+    for total in (80, 160):
+        settings = (f"name={again.name}", f"train.zero_stage={stage}", "train.max_skipped_steps=1")
+        done = run_ranks(experiment, *settings, f"train.total_samples={total}", ranks=2, before=fault)
+        assert done.statuses == [0, 0], done.output
+    assert newest_state(again) == newest_state(run)
+
+
+def test_a_learning_rate_that_explodes_ends_training_before_anything_is_saved(experiment: Experiment) -> None:
+    done = run_ranks(experiment, "name=exploded", "train.learning_rate=1e30", "train.gradient_clipping=0")
+    assert done.statuses == [2]
+    assert "no single sample; lower train.learning_rate from 1e+30" in done.errors[0]
+    assert not checkpoints(experiment.folder / "runs/exploded")
+
+
+def test_a_loss_spike_is_told_and_training_goes_on(experiment: Experiment) -> None:
+    run = experiment.folder / "runs/spike"
+    fault = planted(loss_spike_at, 30 * 4)
+    done = run_ranks(experiment, "name=spike", "train.batch_size=4", before=fault)
+    assert done.statuses == [0], done.output
+    (event,) = lines_of(run, "events")
+    assert (event["event"], event["step"], event["stream"]) == ("loss spike", 31, [120, 124])
+    assert '"loss spike"' in done.output
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(
+    experiment: Experiment, whole_run: Path
+) -> None:
+    run = experiment.folder / "runs/full"
+    fault = planted(disk_full_at_save, 2)
+    done = run_ranks(experiment, "name=full", ranks=2, before=fault)
+    assert done.statuses == [2, 2], done.output
+    (line,) = done.errors
+    assert line.startswith(f"error: {run}/checkpoints/000000000096: not written (")
+    assert checkpoints(run) == [48]
+    assert not list(run.glob("*/.*.tmp"))
+    done = run_ranks(experiment, "name=full", ranks=2)
+    assert done.statuses == [0, 0], done.output
+    assert metrics(run) == metrics(whole_run)
+    assert newest_state(run) == newest_state(whole_run)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(experiment: Experiment, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir(mode=0o555)
+    command = experiment.command(TRAIN, "name=closed", f"runs={runs}")
+    if os.geteuid() == 0:  # to whom folders are never closed, unless this capability is taken away
+        command = ["setpriv", "--bounding-set", "-dac_override", *command]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {runs}/closed: not written (Permission denied)")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(experiment: Experiment) -> None:
-    done = experiment.run(TRAIN, "name=odd", "train.batch_size=15", ranks=2)
-    assert done.returncode != 0
-    assert "error: train.batch_size: 15 is not divisible by the 2 ranks; use 14" in done.stderr
+    done = run_ranks(experiment, "name=odd", "train.batch_size=15", ranks=2)
+    assert done.statuses == [2, 2]
+    assert done.errors[0].startswith("error: train.batch_size: 15 is not divisible by the 2 ranks; use 14")
     assert not (experiment.folder / "runs/odd").exists()
 
 
@@ -161,9 +251,9 @@ def test_a_flipped_bit_in_a_shard_stops_training_before_the_sample_is_used(
     content = bytearray(tar.read_bytes())
     content[700] ^= 1  # in the first sample's moments: past a tar header and an npy header
     tar.write_bytes(content)
-    done = experiment.run(TRAIN, "name=flipped", f"data.shards={shards}")
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    done = run_ranks(experiment, "name=flipped", f"data.shards={shards}")
+    assert done.statuses == [2]
+    (line,) = done.errors
     assert f"{tar}: sample 20 (member 0000000020) does not match its checksum" in line
 
 
@@ -173,16 +263,53 @@ def test_shards_of_another_shape_or_number_of_classes_are_refused(experiment: Ex
         ("model.num_classes=3", "model.num_classes: found 3"),
         ("data.shards=nowhere", "data.shards: nowhere has no index.json"),
     ):
-        done = experiment.run(TRAIN, "name=other", override)
-        assert done.returncode == 2
-        assert expected in done.stderr.splitlines()[-1]
+        done = run_ranks(experiment, "name=other", override)
+        assert done.statuses == [2]
+        assert expected in done.errors[0]
 
 
-def interrupted_copy(run: Path, name: str, checkpoints: int) -> Path:
-    """A copy of a finished run as it was when its first `checkpoints` checkpoints were all it had."""
+def test_grids_of_samples_are_drawn_at_their_interval(experiment: Experiment) -> None:
+    from PIL import Image
+
+    done = run_ranks(
+        experiment,
+        *("name=grids", "train.total_samples=32", "train.grid_samples=16", "train.grid_pictures=5"),
+        ranks=2,
+    )
+    assert done.statuses == [0, 0], done.output
+    grids = sorted((experiment.folder / "runs/grids/grids").iterdir())
+    assert [path.name for path in grids] == ["000000000016.png", "000000000032.png"]
+    with Image.open(grids[-1]) as picture:
+        assert picture.size == (96, 64)  # three by two pictures of 32 pixels
+
+
+def test_a_width_made_afterwards_is_near_the_one_that_training_kept(experiment: Experiment) -> None:
+    from safetensors.torch import load_file
+
+    run = experiment.folder / "runs/widths"
+    settings = ("name=widths", "train.checkpoint_samples=16")
+    done = run_ranks(experiment, *settings, "train.ema_decays=[]", "train.ema_widths=[0.05,0.1,0.08]")
+    assert done.statuses == [0], done.output
+    file = "diffusion_pytorch_model.safetensors"
+    kept, other = (load_file(run / f"weights/000000000160/power-{width}/{file}") for width in ("0.08", "0.1"))
+    shutil.rmtree(run / "weights/000000000160/power-0.08")
+    script = "pipeline/reconstruct_ema.py"
+    made = experiment.run(script, "name=widths", "train.ema_widths=[0.05,0.1]", "--width", "0.08")
+    assert made.returncode == 0, made.stderr
+    found = load_file(run / f"weights/000000000160/power-0.08/{file}")
+    distance = sum(float((found[name] - kept[name]).square().sum()) for name in kept)
+    apart = sum(float((other[name] - kept[name]).square().sum()) for name in kept)
+    assert distance < 0.05 * apart  # ten steps are a coarse curve
+    refused = experiment.run(script, "name=widths", "train.ema_widths=[0.05]", "--width", "0.5")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: --width: 0.5 is outside (0, 0.28)")
+
+
+def interrupted_copy(run: Path, name: str, saved: int) -> Path:
+    """A copy of a finished run as it was when its first `saved` checkpoints were all it had."""
     copy = run.parent / name
     shutil.copytree(run, copy)
-    for checkpoint in sorted((copy / "checkpoints").iterdir())[checkpoints:]:
+    for checkpoint in sorted((copy / "checkpoints").iterdir())[saved:]:
         shutil.rmtree(checkpoint)
         shutil.rmtree(copy / "weights" / checkpoint.name)
     return copy

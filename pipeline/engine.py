@@ -1,0 +1,152 @@
+"""The optimiser under DeepSpeed: settings, learning rate, and an update that is left out where it would harm."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from common.errors import UserError
+from common.files import read_json
+from common.recipe import Recipe
+from fpdm.blocks import Block
+from fpdm.denoiser import Denoiser
+from pipeline.run_identity import precision, total_samples
+
+# What a loss scaler goes on from (fp16 alone has one); its other fields are settings.
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+STATED = {"zero_optimization": "stage", "bf16": "enabled", "fp16": "enabled"}  # in sections: what the recipe says too
+ARITHMETIC = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own settings: generated, or the user's own file checked against the recipe and completed from it.
+
+    `micro_batch_size` must be resolved (`with_world_size`). Raises UserError for what DeepSpeed cannot do, or for a
+    file that contradicts the recipe.
+    """
+    settings = recipe.train
+    assert settings.micro_batch_size is not None
+    chosen = precision(recipe)
+    if chosen != "fp32" and settings.zero_stage == 0:
+        raise UserError(f"train.zero_stage: 0 keeps no fp32 parameters beside {chosen} ones; use 1, 2 or 3")
+    if chosen == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU, and this machine has none; use fp32, or bf16 to try it")
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    generated = {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * world_size),
+        "gradient_clipping": settings.gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, which saves and restores the same everywhere
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": chosen == "bf16"},
+        "fp16": {"enabled": chosen == "fp16"},
+        "steps_per_print": 2**31,  # the training loop does the printing
+    }
+    config = generated if settings.deepspeed_config is None else _own_config(settings.deepspeed_config, generated)
+    if settings.zero_stage == 0:
+        config["gradient_clipping"] = 0.0  # `update` does it there
+    return config
+
+
+def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
+    """The user's file; what the recipe states too must agree, and is filled in where the file leaves it out."""
+    given = read_json(Path(path))
+    if not isinstance(given, dict):
+        raise UserError(f"train.deepspeed_config: {path} holds no JSON object; see deepspeed.json in a run's folder")
+    for section in ("optimizer", "scheduler"):
+        if section in given:
+            raise UserError(
+                f"train.deepspeed_config: {path} has a section {section!r}; the recipe's AdamW and learning rate are "
+                "used, which resume exactly: remove it"
+            )
+    stated = [(name, given.get(name, "auto"), generated[name]) for name in ARITHMETIC]
+    stated += [
+        (f"{section}.{field}", given.get(section, {}).get(field, "auto"), generated[section][field])
+        for section, field in STATED.items()
+    ]
+    for name, found, expected in stated:
+        if found not in (expected, "auto"):
+            raise UserError(
+                f"train.deepspeed_config: {path} has {name} {found}, the recipe and the ranks make it {expected}; "
+                "correct one of the two, or leave it out there"
+            )
+    sections = {name: {**given.get(name, {}), field: generated[name][field]} for name, field in STATED.items()}
+    return {**generated, **given, **{name: generated[name] for name in ARITHMETIC}, **sections}
+
+
+def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around the model and torch's AdamW."""
+    import deepspeed
+
+    settings = recipe.train
+    if settings.compile:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()  # in place: parameters keep their names
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def learning_rate(recipe: Recipe, samples_seen: int) -> float:
+    """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or falling to zero."""
+    settings = recipe.train
+    rate = settings.learning_rate
+    if settings.warmup_samples:
+        rate *= min(1.0, (samples_seen + settings.batch_size) / settings.warmup_samples)
+    progress = min(1.0, samples_seen / total_samples(recipe))
+    if settings.learning_rate_decay == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * progress))
+    elif settings.learning_rate_decay == "linear":
+        rate *= 1 - progress
+    return rate
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def spoiled_by(loss: Tensor) -> Tensor:
+    """The same loss, to the bit; where it is not finite its gradients are not either, whatever the network's are.
+
+    So one check before the update, that of the gradient's norm over all ranks, covers both.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+def update(engine: Any, gradient_clipping: float) -> float:
+    """The optimiser's step at the end of an accumulation. Returns the norm of the gradient over all ranks, unclipped.
+
+    Where it is not finite, nothing was updated: above stage 0 DeepSpeed sees to that, below it is done here.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    parameters = list(engine.module.parameters())
+    norm = float(clip_grad_norm_(parameters, gradient_clipping or math.inf))
+    if not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None  # the optimiser passes over parameters without a gradient
+    engine.step()
+    return norm
+
+
+def scaler_state(engine: Any) -> dict[str, float]:
+    """Where the fp16 loss scaler stands; empty without one."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {name: getattr(scaler, name) for name in SCALER_STATE if getattr(scaler, name, None) is not None}
+
+
+def restore_scaler(engine: Any, state: dict[str, float]) -> None:
+    for name, value in state.items():
+        setattr(engine.optimizer.loss_scaler, name, value)

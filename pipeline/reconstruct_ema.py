@@ -1,0 +1,102 @@
+"""Makes averaged weights of any width from a run's stored power-function averages, after training (Karras et al. 2024).
+
+python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08
+
+The run must have kept some: train.ema_widths=[0.05,0.1]. The more checkpoints' weights there are, the nearer the
+result; --samples ends the average earlier. It lies beside the run's own averages: sample.ema=power-0.08 draws from it.
+"""
+
+import sys
+from pathlib import Path
+
+from common.command import argument_parser, guarded
+from common.errors import UserError
+from common.recipe import Recipe
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--width", type=float, required=True, help="of the average, as a share of the training: 0.08")
+    parser.add_argument("--samples", type=int, help="training samples at which it ends; the last ones stored")
+    arguments = parser.parse_intermixed_args()
+
+    from common.loading import load_recipe
+    from pipeline.run_folder import power_name, weights_folder
+
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    stored = find_snapshots(recipe)
+    end = arguments.samples or max(samples for samples, _ in stored)
+    target = weights_folder(recipe, end, power_name(arguments.width))
+    factors = plan(recipe, list(stored), end, arguments.width)
+    print(f"plan: {target} from {len(factors)} stored averages", flush=True)
+    if target.exists():
+        print(f"{target}: there already")
+    elif not arguments.dry_run:
+        write(recipe, stored, factors, end, arguments.width)
+
+
+def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
+    """(samples seen, width) -> folder of every average that the run stored of `train.ema_widths`.
+
+    Raises UserError where there is none.
+    """
+    from pipeline.run_folder import power_name
+
+    weights = recipe.folder / "weights"
+    found = {
+        (int(folder.parent.name), width): folder
+        for width in recipe.train.ema_widths
+        for folder in sorted(weights.glob(f"[0-9]*/{power_name(width)}"))
+        if int(folder.parent.name)  # before the first step there is nothing to average
+    }
+    if not found:
+        raise UserError(
+            f"train.ema_widths: {weights} holds no power-function averages of the recipe's widths "
+            f"{list(recipe.train.ema_widths)}; train with train.ema_widths=[0.05,0.1]"
+        )
+    return found
+
+
+def plan(recipe: Recipe, stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
+    """The factor of each stored average that the one of `width` after `end` samples is made of."""
+    from fpdm.ema import reconstruction_weights
+
+    usable = [snapshot for snapshot in stored if snapshot[0] <= end]  # what came later holds weights it must not see
+    if not usable or max(samples for samples, _ in usable) != end:
+        there = ", ".join(str(samples) for samples in sorted({samples for samples, _ in stored}))
+        raise UserError(f"--samples: {end}, but averages are stored after {there}; choose one of these")
+    try:
+        factors = reconstruction_weights(usable, (end, width))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return dict(zip(usable, factors.tolist(), strict=True))
+
+
+def write(
+    recipe: Recipe,
+    stored: dict[tuple[int, float], Path],
+    factors: dict[tuple[int, float], float],
+    end: int,
+    width: float,
+) -> None:
+    """Adds the stored averages up in float64 and writes the sum as weights, with its factors in config.json."""
+    from fpdm.weights import load_pretrained, read_extra
+    from pipeline.checkpoint import disk_faults_told, export_weights
+    from pipeline.run_folder import power_name
+
+    total = None
+    for snapshot, factor in factors.items():
+        weights = {
+            name: factor * value.double() for name, value in load_pretrained(stored[snapshot]).named_parameters()
+        }
+        total = weights if total is None else {name: total[name] + weights[name] for name in total}
+    assert total is not None
+    notes = [{"samples": samples, "width": one, "factor": factor} for (samples, one), factor in factors.items()]
+    run = read_extra(stored[max(factors)])["run"]
+    with disk_faults_told(recipe.folder):
+        weights = {name: value.detach().float() for name, value in total.items()}
+        export_weights(recipe, weights, end, run, power_name(width), reconstructed_from=notes)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

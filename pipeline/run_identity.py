@@ -1,0 +1,63 @@
+"""What makes a run this run and no other, and what is told when a recipe no longer describes it."""
+
+import json
+import math
+from typing import Any
+
+from common.recipe import Recipe
+from preprocess.shards import LatentShards
+
+# Changing one of these in the middle of a run would make it another run.
+IDENTITY = {
+    "model": None,
+    "objective": None,
+    "data": ["flips"],
+    "train": [
+        *("batch_size", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
+        *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
+        *("ema_decays", "ema_widths", "ema_reference_batch"),
+    ],
+}
+
+
+def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
+    """Field names and values, as JSON gives them back."""
+    found: dict[str, Any] = {
+        "seed": recipe.seed,
+        "data.shards": shards.index["samples_sha256"],
+        "train.precision": precision(recipe),
+    }
+    if recipe.train.learning_rate_decay != "constant":  # every rate of the schedule depends on its end
+        found["train.total_samples"] = recipe.train.total_samples
+    for section, names in IDENTITY.items():
+        values = vars(getattr(recipe, section))
+        found |= {f"{section}.{name}": values[name] for name in names or values}
+    return json.loads(json.dumps(found))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The fields of two identities that differ, with both values; empty where they are the same run's."""
+    return ", ".join(
+        f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
+        for field in sorted(before | now)
+        if before.get(field) != now.get(field)
+    )
+
+
+def precision(recipe: Recipe) -> str:
+    """`train.precision`, with "auto" resolved for this machine."""
+    import torch
+
+    if recipe.train.precision == "auto":
+        return "bf16" if torch.cuda.is_available() else "fp32"
+    return recipe.train.precision
+
+
+def total_samples(recipe: Recipe) -> int:
+    """`train.total_samples`, up to whole batches."""
+    return math.ceil(recipe.train.total_samples / recipe.train.batch_size) * recipe.train.batch_size
+
+
+def crosses(before: int, after: int, interval: int) -> bool:
+    """Whether a multiple of `interval` samples lies in (before, after]; never for an interval of 0."""
+    return bool(interval) and after // interval > before // interval

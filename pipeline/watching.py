@@ -1,0 +1,167 @@
+"""What is measured of a step: losses over all ranks, where the time goes, how much is computed."""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.recipe import Recipe
+from fpdm.denoiser import Denoiser, DenoiserConfig
+
+QUARTILES = 4
+# Dense matrix products in bf16 or fp16, TFLOP/s, from the makers' data sheets; what is not here is given in the recipe.
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
+
+
+def loss_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
+    """(B,) losses and timesteps -> (9,) float64: sum of losses, then sums and counts by quartile of the timestep.
+
+    The first quartile is the one with the least noise. Sums of parts of a batch add up to those of the batch.
+    """
+    quartile = (timesteps * QUARTILES // num_timesteps).long()  # (B,)
+    members = (quartile[None] == torch.arange(QUARTILES, device=losses.device)[:, None]).double()  # (4, B)
+    losses = losses.detach().double()
+    return torch.cat([losses.sum()[None], torch.where(members > 0, losses, 0).sum(1), members.sum(1)])
+
+
+@dataclass
+class Interval:
+    """Sums over the steps since the last log line, over all ranks; saved with a checkpoint, so that no kill is seen."""
+
+    steps: int = 0
+    skipped: int = 0
+    loss: float = 0.0  # sum of the steps' mean losses
+    quartile_losses: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
+    quartile_counts: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
+
+    def add(self, sums: list[float], batch_size: int) -> None:
+        """`sums`: those of `loss_sums`, over all ranks."""
+        self.steps += 1
+        self.loss += sums[0] / batch_size
+        for number in range(QUARTILES):
+            self.quartile_losses[number] += sums[1 + number]
+            self.quartile_counts[number] += sums[1 + QUARTILES + number]
+
+    def means(self) -> dict[str, float | None]:
+        """None where there was no sample to take a mean of."""
+        quartiles = {
+            f"loss_q{number + 1}": total / count if count else None
+            for number, (total, count) in enumerate(zip(self.quartile_losses, self.quartile_counts, strict=True))
+        }
+        return {"loss": self.loss / self.steps if self.steps else None, **quartiles, "skipped_steps": self.skipped}
+
+
+class Stopwatch:
+    """Seconds spent in the parts of a step. On a GPU its own clock is asked, when they are read: nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.clock: Callable[[], float] = time.perf_counter  # of the CPU
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.spans.append((part, start, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds a part since the last reading."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for part, start, end in self.spans:
+            seconds = start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
+            found[part] = found.get(part, 0.0) + seconds
+        self.spans.clear()
+        return found
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Throughput:
+    """Speed since the last log line, of this process alone: what an interrupted process did before is not in it."""
+
+    def __init__(self, recipe: Recipe, config: DenoiserConfig, device: torch.device, world_size: int) -> None:
+        self.recipe, self.config, self.world_size = recipe, config, world_size
+        self.watch = Stopwatch(device)
+        self.start()
+
+    def count(self, samples: int, iterations: tuple[int, int]) -> None:
+        self.steps += 1
+        self.samples += samples
+        self.flops += samples * step_flops(self.config, iterations)
+
+    def read(self) -> dict[str, float | None]:
+        """Samples a second over all ranks; seconds a step, by part; FLOP/s and its share of the peak, of one device."""
+        seconds, steps = max(time.perf_counter() - self.started, 1e-9), max(self.steps, 1)
+        tflops = self.flops / seconds / self.world_size / 1e12
+        peak = self.recipe.train.peak_tflops or known_peak()
+        found = {
+            "samples_per_second": round(self.samples / seconds, 2),
+            "step_seconds": round(seconds / steps, 6),
+            **{f"{part}_seconds": round(spent / steps, 6) for part, spent in self.watch.read().items()},
+            "memory_gib": round(peak_memory() / 2**30, 3),
+            "tflops": round(tflops, 4),
+            "flop_utilisation": round(tflops / peak, 4) if peak else None,
+        }
+        self.start()
+        return found
+
+    def start(self) -> None:
+        """Counts from now on."""
+        self.steps, self.samples, self.flops, self.started = 0, 0, 0.0, time.perf_counter()
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def known_peak() -> float | None:
+    """TFLOP/s of this machine's GPU, where its data sheet is in the table."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
+
+
+def step_flops(config: DenoiserConfig, iterations: tuple[int, int]) -> float:
+    """Floating-point operations of one sample's training step: a backward pass counts as two forward passes.
+
+    What activation checkpointing computes again is not counted: it is no progress.
+    """
+    outer, iteration = _forward_flops(config)
+    without_gradient, with_gradient = iterations
+    return 3 * outer + (without_gradient + 3 * with_gradient) * iteration
+
+
+@lru_cache
+def _forward_flops(config: DenoiserConfig) -> tuple[int, int]:
+    """Of one sample: (all but the iterations, one iteration), counted by torch on shapes alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = Denoiser(config)
+        latents = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        zero = torch.zeros(1, dtype=torch.long)
+    counts = []
+    for iterations in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            model(latents, zero, zero, iterations=iterations)
+        counts.append(counter.get_total_flops())
+    iteration = counts[1] - counts[0]
+    return counts[0] - iteration, iteration

@@ -1,0 +1,100 @@
+"""What goes wrong in the tests, planted in a training process before it begins."""
+
+import functools
+import json
+import os
+import resource
+import signal
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def nan_in_sample(index: int) -> None:
+    """Sample `index` of the data set comes with a NaN in its latents."""
+    from pipeline.data import Batch, Stream
+
+    read = Stream.batch
+
+    def batch(self: Stream, first: int, count: int) -> Batch:
+        import torch
+
+        found = read(self, first, count)
+        found.latents[self.indices(torch.arange(first, first + count)) == index, 0, 0, 0] = torch.nan
+        return found
+
+    Stream.batch = batch  # type: ignore[method-assign]
+
+
+def loss_spike_at(samples_seen: int) -> None:
+    """The latents of the step that starts there are a hundred times too large."""
+    from pipeline.data import Batch, Stream
+
+    read = Stream.batch
+
+    def batch(self: Stream, first: int, count: int) -> Batch:
+        found = read(self, first, count)
+        if first == samples_seen:
+            found.latents.mul_(100)
+        return found
+
+    Stream.batch = batch  # type: ignore[method-assign]
+
+
+def disk_full_at_save(number: int) -> None:
+    """From the run's `number`th checkpoint on, no file of this process may grow beyond 64 KiB: the kernel refuses."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
+
+    _at_call("pipeline.checkpoint", "write", number, limit)
+
+
+def killed_at_sync(number: int) -> None:
+    """kill -9 when rank 0 syncs what it wrote for the `number`th time: before, inside or after a save."""
+    if os.environ["RANK"] == "0":
+        _at_call("common.files", "sync", number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def recording(path: Path) -> None:
+    """Every batch read is noted: a line a sample with its position, its id, and a checksum of all that was drawn."""
+    from pipeline.data import Batch, Stream
+
+    read = Stream.batch
+
+    def batch(self: Stream, first: int, count: int) -> Batch:
+        import torch
+
+        found = read(self, first, count)
+        ids = self.indices(torch.arange(first, first + count)).tolist()
+        with open(f"{path}.{os.environ['RANK']}", "a") as lines:
+            for number in range(count):
+                drawn = b"".join(tensor[number].numpy().tobytes() for tensor in vars(found).values())
+                lines.write(json.dumps([first + number, ids[number], zlib.crc32(drawn)]) + "\n")
+        return found
+
+    Stream.batch = batch  # type: ignore[method-assign]
+
+
+def planted(fault: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    """`fault(*arguments)` as `before` of `run_ranks`."""
+    return functools.partial(fault, *arguments)
+
+
+def _at_call(module: str, name: str, number: int, effect: Callable[[], None]) -> None:
+    """Calls `effect` just before the `number`th call of a function."""
+    import importlib
+
+    owner = importlib.import_module(module)
+    function, calls = getattr(owner, name), 0
+
+    @functools.wraps(function)
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            effect()
+        return function(*arguments, **named)
+
+    setattr(owner, name, counted)

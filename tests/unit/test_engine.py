@@ -1,0 +1,123 @@
+"""DeepSpeed's settings agree with the recipe, whoever wrote them; learning rates are functions of samples seen."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.loading import parse_recipe
+from common.recipe import Recipe, with_world_size
+from pipeline.engine import deepspeed_config, learning_rate, restore_scaler, scaler_state, spoiled_by
+
+
+def recipe_with(*overrides: str) -> Recipe:
+    given = ("train.batch_size=32", "train.micro_batch_size=4", "train.precision=fp32", *overrides)
+    return with_world_size(parse_recipe("name: a", given), 2)
+
+
+def test_the_generated_settings_add_up() -> None:
+    made = deepspeed_config(recipe_with(), 2)
+    assert made["train_batch_size"] == 32
+    assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 2 == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"train_batch_size": 64}, "has train_batch_size 64, the recipe and the ranks make it 32"),
+        ({"gradient_accumulation_steps": 1}, "has gradient_accumulation_steps 1, the recipe and the ranks make it 4"),
+        ({"zero_optimization": {"stage": 3}}, "has zero_optimization.stage 3, the recipe and the ranks make it 2"),
+        ({"bf16": {"enabled": True}}, "has bf16.enabled True, the recipe and the ranks make it False"),
+        ({"gradient_clipping": 0.1}, "has gradient_clipping 0.1, the recipe and the ranks make it 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "has a section 'optimizer'"),
+        ([1, 2], "holds no JSON object"),
+    ],
+)
+def test_a_users_own_settings_that_contradict_the_recipe_are_refused(
+    given: object, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(given))
+    with pytest.raises(UserError, match=expected):
+        deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+
+
+def test_a_users_own_settings_replace_the_generated_ones(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    own = {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "overlap_comm": False}, "wall_clock": True}
+    path.write_text(json.dumps(own))
+    made = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    assert made["train_batch_size"] == 32
+    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert made["wall_clock"] is True
+    assert made["train_micro_batch_size_per_gpu"] == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds without a GPU")
+def test_fp16_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
+        deepspeed_config(recipe_with("train.precision=fp16"), 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.zero_stage=0", "train.precision=fp16"), r"train\.zero_stage: 0 keeps no fp32 parameters beside fp16"),
+        (("train.zero_stage=0", "train.offload_optimizer=true"), r"train\.offload_optimizer: ZeRO stage 0"),
+        (("train.zero_stage=3", "train.compile=true"), r"train\.compile: not with zero_stage 3"),
+        (("train.ema_decays=[]",), r"train\.ema_decays: sampling needs an average"),
+        (("train.ema_widths=[0.3]",), r"train\.ema_widths"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse_recipe("name: a", overrides)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("cosine", [0.5, 0.75, 0.5, 0]), ("linear", [0.5, 2 / 3, 0.5, 0])],
+)
+def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected: list[float]) -> None:
+    settings = ("train.total_samples=960", "train.batch_size=32", "train.learning_rate=1.0", "train.warmup_samples=64")
+    recipe = parse_recipe("name: a", (*settings, f"train.learning_rate_decay={decay}"))
+    assert [learning_rate(recipe, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_finite_spoils_every_gradient_and_another_none() -> None:
+    for bad in (float("nan"), float("inf")):
+        weight = torch.ones(3, requires_grad=True)
+        spoiled_by((weight * torch.tensor([1.0, 1.0, bad])).sum()).backward()
+        assert not weight.grad.isfinite().any()
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * torch.tensor([0.1, 0.2, 0.3])).sum()
+    assert torch.equal(spoiled_by(loss), loss)
+    spoiled_by(loss).backward()
+    assert torch.equal(weight.grad, torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_the_loss_scaler_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.setattr(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1))  # who does not log
+
+    def engine() -> SimpleNamespace:
+        scaler = DynamicLossScaler(
+            init_scale=2.0**16, scale_window=3, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False
+        )
+        scaler.raise_error_at_min_scale = False
+        return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+
+    first, second = engine(), engine()
+    for overflow in (False, True, False, True, False):
+        first.optimizer.loss_scaler.update_scale(overflow)
+    restore_scaler(second, json.loads(json.dumps(scaler_state(first))))
+    for overflow in (False, False, True, False):
+        first.optimizer.loss_scaler.update_scale(overflow)
+        second.optimizer.loss_scaler.update_scale(overflow)
+        assert scaler_state(first) == scaler_state(second)
+    assert scaler_state(SimpleNamespace(optimizer=SimpleNamespace())) == {}
