@@ -18,12 +18,22 @@ if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" >.venv/.complete
 fi
 
-if [ "${1:-}" = --test ] && ! command -v chromium >/dev/null; then
-    install="apt-get install -y --no-install-recommends chromium"
-    quietly=(-qq -o DPkg::Lock::Timeout=300)
-    echo "setup: installing chromium, which a test of the report opens it in"
+# need PROGRAM WHAT_FOR PACKAGE...: installs packages that a test needs, where PROGRAM is not there yet.
+need() {
+    local program=$1 what_for=$2 install quietly=(-qq -o DPkg::Lock::Timeout=300)
+    shift 2
+    PATH=$PATH:/usr/sbin command -v "$program" >/dev/null && return
+    install="apt-get install -y --no-install-recommends $*"
+    echo "setup: installing $*: $what_for"
     if [ "$(id -u)" != 0 ] ||
         ! { apt-get "${quietly[@]}" update && DEBIAN_FRONTEND=noninteractive $install "${quietly[@]}" >/dev/null; }; then
-        echo "setup: chromium could not be installed here; the tests that need it will not run. To have them: sudo $install" >&2
+        echo "setup: $* could not be installed here. To have what it is for ($what_for): sudo $install" >&2
     fi
+}
+
+if [ "${1:-}" = --test ]; then
+    need chromium "a test of the report opens it in a browser, and is left out without one" chromium
+    # Debian starts none of these by itself; the tests start their own on the loopback interface.
+    need slurmctld "tests run jobs on a real SLURM, and fail without one unless FPDM_WITHOUT_SLURM=1" \
+        slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
 fi
