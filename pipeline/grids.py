@@ -11,6 +11,7 @@ from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import rng
 from fpdm.sampling import sample
 from fpdm.weights import assemble
+from pipeline.plans import even_iterations
 from preprocess.encoder import Encoder
 from preprocess.images import to_uint8
 
@@ -37,11 +38,11 @@ class GridPainter:
             index % recipe.model.num_classes,
             sampler="flow_euler" if recipe.objective.prediction == "flow" else "ddim",
             num_steps=steps,
-            iterations=[recipe.sample.iterations] * steps if recipe.model.kind == "fpdm" else None,
+            iterations=even_iterations(recipe),
         )
         path = recipe.folder / "grids" / f"{samples_seen:012d}.png"
         with atomic_write(path) as file:
-            Image.fromarray(_tile(to_uint8(self.vae.decode(latents))).numpy()).save(file, format="png")
+            Image.fromarray(_tile(to_uint8(self.vae.decode(latents)).cpu()).numpy()).save(file, format="png")
         return path
 
 
