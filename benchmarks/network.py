@@ -7,7 +7,7 @@ For each size, in one run, its contenders taking turns:
   published  (a) a plain transcription of the published recurrence with the same parameters: nothing is computed once,
              and the iterations "without gradient" build their graph all the same
   dit        (b) DiT of the same width, 28 layers deep
-  products   (c) only the matrix products of ours, preallocated: the limit
+  products   (c) only the matrix products of ours, by the same kernels, operands preallocated: the limit
 A training step is forward and backward, without the optimiser, with the given n and m. Of each contender's rounds the
 fastest counts, and on the CPU time is this process's CPU time: the rest is the machine's other load.
 Memory is the peak of the tensors allocated: of activations during the forward pass, of a step with the gradients too.
@@ -26,12 +26,13 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would report on itself
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from fpdm import SIZES, Denoiser, DenoiserConfig, build_denoiser
-from fpdm.blocks import Block, unpatchify
+from fpdm.blocks import Attention, Block, unpatchify
+from fpdm.linear import linear
 
 DIT_DEPTH = 28
 ITERATIONS = (8, 26)  # of a sampling call: 28 calls of 8 are the paper's 280 blocks, 20 of 26 its 560
@@ -70,7 +71,7 @@ class Published:
         z = model.x_embedder(x) + model.pos_embed
         for block in model.blocks_pre:
             z = plain_block(block, z, label)
-        injection = model.block_pre_projection(z)
+        injection = plain_linear(z, model.block_pre_projection)
         with nullcontext():
             for _ in range(n):
                 z = self.iterate(z, injection, c)
@@ -84,18 +85,30 @@ class Published:
     def iterate(self, z: Tensor, injection: Tensor, c: Tensor) -> Tensor:
         fc1, fc2 = self.model.block_fixed_point_projection_fc1, self.model.block_fixed_point_projection_fc2
         hidden = F.linear(torch.cat([z, injection], dim=-1), fc1.weight, fc1.bias)
-        return plain_block(self.model.block_fixed_point, fc2(F.gelu(hidden, approximate="tanh")), c)
+        return plain_block(self.model.block_fixed_point, plain_linear(F.gelu(hidden, approximate="tanh"), fc2), c)
+
+
+def plain_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def plain_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
-    parts = block.adaLN_modulation(c).chunk(6, dim=1)
+    parts = plain_linear(F.silu(c), block.adaLN_modulation[1]).chunk(6, dim=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (part.unsqueeze(1) for part in parts)
-    x = x + gate1 * block.attn(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
-    return x + gate2 * block.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2)
+    x = x + gate1 * plain_attention(block.attn, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
+    y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+    hidden = F.gelu(plain_linear(y, block.mlp.fc1), approximate="tanh")
+    return x + gate2 * plain_linear(hidden, block.mlp.fc2)
+
+
+def plain_attention(attention: Attention, x: Tensor) -> Tensor:
+    qkv = plain_linear(x, attention.qkv).unflatten(-1, (3, attention.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+    return plain_linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attention.proj)
 
 
 class Products:
-    """The matrix products of `calls`, counted from the shapes, with operands and results allocated before."""
+    """The matrix products of `calls`, counted from the shapes, with operands allocated before; without a graph."""
 
     def __init__(self, config: DenoiserConfig, batch: int, device: str) -> None:
         tokens, width, heads = config.num_tokens, config.hidden_size, config.num_heads
@@ -116,6 +129,7 @@ class Products:
         a, b, c = (torch.randn(batch, *size, device=device) for size in ((m, k), (n, k), (m, n)))
         return [(a, b.mT, c), (c, b, torch.empty_like(a)), (c.mT, a, torch.empty_like(b))]
 
+    @torch.no_grad()
     def __call__(self, outer_depth: int, n: int, m: int, backward: bool) -> None:
         """Products of a call with n iterations without and m with gradient; m of 0 and no backward is sampling."""
         self._run(self.block, outer_depth, backward)
@@ -128,7 +142,10 @@ class Products:
         for _ in range(times):
             for forward, *gradients in products:
                 for a, b, out in [forward, *gradients] if backward else [forward]:
-                    torch.bmm(a, b, out=out)
+                    if len(a) == 1:
+                        linear(a[0], b[0].mT)
+                    else:
+                        torch.bmm(a, b, out=out)
 
 
 def product_ratio(config: DenoiserConfig, n: int, m: int, backward: bool) -> float:

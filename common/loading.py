@@ -131,6 +131,11 @@ def check_together(recipe: Recipe) -> None:
     side = latent_shape(recipe)[1]
     if side % recipe.model.patch_size:
         raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
+    if recipe.data.cache is None and (recipe.data.stage_in or "://" in recipe.data.shards):
+        needs = "stage_in" if recipe.data.stage_in else f"shards: {recipe.data.shards}"
+        raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
+    if recipe.train.batch_size % recipe.data.lanes:
+        raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     _check_training(recipe.train)
     for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
         try:

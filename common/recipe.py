@@ -49,8 +49,16 @@ class Data:
     # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
     crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels
-    shards: str = "data/shards"
+    shards: str = "data/shards"  # training also reads any fsspec address (s3://bucket/folder), through `cache`
     shard_samples: Count = 8192
+    format: Literal["tar", "ffcv"] = "tar"  # ffcv: the one file that preprocess/beton.py makes; the same samples
+    # Copies of shards on a local disk, each proved before it is used; `$SCRATCH` and the like are put in.
+    cache: str | None = None
+    cache_gb: Positive | None = None  # what was used longest ago goes; several times mixed_blocks shards are best
+    stage_in: StrictBool = False  # copy all shards into `cache` before the first step, once a node
+    order: Literal["random", "block"] = "random"  # block: shards nearly in sequence, for slow or remote storage
+    mixed_blocks: Count = 16  # shards whose samples are shuffled together in block order
+    lanes: Count = 1  # parts of a step that read shards of their own in block order; best one a node
     flips: StrictBool = True  # a second set of moments, of the mirrored picture
     max_rejected: Fraction = 0.001  # share of unreadable pictures above which encoding stops
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpdm.linear import Linear, linear_gelu
+
 NORM_EPS = 1e-6
 FREQUENCIES = 256
 
@@ -50,7 +52,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.mlp(timestep_embedding(t).to(dtype))
@@ -72,7 +74,7 @@ class VectorEmbedder(nn.Module):
 
     def __init__(self, condition_dim: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(condition_dim, width)
+        self.proj = Linear(condition_dim, width)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.proj(y)
@@ -84,8 +86,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
@@ -98,11 +100,11 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class Modulation(NamedTuple):
@@ -127,7 +129,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, num_heads)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, c: Tensor) -> Modulation:
         """(B, D) condition -> what `forward` needs of it; apart, so that a repeated block computes it once."""
@@ -145,8 +147,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fpdm import rng
@@ -25,6 +24,7 @@ from fpdm.blocks import (
     unpatchify,
 )
 from fpdm.fixed_point import Iterations, Solution, Solver, solve_implicit
+from fpdm.linear import Linear, add_gelu, linear
 
 SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "num_heads": 6, "depth": 12},
@@ -104,7 +104,7 @@ class Denoised(NamedTuple):
     residuals: Tensor | None
 
 
-class InjectedLinear(nn.Linear):
+class InjectedLinear(Linear):
     """First linear layer on [iterate, injection], split so that the injection's half is computed once.
 
     The forward pass hands out the iterate's half of the weight, so that under ZeRO-3 the whole parameter is gathered
@@ -114,7 +114,7 @@ class InjectedLinear(nn.Linear):
     def forward(self, injection: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, T, D) -> weight of the iterate (2D, D), term of the injection with the bias (B, T, 2D)."""
         iterate_weight, injection_weight = self.weight.chunk(2, dim=1)
-        return iterate_weight, F.linear(injection, injection_weight, self.bias)
+        return iterate_weight.contiguous(), linear(injection, injection_weight, self.bias)
 
 
 class Denoiser(nn.Module):
@@ -141,9 +141,9 @@ class Denoiser(nn.Module):
             self.blocks = self._stack(config.depth)
         else:
             self.blocks_pre = self._stack(config.pre_depth)
-            self.block_pre_projection = nn.Linear(width, width)
+            self.block_pre_projection = Linear(width, width)
             self.block_fixed_point_projection_fc1 = InjectedLinear(2 * width, 2 * width)
-            self.block_fixed_point_projection_fc2 = nn.Linear(2 * width, width)
+            self.block_fixed_point_projection_fc2 = Linear(2 * width, width)
             self.block_fixed_point = Block(width, config.num_heads, config.mlp_ratio)
             self.blocks_post = self._stack(config.post_depth)
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
@@ -234,8 +234,8 @@ class Denoiser(nn.Module):
 
         def step(x: Tensor, rows: Tensor | None) -> Tensor:
             term, m = (injected, modulation) if rows is None else (injected[rows], modulation.rows(rows))
-            hidden = torch.addmm(term.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(term)  # (b, T, 2D)
-            return self.block_fixed_point(self.block_fixed_point_projection_fc2(F.gelu(hidden, approximate="tanh")), m)
+            hidden = add_gelu(linear(x, weight), term)  # (b, T, 2D)
+            return self.block_fixed_point(self.block_fixed_point_projection_fc2(hidden), m)
 
         return solve_implicit(
             lambda x, rows: call(step, x, rows),

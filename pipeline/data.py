@@ -1,21 +1,51 @@
 """The stream of training samples: everything about position p is a function of (seed, p).
 
 Position p of the stream belongs to the step p // batch_size, whatever the number of ranks; a rank takes an equal,
-contiguous part of each step's positions. Epoch e is a permutation of the data set keyed by (seed, e), so that every
-picture comes exactly once an epoch and a step may span two epochs.
+contiguous part of each step's positions. Which sample comes at p is `pipeline/order.py`'s: every one exactly once an
+epoch, and a step may span two epochs.
 """
 
+import os
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.recipe import Recipe
 from fpdm import rng
 from fpdm.diffusion import Diffusion
+from pipeline.order import BlockOrder, RandomOrder
+from preprocess import beton
 from preprocess.encoder import draw_latents
-from preprocess.shards import LatentShards
+from preprocess.shards import INDEX, Cache, LatentShards
+from preprocess.shards.storage import CachedFolder
+
+
+def open_latents(recipe: Recipe) -> LatentShards:
+    """The recipe's latents, wherever and in whatever format they lie. UserError where they are not there."""
+    data = recipe.data
+    address = data.shards.rstrip("/")
+    if data.format == "ffcv":
+        address = f"{address}/{beton.FOLDER}"
+        if "://" not in address and not (Path(address) / INDEX).is_file():
+            raise UserError(f"data.format: {address} has no {INDEX}; run preprocess/beton.py, or set data.format=tar")
+    if data.cache is None:
+        return LatentShards(address)
+    folder = os.path.expandvars(data.cache)
+    if "$" in folder:
+        raise UserError(f"data.cache: {data.cache} names a variable that is not set; set it, or name the folder")
+    return LatentShards(address, Cache(Path(folder), None if data.cache_gb is None else int(data.cache_gb * 1e9)))
+
+
+def staged(recipe: Recipe, shards: LatentShards) -> LatentShards:
+    """The shards, all copied to this machine's cache now where data.stage_in says so."""
+    if recipe.data.stage_in and isinstance(shards.storage, CachedFolder):
+        shards.storage.stage(shards.index["shardlist"])
+    return shards
 
 
 @dataclass(frozen=True)
@@ -39,27 +69,25 @@ class Stream:
     shards: LatentShards
     diffusion: Diffusion
 
-    def indices(self, positions: Tensor) -> Tensor:
-        """(B,) stream positions -> (B,) sample indices of the data set."""
-        size, seed = len(self.shards), self.recipe.seed
-        epochs, places = positions // size, positions % size
-        indices = torch.empty_like(positions)
-        for epoch in epochs.unique().tolist():
-            of_epoch = epochs == epoch
-            indices[of_epoch] = rng.permute(seed, f"train/order/{epoch}", places[of_epoch], size)
-        return indices
+    @cached_property
+    def order(self) -> RandomOrder | BlockOrder:
+        data, size = self.recipe.data, len(self.shards)
+        if data.order == "random":
+            return RandomOrder(self.recipe.seed, size)
+        block = self.shards.index["settings"]["shard_samples"]
+        return BlockOrder(self.recipe.seed, size, self.recipe.train.batch_size, block, data.mixed_blocks, data.lanes)
 
     def batch(self, first: int, count: int) -> Batch:
         """The samples at positions `first` to `first + count`. Raises UserError naming a damaged sample."""
         recipe, seed = self.recipe, self.recipe.seed
         positions = torch.arange(first, first + count)
-        indices = self.indices(positions).numpy()
+        indices = self.order.indices(positions).numpy()
         moments = torch.from_numpy(self.shards.gather(indices, self._flips(positions))).float()  # (B, 2C, h, w)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         vae = self.shards.index["settings"]["vae"]
         normals = rng.normal(seed, "train/posterior", positions, shape)
         latents = draw_latents(moments, normals, vae["scaling_factor"], vae["shift_factor"])
-        labels = torch.from_numpy(self.shards.labels[indices])
+        labels = torch.from_numpy(self.shards.labels_at(indices))
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
         return Batch(
             latents=latents,

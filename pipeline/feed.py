@@ -42,7 +42,7 @@ class Feed:
         import torch
 
         first = samples_seen + self.offset
-        return self.stream.indices(torch.arange(first, first + self.share)).tolist()
+        return self.stream.order.indices(torch.arange(first, first + self.share)).tolist()
 
     def _read(self, samples_seen: int) -> list[Batch]:
         first = samples_seen + self.offset

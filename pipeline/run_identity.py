@@ -11,7 +11,7 @@ from preprocess.shards import LatentShards
 IDENTITY = {
     "model": None,
     "objective": None,
-    "data": ["flips"],
+    "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
         *("batch_size", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
         *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
@@ -24,7 +24,7 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
     """Field names and values, as JSON gives them back."""
     found: dict[str, Any] = {
         "seed": recipe.seed,
-        "data.shards": shards.index["samples_sha256"],
+        "data.shards": shards.content_key,
         "train.precision": precision(recipe),
     }
     if recipe.train.learning_rate_decay != "constant":  # every rate of the schedule depends on its end

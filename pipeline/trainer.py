@@ -23,7 +23,7 @@ from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
-from pipeline.data import Batch, Stream
+from pipeline.data import Batch, Stream, open_latents, staged
 from pipeline.distributed import any_rank, process_group, raise_together, rank_and_world_size
 from pipeline.engine import (
     build_engine,
@@ -65,7 +65,7 @@ def train(recipe: Recipe) -> None:
             with checkpoint.disk_faults_told(recipe.folder):
                 open_things.enter_context(alone_in(recipe.folder))
         open_things.enter_context(process_group())
-        Trainer(recipe, open_shards(recipe), rank, world_size, stop).run()
+        Trainer(recipe, staged(recipe, open_shards(recipe)), rank, world_size, stop).run()
 
 
 def finished(recipe: Recipe) -> bool:
@@ -80,7 +80,7 @@ def finished(recipe: Recipe) -> bool:
 
 def open_shards(recipe: Recipe) -> LatentShards:
     """The recipe's shards; UserError where they are not what the recipe describes."""
-    shards = LatentShards(recipe.data.shards)
+    shards = open_latents(recipe)
     channels, height, width = latent_shape(recipe)
     if shards.shape != (2 * channels, height, width):
         raise UserError(

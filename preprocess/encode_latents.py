@@ -36,16 +36,18 @@ def plan(recipe: Recipe) -> list[str]:
 
 
 def finished(recipe: Recipe) -> bool:
+    from preprocess import beton
     from preprocess.encoding import resolve
 
     try:
-        return resolve(recipe, download=False).is_finished
+        return resolve(recipe, download=False).is_finished and not beton.is_missing(recipe)
     except UserError:  # something is missing or does not fit; the stage says what
         return False
 
 
 def encode(recipe: Recipe) -> None:
     """The whole stage; returns at once where it is finished."""
+    from preprocess import beton
     from preprocess.encoding import describe, encode_missing, resolve
     from preprocess.shards import LatentShards
 
@@ -59,6 +61,8 @@ def encode(recipe: Recipe) -> None:
     print(f"latents, unscaled, a channel: mean {mean}, standard deviation {std}")
     if index["rejected"]:
         print(f"{len(index['rejected']):,} rejected: {describe(index['rejected'])} (all of them: index.json)")
+    if beton.is_missing(recipe):
+        beton.convert(encoding.folder, recipe.launch.cpus_per_process)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Proves a folder of latent shards whole: every byte, checksum, count and number.
 
-    python preprocess/verify_shards.py data/demo/shards
+    python preprocess/verify_shards.py data/demo/shards [--processes 8]
 
 Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and what to do.
 """
 
 import argparse
+import os
 import sys
 
 from common.command import guarded
@@ -15,20 +16,29 @@ from common.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the folder that holds index.json")
-    return guarded(lambda: work(parser.parse_args().folder))
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
+    return guarded(lambda: work(**vars(parser.parse_args())))
 
 
-def work(folder: str) -> None:
-    from preprocess.shards import LatentShards, verify
+def work(folder: str, processes: int) -> None:
+    from pathlib import Path
 
-    shards = LatentShards(folder)
+    from tqdm import tqdm
+
+    from preprocess.shards import INDEX, verify
+    from preprocess.shards.format import read_sealed
+
+    if processes < 1:
+        raise UserError(f"--processes: {processes} read nothing; it must be at least 1")
     faults = 0
-    for fault in verify(folder):
-        print(fault, flush=True)
+    for fault in verify(folder, processes):
+        tqdm.write(fault)
         faults += 1
     if faults:
         raise UserError(f"{folder}: not whole, the faults are listed above ({faults})")
-    print(f"{folder}: {len(shards):,} samples in {len(shards.index['shardlist'])} shards, all whole")
+    index = read_sealed(Path(folder) / INDEX)
+    print(f"{folder}: {index['accepted']:,} samples in {len(index['shardlist'])} shards, all whole")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def nan_in_sample(index: int) -> None:
         import torch
 
         found = read(self, first, count)
-        found.latents[self.indices(torch.arange(first, first + count)) == index, 0, 0, 0] = torch.nan
+        found.latents[self.order.indices(torch.arange(first, first + count)) == index, 0, 0, 0] = torch.nan
         return found
 
     Stream.batch = batch  # type: ignore[method-assign]
@@ -67,7 +67,7 @@ def recording(path: Path) -> None:
         import torch
 
         found = read(self, first, count)
-        ids = self.indices(torch.arange(first, first + count)).tolist()
+        ids = self.order.indices(torch.arange(first, first + count)).tolist()
         with open(f"{path}.{os.environ['RANK']}", "a") as lines:
             for number in range(count):
                 drawn = b"".join(tensor[number].numpy().tobytes() for tensor in vars(found).values())

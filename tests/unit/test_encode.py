@@ -15,7 +15,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
-from preprocess.encode_latents import encode, plan
+from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoder import Encoder, draw_latents, unscale_latents
 from preprocess.encoding import resolve
 from preprocess.images import to_tensor
@@ -272,3 +272,14 @@ def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
     decoded = encoder.decode(draw_latents(moments, torch.zeros(2, 4, 4, 4), 0.5, 0.25))
     mean = moments.chunk(2, dim=1)[0]
     assert torch.allclose(decoded, encoder.network.decode(mean).sample.clamp(-1, 1), atol=1e-4)
+
+
+def test_encoding_in_ffcv_format_makes_the_file_after_the_shards(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ffcv, converted = changed(recipe, "data", format="ffcv"), []
+    monkeypatch.setattr("preprocess.beton.convert", lambda folder, processes: converted.append(folder))
+    encode(ffcv)
+    assert converted == [Path(recipe.data.shards)]
+    assert finished(recipe)
+    assert not finished(ffcv)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -26,7 +27,9 @@ def test_environment_yml_holds_the_pins_of_pyproject() -> None:
 def test_every_pin_is_what_is_installed_here() -> None:
     from importlib.metadata import version
 
-    for lines in PROJECT["optional-dependencies"].values():
+    for extra, lines in PROJECT["optional-dependencies"].items():
+        if extra == "ffcv" and find_spec("ffcv") is None:  # needs a compiler and OpenCV; scripts/setup.sh says so
+            continue
         for name, pinned in pins(lines).items():
             assert version(name).partition("+")[0] == pinned, name
 

@@ -2,9 +2,14 @@
 
 import hashlib
 import io
+import json
 import pickle
+import re
 import shutil
 import subprocess
+import sys
+import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.loader import IMAGENET, OPENING, synthetic_folder
 from common.errors import UserError
 from preprocess.shards import (
     INDEX,
@@ -20,11 +26,13 @@ from preprocess.shards import (
     Rejection,
     Sample,
     finished_record,
+    rows_name,
     shard_name,
     verify,
     write_index,
     write_shard,
 )
+from preprocess.shards.format import write_sealed
 
 SHAPE = (8, 4, 4)
 COUNT, SHARD = 23, 10
@@ -127,13 +135,31 @@ def test_tar_and_webdataset_read_the_shards(pristine: Path) -> None:
     assert read[0]["json"] == {"key": "class/0.png", "width": 64, "height": 48}
 
 
-def test_the_index_has_what_wids_readers_ask_for(pristine: Path) -> None:
-    index = LatentShards(pristine).index
-    assert index["wids_version"] == 1
+def test_a_reader_after_widss_manner_finds_every_sample(pristine: Path) -> None:
+    """wids opens an index of kind `wids-shard-index-v1`, and finds a shard's samples by their members' names."""
+    index = json.loads((pristine / INDEX).read_text())
+    assert (index["__kind__"], index["wids_version"]) == ("wids-shard-index-v1", 1)
+    read = []
     for shard in index["shardlist"]:
         data = (pristine / shard["url"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["filesize"], shard["sha256"])
-    assert sum(shard["nsamples"] for shard in index["shardlist"]) == COUNT - 1
+        samples: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                samples.setdefault(key, {})[extension] = file.read()
+        assert len(samples) == shard["nsamples"]
+        read += samples.values()
+    assert np.array_equal([np.load(io.BytesIO(each["moments.npy"]), allow_pickle=False) for each in read], EXPECTED)
+    assert [int(each["cls"]) for each in read] == [accepted.label for accepted in ACCEPTED]
+
+
+def test_the_checksum_is_zlibs_crc_32(pristine: Path) -> None:
+    rows = np.load(pristine / SAMPLES, allow_pickle=False)
+    assert rows["crc32"].tolist() == [zlib.crc32(each.moments.tobytes(), each.label) for each in ACCEPTED]
+    assert rows["flip_crc32"].tolist() == [zlib.crc32(each.flipped.tobytes(), each.label) for each in ACCEPTED]
 
 
 def test_a_flipped_bit_is_named_before_the_sample_is_used(folder: Path) -> None:
@@ -148,24 +174,74 @@ def test_a_flipped_bit_is_named_before_the_sample_is_used(folder: Path) -> None:
     assert "sample 12" in fault
 
 
-def test_no_flipped_bit_in_a_shard_changes_a_sample_unseen(folder: Path) -> None:
-    """Of 400 flips over the whole tar, headers included, `verify` reports each, and no reader gets a wrong number."""
-    tar = folder / shard_name(0)
+# The damage drill: a shard of 24 samples in 200 blocks, cut at 199 places and with 400 bits flipped, one at a time.
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drill")
+    write_index(folder, [write_shard(folder, 0, [sample(i) for i in range(DRILLED)], SETTINGS)], SHAPE, CLASSES)
+    return folder
+
+
+DRILLED = 24
+
+
+def read_all(folder: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    shards, everything = LatentShards(folder), np.arange(DRILLED)
+    return shards.gather(everything), shards.gather(everything, everything >= 0), shards.labels.tolist()
+
+
+def expected_samples() -> tuple[np.ndarray, np.ndarray, list[int]]:
+    samples = [sample(position) for position in range(DRILLED)]
+    moments, flipped = np.stack([each.moments for each in samples]), np.stack([each.flipped for each in samples])
+    return moments, flipped, [each.label for each in samples]
+
+
+def test_each_of_199_truncations_is_named_before_a_sample_is_used(drill: Path) -> None:
+    tar = drill / shard_name(0)
     data = tar.read_bytes()
-    everything, flips = np.arange(9), np.ones(9, bool)
-    flipped = np.stack([accepted.flipped for accepted in ACCEPTED[:9]])
-    caught = 0
-    for bit in np.random.default_rng(0).choice(8 * len(data), 400, replace=False).tolist():
-        flip_bit(tar, bit)
-        shards = LatentShards(folder)
-        try:
-            assert np.array_equal(shards.gather(everything), EXPECTED[:9])
-            assert np.array_equal(shards.gather(everything, flips), flipped)
-        except UserError:
-            caught += 1
-        assert len(list(verify(folder))) == 1
+    places = np.linspace(0, len(data) // 512 - 1, 199).astype(int) * 512
+    assert len(set(places.tolist())) == 199 <= len(data) // 512
+    try:
+        for place in places.tolist():
+            tar.write_bytes(data[:place])
+            with pytest.raises(
+                UserError, match=rf"latents-000000\.tar: {place} bytes, the index says {len(data)} bytes"
+            ):
+                LatentShards(drill)
+            (fault,) = verify(drill)
+            assert "latents-000000.tar" in fault
+    finally:
         tar.write_bytes(data)
-    assert caught > 20
+
+
+def test_of_400_flipped_bits_each_that_changes_a_sample_is_named_and_each_at_all_is_found(drill: Path) -> None:
+    """Flips over the whole tar, headers and padding included. Which samples one changes is known from the offsets."""
+    tar = drill / shard_name(0)
+    data = tar.read_bytes()
+    rows = np.load(drill / SAMPLES, allow_pickle=False)
+    expected = expected_samples()
+    size = expected[0][0].nbytes
+    changing = 0
+    try:
+        for bit in np.random.default_rng(0).choice(8 * len(data), 400, replace=False).tolist():
+            flip_bit(tar, bit)
+            starts = [(i, int(rows[name][i])) for i in range(DRILLED) for name in ("offset", "flip_offset")]
+            damaged = [i for i, start in starts if start <= bit // 8 < start + size]
+            (fault,) = verify(drill)
+            if damaged:
+                changing += 1
+                with pytest.raises(UserError, match=rf"latents-000000\.tar: sample {damaged[0]} \(member"):
+                    read_all(drill)
+                assert f"sample {damaged[0]} " in fault
+            else:
+                assert all(np.array_equal(found, right) for found, right in zip(read_all(drill), expected, strict=True))
+                assert "latents-000000.tar" in fault
+            tar.write_bytes(data)
+    finally:
+        tar.write_bytes(data)
+    assert changing > 40
 
 
 def test_no_flipped_bit_in_the_samples_table_changes_a_sample_unseen(folder: Path) -> None:
@@ -247,3 +323,64 @@ def test_a_moments_member_is_a_plain_npy_file(pristine: Path) -> None:
         member = tar.extractfile("0000000001.moments.npy")
         assert member is not None
         assert np.array_equal(np.load(io.BytesIO(member.read()), allow_pickle=False), EXPECTED[1])
+
+
+def test_verify_lists_every_fault_there_is(folder: Path) -> None:
+    """One damaged shard does not hide the next, nor does a missing one; in several processes too."""
+    (folder / shard_name(0)).unlink()
+    for position in (12, 17):
+        flip_bit(
+            folder / shard_name(1), 8 * (folder / shard_name(1)).read_bytes().index(sample(position).moments.tobytes())
+        )
+    flip_bit(folder / rows_name(shard_name(2)), 2000)
+    faults = list(verify(folder))
+    assert [re.search(r"latents-00000\d\S*:|sample \d+", fault)[0] for fault in faults] == [
+        "latents-000000.tar:",
+        "latents-000001.tar:",
+        "latents-000001.tar:",
+        "latents-000002.samples.npy:",
+    ]
+    assert ["sample 11" in faults[1], "sample 16" in faults[2]] == [True, True]
+    assert list(verify(folder, processes=2)) == faults
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [("label", 7, "class 7"), ("shard", 1, "in shard 1"), ("offset", 0, "checksum"), ("offset", 10**12, "checksum")],
+)
+def test_verify_finds_rows_that_cannot_be(folder: Path, column: str, value: int, reason: str) -> None:
+    rows = np.load(folder / SAMPLES, allow_pickle=False)
+    rows[column][3] = value
+    np.save(folder / SAMPLES, rows)
+    faults = list(verify(folder))
+    assert any("sample 3 " in fault and reason in fault for fault in faults)
+    assert any(SAMPLES in fault and "not the bytes" in fault for fault in faults)
+
+
+def test_verify_finds_another_shape_and_counts_that_do_not_add_up(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    del index["content_key"]
+    write_sealed(folder / INDEX, {**index, "shape": [SHAPE[0], SHAPE[1] * 2, SHAPE[2] // 2], "found": COUNT + 1})
+    faults = list(verify(folder))
+    assert "do not add up" in faults[0]
+    assert len(faults) == 1 + 2 * (COUNT - 1)
+    assert "is no .npy file of shape (8, 8, 2)" in faults[1]
+
+
+def test_the_command_lists_the_faults_and_ends_with_status_2(folder: Path) -> None:
+    command = [sys.executable, "preprocess/verify_shards.py", str(folder), "--processes", "1"]
+    whole = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (whole.returncode, whole.stdout) == (0, f"{folder}: 22 samples in 3 shards, all whole\n")
+    (folder / shard_name(1)).unlink()
+    damaged = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert damaged.returncode == 2
+    assert damaged.stdout.count("\n") == 1
+    assert shard_name(1) in damaged.stdout
+    assert "(1)" in damaged.stderr
+
+
+def test_as_many_latents_as_imagenets_open_in_little_memory(tmp_path: Path) -> None:
+    synthetic_folder(tmp_path, IMAGENET, 8192)
+    command = [sys.executable, "-c", OPENING, str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert float(output.split()[-1]) < 300

@@ -33,7 +33,7 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
 
 
 def test_every_sample_comes_once_an_epoch_and_the_epochs_differ(stream: Stream) -> None:
-    order = stream.indices(torch.arange(3 * COUNT)).reshape(3, COUNT)
+    order = stream.order.indices(torch.arange(3 * COUNT)).reshape(3, COUNT)
     assert all(sorted(epoch.tolist()) == list(range(COUNT)) for epoch in order)
     assert len({tuple(epoch.tolist()) for epoch in order}) == 3
 
@@ -50,15 +50,15 @@ def test_how_a_step_is_divided_changes_nothing(stream: Stream, parts: tuple[int,
 
 
 def test_latents_are_drawn_from_the_right_posterior_and_scaled(stream: Stream) -> None:
-    batch, indices = stream.batch(0, COUNT), stream.indices(torch.arange(COUNT))
+    batch, indices = stream.batch(0, COUNT), stream.order.indices(torch.arange(COUNT))
     mirrored = rng.integers(0, "train/flip", torch.arange(COUNT), 2)
     assert 0 < mirrored.sum() < COUNT
     assert torch.allclose(batch.latents, drawn(torch.where(mirrored == 1, -indices, indices)))
 
 
 def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
-    plain = Stream(recipe(stream.shards.folder, "data.flips=false"), stream.shards, stream.diffusion)
-    assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.indices(torch.arange(COUNT))))
+    plain = Stream(recipe(stream.shards.address, "data.flips=false"), stream.shards, stream.diffusion)
+    assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.order.indices(torch.arange(COUNT))))
 
 
 def drawn(moments: torch.Tensor) -> torch.Tensor:
@@ -71,11 +71,11 @@ def test_labels_belong_to_their_samples_or_are_the_null_label(stream: Stream) ->
     positions = torch.arange(40 * COUNT)
     labels = stream.batch(0, len(positions)).labels
     dropped = labels == CLASSES
-    assert torch.equal(labels[~dropped], stream.indices(positions)[~dropped] % CLASSES)
+    assert torch.equal(labels[~dropped], stream.order.indices(positions)[~dropped] % CLASSES)
     assert 0.05 < dropped.float().mean() < 0.15  # train.label_dropout is 0.1
 
 
 def test_another_seed_is_another_stream(stream: Stream) -> None:
-    other = Stream(recipe(stream.shards.folder, "seed=1"), stream.shards, stream.diffusion)
+    other = Stream(recipe(stream.shards.address, "seed=1"), stream.shards, stream.diffusion)
     assert not torch.equal(other.batch(0, 8).noise, stream.batch(0, 8).noise)
-    assert other.indices(torch.arange(COUNT)).tolist() != stream.indices(torch.arange(COUNT)).tolist()
+    assert other.order.indices(torch.arange(COUNT)).tolist() != stream.order.indices(torch.arange(COUNT)).tolist()

@@ -1,0 +1,141 @@
+"""Converts finished latent shards to one FFCV file, proved equal to them.
+
+    python preprocess/beton.py --config recipes/demo.yaml
+
+Writes <data.shards>/ffcv/: latents.beton for FFCV's loader and for training with data.format=ffcv, and the index that
+lets LatentShards read it, each sample against the same checksum, in the same order as from the tars.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.command import run_command
+from common.errors import UserError
+from common.recipe import Recipe
+from preprocess.shards import INDEX, SAMPLE, SAMPLES, LatentShards, rows_name, verify
+from preprocess.shards.format import write_sealed
+
+FOLDER = "ffcv"  # below data.shards
+BETON = "latents.beton"
+PAGE = 8 << 20  # bytes; FFCV reads whole pages
+CHUNK = 1024  # samples
+
+
+class Samples:
+    """What FFCV's writer asks for, sample by sample: moments (, those of the mirror image), label.
+
+    float16 goes as the int16 of the same bits, because FFCV's reader hangs on float16 arrays; `View(torch.float16)`
+    at the end of its pipeline makes them numbers again.
+    """
+
+    def __init__(self, shards: LatentShards) -> None:
+        self.shards, self.flips = shards, (False, True) if shards.index["settings"]["flips"] else (False,)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        indices = np.full(len(self.flips), index)
+        moments = self.shards.gather(indices, np.array(self.flips)).view(np.int16)  # (1 or 2, 2C, h, w)
+        return *moments, int(self.shards.labels_at(indices)[0])
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether the FFCV file of these shards is there; its samples are proved when they are read."""
+    try:
+        return LatentShards(folder / FOLDER).content_key == LatentShards(folder).content_key
+    except UserError:
+        return False
+
+
+def is_missing(recipe: Recipe) -> bool:
+    """Whether the recipe asks for the FFCV file and it is still to be made."""
+    return recipe.data.format == "ffcv" and not is_converted(Path(recipe.data.shards))
+
+
+def convert(folder: Path, processes: int = 1) -> None:
+    """Writes `folder`/ffcv, whole or without an index. Raises UserError for damaged shards, or without FFCV."""
+    from importlib.util import find_spec
+
+    from common.files import atomic_write, sha256_file
+
+    if find_spec("ffcv") is None:
+        raise UserError("data.format: ffcv is not installed; scripts/setup.sh --ffcv installs it, or keep format tar")
+    for fault in verify(folder, processes):  # a fault inside FFCV's writer would make it wait for ever
+        raise UserError(fault)
+    shards, target = LatentShards(folder), folder / FOLDER
+    target.mkdir(exist_ok=True)
+    (target / INDEX).unlink(missing_ok=True)
+    with atomic_write(target / BETON) as temporary:
+        _write(shards, temporary, processes)
+        rows = _rows(shards, temporary)
+    for name in (SAMPLES, rows_name(BETON)):
+        with atomic_write(target / name) as temporary, open(temporary, "wb") as file:
+            np.save(file, rows, allow_pickle=False)
+    hashes = {"sha256": sha256_file(target / BETON), "samples_sha256": sha256_file(target / SAMPLES)}
+    shard = {"url": BETON, "nsamples": len(shards), "filesize": (target / BETON).stat().st_size, **hashes}
+    own = {"shardlist": [shard], "samples_sha256": hashes["samples_sha256"], "converted_from": shards.content_key}
+    write_sealed(target / INDEX, shards.index | own)
+    try:
+        _prove_equal(shards, LatentShards(target))
+    except UserError:
+        (target / INDEX).unlink()
+        raise
+
+
+def _write(shards: LatentShards, path: Path, processes: int) -> None:
+    from ffcv.fields import IntField, NDArrayField
+    from ffcv.writer import DatasetWriter
+
+    samples = Samples(shards)
+    names = ("moments", "moments_flip")[: len(samples.flips)]
+    fields = {name: NDArrayField(np.dtype("int16"), shards.shape) for name in names}
+    size = len(names) * int(np.prod(shards.shape)) * 2
+    page = max(PAGE, 1 << (size - 1).bit_length())  # a power of two that holds a sample
+    writer = DatasetWriter(str(path), {**fields, "label": IntField()}, page_size=page, num_workers=processes)
+    writer.from_indexed_dataset(samples, chunksize=CHUNK)
+
+
+def _rows(shards: LatentShards, path: Path) -> np.ndarray:
+    """The shards' rows, with the places in the FFCV file: its metadata hold a pointer for each array."""
+    from ffcv.reader import Reader
+
+    metadata = Reader(str(path)).metadata
+    rows = shards.rows(np.arange(len(shards))).astype(SAMPLE)
+    rows["shard"], rows["offset"] = 0, metadata["f0"]
+    if shards.index["settings"]["flips"]:
+        rows["flip_offset"] = metadata["f1"]
+    return rows
+
+
+def _prove_equal(shards: LatentShards, converted: LatentShards) -> None:
+    """Reads all samples of both, by their checksums. Raises UserError naming one that differs."""
+    flips = (False, True) if shards.index["settings"]["flips"] else (False,)
+    for start in range(0, len(shards), CHUNK):
+        indices = np.arange(start, min(start + CHUNK, len(shards)))
+        for flip in flips:
+            mirrored = np.full(len(indices), flip)
+            if not np.array_equal(shards.gather(indices, mirrored), converted.gather(indices, mirrored)):
+                raise UserError(f"{converted.address}/{BETON}: differs from the shards; delete it and convert again")
+
+
+def plan(recipe: Recipe) -> Iterator[str]:
+    folder = Path(recipe.data.shards)
+    shards = LatentShards(folder)
+    state = "there already" if is_converted(folder) else "to be made"
+    size = len(shards) * (1 + shards.index["settings"]["flips"]) * int(np.prod(shards.shape)) * 2
+    yield f"{folder / FOLDER / BETON}: {len(shards):,} samples, {size / 1e9:.2f} GB, {state}"
+
+
+def work(recipe: Recipe) -> None:
+    folder = Path(recipe.data.shards)
+    if not is_converted(folder):
+        convert(folder, recipe.launch.cpus_per_process)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, plan, work))

@@ -1,0 +1,113 @@
+"""Names, layouts and checksums that the writer and the readers of shards share."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from isal import isal_zlib
+
+from common.errors import UserError
+from common.files import content_key, write_json
+
+VERSION = 2  # 2: the shard list has each shard's samples_sha256, which readers of remote shards need
+INDEX = "index.json"
+SAMPLES = "samples.npy"
+SAMPLE = np.dtype(
+    [
+        ("position", "<u8"),  # in the sorted source list
+        ("offset", "<u8"),  # of the moments' first byte in the shard, past the npy header
+        ("flip_offset", "<u8"),  # 0: no flipped moments
+        ("shard", "<u4"),
+        ("label", "<u4"),
+        ("crc32", "<u4"),  # of the moments' bytes, begun with the label in place of 0: it covers both
+        ("flip_crc32", "<u4"),
+    ]
+)
+MOMENTS = np.dtype("<f2")
+
+Settings = dict[str, Any]
+Record = dict[str, Any]
+
+# CRC-32 of a buffer, begun with the label: a sample with another label does not match. isal's is zlib's, bit for bit,
+# and seven times as fast; no function of ours around it, because every sample of a batch passes through it.
+checksum: Callable[[Any, int], int] = isal_zlib.crc32
+
+REMEDY = "delete that file and run preprocess/encode_latents.py again: it makes what is missing and keeps the rest"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture's latents, on their way into a shard."""
+
+    position: int
+    key: str
+    label: int
+    width: int  # of the picture before cropping, pixels
+    height: int
+    moments: np.ndarray  # (2C, h, w) float16
+    flipped: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One picture that could not be used, and why."""
+
+    key: str
+    reason: str
+
+
+def shard_name(number: int) -> str:
+    return f"latents-{number:06d}.tar"
+
+
+def rows_name(shard: str) -> str:
+    """The file with the rows of the shard of this name."""
+    return f"{Path(shard).stem}.samples.npy"
+
+
+def member_name(position: int) -> str:
+    return f"{position:010d}"
+
+
+def npy_header(descr: Any, shape: tuple[int, ...]) -> bytes:
+    """The first bytes of a .npy file, version 1.0, of an array of this type and shape."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def rows_header(count: int) -> bytes:
+    """The first bytes of the .npy file that holds `count` rows."""
+    return npy_header(np.lib.format.dtype_to_descr(SAMPLE), (count,))
+
+
+def rows_size(count: int) -> int:
+    """Bytes of the .npy file that holds `count` rows."""
+    return len(rows_header(count)) + count * SAMPLE.itemsize
+
+
+def write_sealed(path: Path, value: Record) -> None:
+    write_json(path, {**value, "content_key": content_key(value)})
+
+
+def read_sealed(path: Path) -> Record:
+    """Raises UserError where the file is missing or not as `write_sealed` left it."""
+    try:
+        return unseal(path.read_text(), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+
+
+def unseal(text: str | bytes, where: str | Path) -> Record:
+    """As `read_sealed`, from the file's bytes."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not readable as JSON ({error}); delete it and make it again") from None
+    if not isinstance(value, dict) or value.pop("content_key", None) != content_key(value):
+        raise UserError(f"{where}: changed after it was written; {REMEDY}")
+    return value

@@ -1,0 +1,198 @@
+"""Random, verified reading of samples, wherever their shards lie."""
+
+import hashlib
+import math
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from preprocess.shards.format import (
+    INDEX,
+    MOMENTS,
+    REMEDY,
+    SAMPLE,
+    SAMPLES,
+    VERSION,
+    Record,
+    checksum,
+    member_name,
+    rows_header,
+    rows_size,
+)
+from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, check_size, shard_files
+
+Storage = LocalFolder | CachedFolder
+
+MAX_MAPPED = 8192  # shards; Linux lets a process map 65,530 files
+
+
+class LatentShards:
+    """Random, verified access to a finished folder of shards.
+
+    `address` is a local folder or, with a `cache`, any fsspec address such as `s3://bucket/folder`. Opening reads the
+    index and, of a local folder, the files' sizes; no sample. Picklable: a copy opens the folder anew. For one thread
+    at a time. Raises UserError where the folder is unfinished, of another version, or not what its index says.
+    """
+
+    def __init__(self, address: str | Path, cache: Cache | None = None) -> None:
+        self.address, self.cache = address, cache
+        self.storage: Storage = CachedFolder(str(address), cache) if cache else LocalFolder(address)
+        self.index = self.storage.read_index()
+        if self.index["version"] != VERSION:
+            found = self.index["version"]
+            raise UserError(f"{self.address}/{INDEX}: version {found}, this reads {VERSION}; encode again")
+        self.shape: tuple[int, int, int] = tuple(self.index["shape"])
+        self.class_names: list[str] = self.index["class_names"]
+        self.num_classes = len(self.class_names)
+        self.rows = _row_reader(self.storage, self.index)
+        self._maps: OrderedDict[int, memoryview] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["LatentShards"], tuple[str | Path, Cache | None]]:
+        return LatentShards, (self.address, self.cache)
+
+    def __len__(self) -> int:
+        return self.index["accepted"]
+
+    @property
+    def content_key(self) -> str:
+        """What names these samples in this order, in whatever format they lie."""
+        key: str = self.index["converted_from"] if "converted_from" in self.index else self.index["samples_sha256"]
+        return key
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 class indices of all samples."""
+        return self.labels_at(np.arange(len(self)))
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """(B,) int64 class indices of samples `indices`; they are covered by the checksums that `gather` verifies."""
+        return self.rows(np.asarray(indices))["label"].astype(np.int64)
+
+    def gather(self, indices: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
+        """Samples `indices` (B,) -> moments (B, 2C, h, w) float16: mean and standard deviation, unscaled.
+
+        Where `flip` (B,) is true, those of the mirrored picture. Each sample's checksum, which covers its label, is
+        verified before anything is returned; a damaged copy in the cache is fetched again, once. Raises UserError
+        naming shard and sample for damage, or for flips that the shards do not hold.
+        """
+        indices = np.asarray(indices)
+        rows = self.rows(indices)
+        if flip is None:
+            offsets, checksums = rows["offset"], rows["crc32"]
+        elif not self.index["settings"]["flips"] and np.any(flip):
+            raise UserError(f"data.flips: {self.address} was made without flips; encode with data.flips=true")
+        else:
+            offsets = np.where(flip, rows["flip_offset"], rows["offset"])
+            checksums = np.where(flip, rows["flip_crc32"], rows["crc32"])
+        size = math.prod(self.shape) * MOMENTS.itemsize
+        out = np.empty((len(rows), *self.shape), MOMENTS)
+        buffer = out.reshape(-1).view(np.uint8).data
+        order = np.lexsort((offsets, rows["shard"]))  # as they lie on the disk
+        columns = (order, rows["shard"][order], offsets[order], rows["label"][order], checksums[order])
+        for number, shard, offset, label, expected in zip(*(column.tolist() for column in columns), strict=True):
+            target = buffer[number * size : (number + 1) * size]
+            data = (self._maps.get(shard) or self._map(shard))[offset : offset + size]
+            if len(data) == size:
+                target[:] = data
+            if len(data) != size or checksum(target, label) != expected:  # of the copy, which is what will be used
+                self._read_again(indices[number], rows[number], offset, target, expected)
+        return out
+
+    def _map(self, shard: int) -> memoryview:
+        if shard >= len(self.index["shardlist"]):  # a damaged row
+            return memoryview(b"")
+        shards = self.index["shardlist"]
+        entry = shards[shard]
+        with open(self.storage.open(entry["url"], entry["filesize"], entry["sha256"]), "rb") as file:
+            _unmap(self._maps, self.storage, lambda number: shard_files(shards[number])[1])
+            self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._maps[shard]
+
+    def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> None:
+        """A cached copy is fetched anew. Raises UserError where that does not help, or nothing lies behind it."""
+        shards, shard = self.index["shardlist"], int(row["shard"])
+        name = shards[shard]["url"] if shard < len(shards) else SAMPLES
+        if shard < len(shards) and self.storage.discard(name, shards[shard]["sha256"]):
+            del self._maps[shard]
+            data = self._map(shard)[offset : offset + len(target)]
+            if len(data) == len(target) and checksum(data, int(row["label"])) == expected:
+                target[:] = data
+                return
+        raise UserError(
+            f"{self.address}/{name}: sample {index} (member {member_name(int(row['position']))}) does not match its "
+            f"checksum in {SAMPLES}; {REMEDY}"
+        )
+
+
+def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], tuple[str, int, str]]) -> None:
+    """Makes room for one more. What the cache has deleted to stay within its limit takes room until it is unmapped."""
+    if isinstance(storage, CachedFolder) and storage.cache.limit is not None:
+        for number in [number for number in maps if not storage.is_here(*file_of(number))]:
+            del maps[number]
+    if len(maps) >= MAX_MAPPED:
+        maps.popitem(last=False)
+
+
+Rows = Callable[[np.ndarray], np.ndarray]
+
+
+def _row_reader(storage: Storage, index: Record) -> Rows:
+    """A function (B,) sample indices -> (B,) rows."""
+    if isinstance(storage, CachedFolder):
+        return RemoteRows(storage, index["shardlist"])
+    for shard in index["shardlist"]:
+        check_size(storage.path / shard["url"], shard["filesize"])
+    rows = _map_rows(storage.path / SAMPLES, index["accepted"])
+    return lambda indices: rows[indices]
+
+
+def _map_rows(path: Path, count: int) -> np.ndarray:
+    """Maps samples.npy, whose header and size the index foretells: a damaged header is never parsed."""
+    header = rows_header(count)
+    check_size(path, rows_size(count))
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            raise UserError(f"{path}: not one row for each of {count} samples; {REMEDY}")
+    return np.memmap(path, SAMPLE, "r", offset=len(header), shape=(count,))
+
+
+class RemoteRows:
+    """The rows of remote shards, fetched shard by shard: those of all samples may be larger than any disk here."""
+
+    def __init__(self, storage: CachedFolder, shardlist: list[Record]) -> None:
+        self.storage, self.shardlist = storage, shardlist
+        self.starts = np.cumsum([0] + [shard["nsamples"] for shard in shardlist])  # (shards + 1,)
+        self._tables: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        rows = np.empty(len(indices), SAMPLE)
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            rows[here] = self._table(shard)[indices[here] - self.starts[shard]]
+        return rows
+
+    def _table(self, shard: int) -> np.ndarray:
+        if shard not in self._tables:
+            table = self._open(self.shardlist[shard])
+            _unmap(self._tables, self.storage, lambda number: shard_files(self.shardlist[number])[0])
+            self._tables[shard] = table
+        return self._tables[shard]
+
+    def _open(self, shard: Record) -> np.ndarray:
+        """Maps the rows of a shard, once they are proved: no checksum covers all of a row."""
+        (name, size, sha256), _ = shard_files(shard)
+        for _ in range(2):
+            with open(self.storage.open(name, size, sha256), "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                    count = shard["nsamples"]
+                    return np.memmap(file, SAMPLE, "r", offset=size - count * SAMPLE.itemsize, shape=(count,))
+            self.storage.discard(name, sha256)
+        where = self.storage.cache.folder
+        raise UserError(f"data.cache: {where} does not keep {name} as it was written; check the disk")

@@ -1,0 +1,228 @@
+"""Where a data set's files lie: in a local folder, or at any fsspec address behind a verified local cache."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import atomic_write
+from preprocess.shards.format import INDEX, REMEDY, Record, read_sealed, rows_name, rows_size, unseal
+
+CHUNK = 8 << 20  # bytes
+ATTEMPTS = 3  # at fetching a file over a network
+PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
+LOCKS = 64  # lock files: two processes fetch one file once, and different files at the same time
+STAGING_THREADS = 4
+ABANDONED = 600  # seconds without a byte after which a file that is being fetched belongs to a process that was killed
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder on a local disk for copies of remote files, shared by all processes of the machine."""
+
+    folder: Path
+    limit: int | None = None  # bytes; where a file would go beyond it, the ones used longest ago go
+
+
+class LocalFolder:
+    """Files where they were written. Nothing is copied, nothing deleted."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def read_index(self) -> Record:
+        if ":/" in str(self.path):  # Path has made one slash of two
+            raise UserError(f"data.cache: {self.path} lies elsewhere; set data.cache to a folder on a local disk")
+        if not (self.path / INDEX).is_file():
+            raise UserError(f"data.shards: {self.path} has no {INDEX}; run preprocess/encode_latents.py until it ends")
+        return read_sealed(self.path / INDEX)
+
+    def open(self, name: str, size: int, sha256: str) -> int:
+        """A file descriptor for reading. Raises UserError where the file is missing or of another size."""
+        check_size(self.path / name, size)
+        return os.open(self.path / name, os.O_RDONLY)
+
+    def discard(self, name: str, sha256: str) -> bool:
+        return False  # this is the only copy
+
+
+def check_size(path: Path, size: int) -> None:
+    found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    if found != f"{size} bytes":
+        raise UserError(f"{path}: {found}, the index says {size} bytes; {REMEDY}")
+
+
+class CachedFolder:
+    """Files at an fsspec address, each fetched whole, proved by its sha256 and kept in the cache
+    under a name made of both.
+
+    A copy in the cache is whole or absent. What belongs to another version of the data set has another sha256 and so
+    another name.
+    """
+
+    def __init__(self, address: str, cache: Cache) -> None:
+        self.address, self.cache = address.rstrip("/"), cache
+        self.filesystem, self.root = _filesystem(self.address)
+
+    def read_index(self) -> Record:
+        where = f"{self.address}/{INDEX}"
+        try:
+            text = self.filesystem.cat_file(f"{self.root}/{INDEX}")
+        except FileNotFoundError:
+            raise UserError(f"data.shards: {self.address} has no {INDEX}; finish it, and upload {INDEX} last") from None
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read ({error}); check the address and the credentials") from None
+        return unseal(text, where)
+
+    def open(self, name: str, size: int, sha256: str) -> int:
+        """A file descriptor of the whole copy, fetched first where it is not here.
+
+        Raises UserError for what cannot be fetched, or is not what the index says, or has no room.
+        """
+        for _ in range(ATTEMPTS):
+            path = self._fetch(name, size, sha256)
+            with suppress(FileNotFoundError):  # another process has made room for its own
+                file = os.open(path, os.O_RDONLY)
+                os.utime(file, ns=(time.time_ns(),) * 2)  # used last now; the kernel's own clock ticks in milliseconds
+                return file
+        raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; allow more")
+
+    def discard(self, name: str, sha256: str) -> bool:
+        """Deletes a copy that turned out to be damaged; true: it can be fetched again."""
+        self._copy(name, sha256).unlink(missing_ok=True)
+        return True
+
+    def stage(self, shardlist: list[Record]) -> None:
+        """Fetches all shards now; one process of the machine does, the others wait for it.
+
+        Raises UserError where they have no room, beside `open`'s reasons.
+        """
+        from tqdm import tqdm
+
+        files = [file for shard in shardlist for file in shard_files(shard)]
+        total = sum(size for _, size, _ in files)
+        if self.cache.limit is not None and total > self.cache.limit:
+            raise UserError(
+                f"data.stage_in: {self.address} holds {total / 1e9:.2f} GB, data.cache_gb allows "
+                f"{self.cache.limit / 1e9:.2f}; allow more, or leave data.stage_in off"
+            )
+        with self._lock("stage"):
+            missing = [file for file in files if not self.is_here(*file)]
+            needed, free = sum(size for _, size, _ in missing), shutil.disk_usage(self.cache.folder).free
+            if needed > free:
+                raise UserError(
+                    f"data.stage_in: needs {needed / 1e9:.2f} GB more, {self.cache.folder} has {free / 1e9:.2f} GB free"
+                )
+            with (
+                tqdm(total=needed, unit="B", unit_scale=True, desc="stage in", disable=not missing) as bar,
+                ThreadPoolExecutor(STAGING_THREADS) as threads,
+            ):
+                for fetched in as_completed([threads.submit(self._fetch, *file) for file in missing]):
+                    bar.update(fetched.result().stat().st_size)
+
+    def _copy(self, name: str, sha256: str) -> Path:
+        return self.cache.folder / f"{sha256[:16]}-{name}"
+
+    def is_here(self, name: str, size: int, sha256: str) -> bool:
+        """Whether there is a whole copy now."""
+        path = self._copy(name, sha256)
+        return path.is_file() and path.stat().st_size == size
+
+    def _fetch(self, name: str, size: int, sha256: str) -> Path:
+        """The path of the whole copy."""
+        path = self._copy(name, sha256)
+        if not self.is_here(name, size, sha256):
+            with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
+                if not self.is_here(name, size, sha256):  # another process may have fetched it meanwhile
+                    with atomic_write(path) as temporary:
+                        self._reserve(temporary, size)
+                        self._download(name, temporary, sha256)
+        return path
+
+    def _download(self, name: str, path: Path, sha256: str) -> None:
+        where = f"{self.address}/{name}"
+        fault = ""
+        for attempt in range(ATTEMPTS):
+            time.sleep(PAUSE * attempt)
+            try:
+                if self._copy_hashed(name, path) == sha256:
+                    return
+                fault = "not the bytes that its index describes"
+            except FileNotFoundError:
+                raise UserError(f"{where}: missing; {REMEDY}, and upload it again") from None
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise UserError(f"data.cache: no room in {self.cache.folder}; set data.cache_gb") from None
+                fault = f"cannot be read ({error})"
+        raise UserError(f"{where}: {fault}, {ATTEMPTS} times; check the address, or upload it again")
+
+    def _copy_hashed(self, name: str, path: Path) -> str:
+        digest = hashlib.sha256()
+        with self.filesystem.open(f"{self.root}/{name}", "rb") as source, open(path, "wb") as target:
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                target.write(chunk)
+        return digest.hexdigest()
+
+    def _reserve(self, path: Path, size: int) -> None:
+        """Makes an empty file of this size at `path`; for it to fit the limit, what was used longest ago goes."""
+        limit = self.cache.limit
+        if limit is not None and size > limit:
+            raise UserError(f"data.cache_gb: {limit / 1e9:.2f} GB hold no shard of {size / 1e9:.2f} GB; allow several")
+        while True:
+            with self._lock("room"):
+                if limit is None or self._make_room(size, limit):
+                    with open(path, "wb") as file:
+                        file.truncate(size)  # counts from now on
+                    return
+            time.sleep(0.1)  # what others fetch at this moment can be deleted only afterwards
+
+    def _make_room(self, size: int, limit: int) -> bool:
+        """Whether `size` bytes more fit, after deleting as many whole copies as it takes."""
+        files = [(entry.stat(), entry) for entry in os.scandir(self.cache.folder) if entry.is_file()]
+        excess = sum(status.st_size for status, _ in files) + size - limit
+        for status, entry in sorted(files, key=lambda file: file[0].st_mtime_ns):
+            if excess <= 0:
+                break
+            if not entry.name.endswith(".tmp") or time.time() - status.st_mtime > ABANDONED:
+                os.unlink(entry)
+                excess -= status.st_size
+        return excess <= 0
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        folder = self.cache.folder / ".locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache: {self.cache.folder} cannot be written ({error.strerror})") from None
+        with open(folder / name, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def shard_files(shard: Record) -> list[tuple[str, int, str]]:
+    """Name, size in bytes and sha256 of what a reader needs of a shard: its rows, and the shard itself."""
+    rows = rows_name(shard["url"]), rows_size(shard["nsamples"]), shard["samples_sha256"]
+    return [rows, (shard["url"], shard["filesize"], shard["sha256"])]
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the path there."""
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, root = url_to_fs(address)
+    except (ValueError, ImportError) as error:  # an unknown protocol; its package is not installed
+        raise UserError(f"data.shards: {address} cannot be opened: {error}") from None
+    return filesystem, root.rstrip("/")

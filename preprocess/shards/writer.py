@@ -1,0 +1,178 @@
+"""Writing shards, their records, and the index over them."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import atomic_write, sha256_file
+from preprocess.shards.format import (
+    INDEX,
+    MOMENTS,
+    REMEDY,
+    SAMPLE,
+    SAMPLES,
+    VERSION,
+    Record,
+    Rejection,
+    Sample,
+    Settings,
+    checksum,
+    member_name,
+    read_sealed,
+    rows_header,
+    rows_name,
+    shard_name,
+    write_sealed,
+)
+
+
+def write_shard(folder: Path, number: int, outcomes: Iterable[Sample | Rejection], settings: Settings) -> Record:
+    """Writes one shard, whole or not at all, and returns its record. `settings`: what it is made with."""
+    tar_path = folder / shard_name(number)
+    rows, rejected, sums = [], [], np.zeros(())
+    with atomic_write(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for outcome in outcomes:
+            if isinstance(outcome, Rejection):
+                rejected.append(asdict(outcome))
+            else:
+                rows.append(_add_sample(tar, number, outcome))
+                sums = sums + _channel_sums(outcome.moments)
+    with atomic_write(rows_path(tar_path)) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.array(rows, SAMPLE), allow_pickle=False)
+    record = {
+        "settings": settings,
+        "nsamples": len(rows),
+        "filesize": tar_path.stat().st_size,
+        "sha256": sha256_file(tar_path),
+        "samples_sha256": sha256_file(rows_path(tar_path)),
+        "rejected": rejected,
+        "channel_sums": sums.tolist(),
+    }
+    write_sealed(tar_path.with_suffix(".json"), record)
+    return record
+
+
+def _add_sample(tar: tarfile.TarFile, shard: int, sample: Sample) -> tuple[int, ...]:
+    """Appends a sample's members; returns its row."""
+    name = member_name(sample.position)
+    offset, crc32 = _add_moments(tar, f"{name}.moments.npy", sample.moments, sample.label)
+    flip_offset, flip_crc32 = 0, 0
+    if sample.flipped is not None:
+        flip_offset, flip_crc32 = _add_moments(tar, f"{name}.moments_flip.npy", sample.flipped, sample.label)
+    source = {"key": sample.key, "width": sample.width, "height": sample.height}
+    _add_member(tar, f"{name}.cls", str(sample.label).encode())
+    _add_member(tar, f"{name}.json", json.dumps(source).encode())
+    return sample.position, offset, flip_offset, shard, sample.label, crc32, flip_crc32
+
+
+def _add_moments(tar: tarfile.TarFile, name: str, moments: np.ndarray, label: int) -> tuple[int, int]:
+    """Returns the offset of the array's bytes and their checksum."""
+    array, buffer = np.ascontiguousarray(moments, MOMENTS), io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
+    offset = _add_member(tar, name, buffer.getvalue()) + buffer.tell() - array.nbytes
+    return offset, checksum(array.data.cast("B"), label)
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Returns the offset of the member's first byte. TarInfo's own defaults are time 0, user 0, mode 0644."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(member, io.BytesIO(data))
+    return offset
+
+
+def _channel_sums(moments: np.ndarray) -> np.ndarray:
+    """(2, C): sums over a sample's pixels of x and x^2, x drawn from the posterior: E[x^2] = mean^2 + std^2."""
+    mean, std = np.split(moments.astype(np.float64), 2)
+    return np.stack([mean.sum(axis=(1, 2)), (mean**2 + std**2).sum(axis=(1, 2))])
+
+
+def finished_record(folder: Path, number: int, *, thorough: bool) -> Record | None:
+    """A shard's record, if the shard is there of the recorded size and, where `thorough`, hashes."""
+    path = folder / shard_name(number)
+    if not (path.is_file() and rows_path(path).is_file()):
+        return None
+    try:
+        record = read_sealed(path.with_suffix(".json"))
+    except UserError:  # missing or damaged: the shard is made again
+        return None
+    whole = path.stat().st_size == record["filesize"]
+    if whole and thorough:
+        whole = (sha256_file(path), sha256_file(rows_path(path))) == (record["sha256"], record["samples_sha256"])
+    return record if whole else None
+
+
+def remove_unfinished(folder: Path, numbers: Container[int]) -> None:
+    """Deletes what killed writers of the shards `numbers` left; only for who alone writes these."""
+    for path in folder.glob(".latents-*.tmp"):
+        if int(path.name.split("-")[1].partition(".")[0]) in numbers:
+            path.unlink()
+
+
+def recorded_settings(folder: Path) -> Iterator[tuple[Path, Settings]]:
+    """What the finished shards of a folder, and its index, were made with."""
+    for path in [folder / INDEX, *sorted(folder.glob("latents-*.json"))]:
+        try:
+            yield path, read_sealed(path)["settings"]
+        except UserError:  # missing or damaged: it is made again, and decides nothing
+            continue
+
+
+def write_index(folder: Path, records: list[Record], shape: tuple[int, int, int], class_names: list[str]) -> None:
+    """Merges the shards' records into samples.npy and index.json. `shape` is (2C, h, w)."""
+    paths = [folder / shard_name(number) for number in range(len(records))]
+    accepted = sum(record["nsamples"] for record in records)
+    with atomic_write(folder / SAMPLES) as temporary, open(temporary, "wb") as file:
+        file.write(rows_header(accepted))
+        for path, record in zip(paths, records, strict=True):
+            file.write(_rows_data(path, record))
+    rejected = [rejection for record in records for rejection in record["rejected"]]
+    index = {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "version": VERSION,
+        "shardlist": [
+            {"url": path.name, **{name: record[name] for name in ("nsamples", "filesize", "sha256", "samples_sha256")}}
+            for path, record in zip(paths, records, strict=True)
+        ],
+        "settings": records[0]["settings"],
+        "class_names": class_names,
+        "shape": list(shape),
+        "found": accepted + len(rejected),
+        "accepted": accepted,
+        "rejected": rejected,
+        "samples_sha256": sha256_file(folder / SAMPLES),
+        "latents": _statistics(records, accepted * shape[1] * shape[2]),
+    }
+    write_sealed(folder / INDEX, index)
+
+
+def _rows_data(tar_path: Path, record: Record) -> bytes:
+    """A shard's rows without their header. Raises UserError where they are not those of its record."""
+    path = rows_path(tar_path)
+    with open(path, "rb") as file:
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != record["samples_sha256"]:
+        raise UserError(f"{path}: not the bytes that were written; {REMEDY}")
+    return data[len(rows_header(record["nsamples"])) :]
+
+
+def _statistics(records: list[Record], count: int) -> dict[str, list[float]]:
+    """Mean and standard deviation a channel of unscaled latents, over all pixels of all pictures, without flips."""
+    sums = [np.array(record["channel_sums"]) for record in records if record["nsamples"]]
+    if not sums:
+        return {"mean": [], "std": []}
+    mean, square = np.sum(sums, axis=0) / count
+    return {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
+
+
+def rows_path(tar_path: Path) -> Path:
+    return tar_path.with_name(rows_name(tar_path.name))

@@ -1,0 +1,47 @@
+"""oneDNN's linear layers are torch's, and their gradient is autograd's."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fpdm.linear import add_gelu, linear, linear_gelu
+
+
+def operands(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((*shape, 24), (40, 24), (40,)))
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4)])
+def test_a_linear_layer_and_its_gradients_are_torchs(shape):
+    x, weight, bias = operands(*shape)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    found = linear(x, weight, bias)
+    torch.testing.assert_close(found, expected.float())
+    upstream = torch.linspace(-1, 1, found.numel()).reshape(found.shape)
+    gradients = torch.autograd.grad(found, (x, weight, bias), upstream)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (x, weight, bias), upstream), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_a_slice_of_a_weight_a_frozen_weight_and_no_bias_are_taken():
+    x, weight, _ = operands(3, 7)
+    half = weight.detach()[:, ::2]  # strides that skip numbers
+    found = linear(x[..., :12], half)
+    torch.testing.assert_close(found, F.linear(x[..., :12], half))
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0][..., :12], half.sum(0).expand(3, 7, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_gelu_without_a_graph_is_the_one_with_it(dtype):
+    x, weight, bias = (operand.to(dtype) for operand in operands(3, 7))
+    term = torch.linspace(-6, 6, 3 * 7 * 40).reshape(3, 7, 40).to(dtype)
+    with_graph = linear_gelu(x, weight, bias), add_gelu(linear(x, weight), term)
+    with torch.no_grad():
+        without = linear_gelu(x, weight, bias), add_gelu(linear(x, weight), term)
+    tolerance = {"rtol": 1e-5, "atol": 2e-6} if dtype != torch.bfloat16 else {}
+    for one, other in zip(with_graph, without, strict=True):
+        assert one.requires_grad
+        assert not other.requires_grad
+        torch.testing.assert_close(other, one.detach(), **tolerance)
