@@ -70,6 +70,7 @@ class VAE:
     path: str = (
         "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder (./folder is never taken for a hub id), or a hub id
     )
+    subfolder: str | None = None  # of path, where the VAE lies in it: "vae" in the repositories of SD3 and FLUX
     revision: str | None = None
     latent_channels: Count = 4
     downsampling: Count = 8
