@@ -210,7 +210,7 @@ class Sweep:
         "constant",
     )
     reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
-    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddim",)
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
     guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
 
 
