@@ -127,7 +127,7 @@ class Train:
     ema_widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
     ema_reference_batch: Count = 512
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs; fp16: GPUs alone
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2  # a single rank in fp32, with nothing to share, uses 0
     offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
     activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
     compile: StrictBool = False  # each block by torch.compile: minutes at the start
@@ -174,6 +174,7 @@ class Sample:
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # of t / T where guidance acts; 1 is pure noise
     guidance_channels: Count | None = None  # null: all; 3 is what DiT and FPDM published
     weights: Literal["latest"] | CountOrZero = "latest"  # or a number of samples seen
+    ema: str | None = None  # which average of the weights, as `0.9999` or `power-0.05`; null: the first that is kept
     save_images: Count = 64  # as many of each set are drawn into samples.png
 
 
@@ -209,7 +210,7 @@ class Sweep:
         "constant",
     )
     reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
-    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddim",)
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
     guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
 
 

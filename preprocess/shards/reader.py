@@ -3,7 +3,7 @@
 import hashlib
 import math
 import mmap
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from preprocess.shards.format import (
     rows_header,
     rows_size,
 )
-from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, check_size, shard_files
+from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFile, check_size, shard_files
 
 Storage = LocalFolder | CachedFolder
 
@@ -130,7 +130,7 @@ class LatentShards:
         )
 
 
-def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], tuple[str, int, str]]) -> None:
+def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], ShardFile]) -> None:
     """Makes room for one more. What the cache has deleted to stay within its limit takes room until it is unmapped."""
     if isinstance(storage, CachedFolder) and storage.cache.limit is not None:
         for number in [number for number in maps if not storage.is_here(*file_of(number))]:
@@ -172,10 +172,14 @@ class RemoteRows:
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         shards = np.searchsorted(self.starts, indices, side="right") - 1
-        rows = np.empty(len(indices), SAMPLE)
-        for shard in np.unique(shards).tolist():
+        rows, needed = np.empty(len(indices), SAMPLE), np.unique(shards).tolist()
+        new = [file for shard in needed if shard not in self._tables for file in shard_files(self.shardlist[shard])]
+        if new:
+            deque(self.storage.fetch(new), maxlen=0)  # with the shards themselves: they are read next
+        for shard in needed:
             here = shards == shard
             rows[here] = self._table(shard)[indices[here] - self.starts[shard]]
+        rows["shard"] = shards  # as its table must say; known before it is fetched
         return rows
 
     def _table(self, shard: int) -> np.ndarray:
