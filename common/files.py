@@ -19,11 +19,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; after the block it is synced to disk and renamed to `path`.
 
     If the block raises, `path` is as it was and the temporary file is gone. A kill leaves at most a file named
-    `.<name>.<pid>.tmp`, which no reader takes for an artefact.
+    `.<name>.<node>.<pid>.tmp`, which no reader takes for an artefact.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
     try:
         yield temporary
         sync(temporary)
@@ -56,19 +56,43 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process until the block, or the process, ends. Raises UserError naming who holds it."""
+def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process until the block, or the process, ends. Raises UserError naming who holds it.
+
+    `shared`: holds it together with others that hold it so, and against all that do not. `name`: of the lock's file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(f"{folder}: {lock.read()} is at work in it; wait for it or end it") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    _locks.add(lock)
+    try:
+        _take(folder, lock, shared)
         yield
+    finally:
+        if lock in _locks:  # not in a forked copy of this process
+            _locks.remove(lock)
+            os.close(lock)
+
+
+_locks: set[int] = set()  # descriptors
+
+
+def _take(folder: Path, lock: int, shared: bool) -> None:
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 1000, 0).decode(errors="replace")
+        raise UserError(f"{folder}: {holder} is at work in it; wait for it or end it") from None
+    os.truncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def _leave_locks() -> None:
+    """A forked worker would hold its parent's locks for as long as it outlives it."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -70,6 +70,7 @@ class VAE:
     path: str = (
         "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder (./folder is never taken for a hub id), or a hub id
     )
+    subfolder: str | None = None  # of path, where the VAE lies in it: "vae" in the repositories of SD3 and FLUX
     revision: str | None = None
     latent_channels: Count = 4
     downsampling: Count = 8
@@ -126,7 +127,7 @@ class Train:
     ema_widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
     ema_reference_batch: Count = 512
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs; fp16: GPUs alone
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2  # a single rank in fp32, with nothing to share, uses 0
     offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
     activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
     compile: StrictBool = False  # each block by torch.compile: minutes at the start

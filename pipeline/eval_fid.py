@@ -15,8 +15,8 @@ from typing import Any
 from common.command import run_command
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.parts import run_parts
 from common.recipe import Recipe
-from pipeline.parts import run_parts
 
 
 def evaluate(recipe: Recipe) -> None:

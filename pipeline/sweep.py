@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 
 from common.command import run_command
+from common.parts import run_parts
 from common.recipe import Recipe
-from pipeline.parts import run_parts
 
 
 def plan(recipe: Recipe) -> Iterator[str]:

@@ -3,8 +3,10 @@
 The latents' scaling has its one home here.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from common.recipe import VAE
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What is read, and what its configuration calls the encoder's stages. SDXL's, SD3's and FLUX's are the first kind.
+KINDS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,7 +62,7 @@ def find_vae(settings: VAE) -> Path | None:
         raise UserError(
             f"vae.path: {settings.path} is no folder below {Path.cwd()}; run this in the clone, or correct it"
         )
-    return _checked(folder) if folder.is_dir() else _from_hub(settings, local_files_only=True)
+    return _checked(folder, settings) if folder.is_dir() else _from_hub(settings, local_files_only=True)
 
 
 def fetch_vae(settings: VAE) -> Path:
@@ -66,16 +70,18 @@ def fetch_vae(settings: VAE) -> Path:
     folder = find_vae(settings) or _from_hub(settings, local_files_only=False)
     if folder is None:
         raise UserError(
-            f"vae.path: {settings.path} is no folder here, and the hub does not give it; download {CONFIG} and "
-            f"{WEIGHTS} from https://huggingface.co/{settings.path} into a folder and name that"
+            f"vae.path: {settings.path} is no folder here, and the hub does not give it; download "
+            f"{settings.subfolder + '/' if settings.subfolder else ''}{CONFIG} and {WEIGHTS} from "
+            f"https://huggingface.co/{settings.path} into a folder and name that"
         )
     return folder
 
 
-def _checked(folder: Path) -> Path:
+def _checked(parent: Path, settings: VAE) -> Path:
+    folder = parent / (settings.subfolder or "")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"vae.path: {folder} has no {name}; give a folder written by AutoencoderKL.save_pretrained")
+            raise UserError(f"vae.path: {folder} has no {name}; give a folder written by a VAE's save_pretrained")
     return folder
 
 
@@ -83,28 +89,28 @@ def _from_hub(settings: VAE, *, local_files_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    prefix = f"{settings.subfolder}/" if settings.subfolder else ""
     try:
         folder = snapshot_download(
             settings.path,
             revision=settings.revision,
-            allow_patterns=[CONFIG, WEIGHTS],
+            allow_patterns=[prefix + CONFIG, prefix + WEIGHTS],
             local_files_only=local_files_only,
         )
     except (OSError, HFValidationError):  # the hub's other errors, its HTTP errors among them, are OSErrors
         return None
-    return _checked(Path(folder))
+    return _checked(Path(folder), settings)
 
 
 def identify(folder: Path, settings: VAE) -> Identity:
     """Checks a VAE's configuration against the recipe, without loading the network.
 
-    Raises UserError where latent channels or downsampling differ from `vae.latent_channels` and `vae.downsampling`.
+    Raises UserError for a kind that is none of KINDS, and where latent channels or downsampling differ from
+    `vae.latent_channels` and `vae.downsampling`.
     """
     config = read_json(folder / CONFIG)
-    found = {
-        "latent_channels": config.get("latent_channels"),
-        "downsampling": 2 ** (len(config.get("block_out_channels", [])) - 1),
-    }
+    stages = config.get(_stages(folder, config), [])
+    found = {"latent_channels": config.get("latent_channels"), "downsampling": 2 ** (len(stages) - 1)}
     for name, value in found.items():
         if value != getattr(settings, name):
             raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {value}; set that")
@@ -116,30 +122,45 @@ def identify(folder: Path, settings: VAE) -> Identity:
     )
 
 
+def _stages(folder: Path, config: dict[str, Any]) -> str:
+    """What a configuration calls the list of the encoder's stages, of which all but the first halve the side."""
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind not in KINDS:
+        raise UserError(f"vae.path: {folder} is an {kind}; of diffusers' autoencoders {' and '.join(KINDS)} are read")
+    return KINDS[kind]
+
+
 class Encoder:
-    """A frozen AutoencoderKL in `vae.precision`, on a GPU where there is one. Moments and pictures are float32."""
+    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and pictures are float32.
+
+    An AutoencoderTiny gives one latent a picture, no distribution: its standard deviation is 0.
+    """
 
     def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
-        from diffusers.models import AutoencoderKL
-
         folder = fetch_vae(settings)
         self.identity = identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = PRECISIONS[settings.precision]
-        try:
-            network = AutoencoderKL.from_pretrained(
-                folder, torch_dtype=self.dtype, use_safetensors=True, low_cpu_mem_usage=False
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"vae.path: {folder} does not load as an AutoencoderKL: {reason}") from None
+        network: Any = _load(folder, self.dtype)
         self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._spans: list[tuple[Any, Any]] = []
+        self._busy = 0.0
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
-        posterior = self.network.encode(self._prepare(images)).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float().cpu().contiguous()  # (B, 2C, h, w)
+        return self.moments(images).cpu().contiguous()
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """As `encode`, but the result is left on the device, which may not have computed it yet."""
+        start = self._mark()
+        output = self.network.encode(self._prepare(images))
+        if hasattr(output, "latents"):
+            mean, std = output.latents, torch.zeros_like(output.latents)
+        else:
+            mean, std = output.latent_dist.mean, output.latent_dist.std
+        self._spans.append((start, self._mark()))
+        return torch.cat([mean, std], dim=1).float()  # (B, 2C, h, w)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -147,5 +168,32 @@ class Encoder:
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
         return self.network.decode(self._prepare(latents)).sample.float().clamp(-1, 1).contiguous()
 
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the device has computed moments since this object was made."""
+        while self._spans and (self.device.type != "cuda" or self._spans[0][1].query()):
+            start, end = self._spans.pop(0)
+            self._busy += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        return self._busy
+
+    def _mark(self) -> Any:
+        """Now, on the device: a GPU's clock passes it when it has done what was asked for before."""
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def _prepare(self, values: Tensor) -> Tensor:
         return values.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    from diffusers import models
+
+    kind = getattr(models, read_json(folder / CONFIG).get("_class_name", "AutoencoderKL"))
+    try:
+        return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"vae.path: {folder} does not load as an {kind.__name__}: {reason}") from None

