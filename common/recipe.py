@@ -174,6 +174,7 @@ class Sample:
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # of t / T where guidance acts; 1 is pure noise
     guidance_channels: Count | None = None  # null: all; 3 is what DiT and FPDM published
     weights: Literal["latest"] | CountOrZero = "latest"  # or a number of samples seen
+    ema: str | None = None  # which average of the weights, as `0.9999` or `power-0.05`; null: the first that is kept
     save_images: Count = 64  # as many of each set are drawn into samples.png
 
 
@@ -209,7 +210,7 @@ class Sweep:
         "constant",
     )
     reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
-    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddim",)
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
     guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
 
 

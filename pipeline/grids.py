@@ -11,6 +11,7 @@ from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import rng
 from fpdm.sampling import sample
 from fpdm.weights import assemble
+from pipeline.plans import even_iterations
 from preprocess.encoder import Encoder
 from preprocess.images import to_uint8
 
@@ -29,8 +30,7 @@ class GridPainter:
         recipe = self.recipe
         model = assemble(weights, denoiser_config(recipe)).to(self.device).eval()
         index = torch.arange(recipe.train.grid_pictures, device=self.device)
-        steps, counts = recipe.sample.num_steps, recipe.sample.iterations
-        mean = round(sum(counts) / len(counts) if isinstance(counts, tuple) else counts)
+        steps = recipe.sample.num_steps
         latents = sample(
             model,
             diffusion(recipe),
@@ -38,11 +38,11 @@ class GridPainter:
             index % recipe.model.num_classes,
             sampler="flow_euler" if recipe.objective.prediction == "flow" else "ddim",
             num_steps=steps,
-            iterations=[mean] * steps if recipe.model.kind == "fpdm" else None,
+            iterations=even_iterations(recipe),
         )
         path = recipe.folder / "grids" / f"{samples_seen:012d}.png"
         with atomic_write(path) as file:
-            Image.fromarray(_tile(to_uint8(self.vae.decode(latents))).numpy()).save(file, format="png")
+            Image.fromarray(_tile(to_uint8(self.vae.decode(latents)).cpu()).numpy()).save(file, format="png")
         return path
 
 

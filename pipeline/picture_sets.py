@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -131,26 +132,25 @@ def opened(pictures: PictureSet) -> Pictures:
     return pictures.open()
 
 
-def _read(recipe: Recipe, source: Source, entries: Sequence[Entry]) -> Pictures:
-    """In order, decoded by a thread a core (Pillow leaves Python's lock while it decodes and resizes)."""
+def _read(recipe: Recipe, source: Source, entries: Iterable[Entry]) -> Pictures:
+    """In order; read one after another, as a source may hold one file open, and decoded by a thread a core (Pillow
+    leaves Python's lock while it decodes and resizes). What encoding rejects is left out here too; the count beside a
+    distance shows it.
+    """
     crop, resolution = CROPS[recipe.data.crop], recipe.data.resolution
-
-    def load(entry: Entry) -> NDArray[np.uint8] | None:
-        try:
-            return np.asarray(crop(decode(source.open(entry)), resolution))
-        except Rejected:  # encoding leaves it out too; the count beside a distance shows it
-            return None
-
     workers = len(os.sched_getaffinity(0))
-    waiting: deque[Future[NDArray[np.uint8] | None]] = deque()
+    waiting: deque[Future[NDArray[np.uint8]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for entry in entries:
-            waiting.append(pool.submit(load, entry))
-            if len(waiting) > AHEAD * workers and (picture := waiting.popleft().result()) is not None:
-                yield picture
+            with suppress(Rejected):
+                data = source.open(entry)
+                waiting.append(pool.submit(lambda data: np.asarray(crop(decode(data), resolution)), data))
+            if len(waiting) > AHEAD * workers:
+                with suppress(Rejected):
+                    yield waiting.popleft().result()
         for future in waiting:
-            if (picture := future.result()) is not None:
-                yield picture
+            with suppress(Rejected):
+                yield future.result()
 
 
 def _reconstruct(recipe: Recipe, pictures: Pictures) -> Pictures:

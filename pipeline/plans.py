@@ -42,6 +42,12 @@ def total_iterations(recipe: Recipe) -> int:
     return sum(allocate(kind, settings.num_steps, settings.iterations))
 
 
+def even_iterations(recipe: Recipe) -> list[int] | None:
+    """The same budget, constant over the steps: where nothing is measured. None for DiT."""
+    steps = recipe.sample.num_steps
+    return allocate("constant", steps, total_iterations(recipe) / steps) if recipe.model.kind == "fpdm" else None
+
+
 def blocks_a_picture(recipe: Recipe) -> int:
     """Transformer blocks of one picture; a step with guidance computes each twice."""
     settings, config = recipe.sample, denoiser_config(recipe)

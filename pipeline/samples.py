@@ -33,7 +33,7 @@ from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images import to_uint8
 
 # Fields of `sample` that change no picture.
-NOT_OF_THE_PICTURE = ("num_samples", "batch_size", "chunk_samples", "weights", "save_images", "output")
+NOT_OF_THE_PICTURE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
 WAITING = 4  # batches that are drawn and not yet finished: bounds the memory
 
 
@@ -86,7 +86,7 @@ def sample_set(recipe: Recipe, weights: Weights) -> SampleSet:
 
     Raises UserError where there are none, or where they are another network's than the recipe's.
     """
-    samples_seen, folder = find_weights(recipe, weights)
+    samples_seen, folder = find_weights(recipe, weights, recipe.sample.ema)
     settings = {
         "weights_sha256": sha256_file(folder / WEIGHTS_NAME),
         "network": _network_settings(recipe, folder),

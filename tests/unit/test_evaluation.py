@@ -1,5 +1,6 @@
 """What a distance is measured from and how well it is known; forms of samples that give the same number."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.loading import dump_recipe
 from common.recipe import Recipe
-from pipeline import eval_fid, features, picture_sets, references, samples
+from pipeline import eval_fid, features, picture_sets, references, sample, samples
 from pipeline.chunks import find_chunks, write_chunk
 from pipeline.evaluation import Evaluation
 from pipeline.metrics import bootstrap_error, frechet_distance, statistics
@@ -162,6 +163,27 @@ def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
     assert list(find_chunks(folder)) == [(4, 8)]
     extract_missing(recipe, "latest", 0, 2)
     assert numbers(evaluated(recipe)) == numbers(expected)
+
+
+def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Recipe) -> None:
+    images, labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
+    expected = evaluated(recipe)
+    for name in ("samples", "eval"):
+        shutil.rmtree(recipe.folder / name)
+    (recipe.folder / "metrics.json").unlink()
+    sample.in_jobs(recipe, "debug", 3)
+    found_images, found_labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
+    assert (found_images == images).all()
+    assert (found_labels == labels).all()
+    eval_fid.in_jobs(recipe, "debug", 2)
+    found = read_json(recipe.folder / "metrics.json")["measurements"][0]
+    assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6)
+
+
+def test_a_jobs_mistake_is_the_commands_own_line(recipe: Recipe) -> None:
+    shutil.rmtree(recipe.folder / "samples")
+    with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
+        eval_fid.in_jobs(recipe, "debug", 2)
 
 
 def test_three_ranges_of_samples_are_measured_apart(recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import shutil
 import tarfile
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import Model, Recipe, Sample
-from fpdm.weights import load_pretrained
+from fpdm.weights import load_pretrained, read_config, read_extra, save_pretrained
 from pipeline import features, outputs, plans, samples
 from pipeline.chunks import chunk_spans, find_chunks, read_chunk
 from pipeline.run_folder import weights_folder
@@ -245,3 +246,22 @@ def test_tars_of_equal_samples_are_equal_bytes(recipe: Recipe) -> None:
     assert path.read_bytes() == before
     with tarfile.open(fileobj=io.BytesIO(before)) as tar:
         assert [member.name for member in tar][:3] == ["00000000.png", "00000000.cls", "00000000.json"]
+
+
+def test_the_average_of_the_weights_is_chosen_by_name(recipe: Recipe) -> None:
+    own = weights_folder(recipe, 64)
+    other = own.parent / "power-0.05"
+    shutil.copytree(own, other)
+    save_pretrained(
+        {name: 1.1 * values for name, values in load_pretrained(own).named_parameters()},
+        read_config(own),
+        other,
+        read_extra(own),
+    )
+    chosen = changed(recipe, num_samples=4, ema="power-0.05")
+    here = load_samples(samples.generate(changed(recipe, num_samples=4), "latest"), 4)[0]
+    there = load_samples(samples.generate(chosen, "latest"), 4)[0]
+    assert samples.sample_set(chosen, "latest").weights == other
+    assert (here != there).any()
+    with pytest.raises(UserError, match="no weights"):
+        samples.generate(changed(recipe, ema="power-0.1"), "latest")
