@@ -158,9 +158,11 @@ def update(engine: Any, gradient_clipping: float) -> float:
 
 
 def scaler_state(engine: Any) -> dict[str, float]:
-    """Where the fp16 loss scaler stands; empty without one."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {name: getattr(scaler, name) for name in SCALER_STATE if getattr(scaler, name, None) is not None}
+    """Where the fp16 loss scaler stands; empty where nothing is scaled."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)  # there is one of scale 1 in other precisions too
+    if not getattr(scaler, "dynamic_loss_scale", False):
+        return {}
+    return {name: getattr(scaler, name) for name in SCALER_STATE if hasattr(scaler, name)}
 
 
 def restore_scaler(engine: Any, state: dict[str, float]) -> None:

@@ -204,7 +204,7 @@ class Trainer:
         if crosses(before, after, settings.grid_samples):
             self._paint()
         if crosses(before, after, settings.checkpoint_samples) and after < self.total:
-            self._save(with_weights=True)
+            self._save(with_weights=True, wait=not settings.background_saves)
 
     def _step(self, batches: list[Batch], iterations: tuple[int, int], *, with_residuals: bool) -> StepResult:
         """One update, unless its gradient is not finite."""

@@ -94,14 +94,19 @@ class LatentShards:
         out = np.empty((len(rows), *self.shape), MOMENTS)
         buffer = out.reshape(-1).view(np.uint8).data
         order = np.lexsort((offsets, rows["shard"]))  # as they lie on the disk
-        columns = (order, rows["shard"][order], offsets[order], rows["label"][order], checksums[order])
-        for number, shard, offset, label, expected in zip(*(column.tolist() for column in columns), strict=True):
-            target = buffer[number * size : (number + 1) * size]
-            data = (self._maps.get(shard) or self._map(shard))[offset : offset + size]
-            if len(data) == size:
-                target[:] = data
-            if len(data) != size or checksum(target, label) != expected:  # of the copy, which is what will be used
-                self._read_again(indices[number], rows[number], offset, target, expected)
+        columns = (order * size, rows["shard"][order], offsets[order], rows["label"][order], checksums[order])
+        current, data = -1, memoryview(b"")
+        for start, shard, offset, label, expected in zip(*(column.tolist() for column in columns), strict=True):
+            if shard != current:
+                current, data = shard, self._maps.get(shard) or self._map(shard)
+            target = buffer[start : start + size]
+            try:
+                target[:] = data[offset : offset + size]
+                whole = checksum(target, label) == expected  # of the copy, which is what will be used
+            except ValueError:  # less than a sample
+                whole = False
+            if not whole:
+                data = self._read_again(indices[start // size], rows[start // size], offset, target, expected)
         return out
 
     def _map(self, shard: int) -> memoryview:
@@ -114,16 +119,17 @@ class LatentShards:
             self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[shard]
 
-    def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> None:
-        """A cached copy is fetched anew. Raises UserError where that does not help, or nothing lies behind it."""
+    def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> memoryview:
+        """The shard, after its cached copy was fetched anew. UserError where that does not help, or it is no copy."""
         shards, shard = self.index["shardlist"], int(row["shard"])
         name = shards[shard]["url"] if shard < len(shards) else SAMPLES
         if shard < len(shards) and self.storage.discard(name, shards[shard]["sha256"]):
             del self._maps[shard]
-            data = self._map(shard)[offset : offset + len(target)]
+            fresh = self._map(shard)
+            data = fresh[offset : offset + len(target)]
             if len(data) == len(target) and checksum(data, int(row["label"])) == expected:
                 target[:] = data
-                return
+                return fresh
         raise UserError(
             f"{self.address}/{name}: sample {index} (member {member_name(int(row['position']))}) does not match its "
             f"checksum in {SAMPLES}; {REMEDY}"
@@ -159,7 +165,7 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
     with open(path, "rb") as file:
         if file.read(len(header)) != header:
             raise UserError(f"{path}: not one row for each of {count} samples; {REMEDY}")
-    return np.memmap(path, SAMPLE, "r", offset=len(header), shape=(count,))
+    return np.memmap(path, SAMPLE, "r", offset=len(header), shape=(count,)).view(np.ndarray)  # indexed faster
 
 
 class RemoteRows:
