@@ -66,7 +66,9 @@ class Tree:
     def __init__(self, path: Path, field: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> None:
         self.path, self.field, self.suffixes = path, field, suffixes
         if not path.is_dir():
-            raise UserError(f"{field}: {path} is not a folder; it should hold one sub-folder of pictures a class")
+            raise UserError(
+                f"{field}: {path} is not a folder; docs/data.md lists in what forms each data.source is read"
+            )
 
     def pictures(self, files: list[tuple[str, int]], label: int, folder: str = "") -> list[Entry]:
         """Those of (key, size) that are pictures by their name. Raises UserError where `folder` has none."""
