@@ -1,9 +1,14 @@
 # make demo: the whole pipeline on this machine.  make test: every check and test.  Both set everything up first.
-.PHONY: demo test test-slow check format setup clean
+# make demo-slurm: the same demo as jobs of a SLURM cluster that this machine plays.
+.PHONY: demo demo-slurm test test-slow check format setup clean
 RUN := .venv/bin/python
 
 demo: setup
 	@$(RUN) pipeline/run.py --config recipes/demo.yaml
+
+demo-slurm: setup
+	@scripts/setup.sh --test
+	@$(RUN) -m tests.slurm_cluster bash scripts/demo_slurm.sh
 
 test: check
 	@scripts/setup.sh --test

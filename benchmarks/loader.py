@@ -9,8 +9,9 @@ all of them in random order (plain WebDataset: as its reader gives them), in bat
   npy            a file a sample through torch's DataLoader, as peers keep them; nothing verified
   webdataset     webdataset.WebDataset over the same tars, decoded by np.frombuffer
   ffcv           FFCV's own loader over preprocess/beton.py's file, where FFCV is installed; nothing verified
-In the reader's process (0 workers) and with a DataLoader's one worker process. The contenders take turns; of each one's
-rounds the fastest counts. Opening is a process of its own that opens an index of 1.28 M synthetic latents.
+In the reader's process (0 workers; training reads shards so) and with a DataLoader's one worker process, which for
+FFCV is its thread. The contenders take turns; of each one's rounds the fastest counts, and it is compared with npy at
+one worker. Opening is a process of its own that opens an index of 1.28 M synthetic latents.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.files import sha256_file
 from fpdm import rng
+from preprocess import beton
 from preprocess.shards import SAMPLE, LatentShards, Sample, rows_name, shard_name, write_index, write_shard
 
 SHAPE = (8, 32, 32)
 BATCH = 256
 SHARD = 4096
 IMAGENET, CLASSES = 1_281_167, 1000
-AIM = 40  # times the samples/s of npy
+AIM = 40  # times the samples/s of npy at one worker
 
 OPENING = """
 import sys, time
@@ -154,6 +157,21 @@ def by_webdataset(folder: Path, count: int, workers: int) -> Callable[[int], Ite
     return lambda number: DataLoader(dataset, batch_size=None, num_workers=workers)
 
 
+def by_ffcv(path: Path) -> Callable[[int], Iterable[Any]]:
+    """FFCV's loader reads ahead with a thread of its own, which stands for the worker."""
+    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import Squeeze, ToTensor, View
+
+    pipelines = {
+        "moments": [NDArrayDecoder(), ToTensor(), View(torch.float16)],
+        "label": [IntDecoder(), ToTensor(), Squeeze()],
+    }
+    order, kept = OrderOption.RANDOM, {"os_cache": True, "drop_last": False}
+    loader = Loader(str(path), BATCH, num_workers=1, order=order, seed=0, pipelines=pipelines, **kept)
+    return lambda number: loader
+
+
 def contenders(folder: Path, count: int) -> dict[tuple[str, int], Callable[[int], Iterable[Any]]]:
     """By name and number of workers: a function from an epoch's number to its batches."""
     found: dict[tuple[str, int], Callable[[int], Iterable[Any]]] = {}
@@ -162,6 +180,9 @@ def contenders(folder: Path, count: int) -> dict[tuple[str, int], Callable[[int]
         found["memory map", workers] = by_batches(FromMemoryMap(folder / "all.npy"), count, workers)
         found["npy", workers] = by_files(folder / "npy", count, workers)
         found["webdataset", workers] = by_webdataset(folder / "shards", count, workers)
+    if find_spec("ffcv"):
+        beton.convert(folder / "shards")
+        found["ffcv", 1] = by_ffcv(folder / "shards" / beton.FOLDER / beton.BETON)
     return found
 
 
@@ -177,7 +198,7 @@ def measure(calls: dict[tuple[str, int], Callable[[int], Iterable[Any]]], count:
                 raise RuntimeError(f"{key} read {seen} samples of {count}")
             if epoch:
                 fastest[key] = max(fastest[key], count / seconds)
-    return [Row(*key, speed, speed / fastest["npy", key[1]]) for key, speed in fastest.items()]
+    return [Row(*key, speed, speed / fastest["npy", 1]) for key, speed in fastest.items()]
 
 
 def synthetic_folder(folder: Path, count: int, shard_samples: int) -> None:
@@ -214,7 +235,7 @@ def opening(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=5, help="that count, after one to warm up (5)")
+    parser.add_argument("--rounds", type=int, default=8, help="that count, after one to warm up (8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -226,7 +247,7 @@ def main() -> None:
         opened = opening(folder / "imagenet")
     print(f"{'reader':12} {'workers':>7} {'samples/s':>10} {'x npy':>7}")
     for row in rows:
-        aim = f"  aim: at least {AIM}" if row.contender == "shards" else ""
+        aim = f"  aim: at least {AIM}" if (row.contender, row.workers) == ("shards", 0) else ""
         print(f"{row.contender:12} {row.workers:7} {row.samples_per_second:10,.0f} {row.times_npy:7.1f}{aim}")
     print(
         f"opening {IMAGENET:,} latents: {opened['open_seconds']:.2f} s (aim: under 2; imports before it "

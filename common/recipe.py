@@ -127,12 +127,13 @@ class Train:
     ema_widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
     ema_reference_batch: Count = 512
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs; fp16: GPUs alone
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2  # a single rank in fp32, with nothing to share, uses 0
     offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
     activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
     compile: StrictBool = False  # each block by torch.compile: minutes at the start
     deepspeed_config: str | None = None  # a JSON file of your own; what it leaves out comes from the recipe
     checkpoint_samples: Count = 5_120_000
+    background_saves: StrictBool = True  # false: training waits for each; a kill then never costs over one interval
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
     keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
     resume_from: str | None = None  # a checkpoint's folder to begin with, while this run has none of its own

@@ -22,7 +22,7 @@ from common.recipe import Recipe, denoiser_config
 from fpdm.weights import save_pretrained
 from pipeline.averages import Averages
 from pipeline.run_folder import ema_names, weights_folder
-from pipeline.run_identity import changes
+from pipeline.run_identity import changes, total_samples
 from pipeline.zero import MOMENTS, gather, moment_shards, parameter_shards, scatter, start_moments
 
 STATE, MARKER = "state.safetensors", "complete.json"
@@ -62,29 +62,31 @@ def write(
     *,
     with_weights: bool,
 ) -> None:
-    """Writes what `collect` gave as a checkpoint, and before it, `with_weights`, the averages to sample with.
+    """Writes what `collect` gave as a checkpoint and, `with_weights`, the averages to sample with.
 
-    Raises UserError where the state is not finite, or the disk does not take it: then the one before it stands.
+    Weights come first, so that every checkpoint passed has its own; the run's last ones come last, because they say
+    that it is finished. Raises UserError where the state is not finite, or the disk does not take it: then the
+    checkpoint before it stands.
     """
+    _refuse_non_finite(recipe, state, samples_seen)
+    folder, last = folder_of(recipe) / f"{samples_seen:012d}", samples_seen == total_samples(recipe)
+    averages = {name: part(state, f"ema-{name}") for name in ema_names(recipe)} if with_weights else {}
+    with disk_faults_told(folder):
+        if not last:
+            export_averages(recipe, averages, samples_seen, identity)
+        _write_folder(folder, state, {"samples_seen": samples_seen, "identity": identity, "progress": progress})
+        if last:
+            export_averages(recipe, averages, samples_seen, identity)
+        prune(recipe)
+
+
+def _write_folder(folder: Path, state: State, marker: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    _refuse_non_finite(recipe, state, samples_seen)
-    folder = folder_of(recipe) / f"{samples_seen:012d}"
-    with disk_faults_told(folder):
-        if with_weights:
-            export_averages(
-                recipe, {name: part(state, f"ema-{name}") for name in ema_names(recipe)}, samples_seen, identity
-            )
-        with atomic_folder(folder) as temporary:
-            save_file(state, temporary / STATE)
-            marker = {
-                "samples_seen": samples_seen,
-                "sha256": sha256_file(temporary / STATE),
-                "identity": identity,
-                "progress": progress,
-            }
-            write_json(temporary / MARKER, {"marker": marker, "key": content_key(marker)})
-        prune(recipe)
+    with atomic_folder(folder) as temporary:
+        save_file(state, temporary / STATE)
+        marker = {**marker, "sha256": sha256_file(temporary / STATE)}
+        write_json(temporary / MARKER, {"marker": marker, "key": content_key(marker)})
 
 
 @contextmanager

@@ -17,6 +17,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.recipe import with_world_size
     from pipeline.checkpoint import complete_checkpoints
     from pipeline.distributed import rank_and_world_size
+    from pipeline.engine import zero_stage
     from pipeline.run_identity import total_samples
     from pipeline.trainer import finished, open_shards
 
@@ -31,9 +32,10 @@ def plan(recipe: Recipe) -> Iterator[str]:
         raise UserError(str(error)) from None
     assert micro_batch_size is not None
     accumulations = train.batch_size // (world_size * micro_batch_size)
+    stage = zero_stage(recipe, world_size)
     yield (
         f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: "
-        f"{world_size} ranks x {micro_batch_size} x {accumulations} accumulations, ZeRO {train.zero_stage}"
+        f"{world_size} ranks x {micro_batch_size} x {accumulations} accumulations, ZeRO {stage}"
     )
     checkpoints = complete_checkpoints(recipe)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"

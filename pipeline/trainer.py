@@ -204,7 +204,7 @@ class Trainer:
         if crosses(before, after, settings.grid_samples):
             self._paint()
         if crosses(before, after, settings.checkpoint_samples) and after < self.total:
-            self._save(with_weights=True)
+            self._save(with_weights=True, wait=not settings.background_saves)
 
     def _step(self, batches: list[Batch], iterations: tuple[int, int], *, with_residuals: bool) -> StepResult:
         """One update, unless its gradient is not finite."""
@@ -214,8 +214,9 @@ class Trainer:
         all_losses = []
         for number, batch in enumerate(batches, 1):
             with watch("forward"):
-                losses, residuals = self._forward(batch.to(self.engine.device), iterations, with_residuals)
-                sums[:-1] += loss_sums(losses, batch.timesteps.to(sums.device), self.diffusion.num_timesteps)
+                batch = batch.to(self.engine.device)
+                losses, residuals = self._forward(batch, iterations, with_residuals)
+                sums[:-1] += loss_sums(losses, batch.timesteps, self.diffusion.num_timesteps)
                 if residuals is not None:
                     sums[-1] += residuals[:, -1].double().sum() / settings.batch_size
                 all_losses.append(losses.detach())

@@ -70,11 +70,13 @@ class Encoding:
 def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     """Finds source and VAE and checks them against the recipe and against what is in `data.shards` already.
 
-    Raises UserError for: a source that `sources.py` refuses, another number of classes than `model.num_classes`, a VAE
-    that cannot be had or differs from the recipe, shards made with other settings. Without `download`, a VAE that is
-    not here yet is left unknown.
+    Raises UserError for: shards that are not to be in a local folder, a source that `sources.py` refuses, another
+    number of classes than `model.num_classes`, a VAE that cannot be had or differs from the recipe, shards made with
+    other settings. Without `download`, a VAE that is not here yet is left unknown.
     """
     data, vae = recipe.data, recipe.vae
+    if "://" in data.shards:
+        raise UserError(f"data.shards: {data.shards} is read by training; encode to a local folder, and copy it there")
     source = SOURCES[data.source](data.images, "data.images")
     classes = len(source.class_names)
     if classes != recipe.model.num_classes:

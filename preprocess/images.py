@@ -72,9 +72,12 @@ def _check_pixels(width: int, height: int) -> None:
 
 def _from_array(data: bytes) -> Image.Image:
     """The picture in a .npy file."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except MemoryError:
+        raise Rejected("an array that claims more than there is memory") from None
     planes = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
-    if planes.ndim == 3 and planes.shape[0] == 3:
+    if planes.ndim == 3 and planes.shape[0] == 3 != planes.shape[2]:
         planes = planes.transpose(1, 2, 0)  # (H, W, 3)
     if array.dtype != np.uint8 or not (planes.ndim == 2 or (planes.ndim == 3 and planes.shape[2] == 3)):
         raise Rejected(f"an array of {array.dtype} {array.shape}; only uint8 of (H, W), (H, W, 3), (3, H, W) is read")

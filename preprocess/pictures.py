@@ -36,7 +36,7 @@ class Pictures(Dataset[Loaded]):
     def __init__(self, source: Source, crop: str, resolution: int) -> None:
         self.source, self.crop, self.resolution = source, CROPS[crop], resolution
 
-    def __getitem__(self, batch: range) -> Loaded:
+    def __getitem__(self, batch: Sequence[int]) -> Loaded:
         positions, sizes, images, rejected = [], [], [], []
         for position in batch:
             entry = self.source.entries[position]

@@ -1,6 +1,9 @@
 """Proves a folder of latent shards whole: every byte, checksum, count and number.
 
     python preprocess/verify_shards.py data/demo/shards [--processes 8]
+    python preprocess/verify_shards.py data/demo/shards --deep recipes/demo.yaml [--pictures 64]
+
+With --deep also encodes some of the pictures again, and compares.
 
 Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and what to do.
 """
@@ -18,10 +21,12 @@ def main() -> int:
     parser.add_argument("folder", help="the folder that holds index.json")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
+    parser.add_argument("--deep", metavar="RECIPE.yaml", help="the recipe by which the folder was encoded")
+    parser.add_argument("--pictures", type=int, default=64, help="with --deep: how many are encoded again (64)")
     return guarded(lambda: work(**vars(parser.parse_args())))
 
 
-def work(folder: str, processes: int) -> None:
+def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
     from pathlib import Path
 
     from tqdm import tqdm
@@ -39,6 +44,24 @@ def work(folder: str, processes: int) -> None:
         raise UserError(f"{folder}: not whole, the faults are listed above ({faults})")
     index = read_sealed(Path(folder) / INDEX)
     print(f"{folder}: {index['accepted']:,} samples in {len(index['shardlist'])} shards, all whole")
+    if deep is not None:
+        compare(folder, deep, pictures)
+
+
+def compare(folder: str, recipe: str, pictures: int) -> None:
+    """Encodes some pictures again. Raises UserError where their latents or labels are not those in the folder."""
+    from common.loading import load_recipe
+    from preprocess.comparison import deep_faults
+
+    if pictures < 1:
+        raise UserError(f"--pictures: {pictures}; at least 1")
+    faults = 0
+    for fault in deep_faults(load_recipe(recipe), folder, pictures):
+        print(fault)
+        faults += 1
+    if faults:
+        raise UserError(f"{folder}: {faults} of {pictures} pictures have other latents or labels, listed above")
+    print(f"{folder}: up to {pictures} pictures encoded again, all of them as they were")
 
 
 if __name__ == "__main__":

@@ -19,28 +19,36 @@ if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" >.venv/.complete
 fi
 
-quietly=(-qq -o DPkg::Lock::Timeout=300)
-
-from_debian() { # succeeds if the packages were installed
-    [ "$(id -u)" = 0 ] && apt-get "${quietly[@]}" update &&
-        DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${quietly[@]}" "$@" >/dev/null
+# from_debian WHAT_FOR PACKAGE...: installs what is missing of the packages, or says what is left out without them.
+from_debian() {
+    local what_for=$1 install quietly=(-qq -o DPkg::Lock::Timeout=300)
+    shift
+    dpkg -s "$@" >/dev/null 2>&1 && return
+    install="apt-get install -y --no-install-recommends $*"
+    echo "setup: installing $*: $what_for"
+    if [ "$(id -u)" != 0 ] ||
+        ! { apt-get "${quietly[@]}" update && DEBIAN_FRONTEND=noninteractive $install "${quietly[@]}" >/dev/null; }; then
+        echo "setup: $* could not be installed here. To have what it is for ($what_for): sudo $install" >&2
+        return 1
+    fi
 }
 
-if [ "${1:-}" = --test ] && ! command -v chromium >/dev/null; then
-    echo "setup: installing chromium, which a test of the report opens it in"
-    if ! from_debian chromium; then
-        echo "setup: chromium could not be installed here; the tests that need it will not run. To have them: sudo apt-get install -y --no-install-recommends chromium" >&2
-    fi
+if [ "${1:-}" = --test ]; then
+    command -v chromium >/dev/null ||
+        from_debian "a test of the report opens it in a browser, and is left out without one" chromium || true
+    # Debian starts none of these by itself; the tests start their own on the loopback interface.
+    PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null ||
+        from_debian "tests run jobs on a real SLURM, and fail without one unless FPDM_WITHOUT_SLURM=1" \
+            slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core || true
 fi
 
 has_ffcv() { .venv/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("ffcv"))'; }
 
 if [[ "${1:-}" = --test || "${1:-}" = --ffcv ]] && ! has_ffcv; then
-    needed=(g++ pkg-config libopencv-imgproc-dev libturbojpeg0-dev)
-    echo "setup: building FFCV, which data.format=ffcv is made with (a minute, 300 MB)"
-    if ! dpkg -s "${needed[@]}" >/dev/null 2>&1 && ! from_debian "${needed[@]}"; then
-        echo "setup: FFCV needs libraries that could not be installed here; data.format=ffcv cannot be made, and its tests will not run. To have them: sudo apt-get install -y --no-install-recommends ${needed[*]}, then scripts/setup.sh --ffcv" >&2
-    elif ! PKG_CONFIG_PATH="$PWD/scripts/ffcv" .venv/bin/python -m pip install --quiet --editable '.[ffcv]'; then
-        echo "setup: FFCV could not be built here (the reason is above); data.format=ffcv cannot be made, and its tests will not run" >&2
+    if from_debian "FFCV is built with it, for data.format=ffcv, whose tests are left out without it" \
+        g++ pkg-config libopencv-imgproc-dev libturbojpeg0-dev; then
+        echo "setup: building FFCV (a minute, 300 MB)"
+        PKG_CONFIG_PATH="$PWD/scripts/ffcv" .venv/bin/python -m pip install --quiet --editable '.[ffcv]' ||
+            echo "setup: FFCV could not be built here (the reason is above); the tests of data.format=ffcv are left out" >&2
     fi
 fi

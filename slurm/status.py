@@ -104,20 +104,21 @@ def where(task: dict[str, str]) -> str:
 def training(run: Path) -> Iterator[str]:
     """The last line of the training log, and when the training will be done at the rate of that."""
     log, settings = run / "metrics.jsonl", run / "recipe.yaml"
-    complete = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
-    if not complete:
+    whole = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
+    steps = [line for line in map(json.loads, whole) if "loss" in line]  # others tell of an event
+    if not steps:
         return
     import yaml
 
-    last = json.loads(complete[-1])
+    last = steps[-1]
     total = yaml.safe_load(settings.read_text())["train"]["total_samples"]
-    left = max(0, total - last["samples"])
-    ends = f", done in {_duration(left / last['samples_per_second'])} at this rate" if left else ", done"
+    left, rate = max(0, total - last["samples"]), last["samples_per_second"]
+    when = f"done in {_duration(left / rate)} at this rate" if left and rate else "done" if not left else "no rate yet"
     age = _duration(time.time() - log.stat().st_mtime)
     yield ""
     yield (
         f"training: step {last['step']:,}, {last['samples']:,} of {total:,} samples, loss {last['loss']:.4f}, "
-        f"{last['samples_per_second']:.1f} samples/s{ends} (logged {age} ago)"
+        f"{rate:.1f} samples/s, {when} (logged {age} ago)"
     )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import mmap
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from preprocess.shards.format import (
     rows_header,
     rows_size,
 )
-from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, check_size, shard_files
+from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFile, check_size, shard_files
 
 Storage = LocalFolder | CachedFolder
 
@@ -94,14 +94,19 @@ class LatentShards:
         out = np.empty((len(rows), *self.shape), MOMENTS)
         buffer = out.reshape(-1).view(np.uint8).data
         order = np.lexsort((offsets, rows["shard"]))  # as they lie on the disk
-        columns = (order, rows["shard"][order], offsets[order], rows["label"][order], checksums[order])
-        for number, shard, offset, label, expected in zip(*(column.tolist() for column in columns), strict=True):
-            target = buffer[number * size : (number + 1) * size]
-            data = (self._maps.get(shard) or self._map(shard))[offset : offset + size]
-            if len(data) == size:
-                target[:] = data
-            if len(data) != size or checksum(target, label) != expected:  # of the copy, which is what will be used
-                self._read_again(indices[number], rows[number], offset, target, expected)
+        columns = (order * size, rows["shard"][order], offsets[order], rows["label"][order], checksums[order])
+        current, data = -1, memoryview(b"")
+        for start, shard, offset, label, expected in zip(*(column.tolist() for column in columns), strict=True):
+            if shard != current:
+                current, data = shard, self._maps.get(shard) or self._map(shard)
+            target = buffer[start : start + size]
+            try:
+                target[:] = data[offset : offset + size]
+                whole = checksum(target, label) == expected  # of the copy, which is what will be used
+            except ValueError:  # less than a sample
+                whole = False
+            if not whole:
+                data = self._read_again(indices[start // size], rows[start // size], offset, target, expected)
         return out
 
     def _map(self, shard: int) -> memoryview:
@@ -114,23 +119,24 @@ class LatentShards:
             self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[shard]
 
-    def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> None:
-        """A cached copy is fetched anew. Raises UserError where that does not help, or nothing lies behind it."""
+    def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> memoryview:
+        """The shard, after its cached copy was fetched anew. UserError where that does not help, or it is no copy."""
         shards, shard = self.index["shardlist"], int(row["shard"])
         name = shards[shard]["url"] if shard < len(shards) else SAMPLES
         if shard < len(shards) and self.storage.discard(name, shards[shard]["sha256"]):
             del self._maps[shard]
-            data = self._map(shard)[offset : offset + len(target)]
+            fresh = self._map(shard)
+            data = fresh[offset : offset + len(target)]
             if len(data) == len(target) and checksum(data, int(row["label"])) == expected:
                 target[:] = data
-                return
+                return fresh
         raise UserError(
             f"{self.address}/{name}: sample {index} (member {member_name(int(row['position']))}) does not match its "
             f"checksum in {SAMPLES}; {REMEDY}"
         )
 
 
-def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], tuple[str, int, str]]) -> None:
+def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], ShardFile]) -> None:
     """Makes room for one more. What the cache has deleted to stay within its limit takes room until it is unmapped."""
     if isinstance(storage, CachedFolder) and storage.cache.limit is not None:
         for number in [number for number in maps if not storage.is_here(*file_of(number))]:
@@ -159,7 +165,7 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
     with open(path, "rb") as file:
         if file.read(len(header)) != header:
             raise UserError(f"{path}: not one row for each of {count} samples; {REMEDY}")
-    return np.memmap(path, SAMPLE, "r", offset=len(header), shape=(count,))
+    return np.memmap(path, SAMPLE, "r", offset=len(header), shape=(count,)).view(np.ndarray)  # indexed faster
 
 
 class RemoteRows:
@@ -172,10 +178,14 @@ class RemoteRows:
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         shards = np.searchsorted(self.starts, indices, side="right") - 1
-        rows = np.empty(len(indices), SAMPLE)
-        for shard in np.unique(shards).tolist():
+        rows, needed = np.empty(len(indices), SAMPLE), np.unique(shards).tolist()
+        new = [file for shard in needed if shard not in self._tables for file in shard_files(self.shardlist[shard])]
+        if new:
+            deque(self.storage.fetch(new), maxlen=0)  # with the shards themselves: they are read next
+        for shard in needed:
             here = shards == shard
             rows[here] = self._table(shard)[indices[here] - self.starts[shard]]
+        rows["shard"] = shards  # as its table must say; known before it is fetched
         return rows
 
     def _table(self, shard: int) -> np.ndarray:

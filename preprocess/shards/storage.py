@@ -22,8 +22,11 @@ CHUNK = 8 << 20  # bytes
 ATTEMPTS = 3  # at fetching a file over a network
 PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 LOCKS = 64  # lock files: two processes fetch one file once, and different files at the same time
-STAGING_THREADS = 4
+FETCHING_THREADS = 4
 ABANDONED = 600  # seconds without a byte after which a file that is being fetched belongs to a process that was killed
+
+
+ShardFile = tuple[str, int, str]  # name, bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ class CachedFolder:
         self._copy(name, sha256).unlink(missing_ok=True)
         return True
 
+    def fetch(self, files: list[ShardFile]) -> Iterator[Path]:
+        """Fetches what is not here yet, several files at a time, and yields their paths as they arrive."""
+        with ThreadPoolExecutor(FETCHING_THREADS) as threads:
+            for fetched in as_completed([threads.submit(self._fetch, *file) for file in files]):
+                yield fetched.result()
+
     def stage(self, shardlist: list[Record]) -> None:
         """Fetches all shards now; one process of the machine does, the others wait for it.
 
@@ -123,12 +132,9 @@ class CachedFolder:
                 raise UserError(
                     f"data.stage_in: needs {needed / 1e9:.2f} GB more, {self.cache.folder} has {free / 1e9:.2f} GB free"
                 )
-            with (
-                tqdm(total=needed, unit="B", unit_scale=True, desc="stage in", disable=not missing) as bar,
-                ThreadPoolExecutor(STAGING_THREADS) as threads,
-            ):
-                for fetched in as_completed([threads.submit(self._fetch, *file) for file in missing]):
-                    bar.update(fetched.result().stat().st_size)
+            with tqdm(total=needed, unit="B", unit_scale=True, desc="stage in", disable=not missing) as bar:
+                for path in self.fetch(missing):
+                    bar.update(path.stat().st_size)
 
     def _copy(self, name: str, sha256: str) -> Path:
         return self.cache.folder / f"{sha256[:16]}-{name}"
@@ -168,7 +174,7 @@ class CachedFolder:
 
     def _copy_hashed(self, name: str, path: Path) -> str:
         digest = hashlib.sha256()
-        with self.filesystem.open(f"{self.root}/{name}", "rb") as source, open(path, "wb") as target:
+        with self.filesystem.open(f"{self.root}/{name}", "rb") as source, open(path, "r+b") as target:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)
                 target.write(chunk)
@@ -185,17 +191,20 @@ class CachedFolder:
                     with open(path, "wb") as file:
                         file.truncate(size)  # counts from now on
                     return
-            time.sleep(0.1)  # what others fetch at this moment can be deleted only afterwards
+            time.sleep(0.05)  # what others fetch at this moment can be deleted only afterwards
 
     def _make_room(self, size: int, limit: int) -> bool:
         """Whether `size` bytes more fit, after deleting as many whole copies as it takes."""
-        files = [(entry.stat(), entry) for entry in os.scandir(self.cache.folder) if entry.is_file()]
+        try:
+            files = [(path.stat(), path) for path in self.cache.folder.iterdir() if not path.is_dir()]
+        except FileNotFoundError:  # one has arrived meanwhile, and has another name
+            return False
         excess = sum(status.st_size for status, _ in files) + size - limit
-        for status, entry in sorted(files, key=lambda file: file[0].st_mtime_ns):
+        for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
             if excess <= 0:
                 break
-            if not entry.name.endswith(".tmp") or time.time() - status.st_mtime > ABANDONED:
-                os.unlink(entry)
+            if path.suffix != ".tmp" or time.time() - status.st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
                 excess -= status.st_size
         return excess <= 0
 
@@ -211,10 +220,10 @@ class CachedFolder:
             yield
 
 
-def shard_files(shard: Record) -> list[tuple[str, int, str]]:
-    """Name, size in bytes and sha256 of what a reader needs of a shard: its rows, and the shard itself."""
+def shard_files(shard: Record) -> tuple[ShardFile, ShardFile]:
+    """What a reader needs of a shard: its rows, and the shard itself."""
     rows = rows_name(shard["url"]), rows_size(shard["nsamples"]), shard["samples_sha256"]
-    return [rows, (shard["url"], shard["filesize"], shard["sha256"])]
+    return rows, (shard["url"], shard["filesize"], shard["sha256"])
 
 
 def _filesystem(address: str) -> tuple[Any, str]:

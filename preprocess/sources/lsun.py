@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,26 @@ class LmdbSource:
         import lmdb
 
         try:
-            return _environment(os.path.realpath(self.file), os.getpid())
+            return _environment(os.path.realpath(self.file))
         except lmdb.Error as error:
             raise UserError(f"{self.field}: {self.path} is not an LMDB ({error}); get it anew") from None
 
 
-@cache
-def _environment(path: str, process: int) -> Any:
-    """Once a process: an LMDB must be opened neither twice in one, nor carried over a fork."""
+_opened: dict[str, Any] = {}  # an LMDB must not be opened twice in a process
+
+
+def _environment(path: str) -> Any:
     import lmdb
 
-    return lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+    if path not in _opened:
+        _opened[path] = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+    return _opened[path]
+
+
+def _close_all() -> None:
+    """An LMDB must not be carried over a fork either: parent and child open theirs when they read the next picture."""
+    while _opened:
+        _opened.popitem()[1].close()
+
+
+os.register_at_fork(before=_close_all)

@@ -112,3 +112,13 @@ def test_averages_are_those_of_one_process_in_fp32(
 
 def test_the_golden_file_holds_every_run() -> None:
     assert set(json.loads(Path(GOLDEN).read_text())) == {*RUNS, "one-rank"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_blocks_change_no_loss(curves: dict[str, list[float]], experiment: Experiment) -> None:
+    """Minutes of compilation on two cores: not for every day."""
+    runs = {"compiled": ("train.zero_stage=2", "train.compile=true")}
+    with started(experiment.folder, train_all, str(experiment.recipe), runs, ranks=1) as running:
+        assert finish(running, 1100).statuses == [0], running.output
+    assert losses(experiment.folder / "runs/compiled") == pytest.approx(curves["zero0-fp32"], rel=SAME_TO)

@@ -75,8 +75,8 @@ def test_a_log_line_says_what_a_step_did_and_where_its_time_went(whole_run: Path
 
 def test_a_run_resumes_with_other_ranks_and_another_zero_stage(experiment: Experiment, whole_run: Path) -> None:
     run = interrupted_copy(whole_run, "moved", saved=1)
-    done = run_ranks(experiment, "name=moved", "train.zero_stage=3")
-    assert done.statuses == [0], done.output
+    done = run_ranks(experiment, "name=moved", "train.zero_stage=3", ranks=4)
+    assert done.statuses == [0] * 4, done.output
     assert losses(run) == pytest.approx(losses(whole_run), rel=SAME_TO)
 
 
@@ -157,11 +157,13 @@ def test_a_second_training_in_the_same_folder_is_refused(experiment: Experiment)
         assert f"runs/locked: process {process.pid} on " in done.errors[0]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_planted_nan_stops_before_the_update_and_names_step_and_sample(experiment: Experiment, stage: int) -> None:
-    run = experiment.folder / f"runs/nan-{stage}"
-    fault = planted(nan_in_sample, 13)
-    done = run_ranks(experiment, f"name={run.name}", f"train.zero_stage={stage}", ranks=2, before=fault)
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_a_planted_nan_stops_before_the_update_and_names_step_and_sample(
+    experiment: Experiment, stage: int, precision: str
+) -> None:
+    run = experiment.folder / f"runs/nan-{stage}-{precision}"
+    settings = (f"name={run.name}", f"train.zero_stage={stage}", f"train.precision={precision}")
+    done = run_ranks(experiment, *settings, ranks=2, before=planted(nan_in_sample, 13))
     assert done.statuses == [2, 2]
     (line,) = done.errors
     (event,) = lines_of(run, "events")

@@ -243,3 +243,8 @@ def test_encoding_in_ffcv_format_makes_the_file_after_the_shards(
     assert converted == [Path(recipe.data.shards)]
     assert finished(recipe)
     assert not finished(ffcv)
+
+
+def test_encoding_to_an_address_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"data\.shards: s3://bucket/shards is read by training; encode to a local"):
+        encode(changed(recipe, "data", shards="s3://bucket/shards"))

@@ -120,4 +120,5 @@ def test_the_loss_scaler_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch)
         first.optimizer.loss_scaler.update_scale(overflow)
         second.optimizer.loss_scaler.update_scale(overflow)
         assert scaler_state(first) == scaler_state(second)
-    assert scaler_state(SimpleNamespace(optimizer=SimpleNamespace())) == {}
+    static = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=loss_scaler.LossScaler(scale=1.0)))
+    assert scaler_state(static) == scaler_state(SimpleNamespace(optimizer=SimpleNamespace())) == {}

@@ -149,30 +149,32 @@ def test_the_cache_stays_within_its_limit_by_dropping_what_was_used_longest_ago(
 
 
 FETCHING = """
-import sys, time
+import os, sys, time
 import fsspec, numpy as np
 from pathlib import Path
 from preprocess.shards import Cache, LatentShards, storage
 
 original = storage.CachedFolder._copy_hashed
 def slowly(self, name, path):
-    print(name, flush=True)
+    os.write(1, f"{name}\\n".encode())
     time.sleep(float(sys.argv[3]))
     return original(self, name, path)
 storage.CachedFolder._copy_hashed = slowly
 shards = LatentShards(sys.argv[1], Cache(Path(sys.argv[2])))
-shards.storage.stage(shards.index["shardlist"])
+if sys.argv[4] == "stage":
+    shards.storage.stage(shards.index["shardlist"])
 shards.gather(np.arange(len(shards)))
 """
 
 
-def fetching(local: Path, cache: Path, pause: float) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", FETCHING, f"file://{local}", str(cache), str(pause)]
+def fetching(local: Path, cache: Path, pause: float, how: str = "stage") -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", FETCHING, f"file://{local}", str(cache), str(pause), how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def test_two_processes_of_a_node_stage_every_shard_in_once(local: Path, tmp_path: Path) -> None:
-    processes = [fetching(local, tmp_path, 0.05) for _ in range(2)]
+@pytest.mark.parametrize("how", ["stage", "read"])
+def test_two_processes_of_a_node_fetch_every_file_once(local: Path, tmp_path: Path, how: str) -> None:
+    processes = [fetching(local, tmp_path, 0.3, how) for _ in range(2)]
     fetched = [name for process in processes for name in process.communicate(timeout=60)[0].split()]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(fetched) == sorted(path.name for path in local.glob("latents-*") if path.suffix != ".json")
@@ -216,7 +218,7 @@ def test_a_network_that_fails_twice_is_asked_a_third_time(
     expected = LatentShards(local).gather(EVERYTHING)
     assert np.array_equal(LatentShards(ADDRESS, Cache(tmp_path)).gather(EVERYTHING), expected)
     monkeypatch.setattr(CachedFolder, "_copy_hashed", lambda *_: failing_always())
-    with pytest.raises(UserError, match=r"latents-000000\.samples\.npy: cannot be read \(connection reset\), 3 times"):
+    with pytest.raises(UserError, match=r"/latents-00000\d\S*: cannot be read \(connection reset\), 3 times"):
         LatentShards(ADDRESS, Cache(tmp_path / "other")).gather(EVERYTHING)
 
 

@@ -1,0 +1,55 @@
+"""The site file: every fault is one line that names file and field; nothing of it is needed."""
+
+from pathlib import Path
+
+import pytest
+
+from slurm.site_file import Site, load_site, submission_parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_is_a_site_file() -> None:
+    site = load_site(ROOT / "slurm/site.example.yaml")
+    assert site.partition == "gpu"
+    assert submission_parameters(site)["slurm_setup"][1:] == ["module load cuda/12.4", "export NCCL_SOCKET_IFNAME=ib0"]
+
+
+def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FPDM_SITE", raising=False)
+    monkeypatch.setattr("slurm.site_file.DEFAULT", tmp_path / "site.yaml")
+    assert load_site() == Site()
+    assert submission_parameters(Site()) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partitoin: gpu", "partitoin: unknown key; allowed: partition, account"),
+        ("memory_gb: -4", "memory_gb: Input should be greater than 0; found -4"),
+        ("partition: 'two words'", "partition: String should match pattern"),
+        ("setup: module load cuda", "setup: Input should be a valid tuple"),
+        ('setup: ["one\\ntwo"]', "setup: String should match pattern"),
+        ("- gpu", "site: Input should be a dictionary or an instance of Site"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is looked at below)
+        load_site(path)
+    assert str(raised.value).startswith(f"{path}: {expected}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"none\.yaml: no such file; FPDM_SITE names it"):
+        load_site()
+
+
+def test_a_scratch_folder_reaches_the_shell_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USER", "it's me")
+    found = submission_parameters(Site(scratch="/local/$USER; $(touch pwned)"))
+    assert found["slurm_setup"] == ["""export TMPDIR='/local/it'"'"'s me; $(touch pwned)'"""]
