@@ -181,7 +181,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluate:
-    feature_extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = "inception-v3-compat"
+    # The DINOv2 ones take weights from a local file, Facebook's `dinov2_vitl14_pretrain.pth` or `dinov2_vits14_...`.
+    feature_extractor: Literal[
+        "inception-v3-compat", "efficientnet-lite0", "dinov2-vit-l-14-local", "dinov2-vit-s-14-local"
+    ] = "inception-v3-compat"
     feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
     # null: all that the extractor and the reference give. "frechet" (FID of Inception's published weights), "spatial"
     # (sFID), "inception_score", "kid", "precision_recall".

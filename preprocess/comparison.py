@@ -19,8 +19,8 @@ from preprocess.pictures import Pictures
 from preprocess.shards import LatentShards, shard_name
 from preprocess.sources import Entry
 
-# Largest relative distance ||a - b|| / ||b|| between moments of one picture by one VAE. It allows for other machines and
-# batches, and is far below the distance between two pictures, which is about 1.
+# Largest relative distance ||a - b|| / ||b|| between moments of one picture by one VAE. It allows for other machines
+# and batches, and is far below the distance between two pictures, which is about 1.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.2}
 PAIRS_A_ROW, CAPTION, GAP = 4, 18, 8  # pixels
 

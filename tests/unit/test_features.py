@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch_fidelity
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from common.errors import UserError
 from common.recipe import Evaluate
 from pipeline import features
+from pipeline.dinov2 import resized_positions
 from pipeline.metrics import frechet_distance, inception_score, kernel_distance, precision_recall, statistics
 
 LITE = Evaluate(feature_extractor="efficientnet-lite0")
@@ -150,6 +152,36 @@ def test_weights_of_another_sha256_are_refused(tmp_path: Path) -> None:
     settings = Evaluate(feature_extractor="efficientnet-lite0", feature_extractor_weights=str(path))
     with pytest.raises(UserError, match=f"{path}: sha256 is .*, should be {features.EFFICIENTNET_SHA256}"):
         features.load_extractor(features.find_weights(settings))
+
+
+def test_dinov2_is_read_from_a_file_of_the_published_structure_and_named_by_it(tmp_path: Path) -> None:
+    published = timm.create_model("vit_small_patch14_dinov2", pretrained=False)  # 518 pixels, as published
+    state = published.state_dict() | {"mask_token": torch.zeros(1, 384)}
+    path = tmp_path / "dinov2.pth"
+    torch.save(state, path)
+    settings = Evaluate(feature_extractor="dinov2-vit-s-14-local", feature_extractor_weights=str(path))
+    weights = features.find_weights(settings)
+    assert weights.distance_name == f"FD (dinov2-vit-s-14 with weights {weights.sha256[:8]})"
+    found = whole(features.load_extractor(weights), pictures(0, 2), 2)["pooled"]
+    assert found.shape == (2, 384)
+    assert (found[0] != found[1]).any()
+    without = Evaluate(feature_extractor="dinov2-vit-s-14-local")
+    with pytest.raises(UserError, match=r"feature_extractor_weights: dinov2-vit-s-14-local needs a file; fetch"):
+        features.find_weights(without)
+    torch.save({"pos_embed": state["pos_embed"]}, path)
+    with pytest.raises(UserError, match=r"no weights of dinov2-vit-s-14-local"):
+        features.load_extractor(features.find_weights(settings))
+
+
+def test_position_embeddings_keep_their_order_when_they_are_resized() -> None:
+    rows = torch.arange(37.0).repeat_interleave(37)
+    positions = torch.cat([torch.tensor([-1.0]), rows])[None, :, None]
+    found = resized_positions(positions, 16)[0, :, 0]
+    assert found.shape == (257,)
+    assert found[0] == -1
+    grid = found[1:].view(16, 16)
+    assert (grid.diff(dim=0) > 0).all()
+    assert torch.allclose(grid, grid[:, :1].expand(16, 16), atol=1e-3)
 
 
 class Trap:

@@ -124,3 +124,12 @@ def test_the_centre_crop_is_the_middle_of_box_halves() -> None:
     halves = halves.resize((2 * RESOLUTION, RESOLUTION), Image.Resampling.BOX)
     middle = np.asarray(halves)[:, RESOLUTION // 2 : RESOLUTION // 2 + RESOLUTION]
     assert np.array_equal(np.asarray(CROPS["center"](image, RESOLUTION)), middle)
+
+
+@pytest.mark.parametrize("size", [(64, 40), (40, 64)])
+def test_the_short_side_crop_is_the_middle_square_resized_once(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    left, top = (size[0] - 40) // 2, (size[1] - 40) // 2
+    square = Image.fromarray(np.asarray(image)[top : top + 40, left : left + 40])
+    expected = square.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(CROPS["short_side"](image, RESOLUTION)), np.asarray(expected))

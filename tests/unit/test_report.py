@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from common.files import read_json
 from common.recipe import Recipe
-from pipeline import eval_fid, evaluation, figures, picture_sets, references, report, samples
+from pipeline import eval_fid, evaluation, figures, picture_sets, references, report, samples, sweep
 from tests.conftest import copied, load_samples
 
 HOSTILE = '<img src="http://host/x" onerror=alert(1)>&$x_{'.replace("/", "\N{DIVISION SLASH}")
@@ -138,6 +138,18 @@ def test_the_report_stands_alone_and_escapes_every_name(recipe: Recipe) -> None:
     assert not re.search(r"<script|<link|<iframe|@import|url\(|srcset", page)
     with Image.open(recipe.folder / "samples.png") as sheet:
         assert sheet.width > 3 * 2 * 128
+
+
+def test_a_sweeps_table_and_picture_are_in_the_report(recipe: Recipe) -> None:
+    report.report(recipe)
+    sweep.sweep(replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",))))
+    assert not report.finished(recipe)
+    report.report(recipe)
+    assert report.finished(recipe)
+    page = (recipe.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 3 * 3 + 2
+    assert "<h2>Ways of sampling</h2>" in page
+    assert re.search(r"<tr><td>8</td><td>8</td><td>ddim</td><td>2</td><td>2</td><td>constant</td>", page)
 
 
 def test_the_report_says_fid_only_to_say_that_it_is_none(recipe: Recipe) -> None:
