@@ -164,12 +164,7 @@ class Trainer:
         }
 
     def run(self) -> None:
-        if self.rank == 0:
-            with checkpoint.disk_faults_told(self.recipe.folder):
-                self._describe()
-                self.log = TrainingLog(self.recipe, self.samples_seen, self.identity)
-        if self.samples_seen == 0:
-            self._export_untrained()
+        self._begin()
         progress = Progress(self.total, self.samples_seen, self.rank)
         self.throughput.start()
         try:
@@ -354,13 +349,21 @@ class Trainer:
         except UserError as fault:
             self.fault = fault
 
-    def _export_untrained(self) -> None:
-        """The network before its first step, under the name of every average, for the comparison in the report."""
-        weights = gather(self.engine, parameter_shards(self.engine))
-        if self.rank == 0:
-            with checkpoint.disk_faults_told(self.recipe.folder):
-                averages = dict.fromkeys(ema_names(self.recipe), weights)
-                checkpoint.export_averages(self.recipe, averages, 0, self.identity)
+    def _begin(self) -> None:
+        """What is written before the first step. All ranks raise rank 0's UserError."""
+        new, error = self.samples_seen == 0, None
+        weights = gather(self.engine, parameter_shards(self.engine)) if new else {}
+        try:
+            if self.rank == 0:
+                with checkpoint.disk_faults_told(self.recipe.folder):
+                    self._describe()
+                    self.log = TrainingLog(self.recipe, self.samples_seen, self.identity)
+                    if new:  # the untrained network, by every average's name, for the comparison in the report
+                        averages = dict.fromkeys(ema_names(self.recipe), weights)
+                        checkpoint.export_averages(self.recipe, averages, 0, self.identity)
+        except UserError as fault:
+            error = fault
+        raise_together(error, self.control)
 
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""

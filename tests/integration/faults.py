@@ -77,6 +77,13 @@ def recording(path: Path) -> None:
     Stream.batch = batch  # type: ignore[method-assign]
 
 
+def without_wandb() -> None:
+    """The package cannot be imported, whether it is installed or not."""
+    import sys
+
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+
+
 def planted(fault: Callable[..., None], *arguments: Any) -> Callable[[], None]:
     """`fault(*arguments)` as `before` of `run_ranks`."""
     return functools.partial(fault, *arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import ROOT, Experiment, environment, started
-from tests.integration.faults import disk_full_at_save, loss_spike_at, nan_in_sample, planted
+from tests.integration.faults import disk_full_at_save, loss_spike_at, nan_in_sample, planted, without_wandb
 from tests.integration.ranks import run_ranks
 
 TRAIN = "pipeline/train.py"
@@ -235,6 +235,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(experiment: Experiment, tmp
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {runs}/closed: not written (Permission denied)")
     assert "Traceback" not in done.stderr
+
+
+def test_what_rank_0_cannot_begin_is_told_by_all(experiment: Experiment) -> None:
+    done = run_ranks(experiment, "name=no-wandb", "train.wandb_project=faces", ranks=2, before=planted(without_wandb))
+    assert done.statuses == [2, 2], done.output
+    assert done.errors[0].startswith("error: train.wandb_project: the package wandb is not installed")
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(experiment: Experiment) -> None:
