@@ -105,7 +105,7 @@ def training(run: Path) -> Iterator[str]:
     """The last line of the training log, and when the training will be done at the rate of that."""
     log, settings = run / "metrics.jsonl", run / "recipe.yaml"
     whole = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
-    steps = [line for line in map(json.loads, whole) if "loss" in line]  # others tell of an event
+    steps = [line for line in map(json.loads, whole) if line.get("loss") is not None]  # null: it was not finite
     if not steps:
         return
     import yaml

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     (logs / "13_0_log.err").write_text("first\n\ntrain:  1%\rtrain: 50%\rtrain: 99%\n")
     (tmp_path / "recipe.yaml").write_text("train: {total_samples: 12800}\n")
     line = {"step": 50, "samples": 3200, "loss": 0.25, "samples_per_second": 2.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + '\n{"event": "no grid"}\n{"step": 51, "sam')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 50, "loss": null}\n{"step": 51, "sam')
     return tmp_path
 
 
