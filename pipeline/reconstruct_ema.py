@@ -16,7 +16,7 @@ from common.recipe import Recipe
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--width", type=float, required=True, help="of the average, as a share of the training: 0.08")
+    parser.add_argument("--width", type=float, help="of the average, as a share of the training: 0.08 (needed)")
     parser.add_argument("--samples", type=int, help="training samples at which it ends; the last ones stored")
     arguments = parser.parse_intermixed_args()
 
@@ -24,6 +24,8 @@ def main() -> None:
     from pipeline.run_folder import power_name, weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
+    if arguments.width is None:
+        raise UserError("--width: missing; the average's share of the training, such as 0.08")
     stored = find_snapshots(recipe)
     end = arguments.samples or max(samples for samples, _ in stored)
     target = weights_folder(recipe, end, power_name(arguments.width))
