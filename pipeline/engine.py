@@ -77,6 +77,11 @@ def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
                 f"train.deepspeed_config: {path} has a section {section!r}; the recipe's AdamW and learning rate are "
                 "used, which resume exactly: remove it"
             )
+    if given.get("bf16", {}).get("check_grad_overflow") is False:
+        raise UserError(
+            f"train.deepspeed_config: {path} sets bf16.check_grad_overflow to false, and a gradient that is not finite "
+            "would ruin the weights; remove it"
+        )
     stated = [(name, given.get(name, "auto"), generated[name]) for name in ARITHMETIC]
     stated += [
         (f"{section}.{field}", given.get(section, {}).get(field, "auto"), generated[section][field])

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 import zlib
@@ -52,11 +53,18 @@ class LocalFolder:
 
     def open(self, name: str, size: int, sha256: str) -> int:
         """A file descriptor for reading. Raises UserError where the file is missing or of another size."""
+        check_name(name)
         check_size(self.path / name, size)
         return os.open(self.path / name, os.O_RDONLY)
 
     def discard(self, name: str, sha256: str) -> bool:
         return False  # this is the only copy
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that could lead out of its folder: an index may come from anyone."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise UserError(f"data.shards: {INDEX} names a file {name!r}, a plain file name is needed; get it elsewhere")
 
 
 def check_size(path: Path, size: int) -> None:
@@ -137,6 +145,7 @@ class CachedFolder:
                     bar.update(path.stat().st_size)
 
     def _copy(self, name: str, sha256: str) -> Path:
+        check_name(name)
         return self.cache.folder / f"{sha256[:16]}-{name}"
 
     def is_here(self, name: str, size: int, sha256: str) -> bool:

@@ -20,7 +20,7 @@ from common.loading import parse_recipe
 from common.recipe import diffusion
 from pipeline.data import Stream, open_latents, staged
 from preprocess.shards import Cache, LatentShards, Sample, shard_name, storage, write_index, write_shard
-from preprocess.shards.storage import CachedFolder
+from preprocess.shards.storage import CachedFolder, check_name
 
 SHAPE, COUNT, SHARD = (4, 2, 2), 60, 10
 ADDRESS = "memory://bucket/shards"
@@ -301,3 +301,9 @@ def test_shards_of_another_version_of_the_data_set_are_not_taken_from_the_cache(
     found = LatentShards(ADDRESS, Cache(tmp_path / "cache")).gather(np.arange(SHARD))
     assert np.array_equal(found, np.stack([sample.moments for sample in samples]))
     assert sum(shard_name(0) in name for name in cached(tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "x/../../evil.txt", "/etc/passwd", "a\\b", "", ".hidden"])
+def test_a_file_name_of_an_index_cannot_lead_out_of_the_cache(name: str) -> None:
+    with pytest.raises(UserError, match="plain file name"):
+        check_name(name)
