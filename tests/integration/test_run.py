@@ -79,7 +79,7 @@ def test_damage_that_one_rank_finds_is_told_and_ends_the_others(experiment: Expe
     content = bytearray(tar.read_bytes())
     content[700] ^= 1  # in the first sample's moments; one rank meets it in the first epoch
     tar.write_bytes(content)
-    done = experiment.run(RUN, "name=one-rank", f"data.shards={shards}", "data.flips=true", "launch.processes=2")
+    done = experiment.run(RUN, "name=damaged", f"data.shards={shards}", "data.flips=true", "launch.processes=2")
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {tar}: sample 0 (member 0000000000) does not match")
     assert "Traceback" not in done.stderr
