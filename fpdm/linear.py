@@ -28,14 +28,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The tanh approximation of GELU of `linear`; without a graph it is applied while the product is in the cache."""
+    """The tanh approximation of GELU of `linear`, (..., K) -> (..., N).
+
+    Without a graph it is applied while the product is in the cache.
+    """
     if torch.is_grad_enabled() or not _suits_onednn(x, weight):
         return F.gelu(linear(x, weight, bias), approximate="tanh")
     return _product(x, weight, bias, "gelu", "tanh")
 
 
 def add_gelu(x: Tensor, term: Tensor) -> Tensor:
-    """The tanh approximation of GELU of x + term, which on a CPU without a graph takes the place of x."""
+    """The tanh approximation of GELU of x + term, both (..., N).
+
+    On a CPU without a graph it takes the place of x.
+    """
     if torch.is_grad_enabled() or not _suits_onednn(x, term):
         return F.gelu(x + term, approximate="tanh")
     x.add_(term)
@@ -45,7 +51,7 @@ def add_gelu(x: Tensor, term: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear through `linear`."""
+    """torch.nn.Linear through `linear`: (..., K) -> (..., N)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

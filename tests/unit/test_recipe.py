@@ -84,6 +84,23 @@ def test_every_recipe_of_the_project_loads_and_survives_being_written(path: Path
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
+def test_defect_a8_the_defaults_are_what_the_recipes_say_the_paper_does() -> None:
+    default = parse_recipe("name: a")
+    assert (default.objective.prediction, default.objective.zero_terminal_snr) == ("v", True)
+    assert not default.model.pre_post_timestep_conditioning
+    assert (default.train.max_no_grad_iterations, default.train.max_grad_iterations) == (6, 6)
+    paper = load_recipe(ROOT / "recipes/imagenet256_paper.yaml")
+    assert (paper.train.max_no_grad_iterations, paper.train.max_grad_iterations) == (12, 12)
+    assert paper.objective == default.objective
+
+
+@pytest.mark.parametrize("name", ["ffhq256", "celebahq256", "lsun_church256"])
+def test_defect_c10_an_unconditional_recipe_needs_no_word_about_guidance(name: str) -> None:
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    assert recipe.model.num_classes == 1
+    assert recipe.sample.guidance_scale == 1
+
+
 def test_a_size_sets_the_network_and_single_fields_override_it() -> None:
     recipe = parse_recipe("name: a\nmodel: {size: B, hidden_size: 384, num_heads: 6}")
     config = denoiser_config(recipe)

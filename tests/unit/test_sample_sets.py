@@ -135,7 +135,9 @@ def test_truncating_is_half_a_level_darker(recipe: Recipe) -> None:
         {"allocation": "calibrated", "reuse": "calibrated"},
     ],
 )
-def test_every_allocation_spends_its_budget_exactly(recipe: Recipe, fields: dict[str, Any]) -> None:
+def test_defects_c2_c3_every_allocation_can_be_drawn_and_spends_its_budget_exactly(
+    recipe: Recipe, fields: dict[str, Any]
+) -> None:
     chosen = changed(recipe, num_samples=4, calibration_samples=2, **fields)
     folder = samples.generate(chosen, "latest")
     planned = json.loads((folder / "plan.json").read_text())
@@ -184,7 +186,7 @@ def test_damage_to_a_tar_is_named_and_never_returned(recipe: Recipe) -> None:
     assert len(messages) > 20
 
 
-def test_the_npz_is_what_adms_evaluator_reads(recipe: Recipe) -> None:
+def test_defect_c11_the_npz_is_what_adms_evaluator_reads(recipe: Recipe) -> None:
     recipe = changed(recipe, output="npz")
     assert not samples.finished(recipe)
     samples.sample(recipe)
