@@ -58,14 +58,18 @@ class Linear(nn.Linear):
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Not while torch.compile traces, whose own kernels take over, and not for what has no rows."""
+    if _onednn is None or torch.compiler.is_compiling():
+        return False
     floats: bool = x.dtype == weight.dtype == torch.float32
-    return _onednn is not None and floats and x.device.type == "cpu"
+    return floats and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0
 
 
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", approximation: str = ""
 ) -> Tensor:
     assert _onednn is not None
+    bias = None if bias is None else bias.contiguous()  # it would be read as if it were
     return _onednn(_dense(x), _dense(weight), bias, activation, [], approximation)
 
 
