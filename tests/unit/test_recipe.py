@@ -31,6 +31,16 @@ ROOT = Path(__file__).parents[2]
             "sample.weights: should be 'latest' or should be a valid integer; found 'newest'",
         ),
         ("name: a\nsample: {num_steps: 1001}", "sample.num_steps: 1001 is outside 1..1000"),
+        ("name: a\nsample: {step_choices: [14]}", "sample.step_choices: allocation 'constant' compares none"),
+        (
+            "name: a\nsample: {allocation: calibrated, step_choices: [14]}",
+            "sample.step_choices: ddpm, and eta above 0, draw other samples with other steps",
+        ),
+        (
+            "name: a\nsample: {allocation: calibrated, sampler: ddim, step_choices: [14, 94]}",
+            "sample.step_choices: block_budget: 280 is too small for 94 steps of 2 outer layers",
+        ),
+        ("name: a\nmodel: {kind: dit}\nsample: {step_choices: [14]}", "sample.step_choices: a DiT has no iterations"),
         ("name: a\nseed: 5000000000", "seed: should be less than 4294967296"),
         ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: should be less than 1"),
         ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: should be a finite number"),

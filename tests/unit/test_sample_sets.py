@@ -146,6 +146,26 @@ def test_defects_c2_c3_every_allocation_can_be_drawn_and_spends_its_budget_exact
     assert len(load_samples(folder, 4)[0]) == 4
 
 
+def test_the_number_of_steps_is_calibrated_too(recipe: Recipe) -> None:
+    chosen = changed(
+        recipe,
+        num_samples=4,
+        calibration_samples=2,
+        sampler="ddim",
+        num_steps=1,
+        iterations=10,
+        allocation="calibrated",
+        reuse="calibrated",
+        step_choices=(4,),
+    )
+    folder = samples.generate(chosen, "latest")
+    planned = json.loads((folder / "plan.json").read_text())
+    assert planned["iterations"] == [1, 1, 1, 1]
+    assert len(planned["reuse"]) == 4
+    assert plans.blocks_a_picture(chosen) == 12 == 4 * (1 + 1 + 1)
+    assert len(load_samples(folder, 4)[0]) == 4
+
+
 def test_a_plan_is_measured_once_for_a_set(recipe: Recipe) -> None:
     chosen = changed(recipe, num_samples=8, calibration_samples=2, allocation="calibrated")
     folder = samples.generate(changed(chosen, num_samples=4), "latest")
