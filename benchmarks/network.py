@@ -5,7 +5,9 @@
 For each size, in one run, its contenders taking turns:
   ours       this FPDM, one layer before and one after the implicit one
   published  (a) a plain transcription of the published recurrence with the same parameters: nothing is computed once,
-             and the iterations "without gradient" build their graph all the same
+             and the iterations "without gradient" build their graph all the same. Its linear layers are torch's, in
+             float32 on a CPU MKL's, where ours are oneDNN's (fpdm/linear.py)
+  pub+linear the same on our linear layers: what the arithmetic saves without the faster kernels
   dit        (b) DiT of the same width, 28 layers deep
   products   (c) only the matrix products of ours, by the same kernels, operands preallocated: the limit
 A training step is forward and backward, without the optimiser, with the given n and m. Of each contender's rounds the
@@ -59,10 +61,13 @@ class Row:
 
 
 class Published:
-    """The published recurrence, transcribed, on the parameters of one of our networks."""
+    """The published recurrence, transcribed, on the parameters of one of our networks.
 
-    def __init__(self, model: Denoiser) -> None:
-        self.model = model
+    `product` computes its linear layers; embeddings and the last layer, a part in hundreds, are the network's own.
+    """
+
+    def __init__(self, model: Denoiser, product: Callable[..., Tensor]) -> None:
+        self.model, self.product = model, product
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, n: int, m: int) -> Tensor:
         model = self.model
@@ -70,8 +75,8 @@ class Published:
         c = model.t_embedder(t, x.dtype) + label
         z = model.x_embedder(x) + model.pos_embed
         for block in model.blocks_pre:
-            z = plain_block(block, z, label)
-        injection = plain_linear(z, model.block_pre_projection)
+            z = self.block(block, z, label)
+        injection = self.linear(z, model.block_pre_projection)
         with nullcontext():
             for _ in range(n):
                 z = self.iterate(z, injection, c)
@@ -79,32 +84,29 @@ class Published:
         for _ in range(m):
             z = self.iterate(z, injection, c)
         for block in model.blocks_post:
-            z = plain_block(block, z, label)
+            z = self.block(block, z, label)
         return unpatchify(model.final_layer(z, label), model.config.patch_size)
 
     def iterate(self, z: Tensor, injection: Tensor, c: Tensor) -> Tensor:
         fc1, fc2 = self.model.block_fixed_point_projection_fc1, self.model.block_fixed_point_projection_fc2
-        hidden = F.linear(torch.cat([z, injection], dim=-1), fc1.weight, fc1.bias)
-        return plain_block(self.model.block_fixed_point, plain_linear(F.gelu(hidden, approximate="tanh"), fc2), c)
+        hidden = self.product(torch.cat([z, injection], dim=-1), fc1.weight, fc1.bias)
+        return self.block(self.model.block_fixed_point, self.linear(F.gelu(hidden, approximate="tanh"), fc2), c)
 
+    def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return self.product(x, layer.weight, layer.bias)
 
-def plain_linear(x: Tensor, layer: nn.Module) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
+    def block(self, block: Block, x: Tensor, c: Tensor) -> Tensor:
+        parts = self.linear(F.silu(c), block.adaLN_modulation[1]).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (part.unsqueeze(1) for part in parts)
+        x = x + gate1 * self.attention(block.attn, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
+        y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+        hidden = F.gelu(self.linear(y, block.mlp.fc1), approximate="tanh")
+        return x + gate2 * self.linear(hidden, block.mlp.fc2)
 
-
-def plain_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
-    parts = plain_linear(F.silu(c), block.adaLN_modulation[1]).chunk(6, dim=1)
-    shift1, scale1, gate1, shift2, scale2, gate2 = (part.unsqueeze(1) for part in parts)
-    x = x + gate1 * plain_attention(block.attn, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
-    y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
-    hidden = F.gelu(plain_linear(y, block.mlp.fc1), approximate="tanh")
-    return x + gate2 * plain_linear(hidden, block.mlp.fc2)
-
-
-def plain_attention(attention: Attention, x: Tensor) -> Tensor:
-    qkv = plain_linear(x, attention.qkv).unflatten(-1, (3, attention.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-    return plain_linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attention.proj)
+    def attention(self, attention: Attention, x: Tensor) -> Tensor:
+        qkv = self.linear(x, attention.qkv).unflatten(-1, (3, attention.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        return self.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attention.proj)
 
 
 class Products:
@@ -208,7 +210,8 @@ class Contenders:
         options = SIZES[size] | {"depth": DIT_DEPTH}
         self.ours = build_denoiser(DenoiserConfig(**options), device=device)
         self.dit = build_denoiser(DenoiserConfig(kind="dit", **options), device=device)
-        self.published = Published(self.ours)
+        self.published = Published(self.ours, F.linear)
+        self.published_on_our_linear = Published(self.ours, linear)
         self.products = Products(self.ours.config, batch, device)
         self.outer_depth = self.ours.config.blocks(0)
         x = torch.randn(batch, 4, 32, 32, device=device)
@@ -223,9 +226,13 @@ class Contenders:
         def published() -> Tensor:
             return self.published(*self.inputs, 0, iterations)
 
+        def on_our_linear() -> Tensor:
+            return self.published_on_our_linear(*self.inputs, 0, iterations)
+
         calls = {"ours": torch.no_grad()(wrap(ours)), "published": torch.no_grad()(wrap(published))}
-        if compiled:
+        if compiled:  # a compiler sees torch's linear layers in both
             return calls
+        calls["pub+linear"] = torch.no_grad()(on_our_linear)
         calls["dit"] = torch.no_grad()(lambda: self.dit(*self.inputs).output)
         return calls | {"products": lambda: self.products(self.outer_depth, 0, iterations, False)}
 
@@ -233,6 +240,7 @@ class Contenders:
         return {
             "ours": lambda: self._differentiate(self.ours, self.ours(*self.inputs, iterations=(n, m)).output),
             "published": lambda: self._differentiate(self.ours, self.published(*self.inputs, n, m)),
+            "pub+linear": lambda: self._differentiate(self.ours, self.published_on_our_linear(*self.inputs, n, m)),
             "dit": lambda: self._differentiate(self.dit, self.dit(*self.inputs).output),
             "products": lambda: self.products(self.outer_depth, n, m, True),
         }
@@ -255,14 +263,17 @@ def time_rows(title: str, times: dict[str, list[float]], aim: float, allowed: fl
     ours = fastest.pop("ours")
     rows = [Row(title, name, "s", ours, theirs, ours / theirs) for name, theirs in fastest.items()]
     aims = {
-        "published": f"at most {aim}; products alone {allowed:.3f}",
+        "published": f"at most {aim}",
+        "pub+linear": f"products alone {allowed:.3f}",
         "products": "at most 1.176 (0.85 of the limit)",
     }
     return [replace(row, aim=aims.get(row.contender, "")) for row in rows]
 
 
 def memory_rows(title: str, calls: dict[str, Callable[[], object]], aim: str, device: str) -> list[Row]:
-    peaks = {name: peak_bytes(call, device) / 2**20 for name, call in calls.items() if name != "products"}
+    peaks = {
+        name: peak_bytes(call, device) / 2**20 for name, call in calls.items() if name not in ("products", "pub+linear")
+    }
     ours = peaks.pop("ours")
     return [
         Row(title, name, "MiB", ours, theirs, ours / theirs, aim if name == "published" else "")

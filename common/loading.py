@@ -119,8 +119,28 @@ def _sampler(recipe: Recipe) -> Any:
     settings = recipe.sample
     if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
         kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
-        allocate(kind, settings.num_steps, settings.iterations)
+        total = sum(allocate(kind, settings.num_steps, settings.iterations))
+        _check_step_choices(recipe, total)
+    elif settings.step_choices:
+        raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
     return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
+
+
+def _check_step_choices(recipe: Recipe, iterations: int) -> None:
+    from fpdm.allocation import allocate
+    from fpdm.sampling import build_sampler
+
+    settings, outer = recipe.sample, recipe.model.pre_depth + recipe.model.post_depth
+    if settings.step_choices and settings.allocation != "calibrated":
+        raise ValueError(f"step_choices: allocation {settings.allocation!r} compares none; use 'calibrated'")
+    if settings.step_choices and (settings.sampler == "ddpm" or settings.eta > 0):
+        raise ValueError("step_choices: ddpm, and eta above 0, draw other samples with other steps; use ddim, eta 0")
+    for num_steps in settings.step_choices:
+        try:
+            allocate("constant", num_steps, block_budget=iterations + outer * settings.num_steps, outer_depth=outer)
+            build_sampler(diffusion(recipe), settings.sampler, num_steps)
+        except ValueError as error:
+            raise ValueError(f"step_choices: {error}") from None
 
 
 def check_together(recipe: Recipe) -> None:

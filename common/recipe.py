@@ -169,6 +169,9 @@ class Sample:
     iterations: Count | Annotated[float, Field(ge=1)] | tuple[Count, ...] = 8
     # "adaptive" (one residual threshold) and "calibrated" (least sum of residuals) are measured on the weights.
     allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
+    # With "calibrated": further numbers of steps to try at the same blocks; the one whose samples lie nearest to
+    # those of many more steps is taken. Not with ddpm, or eta above 0, whose noise differs with the steps.
+    step_choices: tuple[Count, ...] = ()
     reuse: Literal["always", "none", "calibrated"] = "always"  # start a step from the previous step's solution
     calibration_samples: Count = 32  # what "adaptive" and "calibrated" are measured on
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none

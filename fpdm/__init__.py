@@ -1,7 +1,7 @@
 """Fixed Point Diffusion Models: the network, its gradient, objectives, samplers and allocation."""
 
 from fpdm.allocation import allocate, count_blocks
-from fpdm.calibration import Calibration, calibrate, choose_reuse, measure_residuals
+from fpdm.calibration import Calibration, allocate_measured, calibrate, choose_reuse, measure_residuals
 from fpdm.denoiser import SIZES, Denoised, Denoiser, DenoiserConfig, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
 from fpdm.fixed_point import sjfb_counts
@@ -26,6 +26,7 @@ __all__ = [
     "Diffusion",
     "ImportReport",
     "allocate",
+    "allocate_measured",
     "assemble",
     "build_denoiser",
     "build_sampler",

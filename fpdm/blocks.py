@@ -118,7 +118,7 @@ class Modulation(NamedTuple):
     mlp_gate: Tensor
 
     def rows(self, index: Tensor) -> "Modulation":
-        """The modulation of some samples of the batch."""
+        """The modulation of some samples of the batch, (b, 1, D) each, by their numbers `index` (b,)."""
         return Modulation(*(part[index] for part in self))
 
 

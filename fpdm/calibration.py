@@ -7,6 +7,7 @@ Everything here takes `draw`, which is `sample` with all but steps and iteration
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fpdm.allocation import allocate
 from fpdm.denoiser import Denoised
 
 Draw = Callable[..., Tensor]
+Reuse = Literal["always", "none", "calibrated"]
 CURVE_REACH = 4  # curves are measured up to this many times the mean number of iterations
 
 
@@ -53,6 +55,19 @@ def choose_reuse(draw: Draw, iterations: Sequence[int]) -> list[bool]:
     return [bool(reused[-1] < fresh[-1]) for fresh, reused in zip(cold, warm, strict=True)]
 
 
+def allocate_measured(
+    draw: Draw, kind: str, num_steps: int, *, block_budget: int, outer_depth: int, reuse: bool = False
+) -> list[int]:
+    """`allocate` by "adaptive" or "calibrated", on residual curves that it measures.
+
+    Arguments and errors as `allocate`, `draw` and `reuse` as `measure_residuals`.
+    """
+    even = allocate("constant", num_steps, block_budget=block_budget, outer_depth=outer_depth)
+    longest = min(CURVE_REACH * max(even), sum(even) - num_steps + 1)
+    curves = torch.stack(measure_residuals(draw, [longest] * num_steps, reuse))  # (num_steps, longest)
+    return allocate(kind, num_steps, block_budget=block_budget, outer_depth=outer_depth, residuals=curves)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The best way found to spend a budget: arguments of `sample`, and the relative error of every number of steps."""
@@ -71,11 +86,12 @@ def calibrate(
     step_choices: Sequence[int],
     reference_steps: int,
     reference_iterations: int,
+    reuse: Reuse = "calibrated",
 ) -> Calibration:
     """Split a budget of block evaluations into steps and iterations, from a few samples.
 
-    For each number of steps: measure the residual curves, allocate the iterations that minimise the summed residual,
-    choose where to reuse. Sums of residuals cannot compare different numbers of steps, whose discretisation errors
+    For each number of steps: measure the residual curves and allocate the iterations that minimise the summed residual.
+    Sums of residuals cannot compare different numbers of steps, whose discretisation errors
     differ; so each candidate draws the samples, and the one nearest to a finer reference from the same noise is taken.
 
     Args:
@@ -84,6 +100,7 @@ def calibrate(
         outer_depth: pre + post.
         step_choices: numbers of steps to try.
         reference_steps, reference_iterations: of the reference; finer than every candidate.
+        reuse: of the last step's solution: "always", "none", or "calibrated", where `choose_reuse` says so.
 
     Raises:
         ValueError: as `allocate` and `sample`; and without step_choices.
@@ -94,17 +111,17 @@ def calibrate(
     errors: dict[int, float] = {}
     plans: dict[int, tuple[list[int], list[bool]]] = {}
     for num_steps in step_choices:
-        counts = _least_residual(draw, num_steps, block_budget, outer_depth)
-        reuse = choose_reuse(draw, counts)
-        latents = draw(num_steps=num_steps, iterations=counts, reuse=reuse)
+        counts = allocate_measured(
+            draw,
+            "calibrated",
+            num_steps,
+            block_budget=block_budget,
+            outer_depth=outer_depth,
+            reuse=reuse == "always",
+        )
+        reused = choose_reuse(draw, counts) if reuse == "calibrated" else [reuse == "always"] * num_steps
+        latents = draw(num_steps=num_steps, iterations=counts, reuse=reused)
         errors[num_steps] = float((latents - reference).norm() / reference.norm())
-        plans[num_steps] = counts, reuse
+        plans[num_steps] = counts, reused
     best = min(errors, key=lambda num_steps: errors[num_steps])
     return Calibration(num_steps=best, iterations=plans[best][0], reuse=plans[best][1], errors=errors)
-
-
-def _least_residual(draw: Draw, num_steps: int, block_budget: int, outer_depth: int) -> list[int]:
-    even = allocate("constant", num_steps, block_budget=block_budget, outer_depth=outer_depth)
-    longest = min(CURVE_REACH * max(even), sum(even) - num_steps + 1)
-    curves = torch.stack(measure_residuals(draw, [longest] * num_steps))  # (num_steps, longest)
-    return allocate("calibrated", num_steps, block_budget=block_budget, outer_depth=outer_depth, residuals=curves)

@@ -25,22 +25,24 @@ class GaussianSchedule:
 
     @property
     def alphas_cumprod_previous(self) -> Tensor:
+        """(T,) of the timestep before; 1 before the first."""
         return torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
 
     @property
     def betas(self) -> Tensor:
+        """(T,) variance added in a step."""
         return 1 - self.alphas_cumprod / self.alphas_cumprod_previous
 
     @property
     def posterior_coefficients(self) -> tuple[Tensor, Tensor]:
-        """Of x0 and of x_t in the mean of q(x_{t-1} | x_t, x0), eq. 7 of Ho et al."""
+        """Of x0 and of x_t in the mean of q(x_{t-1} | x_t, x0), (T,) each; eq. 7 of Ho et al."""
         previous, variance = self.alphas_cumprod_previous, 1 - self.alphas_cumprod
         clean = self.betas * previous.sqrt() / variance
         return clean, (1 - previous) * (1 - self.betas).sqrt() / variance
 
     @property
     def log_variance_range(self) -> tuple[Tensor, Tensor]:
-        """Log of a step's least (posterior) and greatest (beta) variance; the first step's zero takes the second's."""
+        """(T,) logs of a step's least (posterior) and greatest (beta) variance; the first zero takes the second's."""
         posterior = self.betas * (1 - self.alphas_cumprod_previous) / (1 - self.alphas_cumprod)
         return torch.cat([posterior[1:2], posterior[1:]]).log(), self.betas.log()
 
@@ -91,11 +93,12 @@ class Diffusion:
 
     @property
     def is_flow(self) -> bool:
+        """Whether this is flow matching, which has no discrete schedule."""
         return self.prediction == "flow"
 
     @property
     def gaussian(self) -> GaussianSchedule:
-        """The discrete process, float64 on the CPU; not for flow matching."""
+        """The discrete process, tables (T,) in float64 on the CPU; a ValueError for flow matching, which has none."""
         if self.is_flow:
             raise ValueError("schedule: flow matching has no discrete Gaussian process")
         steps = self.num_timesteps
@@ -217,7 +220,9 @@ def _loss_weight(diffusion: Diffusion, abar: Tensor) -> Tensor:
 def split_prediction(
     kind: str, prediction: Tensor, x: Tensor, signal: Tensor | float, sigma: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents and noise implied by a prediction of `kind` "epsilon" or "v" at x = signal x0 + sigma noise."""
+    """(clean latents, noise) implied by a prediction of `kind` "epsilon" or "v" at x = signal x0 + sigma noise, in the
+    shape of x; the factors are numbers or broadcast.
+    """
     if kind == "epsilon":
         return (x - sigma * prediction) / signal, prediction
     return signal * x - sigma * prediction, sigma * x + signal * prediction

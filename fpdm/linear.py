@@ -28,14 +28,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The tanh approximation of GELU of `linear`; without a graph it is applied while the product is in the cache."""
+    """The tanh approximation of GELU of `linear`, (..., K) -> (..., N).
+
+    Without a graph it is applied while the product is in the cache.
+    """
     if torch.is_grad_enabled() or not _suits_onednn(x, weight):
         return F.gelu(linear(x, weight, bias), approximate="tanh")
     return _product(x, weight, bias, "gelu", "tanh")
 
 
 def add_gelu(x: Tensor, term: Tensor) -> Tensor:
-    """The tanh approximation of GELU of x + term, which on a CPU without a graph takes the place of x."""
+    """The tanh approximation of GELU of x + term, both (..., N).
+
+    On a CPU without a graph it takes the place of x.
+    """
     if torch.is_grad_enabled() or not _suits_onednn(x, term):
         return F.gelu(x + term, approximate="tanh")
     x.add_(term)
@@ -45,21 +51,25 @@ def add_gelu(x: Tensor, term: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear through `linear`."""
+    """torch.nn.Linear through `linear`: (..., K) -> (..., N)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Not while torch.compile traces, whose own kernels take over, and not for what has no rows."""
+    if _onednn is None or torch.compiler.is_compiling():
+        return False
     floats: bool = x.dtype == weight.dtype == torch.float32
-    return _onednn is not None and floats and x.device.type == "cpu"
+    return floats and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0
 
 
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", approximation: str = ""
 ) -> Tensor:
     assert _onednn is not None
+    bias = None if bias is None else bias.contiguous()  # it would be read as if it were
     return _onednn(_dense(x), _dense(weight), bias, activation, [], approximation)
 
 

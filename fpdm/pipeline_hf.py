@@ -47,6 +47,7 @@ class FPDMTransformer2DModel(ModelMixin):
         return cls(denoiser, Diffusion(**objective))
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+        """Weights, config and what they predict, as `fpdm.save_pretrained` writes them."""
         state = dict(self.denoiser.named_parameters())
         save_pretrained(state, self.denoiser.config, save_directory, {"objective": vars(self.diffusion)})
 

@@ -66,7 +66,7 @@ def uniform(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) 
 
 
 def normal(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """Standard normal numbers by the Box-Muller transform; arguments, result and errors as `uniform`.
+    """Standard normal numbers (B, *shape) by the Box-Muller transform; arguments and errors as `uniform`.
 
     Evaluated in float64 and rounded to float32: the last-bit differences between vectorised and scalar logarithms and
     cosines vanish in the rounding, so an index draws the same bits in whatever batch.

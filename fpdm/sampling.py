@@ -58,6 +58,7 @@ class GaussianSampler:
         self._low, self._high = (part.tolist() for part in schedule.log_variance_range)
 
     def step(self, i: int, output: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
+        """See `Sampler.step`: (B, C, H, W); a noise of None means the mean."""
         k = len(self.timesteps) - 1 - i
         prediction, *variance = output.split(x.shape[1], dim=1)
         signal, sigma = self._abar[k] ** 0.5, (1 - self._abar[k]) ** 0.5
@@ -99,6 +100,7 @@ class DiffusersSampler:
         self.timesteps: list[float] = self._scheduler.timesteps.tolist()
 
     def step(self, i: int, output: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
+        """See `Sampler.step`: (B, C, H, W); in order, each i once; no noise is added."""
         prediction = output[:, : x.shape[1]]
         return self._scheduler.step(prediction, self._scheduler.timesteps[i], x).prev_sample
 

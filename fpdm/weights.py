@@ -4,13 +4,16 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +23,11 @@ from fpdm.denoiser import SIZES, Denoiser, DenoiserConfig, build_denoiser
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "FPDMTransformer2DModel"
+# What torch and safetensors raise for files that are damaged or something else.
+NOT_READABLE = (
+    *(SafetensorError, pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
+    *(LookupError, ValueError, TypeError, AttributeError, AssertionError),
+)
 
 
 def save_pretrained(
@@ -51,13 +59,12 @@ def load_pretrained(folder: str | Path) -> Denoiser:
     """The network that `save_pretrained` wrote, in the dtype it was written in, on the CPU.
 
     Raises:
-        ValueError: naming the config's field, or the tensor that is missing, unknown or of the wrong shape.
+        ValueError: naming the damaged file, the config's field, or the tensor that is missing, unknown or misshapen.
     """
     config = read_config(folder)
-    tensors = load_file(Path(folder) / WEIGHTS_NAME)
     try:
-        return assemble(tensors, config)
-    except ValueError as error:
+        return assemble(load_file(Path(folder) / WEIGHTS_NAME), config)
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"{Path(folder) / WEIGHTS_NAME}: {error}") from error
 
 
@@ -76,8 +83,7 @@ def assemble(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> Denoiser:
 
 def read_config(folder: str | Path) -> DenoiserConfig:
     """The config of a folder written by `save_pretrained`; a ValueError names what is wrong with it."""
-    path = Path(folder) / CONFIG_NAME
-    values = json.loads(path.read_text())
+    path, values = Path(folder) / CONFIG_NAME, _read_json(folder)
     values.pop("extra", None)
     known = {field.name for field in fields(DenoiserConfig)}
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
@@ -85,19 +91,29 @@ def read_config(folder: str | Path) -> DenoiserConfig:
         raise ValueError(f"{path}: unknown field {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
     try:
         return DenoiserConfig(**{name: value for name, value in values.items() if name in known})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
-    """What was passed as `extra` to `save_pretrained`."""
-    return json.loads((Path(folder) / CONFIG_NAME).read_text()).get("extra", {})
+    """What was passed as `extra` to `save_pretrained`; a ValueError where the file is damaged."""
+    return _read_json(folder).get("extra", {})
+
+
+def _read_json(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: no JSON object")
+    return values
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> None:
     """Raise a ValueError that names the first tensor which is missing, unknown or of the wrong shape."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Denoiser(config).state_dict().items()}
+    expected = _shapes(config)
     for name in expected:
         if name not in tensors:
             raise ValueError(f"tensor {name!r} is missing; the config ({config.kind}) needs it")
@@ -108,6 +124,11 @@ def check_tensors(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> None
             raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}; the config needs {expected[name]}")
 
 
+def _shapes(config: DenoiserConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Denoiser(config).state_dict().items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
     """What an import read and what did not match, as tensor names."""
@@ -116,10 +137,11 @@ class ImportReport:
     matched: list[str]
     missing: list[str]  # the network's own initialisation (seed 0) was kept
     unexpected: list[str]  # not used
-    mismatched: list[str]  # of another shape: not used
+    mismatched: list[str]  # of another shape, or a position table of other numbers: not used
 
     @property
     def complete(self) -> bool:
+        """Whether every tensor of the file and of the network found its own."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -140,22 +162,28 @@ def import_checkpoint(
 ) -> tuple[Denoiser, ImportReport]:
     """Read a published checkpoint: .safetensors, or a .pt of bare weights or of {"model", "ema", "args", ...}.
 
+    What runs code when it is loaded is refused; nothing but tensors and plain values is taken from a file.
+
     Args:
         weights: which of a training checkpoint's two sets to read.
         strict: raise unless every tensor matches; otherwise the report says what did not.
         settings: fields of DenoiserConfig to set rather than infer, see `infer_config`.
 
     Raises:
-        ValueError: naming the setting that cannot be told from the tensors, or the tensors that do not match.
+        ValueError: naming the file that is no checkpoint, the setting that cannot be told from the tensors, or the
+            tensors that do not match.
     """
     tensors, source, arguments = _read_checkpoint(Path(path), weights)
     stated = arguments.get("fixed_point_pre_post_timestep_conditioning")
     if stated is not None and "block_fixed_point.attn.qkv.weight" in tensors:
         settings = {"pre_post_timestep_conditioning": bool(stated), **settings}
     config = infer_config(tensors, **settings)
-    model = build_denoiser(config)
-    own = model.state_dict()
-    mismatched = [name for name in tensors if name in own and tensors[name].shape != own[name].shape]
+    own = _shapes(config)
+    table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
+    given = tensors.get("pos_embed", table)
+    mismatched = [name for name in tensors if name in own and tuple(tensors[name].shape) != own[name]]
+    if given.shape == table.shape and not torch.allclose(given.float(), table, atol=1e-4):
+        mismatched.append("pos_embed")
     matched = [name for name in tensors if name in own and name not in mismatched]
     report = ImportReport(
         source=source,
@@ -166,8 +194,10 @@ def import_checkpoint(
     )
     if strict and not report.complete:
         raise ValueError(f"{path}: {report}")
-    model.load_state_dict({name: tensors[name] for name in matched}, strict=False)
-    return model, report
+    used = {name: tensors[name].float() for name in matched}
+    if report.missing or mismatched:
+        used = build_denoiser(config).state_dict() | used
+    return assemble(used, config), report
 
 
 def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConfig:
@@ -180,17 +210,23 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     Raises:
         ValueError: naming the setting to give, or the tensor that is missing.
     """
-    for name in ("x_embedder.proj.weight", "final_layer.linear.weight"):
-        if name not in tensors:
-            raise ValueError(f"tensor {name!r} is missing: these are no weights of a DiT or FPDM")
+    kind = "fpdm" if any(name.startswith("block_fixed_point.") for name in tensors) else "dit"
+    block = "block_fixed_point" if kind == "fpdm" else "blocks.0"
+    needed = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, f"{block}.mlp.fc1.weight": 2}
+    condition = [f"y_embedder.{name}.weight" for name in ("embedding_table", "proj")]
+    needed[condition[condition[1] in tensors]] = 2
+    if "pos_embed" in tensors:
+        needed["pos_embed"] = 3
+    for name, dimensions in needed.items():
+        if name not in tensors or tensors[name].ndim != dimensions:
+            fault = f"has {tensors[name].ndim} dimensions" if name in tensors else "is missing"
+            raise ValueError(f"tensor {name!r} {fault}: these are no weights of a DiT or FPDM")
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-    found: dict[str, Any] = {"hidden_size": width, "in_channels": channels, "patch_size": patch_size}
+    found: dict[str, Any] = {"kind": kind, "hidden_size": width, "in_channels": channels, "patch_size": patch_size}
     outputs = len(tensors["final_layer.linear.weight"]) // patch_size**2
     found["learned_variance"] = outputs == 2 * channels
-    found["kind"] = "fpdm" if any(name.startswith("block_fixed_point.") for name in tensors) else "dit"
-    block = "block_fixed_point" if found["kind"] == "fpdm" else "blocks.0"
     found["mlp_ratio"] = len(tensors[f"{block}.mlp.fc1.weight"]) / width
-    if found["kind"] == "dit":
+    if kind == "dit":
         found["depth"] = _depth(tensors, "blocks")
     else:
         found["pre_depth"], found["post_depth"] = _depth(tensors, "blocks_pre"), _depth(tensors, "blocks_post")
@@ -203,9 +239,9 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     heads = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
     if width in heads:
         found["num_heads"] = heads[width]
-    needed = ["num_heads", "input_size"] + (["pre_post_timestep_conditioning"] if found["kind"] == "fpdm" else [])
+    traceless = ["num_heads", "input_size"] + (["pre_post_timestep_conditioning"] if kind == "fpdm" else [])
     found |= settings
-    for name in needed:
+    for name in traceless:
         if name not in found:
             raise ValueError(f"{name}: cannot be told from these tensors, and changes the output; give it")
     return DenoiserConfig(**found)
@@ -218,16 +254,28 @@ def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
 
 def _read_checkpoint(path: Path, weights: str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """Tensors by plain names, where they came from, and the training arguments if the file states them."""
-    if path.suffix == ".safetensors":
-        return _plain_names(load_file(path)), "tensors", {}
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DiT keeps its arguments as one; it is inert
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    arguments = content.get("args") or {}
-    if "model" not in content and "ema" not in content:
-        return _plain_names(content), "tensors", {}
-    if weights not in content:
-        raise ValueError(f"weights: {path} holds no {weights!r}; it holds {', '.join(content)}")
-    return _plain_names(content[weights]), weights, arguments if isinstance(arguments, dict) else vars(arguments)
+    content, source = _load(path), "tensors"
+    arguments: Any = {}
+    if isinstance(content, dict) and ("model" in content or "ema" in content):
+        if weights not in content:
+            raise ValueError(f"weights: {path} holds no {weights!r}; it holds {', '.join(map(str, content))}")
+        content, source, arguments = content[weights], weights, content.get("args") or {}
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path}: no state dict, tensors by name{'' if source == 'tensors' else f', in {source!r}'}")
+    return _plain_names(content), source, arguments if isinstance(arguments, dict) else vars(arguments)
+
+
+def _load(path: Path) -> Any:
+    path.open("rb").close()  # a file that is not there says so itself
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT keeps its arguments as one; it is inert
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except NOT_READABLE as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"loading it would run {refused[1]}" if refused else "damaged, or no checkpoint"
+        raise ValueError(f"{path}: {found}; give a .safetensors file, or a .pt of tensors and plain values") from error
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,12 +19,13 @@ from common.files import read_json, write_json
 from common.recipe import STRICT, Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import rng
 from fpdm.allocation import allocate
-from fpdm.calibration import CURVE_REACH, choose_reuse, measure_residuals
+from fpdm.calibration import allocate_measured, calibrate, choose_reuse
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import sample as sample_latents
 from fpdm.sampling import sample_noise
 
 MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
+REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -107,11 +108,29 @@ def _make(recipe: Recipe, model: Denoiser) -> Plan:
         return Plan(None, always)
     index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
     drawing = draw(recipe, model, "calibrate", index)
+    outer = model.config.blocks(0)
+    budget = total_iterations(recipe) + outer * steps
+    if settings.step_choices:
+        choices = (steps, *settings.step_choices)
+        best = calibrate(
+            drawing,
+            block_budget=budget,
+            outer_depth=outer,
+            step_choices=choices,
+            reference_steps=min(REFERENCE_REACH * max(choices), recipe.objective.num_timesteps),
+            reference_iterations=max(1, budget // min(choices) - outer),
+            reuse=settings.reuse,
+        )
+        return Plan(best.iterations, best.reuse)
     if settings.allocation in MEASURED:
-        total = total_iterations(recipe)
-        longest = min(CURVE_REACH * -(-total // steps), total - steps + 1)
-        curves = torch.stack(measure_residuals(drawing, [longest] * steps))  # (steps, longest)
-        counts = allocate(settings.allocation, steps, settings.iterations, residuals=curves)
+        counts = allocate_measured(
+            drawing,
+            settings.allocation,
+            steps,
+            block_budget=budget,
+            outer_depth=outer,
+            reuse=settings.reuse == "always",
+        )
     else:
         counts = allocate(settings.allocation, steps, settings.iterations)
     return Plan(counts, choose_reuse(drawing, counts) if settings.reuse == "calibrated" else always)

@@ -25,8 +25,9 @@ def plan(recipe: Recipe) -> Iterator[str]:
     iterations = ""
     if recipe.model.kind == "fpdm":
         iterations = f" x {settings.iterations} iterations ({settings.allocation}, reuse {settings.reuse})"
+    steps = " or ".join(map(str, (settings.num_steps, *settings.step_choices)))
     yield (
-        f"sampler: {settings.sampler}, {settings.num_steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
+        f"sampler: {settings.sampler}, {steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
         f"{blocks_a_picture(recipe):,} blocks a picture"
     )
     chunks = len(chunk_spans(total_samples(recipe), settings.chunk_samples))

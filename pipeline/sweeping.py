@@ -52,6 +52,7 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
                     num_steps=num_steps,
                     iterations=iterations or recipe.sample.iterations,
                     allocation=allocation,
+                    step_choices=(),  # the sweep compares them itself
                     reuse=reuse,
                     guidance_scale=guidance_scale,
                 ),

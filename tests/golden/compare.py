@@ -3,8 +3,21 @@
     python tests/golden/compare.py tests/golden/*.safetensors [--tolerance 1e-5]
 
 Rebuilds the network from each file's metadata, runs every entry, and prints the largest difference of each, relative
-to the largest magnitude expected. Exit status 1 if one is above the tolerance, or if an entry is not understood.
-Not covered by the files: the loss at t = 0.
+to the largest magnitude expected. Exit status 1 if one is above the tolerance, or if an entry is not understood; 2 if a
+file cannot be used. Not covered by the files: the loss at t = 0.
+
+Layout of a file, a safetensors in float32; only what its entries need has to be there:
+  metadata           hidden_size, num_heads, input_size, patch_size, in_channels, num_classes, mlp_ratio, learn_sigma;
+                     DiT: depth; FPDM: depth "", pre_depth, post_depth, pre_post_timestep_conditioning
+  param.NAME         the parameters by their published names, without the position table
+  in.x in.t in.y     inputs; the label num_classes is the null label
+  out.eval[.kK]      output after K iterations from the input
+  out.cfg4.first3    both halves under guidance 4 of the first three channels: x[:2] twice, t = 500,
+                     labels 1, 2, null, null
+  out.reuse.*, solution.second   two calls of 3 iterations, the second, of 0.9 x at t = 650, from the first's solution
+  loss.*, grad.NAME  of the squared error to in.grad_target; FPDM: n = 3, m = 2
+  eps.*, v_zsnr.*    a process: noise, t, y and the loss's terms; respaced_timesteps; z and ddimS, ddpmS, ddimS.reuse
+                     with S steps; ddpmS.step_noise
 """
 
 import argparse
@@ -14,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fpdm import Denoiser, DenoiserConfig, Diffusion, assemble, guide, sample, spaced_timesteps
@@ -29,9 +42,9 @@ PROCESSES = {
 
 
 def read(path: Path) -> tuple[Denoiser, dict[str, Tensor]]:
-    """The network of a file and its entries."""
+    """The network of a file and its entries. ValueError or KeyError where the file does not describe one."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
         entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     whole = ("hidden_size", "num_heads", "input_size", "patch_size", "in_channels", "num_classes")
     options: dict = {name: int(metadata[name]) for name in whole}
@@ -48,9 +61,11 @@ def read(path: Path) -> tuple[Denoiser, dict[str, Tensor]]:
 def results(model: Denoiser, entries: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """What we compute for every entry of a file that is not an input."""
     yield from outputs(model, entries)
-    yield from gradients(model, entries)
+    if any(name.startswith(("loss.", "grad.")) for name in entries):
+        yield from gradients(model, entries)
     for name, diffusion in PROCESSES.items():
-        yield from process(model, entries, name, diffusion)
+        if any(entry.startswith(f"{name}.") for entry in entries):
+            yield from process(model, entries, name, diffusion)
 
 
 @torch.no_grad()
@@ -59,7 +74,8 @@ def outputs(model: Denoiser, entries: dict[str, Tensor]) -> Iterator[tuple[str, 
     for name in (name for name in entries if name.startswith("out.eval")):
         count = int(name.rpartition(".k")[2]) if ".k" in name else None
         yield name, model(x, t, y, iterations=count).output
-    yield "out.cfg4.first3", guided_both(model, x[:2])
+    if "out.cfg4.first3" in entries:
+        yield "out.cfg4.first3", guided_both(model, x[:2])
     if "solution.second" in entries:
         first = model(x, torch.full_like(t, 700), y, iterations=3)
         second = model(0.9 * x, torch.full_like(t, 650), y, iterations=3, start=first.solution)
@@ -93,13 +109,14 @@ def process(
     model: Denoiser, entries: dict[str, Tensor], name: str, diffusion: Diffusion
 ) -> Iterator[tuple[str, Tensor]]:
     """The terms of the loss, the spaced timesteps and the samples of one forward process."""
-    given = {part: entries[f"{name}.{part}"] for part in PROCESS_INPUTS}
-    x0, noise, t, y = entries["in.x"], given["noise"], given["t"], given["y"]
-    output = model(diffusion.add_noise(x0, noise, t), t, y, iterations=ITERATIONS).output
-    for term, value in diffusion.loss(output, x0, noise, t).items():
-        yield f"{name}.{term}", value
-    num_steps = len(entries[f"{name}.respaced_timesteps"])
-    yield f"{name}.respaced_timesteps", torch.tensor(spaced_timesteps(diffusion.num_timesteps, num_steps))
+    x0, y = entries["in.x"], entries[f"{name}.y"]
+    if any(f"{name}.{term}" in entries for term in ("mse", "vb", "loss")):
+        noise, t = entries[f"{name}.noise"], entries[f"{name}.t"]
+        output = model(diffusion.add_noise(x0, noise, t), t, y, iterations=ITERATIONS).output
+        for term, value in diffusion.loss(output, x0, noise, t).items():
+            yield f"{name}.{term}", value
+    if (entry := f"{name}.respaced_timesteps") in entries:
+        yield entry, torch.tensor(spaced_timesteps(diffusion.num_timesteps, len(entries[entry])))
     for entry in entries:
         if match := re.fullmatch(rf"{name}\.(ddim|ddpm)(\d+)(\.reuse|\.again)?", entry):
             sampler, steps = match[1], int(match[2])
@@ -109,7 +126,7 @@ def process(
                 sample(
                     model,
                     diffusion,
-                    given["z"],
+                    entries[f"{name}.z"],
                     y,
                     sampler=sampler,
                     num_steps=steps,
@@ -145,14 +162,22 @@ def compare(path: Path) -> dict[str, float]:
 
 
 def main(command_line: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference allowed (1e-5)")
     arguments = parser.parse_args(command_line)
     failed = 0
     for path in arguments.files:
         print(path)
-        for name, difference in compare(path).items():
+        try:
+            differences = compare(path)
+        except KeyError as missing:
+            return unusable(path, f"{missing} is missing from its metadata or its entries")
+        except (OSError, SafetensorError, ValueError) as error:
+            return unusable(path, str(error))
+        if not differences:
+            return unusable(path, "it has no entry to compare with")
+        for name, difference in differences.items():
             above = not difference <= arguments.tolerance
             failed += above
             print(f"  {difference:9.2e}  {name}{'  ABOVE TOLERANCE' if above else ''}")
@@ -160,6 +185,11 @@ def main(command_line: list[str] | None = None) -> int:
         f"{failed} entries above {arguments.tolerance:g}" if failed else f"all entries within {arguments.tolerance:g}"
     )
     return 1 if failed else 0
+
+
+def unusable(path: Path, reason: str) -> int:
+    print(f"error: {path}: {reason}; compare.py --help shows the layout", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -35,7 +35,22 @@ def test_every_budget_over_1_to_100_steps_is_spent_exactly_with_at_least_one_ite
             assert count_blocks(counts, 2) == total + 2 * num_steps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
+@given(num_steps=st.integers(1, 100), spare=st.integers(0, 10_000), outer_depth=st.integers(0, 8))
+def test_any_budget_is_spent_exactly_or_refused_with_the_least(num_steps, spare, outer_depth):
+    least = num_steps * (1 + outer_depth)
+    for kind in RULES:
+        counts = allocate(kind, num_steps, block_budget=least + spare, outer_depth=outer_depth)
+        assert count_blocks(counts, outer_depth) == least + spare
+        assert len(counts) == num_steps
+        assert min(counts) >= 1
+        assert allocate("list", num_steps, counts, block_budget=least + spare, outer_depth=outer_depth) == counts
+        assert sum(allocate(kind, num_steps, sum(counts) / num_steps)) == sum(counts)  # as a mean, not always whole
+        with pytest.raises(ValueError, match=f"block_budget: {least - 1} is too small .*; {least} is the least"):
+            allocate(kind, num_steps, block_budget=least - 1, outer_depth=outer_depth)
+
+
+@settings(max_examples=150, deadline=None)
 @given(num_steps=st.integers(1, 100), spare=st.integers(0, 300), longest=st.integers(1, 40), seed=st.integers(0, 99))
 def test_allocations_from_curves_spend_their_budget_exactly_too(num_steps, spare, longest, seed):
     total = num_steps + min(spare, num_steps * (longest - 1))

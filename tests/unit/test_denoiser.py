@@ -126,6 +126,16 @@ def test_defect_c9_nothing_is_remembered_between_calls_and_a_start_of_another_ba
         model(x[:2], t[:2], y[:2], iterations=3, start=first.solution)
 
 
+def test_defect_c8_the_number_of_iterations_is_said_and_may_be_zero():
+    config = DenoiserConfig(**SMALL)
+    model, given = scrambled(config), inputs(3, config)
+    with pytest.raises(ValueError, match="iterations: an FPDM needs a count"):
+        model(*given)
+    nothing, one = model(*given, iterations=0), model(*given, iterations=1)
+    assert torch.equal(model(*given, iterations=2, start=nothing.solution).output, model(*given, iterations=2).output)
+    assert not torch.equal(nothing.output, one.output)
+
+
 def test_starting_at_a_solution_continues_the_iteration():
     config = DenoiserConfig(**SMALL)
     model = scrambled(config)
@@ -204,8 +214,6 @@ def test_inputs_that_do_not_fit_are_named():
         model(x[..., :6], t, y, iterations=1)
     with pytest.raises(ValueError, match=r"t: shape \(1,\)"):
         model(x, t[:1], y, iterations=1)
-    with pytest.raises(ValueError, match="iterations: an FPDM needs a count"):
-        model(x, t, y)
 
 
 def test_blocks_count_the_papers_unit_of_compute():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fpdm import linear as module
 from fpdm.linear import add_gelu, linear, linear_gelu
 
 
@@ -13,7 +14,15 @@ def operands(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4)])
+@pytest.fixture(params=["onednn", "torch"])
+def kernels(request, monkeypatch):
+    """Also as on a build or a processor without oneDNN."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "_onednn", None)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (2, 3, 4), (0,), (3, 0)])
+@pytest.mark.usefixtures("kernels")
 def test_a_linear_layer_and_its_gradients_are_torchs(shape):
     x, weight, bias = operands(*shape)
     expected = F.linear(x.double(), weight.double(), bias.double())
@@ -33,7 +42,41 @@ def test_a_slice_of_a_weight_a_frozen_weight_and_no_bias_are_taken():
     torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0][..., :12], half.sum(0).expand(3, 7, 12))
 
 
+@pytest.mark.parametrize("stride", [0, 1, 2])
+def test_operands_of_any_strides_are_taken(stride):
+    x, weight, bias = (operand.detach() for operand in operands(3, 7))
+    bias = bias.repeat(2).as_strided((40,), (stride,))
+    for given in (x, x.mT.contiguous().mT, x[:1].expand(3, -1, -1)):
+        torch.testing.assert_close(linear(given, weight, bias), F.linear(given, weight, bias))
+        torch.testing.assert_close(linear(given, weight.T.contiguous().T, bias), F.linear(given, weight, bias))
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again():
+    x, weight, bias = operands(3, 7)
+    loss = linear(x, weight, bias).square().sum()
+    first = torch.autograd.grad(loss, (x, weight, bias), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (x, weight, bias)), strict=True))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_compiler_sees_torchs_own_operators(graph):
+    """inductor takes oneDNN's operator for frozen weights alone."""
+    seen = []
+
+    def backend(traced, _):
+        seen.extend(str(node.target) for node in traced.graph.nodes)
+        return traced.forward
+
+    x, weight, bias = operands(3, 7)
+    with torch.set_grad_enabled(graph):
+        compiled = torch.compile(lambda: linear_gelu(x, weight, bias), backend=backend)
+        torch.testing.assert_close(compiled(), linear_gelu(x, weight, bias))
+    assert any("linear" in name for name in seen)
+    assert not any("mkldnn" in name for name in seen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("kernels")
 def test_the_gelu_without_a_graph_is_the_one_with_it(dtype):
     x, weight, bias = (operand.to(dtype) for operand in operands(3, 7))
     term = torch.linspace(-6, 6, 3 * 7 * 40).reshape(3, 7, 40).to(dtype)

@@ -31,6 +31,16 @@ ROOT = Path(__file__).parents[2]
             "sample.weights: should be 'latest' or should be a valid integer; found 'newest'",
         ),
         ("name: a\nsample: {num_steps: 1001}", "sample.num_steps: 1001 is outside 1..1000"),
+        ("name: a\nsample: {step_choices: [14]}", "sample.step_choices: allocation 'constant' compares none"),
+        (
+            "name: a\nsample: {allocation: calibrated, step_choices: [14]}",
+            "sample.step_choices: ddpm, and eta above 0, draw other samples with other steps",
+        ),
+        (
+            "name: a\nsample: {allocation: calibrated, sampler: ddim, step_choices: [14, 94]}",
+            "sample.step_choices: block_budget: 280 is too small for 94 steps of 2 outer layers",
+        ),
+        ("name: a\nmodel: {kind: dit}\nsample: {step_choices: [14]}", "sample.step_choices: a DiT has no iterations"),
         ("name: a\nseed: 5000000000", "seed: should be less than 4294967296"),
         ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: should be less than 1"),
         ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: should be a finite number"),
@@ -82,6 +92,23 @@ def test_every_recipe_of_the_project_loads_and_survives_being_written(path: Path
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_defect_a8_the_defaults_are_what_the_recipes_say_the_paper_does() -> None:
+    default = parse_recipe("name: a")
+    assert (default.objective.prediction, default.objective.zero_terminal_snr) == ("v", True)
+    assert not default.model.pre_post_timestep_conditioning
+    assert (default.train.max_no_grad_iterations, default.train.max_grad_iterations) == (6, 6)
+    paper = load_recipe(ROOT / "recipes/imagenet256_paper.yaml")
+    assert (paper.train.max_no_grad_iterations, paper.train.max_grad_iterations) == (12, 12)
+    assert paper.objective == default.objective
+
+
+@pytest.mark.parametrize("name", ["ffhq256", "celebahq256", "lsun_church256"])
+def test_defect_c10_an_unconditional_recipe_needs_no_word_about_guidance(name: str) -> None:
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    assert recipe.model.num_classes == 1
+    assert recipe.sample.guidance_scale == 1
 
 
 def test_a_size_sets_the_network_and_single_fields_override_it() -> None:

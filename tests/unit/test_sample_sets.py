@@ -135,12 +135,34 @@ def test_truncating_is_half_a_level_darker(recipe: Recipe) -> None:
         {"allocation": "calibrated", "reuse": "calibrated"},
     ],
 )
-def test_every_allocation_spends_its_budget_exactly(recipe: Recipe, fields: dict[str, Any]) -> None:
+def test_defects_c2_c3_every_allocation_can_be_drawn_and_spends_its_budget_exactly(
+    recipe: Recipe, fields: dict[str, Any]
+) -> None:
     chosen = changed(recipe, num_samples=4, calibration_samples=2, **fields)
     folder = samples.generate(chosen, "latest")
     planned = json.loads((folder / "plan.json").read_text())
     assert sum(planned["iterations"]) == 6 == plans.total_iterations(chosen)
     assert len(planned["reuse"]) == len(planned["iterations"]) == 3
+    assert len(load_samples(folder, 4)[0]) == 4
+
+
+def test_the_number_of_steps_is_calibrated_too(recipe: Recipe) -> None:
+    chosen = changed(
+        recipe,
+        num_samples=4,
+        calibration_samples=2,
+        sampler="ddim",
+        num_steps=1,
+        iterations=10,
+        allocation="calibrated",
+        reuse="calibrated",
+        step_choices=(4,),
+    )
+    folder = samples.generate(chosen, "latest")
+    planned = json.loads((folder / "plan.json").read_text())
+    assert planned["iterations"] == [1, 1, 1, 1]
+    assert len(planned["reuse"]) == 4
+    assert plans.blocks_a_picture(chosen) == 12 == 4 * (1 + 1 + 1)
     assert len(load_samples(folder, 4)[0]) == 4
 
 
@@ -184,7 +206,7 @@ def test_damage_to_a_tar_is_named_and_never_returned(recipe: Recipe) -> None:
     assert len(messages) > 20
 
 
-def test_the_npz_is_what_adms_evaluator_reads(recipe: Recipe) -> None:
+def test_defect_c11_the_npz_is_what_adms_evaluator_reads(recipe: Recipe) -> None:
     recipe = changed(recipe, output="npz")
     assert not samples.finished(recipe)
     samples.sample(recipe)

@@ -56,7 +56,7 @@ def test_batch_and_chunk_size_change_no_picture(recipe: Recipe, tmp_path: Path, 
     assert (images[0] != images[3]).any()  # of the same label
 
 
-def test_the_number_of_ranks_changes_no_picture(recipe: Recipe, tmp_path: Path) -> None:
+def test_defect_c6_the_number_of_ranks_changes_no_picture(recipe: Recipe, tmp_path: Path) -> None:
     expected = drawn(recipe)
     other = fresh(recipe, tmp_path)
     for rank in (2, 0, 1):
@@ -116,8 +116,11 @@ def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
     assert np.abs(found.astype(int) - expected[:8]).max() <= 1
 
 
-@pytest.mark.parametrize("fields", [{"sampler": "ddim"}, {"num_steps": 4}, {"guidance_scale": 2.0}, {"reuse": "none"}])
-def test_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"sampler": "ddim"}, {"num_steps": 4}, {"guidance_scale": 2.0}, {"reuse": "none"}, {"allocation": "more_at_data"}],
+)
+def test_defect_c11_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dict[str, Any]) -> None:
     here, there = samples.generate(recipe, "latest"), samples.generate(changed(recipe, **fields), "latest")
     assert here != there
     assert (load_samples(here, 10)[0] != load_samples(there, 10)[0]).any()
@@ -174,7 +177,7 @@ def test_without_the_weights_the_message_says_which_there_are(recipe: Recipe) ->
         samples.generate(recipe, "5")
 
 
-def test_weights_of_another_network_are_refused(recipe: Recipe) -> None:
+def test_defect_c7_weights_of_another_network_are_refused(recipe: Recipe) -> None:
     other = replace(recipe, model=replace(recipe.model, hidden_size=32))
     with pytest.raises(UserError, match="weights with hidden_size 16, the recipe has 32; set that"):
         samples.generate(other, "latest")

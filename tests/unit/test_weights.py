@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fpdm import (
     rng,
     save_pretrained,
 )
+from fpdm.blocks import position_embedding
 
 SMALL = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 5}
 CONFIGS = {
@@ -196,11 +198,91 @@ def test_what_did_not_match_is_reported(tmp_path):
     assert torch.equal(model.x_embedder.proj.weight, tensors["x_embedder.proj.weight"])
 
 
-def test_code_hidden_in_a_checkpoint_is_not_run(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return print, ("run",)
+def test_a_position_table_of_other_numbers_is_reported_not_dropped_in_silence(tmp_path):
+    tensors = dict(network(CONFIGS["dit"]).state_dict())
+    tensors["pos_embed"] = tensors["pos_embed"] + 0.1
+    torch.save(tensors, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="1 mismatched: pos_embed"):
+        import_checkpoint(tmp_path / "c.pt", num_heads=4)
 
-    torch.save({"model": Payload()}, tmp_path / "c.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        import_checkpoint(tmp_path / "c.pt")
+
+@pytest.mark.parametrize("kind", ["dit", "fpdm"])
+def test_defect_c1_files_as_dit_and_fpdm_write_them_load_at_full_size(tmp_path, kind):
+    """DiT-XL-2-256x256.pt is a bare state dict; FPDM's trainer wrote {model, ema, opt, args}. Zeros here."""
+    config = DenoiserConfig(kind=kind)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
+    assert shapes["y_embedder.embedding_table.weight"] == (1001, 1152)
+    bare = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}  # one number each on disk
+    bare["pos_embed"] = position_embedding(1152, 16)
+    content = {
+        "model": {f"module.{name}": tensor for name, tensor in bare.items()},
+        "ema": bare,
+        "opt": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "args": {"fixed_point_pre_post_timestep_conditioning": False},
+    }
+    torch.save(bare if kind == "dit" else content, tmp_path / "c.pt")
+    model, report = import_checkpoint(tmp_path / "c.pt")
+    assert model.config == config
+    assert report.complete
+    assert report.source == ("tensors" if kind == "dit" else "ema")
+
+
+class Payload:
+    """What unpickling would call."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.pt", {"model": Payload()}, r"loading it would run (builtins\.)?print; give a .safetensors file"),
+        ("c.pt", b"hello world\n", "damaged, or no checkpoint; give a .safetensors file"),
+        ("c.safetensors", b"hello world\n", "damaged, or no checkpoint"),
+        ("c.pt", b"", "damaged, or no checkpoint"),
+        ("c.pt", pickle.dumps(Payload(), 2), "loading it would run"),
+        ("c.pt", [torch.zeros(1)], "no state dict, tensors by name"),
+        ("c.pt", {"ema": {"a": 1}}, "no state dict, tensors by name, in 'ema'"),
+        ("c.pt", {"model": {}}, "weights: .* holds no 'ema'; it holds model"),
+        ("c.pt", {"a": torch.zeros(1)}, "tensor 'x_embedder.proj.weight' is missing: these are no weights"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, capsys, name, content, message):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        import_checkpoint(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_checkpoint_cut_anywhere_is_refused(tmp_path, suffix):
+    tensors = build_denoiser(CONFIGS["dit"]).state_dict()
+    path = tmp_path / f"c.{suffix}"
+    torch.save(tensors, path) if suffix == "pt" else save_file(tensors, path)
+    whole = path.read_bytes()
+    for length in range(1, len(whole), len(whole) // 50):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged, or no checkpoint"):
+            import_checkpoint(path, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{", "config.json: no JSON"),
+        ("config.json", "[]", "config.json: no JSON object"),
+        ("config.json", '{"hidden_size": "32"}', "config.json: "),
+        ("diffusion_pytorch_model.safetensors", "cut", "diffusion_pytorch_model.safetensors: "),
+    ],
+)
+def test_a_damaged_file_of_a_folder_is_named(tmp_path, file, text, message):
+    save_pretrained(network(CONFIGS["dit"]).state_dict(), CONFIGS["dit"], tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
