@@ -82,6 +82,11 @@ def _take(folder: Path, lock: int, shared: bool) -> None:
     except BlockingIOError:
         holder = os.pread(lock, 1000, 0).decode(errors="replace")
         raise UserError(f"{folder}: {holder} is at work in it; wait for it or end it") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: no file locks on its file system ({error.strerror}); mount it with them (Lustre: -o flock), "
+            "or choose another folder"
+        ) from None
     os.truncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 

@@ -136,15 +136,18 @@ def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, mon
         encode(recipe)
 
 
-def test_numbers_that_float16_does_not_hold_are_rejected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e6])
+def test_numbers_that_float16_does_not_hold_are_rejected(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     original = Encoder.moments
 
-    def overflow(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+    def faulty(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
         moments = original(encoder, images)
-        moments[0, 0, 0, 0] = 1e6
+        moments[0, 0, 0, 0] = value
         return moments
 
-    monkeypatch.setattr(Encoder, "moments", overflow)
+    monkeypatch.setattr(Encoder, "moments", faulty)
     with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
         encode(recipe)
 
