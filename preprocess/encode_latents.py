@@ -37,13 +37,12 @@ def finished(recipe: Recipe) -> bool:
 
 
 def encode(recipe: Recipe) -> None:
-    """The whole stage in this process; returns at once where it is finished."""
+    """The whole stage in this process. What is there already is proved by its hashes, and kept."""
     from preprocess.encoding import make_shards, merge_shards, resolve
 
     encoding = resolve(recipe, download=True)
-    if not encoding.is_finished:
-        make_shards(encoding)
-        merge_shards(encoding)
+    make_shards(encoding)
+    merge_shards(encoding)
     complete(encoding)
 
 
@@ -52,9 +51,8 @@ def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
     from preprocess.encoding import merge_shards, resolve
 
     encoding = resolve(recipe, download=True)  # here, so that no job downloads what another does
-    if not encoding.is_finished:
-        run_parts(recipe, cluster, "encode", "preprocess.encoding", "encode_part", jobs)
-        merge_shards(encoding)
+    run_parts(recipe, cluster, "encode", "preprocess.encoding", "encode_part", jobs)
+    merge_shards(encoding)
     complete(encoding)
 
 

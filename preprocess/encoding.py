@@ -31,7 +31,10 @@ from preprocess.shards import (
 from preprocess.sources import SOURCES, Source, fingerprint, printable
 
 SHOWN_REJECTIONS = 5
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+}
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,21 @@ def test_what_is_missing_or_damaged_is_made_and_the_rest_is_kept(recipe: Recipe)
     assert (folder / shard_name(0)).stat().st_mtime_ns == kept
 
 
-def test_a_finished_encoding_is_left_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_in_a_finished_encoding_is_mended_by_the_same_command(recipe: Recipe) -> None:
+    encode(recipe)
+    before, folder = contents(recipe), Path(recipe.data.shards)
+    for name in (shard_name(1), SAMPLES):
+        damaged = bytearray(before[name])
+        damaged[-300] ^= 1
+        (folder / name).write_bytes(damaged)
+    encode(recipe)
+    assert contents(recipe) == before
+
+
+def test_a_finished_encoding_is_not_done_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(recipe)
     before = contents(recipe)
-    monkeypatch.setattr("preprocess.encode_latents.plan", None)
-    monkeypatch.setattr("preprocess.encoding.make_shards", None)  # would raise where it is called
+    monkeypatch.setattr("preprocess.encoding.encode_pictures", None)  # would raise where it is called
     encode(recipe)
     assert contents(recipe) == before
 
