@@ -138,7 +138,7 @@ def describe_plan(encoding: Encoding) -> list[str]:
     recipe, source, slices, data = encoding.recipe, encoding.source, encoding.slices, encoding.recipe.data
     shape = " x ".join(map(str, latent_shape(recipe)))
     vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
-    records = [finished_record(encoding.folder, number, thorough=False) for number in range(len(slices))]
+    records = _records(encoding)
     missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
     flips = " and its mirror image" if data.flips else ""
     left_out = f"; {source.left_out:,} other files left out" if source.left_out else ""
@@ -226,7 +226,7 @@ def merge(recipe: Recipe) -> None:
 
 def merge_shards(encoding: Encoding) -> None:
     """As `merge`."""
-    found = [finished_record(encoding.folder, number, thorough=False) for number in range(len(encoding.slices))]
+    found = _records(encoding)
     missing = [number for number, record in enumerate(found) if record is None]
     if missing:
         names = ", ".join(shard_name(number) for number in missing[:SHOWN_REJECTIONS])
@@ -237,8 +237,17 @@ def merge_shards(encoding: Encoding) -> None:
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
-    with disk_faults_told(encoding.folder), alone_in(encoding.folder, ".merging"):
+    with disk_faults_told(encoding.folder), alone_in(encoding.folder, ".merging", wait=True):
         write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
+
+
+def all_there(encoding: Encoding) -> bool:
+    """Whether every shard is, whoever made it."""
+    return None not in _records(encoding)
+
+
+def _records(encoding: Encoding) -> list[Record | None]:
+    return [finished_record(encoding.folder, number, thorough=False) for number in range(len(encoding.slices))]
 
 
 def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:

@@ -1,6 +1,7 @@
 """The loop that encodes: pictures from worker processes through the VAE, one shard after another."""
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,12 +26,13 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
 
     Shows pictures a second, the time left, and the share of it for which the VAE was busy.
     """
-    encoder = Encoder(recipe.vae)
+    encoder = Encoder(recipe.vae, _own_device())
     pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
     loaded = iter(load_pictures(pictures, every, recipe.launch.cpus_per_process))
-    with tqdm(total=sum(map(len, every)), unit="picture", desc="encode") as bar:
+    total, others = sum(map(len, every)), os.environ.get("RANK", "0") != "0"  # one rank's bar stands for all
+    with tqdm(total=total, unit="picture", desc="encode", disable=others) as bar:
         started = time.monotonic()
         for number, of_shard in batches.items():
             outcomes: list[Outcome] = []
@@ -42,7 +44,14 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
                 bar.update(len(given.positions) + len(given.rejected))
             yield number, outcomes
         seconds = time.monotonic() - started
-    print(f"encoded {bar.n:,} pictures, {bar.n / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+    print(f"encoded {total:,} pictures, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+
+
+def _own_device() -> torch.device:
+    """The GPU of this rank of the machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _batches(positions: range, size: int) -> list[range]:

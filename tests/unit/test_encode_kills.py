@@ -1,13 +1,14 @@
 """Whatever kills encoding, and however many share it, the shards and the index are the same bytes."""
 
 import multiprocessing
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,11 +55,13 @@ def contents(recipe: Recipe) -> dict[str, bytes]:
 
 
 @contextmanager
-def running(recipe: Recipe, parts: int) -> Iterator[list[multiprocessing.process.BaseProcess]]:
+def running(
+    recipe: Recipe, parts: int, work: Callable[[Recipe, int, int], None] = encode_part
+) -> Iterator[list[multiprocessing.process.BaseProcess]]:
     """Every part in a process of its own, forked from one that has imported what they need and has no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preprocess.encoding", "diffusers.models.autoencoders"])
-    processes = [context.Process(target=encode_part, args=(recipe, part, parts)) for part in range(parts)]
+    processes = [context.Process(target=work, args=(recipe, part, parts)) for part in range(parts)]
     for process in processes:
         process.start()
     try:
@@ -129,6 +132,19 @@ def test_two_runs_in_one_folder_are_refused_but_parts_of_one_array_are_not(recip
                 encode_part(chosen, part, parts)
         encode_part(chosen, 1, 2)
     encode(chosen)
+    assert contents(chosen) == contents(recipe)
+
+
+def encode_as_rank(recipe: Recipe, rank: int, ranks: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    encode(recipe)
+
+
+def test_ranks_share_the_work_and_the_last_makes_the_index(recipe: Recipe, tmp_path: Path) -> None:
+    chosen = into(recipe, tmp_path)
+    with running(chosen, 3, encode_as_rank) as processes:
+        pass
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert contents(chosen) == contents(recipe)
 
 
