@@ -61,7 +61,7 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def ours(recipe: Recipe, encoder: Encoder, folder: Path) -> None:
-    preprocess.encoding_loop.Encoder = lambda settings: encoder  # type: ignore[assignment,misc] # loaded before
+    preprocess.encoding_loop.Encoder = lambda *_: encoder  # type: ignore[assignment,misc] # loaded before
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         encoding = resolve(replace(recipe, data=replace(recipe.data, shards=str(folder))), download=False)
         make_shards(encoding)

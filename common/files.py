@@ -56,16 +56,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False) -> Iterator[None]:
+def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Holds `folder` for this process until the block, or the process, ends. Raises UserError naming who holds it.
 
-    `shared`: holds it together with others that hold it so, and against all that do not. `name`: of the lock's file.
+    `shared`: holds it together with others that hold it so, and against all that do not. `wait`: until nobody else
+    does. `name`: of the lock's file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     _locks.add(lock)
     try:
-        _take(folder, lock, shared)
+        _take(folder, lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         if lock in _locks:  # not in a forked copy of this process
@@ -76,12 +77,17 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False) -> Iter
 _locks: set[int] = set()  # descriptors
 
 
-def _take(folder: Path, lock: int, shared: bool) -> None:
+def _take(folder: Path, lock: int, how: int) -> None:
     try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(lock, how)
     except BlockingIOError:
         holder = os.pread(lock, 1000, 0).decode(errors="replace")
         raise UserError(f"{folder}: {holder} is at work in it; wait for it or end it") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: no file locks on its file system ({error.strerror}); mount it with them (Lustre: -o flock), "
+            "or choose another folder"
+        ) from None
     os.truncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 

@@ -6,6 +6,7 @@ Writes <data.shards>/ffcv/: latents.beton for FFCV's loader and for training wit
 lets LatentShards read it, each sample against the same checksum, in the same order as from the tars.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from common.command import run_command
 from common.errors import UserError
+from common.files import alone_in, atomic_write, remove_leftovers, sha256_file
 from common.recipe import Recipe
 from preprocess.shards import INDEX, SAMPLE, SAMPLES, LatentShards, rows_name, verify
 from preprocess.shards.format import write_sealed
@@ -58,18 +60,27 @@ def is_missing(recipe: Recipe) -> bool:
 
 
 def convert(folder: Path, processes: int = 1) -> None:
-    """Writes `folder`/ffcv, whole or without an index. Raises UserError for damaged shards, or without FFCV."""
-    from importlib.util import find_spec
+    """Writes `folder`/ffcv, whole or without an index.
 
-    from common.files import atomic_write, sha256_file
+    Raises UserError for damaged shards, without room, or without FFCV.
+    """
+    from importlib.util import find_spec
 
     if find_spec("ffcv") is None:
         raise UserError("data.format: ffcv is not installed; scripts/setup.sh --ffcv installs it, or keep format tar")
     for fault in verify(folder, processes):  # a fault inside FFCV's writer would make it wait for ever
         raise UserError(fault)
     shards, target = LatentShards(folder), folder / FOLDER
-    target.mkdir(exist_ok=True)
-    (target / INDEX).unlink(missing_ok=True)
+    with alone_in(target, wait=True):
+        remove_leftovers(target)
+        needed, free = _bytes(shards), shutil.disk_usage(target).free
+        if needed > free:
+            raise UserError(f"data.format: ffcv needs {needed / 1e9:.2f} GB, {target} has {free / 1e9:.2f}; make room")
+        (target / INDEX).unlink(missing_ok=True)
+        _convert(shards, target, processes)
+
+
+def _convert(shards: LatentShards, target: Path, processes: int) -> None:
     with atomic_write(target / BETON) as temporary:
         _write(shards, temporary, processes)
         rows = _rows(shards, temporary)
@@ -85,6 +96,11 @@ def convert(folder: Path, processes: int = 1) -> None:
     except UserError:
         (target / INDEX).unlink()
         raise
+
+
+def _bytes(shards: LatentShards) -> int:
+    """About what the FFCV file takes."""
+    return len(shards) * (1 + shards.index["settings"]["flips"]) * int(np.prod(shards.shape)) * 2
 
 
 def _write(shards: LatentShards, path: Path, processes: int) -> None:
@@ -127,8 +143,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     folder = Path(recipe.data.shards)
     shards = LatentShards(folder)
     state = "there already" if is_converted(folder) else "to be made"
-    size = len(shards) * (1 + shards.index["settings"]["flips"]) * int(np.prod(shards.shape)) * 2
-    yield f"{folder / FOLDER / BETON}: {len(shards):,} samples, {size / 1e9:.2f} GB, {state}"
+    yield f"{folder / FOLDER / BETON}: {len(shards):,} samples, {_bytes(shards) / 1e9:.2f} GB, {state}"
 
 
 def work(recipe: Recipe) -> None:

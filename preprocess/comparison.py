@@ -17,7 +17,7 @@ from preprocess.encoding import Encoding, resolve
 from preprocess.images import from_uint8, to_uint8
 from preprocess.pictures import Pictures
 from preprocess.shards import LatentShards, shard_name
-from preprocess.sources import Entry
+from preprocess.sources import Entry, printable
 
 # Largest relative distance ||a - b|| / ||b|| between moments of one picture by one VAE. It allows for other machines
 # and batches, and is far below the distance between two pictures, which is about 1.
@@ -47,7 +47,9 @@ def read_again(encoding: Encoding, count: int) -> Iterator[Batch]:
         positions = rows["position"].tolist()
         loaded = pictures[positions]
         for rejection in loaded.rejected:
-            raise UserError(f"data.images: {rejection.key} was encoded, and now is unusable: {rejection.reason}")
+            raise UserError(
+                f"data.images: {printable(rejection.key)} was encoded, and now is unusable: {rejection.reason}"
+            )
         assert loaded.images is not None
         moments = torch.from_numpy(shards.gather(indices))  # (B, 2C, h, w)
         yield Batch([encoding.source.entries[position] for position in positions], rows, loaded.images, moments)
@@ -84,8 +86,8 @@ def draw_sheet(recipe: Recipe, count: int) -> tuple[Image.Image, list[float]]:
             batch.entries, batch.images.permute(0, 2, 3, 1).numpy(), decoded, strict=True
         ):
             ratios.append(psnr(original, again))
-            name = encoding.source.class_names[entry.label]
-            pairs.append(_pair(original, again, f"{ratios[-1]:.1f} dB  {name}: {entry.key.rpartition('/')[2]}"))
+            name = f"{encoding.source.class_names[entry.label]}: {entry.key.rpartition('/')[2]}"
+            pairs.append(_pair(original, again, f"{ratios[-1]:.1f} dB  {printable(name)}"))
     return _sheet(pairs), ratios
 
 

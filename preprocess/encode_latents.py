@@ -1,12 +1,14 @@
 """Encodes pictures to verified latent shards.
 
     python preprocess/encode_latents.py --config recipes/demo.yaml
+    torchrun --nproc-per-node 8 preprocess/encode_latents.py --config recipes/imagenet256.yaml
     python preprocess/encode_latents.py --config recipes/imagenet256.yaml --cluster slurm --jobs 64
 
 Reads `data.images`, writes WebDataset tars with an index to `data.shards` (the format: preprocess/shards). Run it again
 after a kill or damage: it makes what is missing and keeps the rest, with any number of jobs.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -37,14 +39,18 @@ def finished(recipe: Recipe) -> bool:
 
 
 def encode(recipe: Recipe) -> None:
-    """The whole stage in this process; returns at once where it is finished."""
-    from preprocess.encoding import make_shards, merge_shards, resolve
+    """The whole stage in this process, or this rank's part of it; the last rank makes the index.
 
+    What is there already is proved by its hashes, and kept.
+    """
+    from preprocess.encoding import all_there, make_shards, merge_shards, resolve
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     encoding = resolve(recipe, download=True)
-    if not encoding.is_finished:
-        make_shards(encoding)
+    make_shards(encoding, rank, ranks)
+    if ranks == 1 or all_there(encoding):
         merge_shards(encoding)
-    complete(encoding)
+        complete(encoding)
 
 
 def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
@@ -52,9 +58,8 @@ def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
     from preprocess.encoding import merge_shards, resolve
 
     encoding = resolve(recipe, download=True)  # here, so that no job downloads what another does
-    if not encoding.is_finished:
-        run_parts(recipe, cluster, "encode", "preprocess.encoding", "encode_part", jobs)
-        merge_shards(encoding)
+    run_parts(recipe, cluster, "encode", "preprocess.encoding", "encode_part", jobs)
+    merge_shards(encoding)
     complete(encoding)
 
 

@@ -28,9 +28,13 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
-from preprocess.sources import SOURCES, Source, fingerprint
+from preprocess.sources import SOURCES, Source, fingerprint, printable
 
 SHOWN_REJECTIONS = 5
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def describe_plan(encoding: Encoding) -> list[str]:
     recipe, source, slices, data = encoding.recipe, encoding.source, encoding.slices, encoding.recipe.data
     shape = " x ".join(map(str, latent_shape(recipe)))
     vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
-    records = [finished_record(encoding.folder, number, thorough=False) for number in range(len(slices))]
+    records = _records(encoding)
     missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
     flips = " and its mirror image" if data.flips else ""
     left_out = f"; {source.left_out:,} other files left out" if source.left_out else ""
@@ -159,7 +163,7 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
-    with at_work(encoding.folder, part, parts):
+    with disk_faults_told(encoding.folder), at_work(encoding.folder, part, parts):
         remove_unfinished(encoding.folder, mine)
         records = {number: finished_record(encoding.folder, number, thorough=True) for number in mine}
         missing = [number for number, record in records.items() if record is None]
@@ -173,20 +177,27 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
     """A thread writes a shard while the next one is encoded."""
     slices = {number: encoding.slices[number] for number in missing}
     writing: Future[Record] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for number, outcomes in encode_pictures(encoding.recipe, encoding.source, slices):
+            if writing:
+                finished.append(writing.result())
+            writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings)
+            check_rejected(encoding, finished)
+    assert writing is not None
+    check_rejected(encoding, [*finished, writing.result()])
+
+
+@contextmanager
+def disk_faults_told(folder: Path) -> Iterator[None]:
+    """Makes a UserError of what a full disk, a quota, or a folder that may not be written raises."""
     try:
-        with ThreadPoolExecutor(1) as writer:
-            for number, outcomes in encode_pictures(encoding.recipe, encoding.source, slices):
-                if writing:
-                    finished.append(writing.result())
-                writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings)
-                check_rejected(encoding, finished)
-        assert writing is not None
-        check_rejected(encoding, [*finished, writing.result()])
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FAULTS:
             raise
         raise UserError(
-            f"data.shards: {encoding.folder}: {error.strerror}; make room, run this again: what is finished is kept"
+            f"data.shards: {folder}: {error.strerror}; make room or choose another folder, and run this again: what is "
+            "finished is kept"
         ) from None
 
 
@@ -215,7 +226,7 @@ def merge(recipe: Recipe) -> None:
 
 def merge_shards(encoding: Encoding) -> None:
     """As `merge`."""
-    found = [finished_record(encoding.folder, number, thorough=False) for number in range(len(encoding.slices))]
+    found = _records(encoding)
     missing = [number for number, record in enumerate(found) if record is None]
     if missing:
         names = ", ".join(shard_name(number) for number in missing[:SHOWN_REJECTIONS])
@@ -226,7 +237,17 @@ def merge_shards(encoding: Encoding) -> None:
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
-    write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
+    with disk_faults_told(encoding.folder), alone_in(encoding.folder, ".merging", wait=True):
+        write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
+
+
+def all_there(encoding: Encoding) -> bool:
+    """Whether every shard is, whoever made it."""
+    return None not in _records(encoding)
+
+
+def _records(encoding: Encoding) -> list[Record | None]:
+    return [finished_record(encoding.folder, number, thorough=False) for number in range(len(encoding.slices))]
 
 
 def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
@@ -241,7 +262,9 @@ def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
 
 def describe(rejected: Sequence[dict[str, str]]) -> str:
     """The first few rejected pictures with their reasons, one line."""
-    first = "; ".join(f"{rejection['key']}: {rejection['reason']}" for rejection in rejected[:SHOWN_REJECTIONS])
+    first = "; ".join(
+        f"{printable(rejection['key'])}: {rejection['reason']}" for rejection in rejected[:SHOWN_REJECTIONS]
+    )
     more = len(rejected) - SHOWN_REJECTIONS
     return first + (f"; and {more} more" if more > 0 else "")
 

@@ -1,10 +1,12 @@
 """The loop that encodes: pictures from worker processes through the VAE, one shard after another."""
 
 import itertools
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +18,7 @@ from preprocess.shards import Rejection, Sample
 from preprocess.sources import Source
 
 Outcome = Sample | Rejection
+Moments = Callable[[], list[np.ndarray]]  # waits for them: none, one or two of (B, 2C, h, w) float16
 
 
 def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
@@ -23,24 +26,32 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
 
     Shows pictures a second, the time left, and the share of it for which the VAE was busy.
     """
-    encoder = Encoder(recipe.vae)
+    encoder = Encoder(recipe.vae, _own_device())
     pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
     loaded = iter(load_pictures(pictures, every, recipe.launch.cpus_per_process))
-    with tqdm(total=sum(map(len, every)), unit="picture", desc="encode") as bar:
+    total, others = sum(map(len, every)), os.environ.get("RANK", "0") != "0"  # one rank's bar stands for all
+    with tqdm(total=total, unit="picture", desc="encode", disable=others) as bar:
         started = time.monotonic()
         for number, of_shard in batches.items():
             outcomes: list[Outcome] = []
             for given, moments in _one_ahead(encoder, itertools.islice(loaded, len(of_shard)), recipe.data.flips):
-                outcomes += _collect(recipe, source, given, moments)
+                outcomes += _collect(recipe, source, given, moments())
                 bar.set_postfix_str(
                     f"VAE busy {encoder.busy_seconds / (time.monotonic() - started):.0%}", refresh=False
                 )
                 bar.update(len(given.positions) + len(given.rejected))
             yield number, outcomes
         seconds = time.monotonic() - started
-    print(f"encoded {bar.n:,} pictures, {bar.n / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+    print(f"encoded {total:,} pictures, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+
+
+def _own_device() -> torch.device:
+    """The GPU of this rank of the machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _batches(positions: range, size: int) -> list[range]:
@@ -48,9 +59,9 @@ def _batches(positions: range, size: int) -> list[range]:
     return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
-def _one_ahead(encoder: Encoder, batches: Iterator[Loaded], flips: bool) -> Iterator[tuple[Loaded, Sequence[Tensor]]]:
-    """Each batch with its moments; the VAE has the next batch before these are looked at, so that no GPU waits."""
-    waiting: list[tuple[Loaded, Sequence[Tensor]]] = []
+def _one_ahead(encoder: Encoder, batches: Iterator[Loaded], flips: bool) -> Iterator[tuple[Loaded, Moments]]:
+    """Each batch with its moments; the VAE has the next batch before these are waited for, so that no GPU waits."""
+    waiting: list[tuple[Loaded, Moments]] = []
     for loaded in batches:
         waiting.append((loaded, _submit(encoder, loaded.images, flips)))
         if len(waiting) > 1:
@@ -58,19 +69,32 @@ def _one_ahead(encoder: Encoder, batches: Iterator[Loaded], flips: bool) -> Iter
     yield from waiting
 
 
-def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Sequence[Tensor]:
-    """Images (B, 3, H, W) uint8 -> moments (B, 2C, h, w) on the VAE's device, and those of the mirrored ones."""
+def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
+    """Images (B, 3, H, W) uint8 -> their moments, and those of the mirrored ones.
+
+    A GPU copies them to this memory as soon as it has them: a copy asked for later would wait for the next batch too.
+    """
     if images is None:
-        return []
+        return list
     pixels = from_uint8(images.to(encoder.device, non_blocking=True))
-    return [encoder.moments(each) for each in ((pixels, pixels.flip(-1)) if flips else (pixels,))]
+    given = (pixels, pixels.flip(-1)) if flips else (pixels,)
+    copies = [encoder.moments(each).half().to("cpu", non_blocking=True) for each in given]
+    if encoder.device.type != "cuda":
+        return lambda: [each.numpy() for each in copies]
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(encoder.device))
+
+    def wait() -> list[np.ndarray]:
+        copied.synchronize()
+        return [each.numpy().copy() for each in copies]  # what is pinned serves the next batches
+
+    return wait
 
 
-def _collect(recipe: Recipe, source: Source, loaded: Loaded, moments: Sequence[Tensor]) -> Iterator[Outcome]:
+def _collect(recipe: Recipe, source: Source, loaded: Loaded, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
     yield from loaded.rejected
-    arrays = [each.half().cpu().numpy() for each in moments]  # one or two of (B, 2C, h, w)
     for number, position in enumerate(loaded.positions):
-        yield _outcome(recipe, source, position, loaded.sizes[number], [array[number] for array in arrays])
+        yield _outcome(recipe, source, position, loaded.sizes[number], [array[number] for array in moments])
 
 
 def _outcome(

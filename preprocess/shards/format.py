@@ -98,7 +98,7 @@ def read_sealed(path: Path) -> Record:
     """Raises UserError where the file is missing or not as `write_sealed` left it."""
     try:
         return unseal(path.read_text(), path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
 
 

@@ -25,10 +25,11 @@ from preprocess.shards.format import (
     rows_header,
     rows_size,
 )
-from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFile, check_size, shard_files
+from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFile, check_name, check_size, shard_files
 
 Storage = LocalFolder | CachedFolder
 
+MAX_SIDE = 2**16  # of the moments, or channels of them
 MAX_MAPPED = 8192  # shards; Linux lets a process map 65,530 files
 
 
@@ -47,6 +48,7 @@ class LatentShards:
         if self.index["version"] != VERSION:
             found = self.index["version"]
             raise UserError(f"{self.address}/{INDEX}: version {found}, this reads {VERSION}; encode again")
+        _check_index(self.index, f"{self.address}/{INDEX}")
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
         self.class_names: list[str] = self.index["class_names"]
         self.num_classes = len(self.class_names)
@@ -134,6 +136,21 @@ class LatentShards:
             f"{self.address}/{name}: sample {index} (member {member_name(int(row['position']))}) does not match its "
             f"checksum in {SAMPLES}; {REMEDY}"
         )
+
+
+def _check_index(index: Record, where: str) -> None:
+    """Raises UserError for an index, which may come from anyone, by which memory or files are not to be opened."""
+    try:
+        shards, shape = index["shardlist"], index["shape"]
+        for shard in shards:
+            check_name(shard["url"])
+        counts = [shard["nsamples"] for shard in shards]
+        sound = min(counts, default=0) >= 0 and sum(counts) == index["accepted"]
+        sound = sound and len(shape) == 3 and all(0 < size <= MAX_SIDE for size in shape)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{where}: its counts or shapes contradict each other; {REMEDY}, or get it anew")
 
 
 def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], ShardFile]) -> None:

@@ -25,6 +25,7 @@ from preprocess.shards.format import (
     rows_name,
     rows_size,
 )
+from preprocess.shards.storage import check_name
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class Part:
 def verify(folder: str | Path, processes: int = 1) -> Iterator[str]:
     """Yields one line a fault, nothing if the folder is whole. Reads every byte; a process works on a shard at a time.
 
-    Raises UserError for an index that cannot be read: without it there is nothing to compare with.
+    Raises UserError for an index that cannot be read, or that names files elsewhere: there is nothing to compare with.
     """
     folder = Path(folder)
     index = read_sealed(folder / INDEX)
     yield from _index_faults(folder, index)
     parts, start = [], 0
     for number, shard in enumerate(index["shardlist"]):
+        check_name(shard["url"])
         known = index["accepted"], tuple(index["shape"]), index["settings"]["flips"], len(index["class_names"])
         parts.append(Part(folder, number, shard, start, *known))
         start += shard["nsamples"]

@@ -127,7 +127,10 @@ def recorded_settings(folder: Path) -> Iterator[tuple[Path, Settings]]:
 
 
 def write_index(folder: Path, records: list[Record], shape: tuple[int, int, int], class_names: list[str]) -> None:
-    """Merges the shards' records into samples.npy and index.json. `shape` is (2C, h, w)."""
+    """Merges the shards' records into samples.npy and index.json; for one at a time. `shape` is (2C, h, w)."""
+    for name in (SAMPLES, INDEX):
+        for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
+            left.unlink()
     paths = [folder / shard_name(number) for number in range(len(records))]
     accepted = sum(record["nsamples"] for record in records)
     with atomic_write(folder / SAMPLES) as temporary, open(temporary, "wb") as file:

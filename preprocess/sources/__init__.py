@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from preprocess.sources.archives import ZipSource
-from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint
+from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint, printable
 from preprocess.sources.folders import FolderSource, OneClassFolder
 from preprocess.sources.imagenet import ImageNetFolder, ImageNetParquet, ImageNetTar
 from preprocess.sources.lsun import DATA, LmdbSource
 from preprocess.sources.parquet import ParquetSource
 from preprocess.sources.webdataset import WebDatasetSource
 
-__all__ = ["SOURCES", "Entries", "Entry", "FolderSource", "Source", "fingerprint"]
+__all__ = ["SOURCES", "Entries", "Entry", "FolderSource", "Source", "fingerprint", "printable"]
 
 
 def _folder(path: str, field: str) -> Source:

@@ -1,5 +1,6 @@
 """Zips and tars, read without unpacking: their members are listed once, and any of them is read at its offset."""
 
+import os
 import stat
 import struct
 import tarfile
@@ -35,9 +36,10 @@ def tar_members(path: Path, field: str, file: BinaryIO) -> Iterator[TarMember]:
     """The visible regular files of the tar that begins where `file` stands; offsets are those in `file`.
 
     Raises UserError naming what it found for a compressed or damaged tar, one without its end marker, links, devices,
-    names that lead out, and names that occur twice.
+    members of impossible sizes, names that lead out, and names that occur twice.
     """
     seen: set[str] = set()
+    length = os.stat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -49,11 +51,16 @@ def tar_members(path: Path, field: str, file: BinaryIO) -> Iterator[TarMember]:
                     raise UserError(f"{field}: {path} has a member {member.name!r} that is no plain file; repack it")
                 if member.name in seen:
                     raise UserError(f"{field}: {path} has two members {member.name!r}; repack it without one of them")
+                if not 0 <= member.size <= length - member.offset_data:
+                    raise UserError(
+                        f"{field}: {path} says its member {member.name!r} has {member.size:,} bytes, of "
+                        f"{length - member.offset_data:,} that are left: damaged or cut off; get it anew"
+                    )
                 seen.add(member.name)
                 if not is_hidden(member.name):
                     yield TarMember(member.name, member.size, member.offset_data)
             end = tar.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the last three: headers that lie
         raise UserError(
             f"{field}: {path} is not a whole, uncompressed tar ({error}); get it anew, or gunzip it"
         ) from None
@@ -116,7 +123,7 @@ class ZipSource:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 infos = archive.infolist()
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise UserError(f"{self.field}: {self.path} is not a whole zip ({error}); get it anew") from None
         seen: set[str] = set()
         for info in infos:
@@ -132,6 +139,8 @@ class ZipSource:
             return "that is a symbolic link"
         if info.flag_bits & 1:
             return "that is encrypted"
+        if info.file_size >= 2**62 or info.header_offset >= 2**62:
+            return "of an impossible size"
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             return f"compressed by method {info.compress_type}, and only deflate is read"
         return "twice" if info.filename in seen else None

@@ -13,6 +13,7 @@ from preprocess.images import Rejected
 
 PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
+MAX_CLASSES = 1_000_000  # a label above is taken for damage
 
 
 class Entry(NamedTuple):
@@ -85,13 +86,18 @@ def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
 def read_whole(path: os.PathLike[str], size: int) -> bytes:
     """A file that had `size` bytes when it was listed. Raises Rejected where it has not."""
     data = read_at(path, 0, size)
-    if os.stat(path).st_size != size:
+    if len(data) != size or read_at(path, size, 1):
         raise Rejected(f"changed while pictures were read: it had {size:,} bytes")
     return data
 
 
 def is_picture(name: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
     return os.path.splitext(name)[1].lower() in suffixes
+
+
+def printable(name: str) -> str:
+    """A key as one line for people: what no terminal shows, or no encoding has, is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
 
 
 def is_hidden(name: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources.entries import Entries, Entry
+from preprocess.sources.entries import MAX_CLASSES, Entries, Entry
 
 IMAGE, LABEL = "image", "label"
 
@@ -64,8 +64,9 @@ class ParquetSource:
         self._largest = 0
         for number, file in enumerate(self.files):
             labels = self._labels(file)
-            if len(labels) and labels.min() < 0:
-                row = int(labels.argmin())
+            strange = np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))
+            if len(strange):
+                row = int(strange[0])
                 raise UserError(f"{self.field}: {file}, row {row}, has the label {labels[row]}; name a labelled split")
             self._largest = max(self._largest, int(labels.max(initial=0)))
             size = file.stat().st_size
@@ -82,7 +83,8 @@ class ParquetSource:
                 schema, rows = opened.schema_arrow, opened.metadata.num_rows
                 columns = opened.read(columns=[LABEL]) if LABEL in schema.names else None
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.field}: {file} is not a whole parquet file ({error}); get it anew") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.field}: {file} is not a whole parquet file ({reason}); get it anew") from None
         if IMAGE not in schema.names:
             raise UserError(f"{self.field}: {file} has no column {IMAGE!r}, only {', '.join(schema.names)}")
         self._note_names(file, schema.metadata or {})
@@ -94,8 +96,12 @@ class ParquetSource:
         return column.to_numpy().astype(np.int64)
 
     def _note_names(self, file: Path, metadata: dict[bytes, bytes]) -> None:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        names = features.get(LABEL, {}).get("names")
+        try:
+            features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            names = features.get(LABEL, {}).get("names")
+            names = None if names is None else [str(name) for name in names]
+        except (ValueError, AttributeError, TypeError):  # no JSON, or of another structure
+            raise UserError(f"{self.field}: {file} has metadata that `datasets` does not write; get it anew") from None
         if file != self.files[0] and names != self._names:
             raise UserError(
                 f"{self.field}: {file} has other class names than {self.files[0]}; name files of one data set"

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from preprocess.sources.archives import TarMember, tar_members
-from preprocess.sources.entries import Entries, Entry, is_picture, read_at
+from preprocess.sources.entries import MAX_CLASSES, Entries, Entry, is_picture, read_at
 
-MAX_CLASSES = 1_000_000
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of an address; no plain path that is meant begins so
 
 

@@ -95,11 +95,21 @@ def test_what_is_missing_or_damaged_is_made_and_the_rest_is_kept(recipe: Recipe)
     assert (folder / shard_name(0)).stat().st_mtime_ns == kept
 
 
-def test_a_finished_encoding_is_left_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_in_a_finished_encoding_is_mended_by_the_same_command(recipe: Recipe) -> None:
+    encode(recipe)
+    before, folder = contents(recipe), Path(recipe.data.shards)
+    for name in (shard_name(1), SAMPLES):
+        damaged = bytearray(before[name])
+        damaged[-300] ^= 1
+        (folder / name).write_bytes(damaged)
+    encode(recipe)
+    assert contents(recipe) == before
+
+
+def test_a_finished_encoding_is_not_done_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(recipe)
     before = contents(recipe)
-    monkeypatch.setattr("preprocess.encode_latents.plan", None)
-    monkeypatch.setattr("preprocess.encoding.make_shards", None)  # would raise where it is called
+    monkeypatch.setattr("preprocess.encoding.encode_pictures", None)  # would raise where it is called
     encode(recipe)
     assert contents(recipe) == before
 
@@ -136,15 +146,18 @@ def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, mon
         encode(recipe)
 
 
-def test_numbers_that_float16_does_not_hold_are_rejected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e6])
+def test_numbers_that_float16_does_not_hold_are_rejected(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     original = Encoder.moments
 
-    def overflow(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+    def faulty(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
         moments = original(encoder, images)
-        moments[0, 0, 0, 0] = 1e6
+        moments[0, 0, 0, 0] = value
         return moments
 
-    monkeypatch.setattr(Encoder, "moments", overflow)
+    monkeypatch.setattr(Encoder, "moments", faulty)
     with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
         encode(recipe)
 

@@ -14,7 +14,7 @@ from preprocess.encode_latents import encode, plan
 from preprocess.encoder import Encoder
 from preprocess.images import CROPS, decode, to_tensor
 from preprocess.shards import LatentShards, verify
-from tests.photographs import photographs, tar_bytes, write_folder, write_lmdb, write_zip
+from tests.photographs import photographs, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
 
 COUNT, SIDE = 9, 16
 WNIDS = ("n01440764", "n02123045", "n15075141")
@@ -31,6 +31,13 @@ def imagenet(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
     return folder / "train.tar", [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def imagenet_parquet(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+    labels = [7, 999, 0, 7, 388, 0, 1, 2, 999]
+    names = [f"name {label}" for label in range(1000)]
+    write_parquet(folder / "data/train-00000-of-00001.parquet", list(pictures), labels, names)
+    return folder / "data", labels
+
+
 def ffhq(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
     files = {f"{number // 3 * 1000:05d}/{number:05d}.png": data for number, data in enumerate(pictures)}
     return write_folder(folder / "images1024x1024", files), [0] * COUNT
@@ -40,22 +47,43 @@ def celebahq(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
     return write_zip(folder / "celeba_hq.zip", {f"{n:05d}.jpg": data for n, data in enumerate(pictures)}), [0] * COUNT
 
 
+def celebahq_npy(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+    """As its authors' script writes them: (1, 3, H, W)."""
+    arrays = [np.asarray(decode(data)).transpose(2, 0, 1)[None] for data in pictures]
+    (folder / "npy").mkdir()
+    for number, array in enumerate(arrays):
+        np.save(folder / f"npy/imgHQ{number:05d}.npy", array)
+    return folder / "npy", [0] * COUNT
+
+
+def webdataset(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+    labels = [number % 3 for number in range(COUNT)]
+    files: dict[str, bytes] = {}
+    for number, data in enumerate(pictures):
+        files |= {f"{number:03d}.jpg": data, f"{number:03d}.cls": str(labels[number]).encode()}
+    (folder / "train-000000.tar").write_bytes(tar_bytes(files))
+    return folder / "train-000000.tar", labels
+
+
 def lsun(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
     files = {f"{number}a9f": data for number, data in enumerate(pictures)}
     return write_lmdb(folder / "church_outdoor_train_lmdb", files), [0] * COUNT
 
 
-LAYOUTS: dict[str, tuple[Callable[[Path, Pictures], tuple[Path, list[int]]], str, str]] = {
-    "imagenet": (imagenet, "jpeg", "center"),
-    "ffhq": (ffhq, "png", "resize"),
-    "celebahq": (celebahq, "jpeg", "resize"),
-    "lsun": (lsun, "webp", "short_side"),
+LAYOUTS: dict[str, tuple[Callable[[Path, Pictures], tuple[Path, list[int]]], str, str, str]] = {
+    "imagenet's tar of tars": (imagenet, "imagenet", "jpeg", "center"),
+    "imagenet's parquet": (imagenet_parquet, "imagenet", "jpeg", "center"),
+    "ffhq's tree": (ffhq, "ffhq", "png", "resize"),
+    "celebahq's zip": (celebahq, "celebahq", "jpeg", "resize"),
+    "celebahq's arrays": (celebahq_npy, "celebahq", "png", "resize"),
+    "lsun's lmdb": (lsun, "lsun", "webp", "short_side"),
+    "a webdataset": (webdataset, "webdataset", "jpeg", "center"),
 }
 
 
-@pytest.mark.parametrize("data_set", LAYOUTS)
-def test_each_latent_is_of_its_picture_and_has_its_label(data_set: str, tmp_path: Path, tiny_vae: Path) -> None:
-    make, suffix, crop = LAYOUTS[data_set]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_latent_is_of_its_picture_and_has_its_label(layout: str, tmp_path: Path, tiny_vae: Path) -> None:
+    make, data_set, suffix, crop = LAYOUTS[layout]
     pictures = photographs(COUNT, suffix, (40, 32))
     path, labels = make(tmp_path, pictures)
     data = Data(

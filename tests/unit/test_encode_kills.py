@@ -1,13 +1,14 @@
 """Whatever kills encoding, and however many share it, the shards and the index are the same bytes."""
 
 import multiprocessing
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,11 +55,13 @@ def contents(recipe: Recipe) -> dict[str, bytes]:
 
 
 @contextmanager
-def running(recipe: Recipe, parts: int) -> Iterator[list[multiprocessing.process.BaseProcess]]:
+def running(
+    recipe: Recipe, parts: int, work: Callable[[Recipe, int, int], None] = encode_part
+) -> Iterator[list[multiprocessing.process.BaseProcess]]:
     """Every part in a process of its own, forked from one that has imported what they need and has no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preprocess.encoding", "diffusers.models.autoencoders"])
-    processes = [context.Process(target=encode_part, args=(recipe, part, parts)) for part in range(parts)]
+    processes = [context.Process(target=work, args=(recipe, part, parts)) for part in range(parts)]
     for process in processes:
         process.start()
     try:
@@ -132,6 +135,19 @@ def test_two_runs_in_one_folder_are_refused_but_parts_of_one_array_are_not(recip
     assert contents(chosen) == contents(recipe)
 
 
+def encode_as_rank(recipe: Recipe, rank: int, ranks: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    encode(recipe)
+
+
+def test_ranks_share_the_work_and_the_last_makes_the_index(recipe: Recipe, tmp_path: Path) -> None:
+    chosen = into(recipe, tmp_path)
+    with running(chosen, 3, encode_as_rank) as processes:
+        pass
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert contents(chosen) == contents(recipe)
+
+
 def test_a_job_array_on_this_machine_makes_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
     chosen = into(replace(recipe, runs=str(tmp_path / "runs")), tmp_path / "shards")
     encode_in_jobs(chosen, "local", 2)
@@ -152,13 +168,15 @@ sys.exit(guarded(lambda: encode(parse_recipe(sys.argv[1]))))
 
 def test_a_disk_that_is_full_half_way_is_told_and_the_run_goes_on_later(recipe: Recipe, tmp_path: Path) -> None:
     chosen = into(recipe, tmp_path)
+    encode_part(chosen, 0, 2)  # every other shard
+    before = contents(chosen)
     limit = (Path(recipe.data.shards) / shard_name(0)).stat().st_size - 1
     arguments = [sys.executable, "-c", FULL_DISK, dump_recipe(chosen), str(limit)]
     process = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 2, process.stderr
     assert "error: data.shards: " in process.stderr
     assert "make room" in process.stderr
-    assert not contents(chosen)
+    assert contents(chosen) == before
     encode(chosen)
     assert contents(chosen) == contents(recipe)
 

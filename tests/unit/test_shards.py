@@ -264,6 +264,31 @@ def test_a_changed_index_is_refused(folder: Path) -> None:
         LatentShards(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("accepted", 10**15, "contradict each other"),
+        ("shape", [10**9, 10**9, 10**9], "contradict each other"),
+        ("shape", None, "contradict each other"),
+        ("shardlist", [{"url": "../../etc/passwd", "nsamples": 22, "filesize": 9}], "a plain file name is needed"),
+        ("shardlist", [{"url": "s3://elsewhere/x.tar", "nsamples": 22, "filesize": 9}], "a plain file name is needed"),
+        ("shardlist", [{"url": "pipe:id", "nsamples": 22, "filesize": 9}], "a plain file name is needed"),
+    ],
+)
+def test_an_index_of_somebody_elses_opens_no_other_file_and_takes_no_memory(
+    folder: Path, key: str, value: object, reason: str
+) -> None:
+    """Sealed as ours are: anyone can."""
+    index = json.loads((folder / INDEX).read_text())
+    del index["content_key"]
+    write_sealed(folder / INDEX, {**index, key: value})
+    with pytest.raises(UserError, match=reason):
+        LatentShards(folder)
+    if "name" in reason:
+        with pytest.raises(UserError, match=reason):
+            list(verify(folder))
+
+
 @pytest.mark.parametrize("name", [shard_name(0), shard_name(2), SAMPLES])
 @pytest.mark.parametrize("remaining", [0, 1, 700, -1])
 def test_a_truncated_file_is_named_on_opening(folder: Path, name: str, remaining: int) -> None:
