@@ -31,6 +31,12 @@ ROOT = Path(__file__).parents[2]
             "sample.weights: should be 'latest' or should be a valid integer; found 'newest'",
         ),
         ("name: a\nsample: {num_steps: 1001}", "sample.num_steps: 1001 is outside 1..1000"),
+        ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
+        ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
+        (
+            "name: a\nevaluate: {bootstrap: 1}",
+            "evaluate.bootstrap: should be 0 or should be greater than",
+        ),
         ("name: a\nseed: 5000000000", "seed: should be less than 4294967296"),
         ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: should be less than 1"),
         ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: should be a finite number"),
