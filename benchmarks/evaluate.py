@@ -111,8 +111,9 @@ class Bare:
     @torch.inference_mode()
     def __call__(self, count: int) -> None:
         settings = self.recipe.sample
-        for _ in range(0, count, settings.batch_size):
-            x = torch.randn(settings.batch_size, *latent_shape(self.recipe), device=self.device)
+        for start in range(0, count, settings.batch_size):
+            size = min(settings.batch_size, count - start)
+            x = torch.randn(size, *latent_shape(self.recipe), device=self.device)
             labels = torch.zeros(len(x), dtype=torch.long, device=self.device)
             solution = None
             for t in self.timesteps:

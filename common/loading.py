@@ -114,9 +114,10 @@ def _fields(sections: Sequence[str]) -> list[str]:
 
 def _sampler(recipe: Recipe) -> Any:
     from fpdm.allocation import allocate
-    from fpdm.sampling import build_sampler
+    from fpdm.sampling import build_sampler, check_guidance
 
-    settings = recipe.sample
+    settings, latent_channels = recipe.sample, recipe.vae.latent_channels
+    check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
     if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
         kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
         total = sum(allocate(kind, settings.num_steps, settings.iterations))

@@ -196,7 +196,8 @@ class Evaluate:
     reference: str | None = None  # null: the training pictures; an ADM statistics file (.npz); or another run's folder
     reference_samples: Count | None = None  # training pictures compared with, evenly spaced over all; null: all of them
     seed_ranges: Count = 1  # 3: EDM2's protocol, samples 0..N-1, N..2N-1, 2N..3N-1 measured apart; that many more drawn
-    bootstrap: CountOrZero = 0  # replicates for the standard error of the Fréchet distance; 0: none
+    # Replicates for the standard error of the Fréchet distance; 0: none.
+    bootstrap: Literal[0] | Annotated[StrictInt, Field(ge=2)] = 0
     untrained_baseline: StrictBool = (
         False  # also samples and measures the network before its first step: twice the work
     )

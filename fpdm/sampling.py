@@ -199,7 +199,8 @@ def sample(
     """
     channels = model.config.in_channels if guidance_channels is None else guidance_channels
     low, high = (bound * diffusion.num_timesteps for bound in guidance_interval)
-    _check(model.config, diffusion, labels, channels, low <= high)
+    _check(model.config, diffusion, labels)
+    check_guidance(model.config.in_channels, channels, guidance_interval)
     steps = build_sampler(diffusion, sampler, num_steps, eta)
     counts = _one_a_step("iterations", iterations, num_steps, model.config.kind == "fpdm")
     reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
@@ -235,16 +236,20 @@ def sample(
     return x
 
 
-def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor, channels: int, interval_ordered: bool) -> None:
+def check_guidance(in_channels: int, channels: int, interval: tuple[float, float]) -> None:
+    """Raise a ValueError for guided channels or an interval of guidance that there are not."""
+    if not 1 <= channels <= in_channels:
+        raise ValueError(f"guidance_channels: {channels} is outside 1..{in_channels}")
+    if interval[0] > interval[1]:
+        raise ValueError("guidance_interval: its lower bound is above its upper one; give (low, high)")
+
+
+def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor) -> None:
     if config.learned_variance != diffusion.learned_variance:
         raise ValueError(
             f"learned_variance: {config.learned_variance} in the model, {diffusion.learned_variance} in the diffusion; "
             "set both to what the model was trained with"
         )
-    if not 1 <= channels <= config.in_channels:
-        raise ValueError(f"guidance_channels: {channels} is outside 1..{config.in_channels}")
-    if not interval_ordered:
-        raise ValueError("guidance_interval: its lower bound is above its upper one; give (low, high)")
     if config.condition_dim is None and not 0 <= int(labels.min()) <= int(labels.max()) <= config.num_classes:
         raise ValueError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{config.num_classes}")
 

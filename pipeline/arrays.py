@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import atomic_write
 
 # What numpy and zipfile raise on damaged files, found by flipping every bit and cutting at every byte.
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 def write_arrays(path: Path, **arrays: NDArray | int | str) -> None:
@@ -27,5 +27,5 @@ def read_arrays(path: Path, command: str) -> dict[str, NDArray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged ({error}); delete it and run {command} again") from None

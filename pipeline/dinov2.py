@@ -19,6 +19,7 @@ ARCHITECTURES = {  # by our name: timm's
     "dinov2-vit-s-14-local": "vit_small_patch14_dinov2",
     "dinov2-vit-l-14-local": "vit_large_patch14_dinov2",  # the one of FD-DINOv2 (Stein et al. 2023)
 }
+WIDTHS = {"dinov2-vit-s-14-local": 384, "dinov2-vit-l-14-local": 1024}
 POOLED = "cls"
 SIDE, PATCH = 224, 14  # of the pictures that the network sees, and of its patches
 OFFSET = 0.1  # the published interpolation's, to the number of patches of a side

@@ -5,10 +5,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from slurm.cluster import free_port
+
+if TYPE_CHECKING:
+    import torch
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -118,3 +121,23 @@ def share_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def own_device() -> "torch.device":
+    """This process's GPU, or the CPU. Said at every use: which GPU is the current one, each thread has to itself."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def float32_throughout() -> None:
+    """For this process: cuDNN would round the factors of float32 convolutions to TF32's 10 bits, as torch's default.
+
+    Pictures and features are compared with ones that were computed in float32. It is no setting of a call: a thread
+    that extracts features beside one that decodes pictures would change the other's.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False

@@ -3,6 +3,7 @@
   python pipeline/eval_fid.py --config recipes/demo.yaml
   python pipeline/eval_fid.py --config recipes/demo.yaml evaluate.feature_extractor=inception-v3-compat
   python pipeline/eval_fid.py --config recipes/demo.yaml --cluster slurm --jobs 16
+  torchrun --nproc-per-node 8 pipeline/eval_fid.py --config recipes/demo.yaml
 
 Also measured against the same reference: the network before its first step, held-out pictures (the floor), and their
 reconstructions (what the autoencoder alone costs). What is measured already is kept.
@@ -20,14 +21,25 @@ from common.recipe import Recipe
 
 
 def evaluate(recipe: Recipe) -> None:
-    """The stage: measures what is not measured yet, then writes `metrics.json`."""
+    """The stage: measures what is not measured yet, then writes `metrics.json`.
+
+    Of several ranks each extracts the features of its chunks of samples, and the one that ends last does the rest.
+    """
+    from pipeline.distributed import rank_and_world_size, share_cores
     from pipeline.evaluation import Evaluation
 
+    rank, world_size = rank_and_world_size()
+    share_cores()
     evaluation = Evaluation(recipe)
     missing = [pictures for pictures in evaluation.compared if not evaluation.path_of(pictures).exists()]
-    for samples in evaluation.samples:
-        if samples in missing:
-            samples.check()  # what is not there is named now, not after minutes of work on the others
+    asked = [samples for samples in evaluation.samples if samples in missing]
+    for samples in asked:
+        samples.check()  # what is not there is named now, not after minutes of work on the others
+    if world_size > 1:
+        for samples in asked:
+            samples.extract(rank, world_size)
+        if not all(samples.extracted for samples in asked):
+            return
     for pictures in missing:
         evaluation.measure(pictures)
     metrics = evaluation.metrics()
@@ -87,11 +99,10 @@ def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
 def extract_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     """The features of this part's chunks of samples."""
     from pipeline.evaluation import Evaluation
-    from pipeline.sample_features import extract_missing
 
     for samples in Evaluation(recipe).samples:
         samples.check()
-        extract_missing(recipe, samples.weights, part, parts)
+        samples.extract(part, parts)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.recipe import Evaluate
 from pipeline import dinov2
+from pipeline.distributed import float32_throughout, own_device
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -38,8 +39,17 @@ LAYERS = {
     EFFICIENTNET: {"pooled": "1280"},
     **{name: {"pooled": dinov2.POOLED} for name in dinov2.ARCHITECTURES},
 }
-SPATIAL = "spatial"  # Inception's also: the first 7 channels of the 1x1 branch of its 7th mixed block, for sFID
-SPATIAL_CHANNELS = 7  # as in ADM's evaluator: 7 x 17 x 17 = 2,023 numbers
+# Inception's also, for sFID as ADM's evaluator has it: the first channels of `mixed_6/conv:0` of the published
+# TensorFlow graph. It counts its blocks from `mixed`, which is torch's Mixed_5b: `mixed_6` is Mixed_6d, `conv` its 1x1
+# branch after the ReLU. TensorFlow's channels come last, and so they do in `mu_s` and `sigma_s` of ADM's files.
+SPATIAL = "spatial"
+SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
+WIDTHS = {  # numbers of a picture, by extractor and layer, where statistics of others are read
+    (INCEPTION, "pooled"): 2048,
+    (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
+    (EFFICIENTNET, "pooled"): 1280,
+    **{(name, "pooled"): width for name, width in dinov2.WIDTHS.items()},
+}
 
 METRICS = {  # what can be measured, and the layer that each is measured on
     "frechet": "pooled",
@@ -173,19 +183,20 @@ class Extractor:
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """Features of pictures (B, H, W, 3)."""
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        # TF32 would round each product to 10 bits; features are compared with ones computed in float32.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode():
             found = list(self.network(pixels.to(self.device)))
         if SPATIAL in self.layers:
             found.append(self._spatial)
         return {name: values.cpu().numpy() for name, values in zip(self.layers, found, strict=True)}
 
     def _keep_spatial(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
 
 
-def load_extractor(weights: ExtractorWeights, layers: Sequence[str] = ("pooled",)) -> Extractor:
-    """Inception's published weights are downloaded if they are not here.
+def load_extractor(
+    weights: ExtractorWeights, layers: Sequence[str] = ("pooled",), device: torch.device | None = None
+) -> Extractor:
+    """Inception's published weights are downloaded if they are not here. `device`: this process's own.
 
     Raises UserError for a failed download, a file of another sha256, and a file of other tensors.
     """
@@ -203,14 +214,16 @@ def load_extractor(weights: ExtractorWeights, layers: Sequence[str] = ("pooled",
         network = create_feature_extractor(
             weights.extractor,
             [names[layer] for layer in wanted if layer in names],
-            cuda=torch.cuda.is_available(),
+            cuda=False,
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
         )
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError, AttributeError) as error:
         reason, advice = str(error).splitlines()[0], _advice(weights.extractor, weights.path)
         raise UserError(f"{weights.path}: no weights of {weights.extractor} ({reason}); {advice}") from None
-    return Extractor(network.to(memory_format=torch.channels_last), wanted)  # half the time on CPUs
+    float32_throughout()
+    network.to(device or own_device(), memory_format=torch.channels_last)  # half the time on CPUs
+    return Extractor(network, wanted)
 
 
 def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[Features]:

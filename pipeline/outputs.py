@@ -11,8 +11,9 @@ from common.files import atomic_folder, atomic_write
 from common.recipe import Recipe
 from pipeline.chunks import Chunk, Span, chunk_path, iterate, write_chunk
 
-ADM_NAME = "samples.npz"  # arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, as ADM's evaluator reads them
-FOLDER_NAME = "pictures"  # <index>.png
+# What is made of a set's first N samples; the name says how many.
+ADM_NAME = "samples-{}.npz"  # arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, as ADM's evaluator reads them
+FOLDER_NAME = "pictures-{}"  # <index>.png
 
 
 def paths(recipe: Recipe, folder: Path, span: Span) -> list[Path]:
@@ -45,18 +46,22 @@ def keeper(recipe: Recipe, folder: Path) -> Callable[[Span, Chunk], None]:
 
 def finished(recipe: Recipe, folder: Path) -> bool:
     """Whether what is made of all chunks is there."""
-    made = {"npz": ADM_NAME, "folder": FOLDER_NAME}.get(recipe.sample.output)
-    return made is None or (folder / made).exists()
+    made = made_path(recipe, folder)
+    return made is None or made.exists()
+
+
+def made_path(recipe: Recipe, folder: Path) -> Path | None:
+    """The one file or folder that is made of all chunks, where `sample.output` asks for one."""
+    name = {"npz": ADM_NAME, "folder": FOLDER_NAME}.get(recipe.sample.output)
+    return folder / name.format(recipe.sample.num_samples) if name else None
 
 
 def finish(recipe: Recipe, folder: Path) -> None:
     """Makes of all chunks what `sample.output` asks for; any number of times, by anyone."""
-    if finished(recipe, folder):
-        return
-    if recipe.sample.output == "npz":
-        _write_adm(folder / ADM_NAME, folder, recipe.sample.num_samples)
-    else:
-        _write_pictures(folder / FOLDER_NAME, folder, recipe.sample.num_samples)
+    made = made_path(recipe, folder)
+    if made is not None and not made.exists():
+        write = _write_adm if recipe.sample.output == "npz" else _write_pictures
+        write(made, folder, recipe.sample.num_samples)
 
 
 def _write_adm(path: Path, folder: Path, count: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -69,13 +70,22 @@ class SampleRanges:
 
     def check(self) -> None:
         """Raises UserError naming the samples that are missing."""
-        folder, everything = sample_set(self.recipe, self.weights).folder, (0, self.spans[-1][1])
-        if cover_gap(features_folder(self.recipe, folder), everything):
-            iterate(folder, everything)
+        if not self.extracted:
+            iterate(sample_set(self.recipe, self.weights).folder, (0, self.spans[-1][1]))
+
+    @property
+    def extracted(self) -> bool:
+        """Whether the features of all samples are there."""
+        folder = features_folder(self.recipe, sample_set(self.recipe, self.weights).folder)
+        return cover_gap(folder, (0, self.spans[-1][1])) is None
+
+    def extract(self, part: int = 0, parts: int = 1) -> None:
+        """The features of this part's chunks, where they are not there yet."""
+        extract_missing(self.recipe, self.weights, part, parts)
 
     def summaries(self) -> Iterator[Summary]:
         """Of each range, from the features of its chunks; those that are not there yet are extracted first."""
-        extract_missing(self.recipe, self.weights)
+        self.extract()
         for span in self.spans:
             yield summarise([read_features(self.recipe, self.weights, span)], span[1] - span[0])
 
@@ -113,7 +123,7 @@ def by_class(recipe: Recipe, label: int, count: int) -> tuple[str, list[NDArray[
 def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> PictureSet:
     """At most `limit` pictures of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     data = recipe.data
-    source = SOURCES[data.source](path, "data.images" if name == "reference" else "data.held_out")
+    source, made_of = _listed(data.source, path, "data.images" if name == "reference" else "data.held_out")
     found = len(source.entries)
     size = min(limit or found, found)
     chosen = [source.entries[place * found // size] for place in range(size)]
@@ -121,10 +131,17 @@ def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> Pict
     return PictureSet(
         name=name,
         label=f"{size:,} of {found:,} pictures of {path}" if size < found else f"{size:,} pictures of {path}",
-        content={"source": fingerprint(source), "crop": data.crop, "resolution": data.resolution, "chosen": size},
+        content={"source": made_of, "crop": data.crop, "resolution": data.resolution, "chosen": size},
         size=size,
         open=lambda: _read(recipe, source, chosen),
     )
+
+
+@lru_cache(maxsize=2)
+def _listed(kind: str, path: str, field: str) -> tuple[Source, str]:
+    """A source and its fingerprint. Once a process: each point of a sweep asks, and a million names take seconds."""
+    source = SOURCES[kind](path, field)
+    return source, fingerprint(source)
 
 
 def opened(pictures: PictureSet) -> Pictures:

@@ -1,9 +1,12 @@
 """What a distance is measured from: the training pictures, an ADM file, or another run's samples."""
 
+import math
 import zipfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +15,9 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.loading import load_recipe
 from common.recipe import Recipe
+from pipeline.arrays import DAMAGE
 from pipeline.chunks import iterate
+from pipeline.features import WIDTHS, layers_of
 from pipeline.metrics import Statistics
 from pipeline.picture_sets import PictureSet, training_pictures
 from pipeline.samples import sample_set
@@ -37,23 +42,31 @@ def reference(recipe: Recipe) -> PictureSet:
 
 
 def _file(recipe: Recipe, path: Path) -> PictureSet:
-    shapes = _shapes(path)
-    pictures = shapes.get(ADM_PICTURES)
-    if pictures is None and not {"mu", "sigma"} <= shapes.keys():
+    headers = _headers(path)
+    layers = _check_statistics(recipe, path, headers)
+    pictures = headers.get(ADM_PICTURES)
+    fitted = "pooled" in layers
+    if pictures is None and not fitted:
         raise UserError(
-            f"evaluate.reference: {path} holds {', '.join(sorted(shapes)) or 'no arrays'}; "
+            f"evaluate.reference: {path} holds {', '.join(sorted(headers)) or 'no arrays'}; "
             f"a reference has mu and sigma, or pictures ({ADM_PICTURES})"
         )
     if pictures is not None:
-        _check_resolution(recipe, path, pictures[1])
-    count = f" and {pictures[0]:,} pictures" if pictures else ""
+        if pictures.dtype != np.uint8 or len(pictures.shape) != 4 or pictures.shape[3] != 3:
+            raise UserError(
+                f"evaluate.reference: {path}: {ADM_PICTURES} is {pictures}; pictures are uint8 of (N, H, W, 3)"
+            )
+        for side in pictures.shape[1:3]:
+            _check_resolution(recipe, path, side)
+    count = pictures.shape[0] if pictures else 0
+    made_of = [*(["statistics"] if fitted else []), *([f"{count:,} pictures"] if pictures else [])]
     return PictureSet(
         name="reference",
-        label=f"statistics{count} of {path}" if "mu" in shapes else f"{count.removeprefix(' and ')} of {path}",
+        label=f"{' and '.join(made_of)} of {path}",
         content={"file_sha256": sha256_file(path)},
-        size=pictures[0] if pictures else 0,
-        open=(lambda: iter(_arrays(path, [ADM_PICTURES])[ADM_PICTURES])) if pictures else None,
-        statistics=(lambda: _statistics(path, shapes)) if "mu" in shapes else None,
+        size=count,
+        open=(lambda: _pictures(path)) if pictures else None,
+        statistics=(lambda: _statistics(path, layers)) if fitted else None,
     )
 
 
@@ -83,39 +96,85 @@ def _check_resolution(recipe: Recipe, path: Path, found: int) -> None:
         )
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+@dataclass(frozen=True)
+class Header:
+    """What an array in a file says of itself."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise UserError(f"evaluate.reference: {path} is not readable as an npz file ({error}); get it again") from None
+
+
+def _headers(path: Path) -> dict[str, Header]:
     """Of every array of an npz, without reading them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = {}
-            for name in archive.namelist():
-                with archive.open(name) as member:
-                    np.lib.format.read_magic(member)
-                    found[name.removesuffix(".npy")] = np.lib.format.read_array_header_1_0(member)[0]
-            return found
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"evaluate.reference: {path} is not readable as an npz file ({error}); fetch it again"
-        ) from None
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        found = {}
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                found[name.removesuffix(".npy")] = _header(member)
+        return found
 
 
-def _arrays(path: Path, names: list[str]) -> dict[str, NDArray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"evaluate.reference: {path} is damaged ({error}); fetch it again") from None
+def _header(member: IO[bytes]) -> Header:
+    """Reads on to the first number of the array."""
+    np.lib.format.read_magic(member)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+    if fortran_order and len(shape) > 1:
+        raise ValueError("an array in Fortran's order")
+    return Header(shape, dtype)
 
 
-def _statistics(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Statistics]:
-    found = {}
-    for layer, (mean, covariance) in ADM_STATISTICS.items():
-        if mean in shapes and covariance in shapes:
-            arrays = _arrays(path, [mean, covariance])
-            values = [arrays[name].astype(np.float64) for name in (mean, covariance)]
-            if values[1].shape != 2 * values[0].shape or not all(np.isfinite(value).all() for value in values):
+def _check_statistics(recipe: Recipe, path: Path, headers: dict[str, Header]) -> list[str]:
+    """The layers whose statistics the file holds, of those that the recipe's extractor gives.
+
+    Raises UserError where they are of another extractor, before anything of that size is read.
+    """
+    extractor = recipe.evaluate.feature_extractor
+    layers = []
+    for layer in layers_of(extractor):
+        mean, covariance = ADM_STATISTICS.get(layer, ("", ""))
+        if mean not in headers and covariance not in headers:
+            continue
+        width = WIDTHS[extractor, layer]
+        for name, shape in ((mean, (width,)), (covariance, (width, width))):
+            if name not in headers or headers[name].shape != shape or headers[name].dtype.kind != "f":
                 raise UserError(
-                    f"evaluate.reference: {path}: {mean}, {covariance} are no mean and covariance; fetch it again"
+                    f"evaluate.reference: {path}: {name} is {headers.get(name, 'not there')}, {extractor}'s is of "
+                    f"{shape}; name a reference made with that extractor, or set evaluate.feature_extractor"
                 )
-            found[layer] = Statistics(values[0], values[1], count=None)
+        layers.append(layer)
+    return layers
+
+
+def _statistics(path: Path, layers: Sequence[str]) -> dict[str, Statistics]:
+    found = {}
+    for layer in layers:
+        with _readable(path), np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = (arrays[name].astype(np.float64) for name in ADM_STATISTICS[layer])
+        finite = np.isfinite(mean).all() and np.isfinite(covariance).all()
+        if not (finite and np.allclose(covariance, covariance.T) and (np.diag(covariance) >= 0).all()):
+            names = " and ".join(ADM_STATISTICS[layer])
+            raise UserError(f"evaluate.reference: {path}: {names} are no mean and covariance; get it again")
+        found[layer] = Statistics(mean, covariance, count=None)
     return found
+
+
+def _pictures(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Each (H, W, 3), one in memory at a time: 50,000 of 256 pixels are 10 GB."""
+    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{ADM_PICTURES}.npy") as member:
+        count, *shape = _header(member).shape
+        for _ in range(count):
+            content = member.read(math.prod(shape))
+            if len(content) < math.prod(shape):
+                raise EOFError("pictures are missing")
+            yield np.frombuffer(content, np.uint8).reshape(shape)

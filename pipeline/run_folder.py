@@ -38,6 +38,12 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
     # A folder appears by renaming, so that one which exists is whole.
     found = sorted(int(path.parent.name) for path in (recipe.folder / "weights").glob(f"[0-9]*/{name}"))
     if not found:
+        averages = sorted({path.name for path in (recipe.folder / "weights").glob("[0-9]*/[!.]*")})
+        if averages:
+            raise UserError(
+                f"sample.ema: no average {name} in {recipe.folder / 'weights'}; there are {', '.join(averages)} "
+                "(pipeline/reconstruct_ema.py makes others of a run with train.ema_widths)"
+            )
         raise UserError(f"{recipe.folder / 'weights'}: no weights; run python pipeline/train.py with this recipe first")
     samples_seen = found[-1] if which == "latest" else which
     if samples_seen not in found:

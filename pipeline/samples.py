@@ -4,7 +4,6 @@ A set of samples is a folder `samples/<samples seen>-<key>/`; the key covers eve
 `settings.json`, what the key is of, `plan.json`, the iterations of each step, and chunks (`pipeline.chunks`).
 """
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from fpdm.sampling import require_sound
 from fpdm.weights import WEIGHTS_NAME, load_pretrained, read_config, read_extra
 from pipeline import outputs
 from pipeline.chunks import Chunk, Span, chunk_spans
-from pipeline.distributed import rank_and_world_size, share_cores
+from pipeline.distributed import float32_throughout, own_device, rank_and_world_size, share_cores
 from pipeline.plans import Plan, draw, labels_of, plan
 from pipeline.run_folder import Weights, find_weights
 from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
@@ -146,7 +145,8 @@ def generate(recipe: Recipe, weights: Weights, rank: int = 0, world_size: int = 
     if not spans:
         return wanted.folder
     write_json(wanted.folder / "settings.json", wanted.settings)
-    device = _device()
+    device = own_device()
+    float32_throughout()
     model = load_network(wanted.weights).to(device)
     planned = plan(recipe, wanted.folder, model)
     vae = Encoder(recipe.vae, device)
@@ -245,9 +245,3 @@ def _keep(keep: Callable[[Span, Chunk], None], span: Span, batches: list[Chunk])
 
 def _unsound(index: torch.Tensor, error: ValueError) -> UserError:
     return UserError(f"samples {int(index[0])} to {int(index[-1])}: {error}")
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

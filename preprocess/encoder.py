@@ -140,7 +140,7 @@ class Encoder:
         folder = fetch_vae(settings)
         self.identity = identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = PRECISIONS[settings.precision]
+        self.dtype, self._batch_size = PRECISIONS[settings.precision], settings.batch_size
         network: Any = _load(folder, self.dtype)
         self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._spans: list[tuple[Any, Any]] = []
@@ -164,9 +164,13 @@ class Encoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device.
+
+        `vae.batch_size` at once: decoding takes far more memory than a denoiser's step.
+        """
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
-        return self.network.decode(self._prepare(latents)).sample.float().clamp(-1, 1).contiguous()
+        parts = [self.network.decode(self._prepare(part)).sample for part in latents.split(self._batch_size)]
+        return torch.cat(parts).float().clamp(-1, 1).contiguous()
 
     @property
     def busy_seconds(self) -> float:

@@ -1,6 +1,7 @@
 """What a distance is measured from and how well it is known; forms of samples that give the same number."""
 
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ from pipeline.metrics import bootstrap_error, frechet_distance, statistics
 from pipeline.sample_features import extract_missing, features_folder
 from pipeline.summaries import read_summary, summarise, write_summary
 from tests.conftest import copied, load_samples
+
+WIDTH = 1280
+HOSTILE = [
+    ({"mu": np.zeros(2048)}, r"mu is float64 \(2048,\), efficientnet-lite0's is of \(1280,\)"),
+    ({"sigma": np.zeros(WIDTH)}, r"sigma is float64 \(1280,\), efficientnet-lite0's is of \(1280, 1280\)"),
+    ({"sigma": np.array({})}, r"sigma is object \(\), efficientnet"),
+    ({"mu": np.full(WIDTH, np.nan)}, r"mu and sigma are no mean and covariance"),
+    ({"sigma": np.triu(np.ones((WIDTH, WIDTH)))}, r"mu and sigma are no mean and covariance"),
+    ({"sigma": -np.eye(WIDTH)}, r"mu and sigma are no mean and covariance"),
+    ({"arr_0": np.array(3)}, r"arr_0 is int64 \(\); pictures are uint8 of \(N, H, W, 3\)"),
+    ({"arr_0": np.zeros((2, 16, 16, 3))}, r"arr_0 is float64 \(2, 16, 16, 3\); pictures are uint8"),
+    ({"arr_0": np.zeros((2, 16, 8, 3), np.uint8)}, r"has pictures of 8 pixels, this recipe's have 16"),
+    ({"arr_0": np.array([{}])}, r"arr_0 is object \(1,\); pictures are uint8"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +112,36 @@ def test_a_reference_of_another_resolution_is_refused(recipe: Recipe, tmp_path: 
     smaller = replace(recipe, data=replace(recipe.data, resolution=8), runs=str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"has pictures of 16 pixels, this recipe's have 8"):
         references.reference(replace(smaller, evaluate=replace(recipe.evaluate, reference=str(recipe.folder))))
+
+
+@pytest.mark.parametrize(("changes", "reason"), HOSTILE)
+def test_arrays_of_a_reference_that_do_not_fit_are_refused(
+    recipe: Recipe, tmp_path: Path, changes: dict[str, np.ndarray], reason: str
+) -> None:
+    path = tmp_path / "hostile.npz"
+    np.savez(path, **({"mu": np.zeros(WIDTH), "sigma": np.eye(WIDTH)} | changes))
+    named = replace(recipe, evaluate=replace(recipe.evaluate, reference=str(path)))
+    with pytest.raises(UserError, match=reason) as caught:
+        references.reference(named).statistics()  # type: ignore[misc]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "reason"),
+    [
+        ("mu", (2**40,), "<f8", r"mu is float64 \(1099511627776,\), "),
+        ("arr_0", (2**40, 16, 16, 3), "|u1", r"not readable as an npz file \(pictures are missing\)"),
+    ],
+)
+def test_a_reference_that_claims_more_than_it_holds_is_refused(
+    recipe: Recipe, tmp_path: Path, name: str, shape: tuple[int, ...], dtype: str, reason: str
+) -> None:
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": dtype, "fortran_order": False, "shape": shape})
+        member.write(bytes(16 * 16 * 3 * 4))
+    with pytest.raises(UserError, match=reason):
+        evaluated(recipe, reference=str(path))
 
 
 def test_a_reference_that_is_none_is_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -21,6 +21,16 @@ from pipeline.metrics import frechet_distance, inception_score, kernel_distance,
 LITE = Evaluate(feature_extractor="efficientnet-lite0")
 
 
+class InceptionInDoubles(FeatureExtractorInceptionV3):
+    """torch-fidelity's own, whose features it then adds up in float64: KID's sums in float32 have five right digits."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(values.double() for values in super().forward(x))
+
+
+torch_fidelity.register_feature_extractor("inception-in-doubles", InceptionInDoubles)
+
+
 class Pictures(TensorDataset):
     """As torch-fidelity takes them: each (3, H, W) uint8."""
 
@@ -69,11 +79,10 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> features.ExtractorWei
 
 
 def test_kid_inception_score_precision_and_recall_are_torch_fidelitys(inception: features.ExtractorWeights) -> None:
-    # Far apart: torch-fidelity sums in float32, which leaves of a small difference of large sums fewer digits.
     sets = pictures(0, 20), np.concatenate([pictures(0, 24)[20:], pictures(20, 12) // 4 + 150])
     found = theirs(
         sets,
-        feature_extractor=features.INCEPTION,
+        feature_extractor="inception-in-doubles",
         feature_extractor_weights_path=str(inception.path),
         kid=True,
         isc=True,
@@ -202,14 +211,24 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     assert not made.exists()
 
 
-def test_inception_gives_pooled_features_logits_and_the_spatial_ones_of_sfid(
+def test_inception_gives_pooled_features_logits_and_the_spatial_ones_of_sfid_in_the_order_of_adms_files(
     inception: features.ExtractorWeights,
 ) -> None:
     extractor = features.load_extractor(inception, ("pooled", "logits", "spatial"))
+    seen: list[torch.Tensor] = []
+    extractor.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(lambda *at: seen.append(at[2]))
     found = whole(extractor, pictures(0, 2), 2)
+    channels_last = seen[0][:, :7].permute(0, 2, 3, 1)  # as TensorFlow has them: (B, 17, 17, 7)
+    assert (found["spatial"] == channels_last.reshape(2, -1).numpy()).all()
     shapes = {name: values.shape for name, values in found.items()}
     assert shapes == {"pooled": (2, 2048), "logits": (2, 1008), "spatial": (2, 7 * 17 * 17)}
     assert all(np.isfinite(values).all() and values.std() > 0 for values in found.values())
+
+
+def test_an_extractor_lies_on_the_device_that_it_is_given() -> None:
+    extractor = features.load_extractor(features.find_weights(LITE), device=torch.device("meta"))
+    assert {values.device.type for values in extractor.network.state_dict().values()} == {"meta"}
+    assert extractor.device.type == "meta"
 
 
 def random_inception() -> dict[str, torch.Tensor]:

@@ -41,6 +41,12 @@ ROOT = Path(__file__).parents[2]
             "sample.step_choices: block_budget: 280 is too small for 94 steps of 2 outer layers",
         ),
         ("name: a\nmodel: {kind: dit}\nsample: {step_choices: [14]}", "sample.step_choices: a DiT has no iterations"),
+        ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
+        ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
+        (
+            "name: a\nevaluate: {bootstrap: 1}",
+            "evaluate.bootstrap: should be 0 or should be greater than",
+        ),
         ("name: a\nseed: 5000000000", "seed: should be less than 4294967296"),
         ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: should be less than 1"),
         ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: should be a finite number"),
