@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from slurm.site_file import Site, load_site, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
+WITHOUT_LIMIT = 10 * 365 * 24 * 60  # minutes; after three time limits submitit would end a local job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Resources:
     processes: int = 1
     cpus_per_process: int = 1
     gpus_per_process: int = 0
-    timeout_minutes: int = 60
+    timeout_minutes: int = 60  # on SLURM
     signal_seconds: int = 120  # before that: time to save, and to be queued again
 
 
@@ -58,7 +60,7 @@ def executor(
         nodes=resources.nodes,
         tasks_per_node=resources.processes,
         cpus_per_task=resources.cpus_per_process,
-        timeout_min=resources.timeout_minutes,
+        timeout_min=resources.timeout_minutes if cluster == "slurm" else WITHOUT_LIMIT,
     )
     if resources.gpus_per_process or cluster != "slurm":  # a cluster without GPUs refuses even none of them
         made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
@@ -190,7 +192,7 @@ def submit(
     """Submits calls, several as one array on SLURM, and waits for none. ValueError with SLURM's words if it refuses."""
     if made.cluster == "slurm" and at_once is not None:
         made.update_parameters(slurm_array_parallelism=at_once)
-    with controller.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
+    with controller.outside_of_jobs(), _on_this_machine() if made.cluster == "local" else nullcontext():
         try:
             return made.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
@@ -202,13 +204,20 @@ def submit(
 
 
 @contextmanager
-def _master_port() -> Iterator[None]:
-    """A free port in MASTER_PORT, which the tasks of a local job inherit; one drawn by each of them would differ."""
+def _on_this_machine() -> Iterator[None]:
+    """What the tasks of a local job inherit: a free port in MASTER_PORT, as one drawn by each of them would differ; and
+    an ear for SIGINT, by which submitit cancels them, and which processes in a shell's background are made to ignore.
+    """
     before = os.environ.get("MASTER_PORT")
     os.environ["MASTER_PORT"] = str(free_port())
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         del os.environ["MASTER_PORT"]
         if before is not None:
             os.environ["MASTER_PORT"] = before
