@@ -1,6 +1,7 @@
 """What this cluster wants of every job: partition, account, set-up lines. One YAML file, never part of a recipe."""
 
 import os
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic.dataclasses import dataclass
 DEFAULT = Path(__file__).parent / "site.yaml"
 VARIABLE = "FPDM_SITE"
 ONE_LINE = r"^[^\n]*$"
+VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
 Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
@@ -30,7 +32,7 @@ class Site:
     exclusive: StrictBool = False
     setup: tuple[Line, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
-    scratch: Line | None = None  # a folder on each node's own disk, with $VARIABLES; TMPDIR of every job
+    scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
     sbatch: dict[Word, Line | StrictBool | int] = Field(default_factory=dict)  # any other option of sbatch
 
 
@@ -64,7 +66,7 @@ def _first_fault(error: ValidationError) -> str:
 
 def submission_parameters(site: Site) -> dict[str, Any]:
     """The site's part of what `submitit.AutoExecutor.update_parameters` takes; `site.sbatch` is apart from it."""
-    lines = [f"export TMPDIR={shlex.quote(os.path.expandvars(site.scratch))}"] if site.scratch else []
+    lines = [f"export TMPDIR={_with_variables(site.scratch)}"] if site.scratch else []
     wanted = {
         "slurm_partition": site.partition,
         "slurm_account": site.account,
@@ -75,3 +77,12 @@ def submission_parameters(site: Site) -> dict[str, Any]:
         "mem_gb": site.memory_gb,
     }
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _with_variables(text: str) -> str:
+    """Shell words of `text` in which `$NAME` and `${NAME}` are put in when the job runs, and nothing else is special.
+
+    A variable that is not set there ends the job with its name.
+    """
+    parts = VARIABLES.split(text)  # literal, name, literal, ...
+    return "".join(f'"${{{part}:?}}"' if number % 2 else shlex.quote(part) for number, part in enumerate(parts))

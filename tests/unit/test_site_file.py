@@ -1,5 +1,7 @@
 """The site file: every fault is one line that names file and field; nothing of it is needed."""
 
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,12 @@ def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.Mon
         load_site()
 
 
-def test_a_scratch_folder_reaches_the_shell_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("USER", "it's me")
-    found = submission_parameters(Site(scratch="/local/$USER; $(touch pwned)"))
-    assert found["slurm_setup"] == ["""export TMPDIR='/local/it'"'"'s me; $(touch pwned)'"""]
+def test_a_scratch_folder_takes_the_jobs_variables_and_nothing_else_of_the_shells(tmp_path: Path) -> None:
+    site = Site(scratch="/local/$USER/${SLURM_JOB_ID}/it's $(touch pwned) `touch pwned`")
+    (line,) = submission_parameters(site)["slurm_setup"]
+    command = ["bash", "-c", f'{line}; printf %s "$TMPDIR"']
+    asked = partial(subprocess.run, command, capture_output=True, text=True, cwd=tmp_path)
+    told = asked(env={"USER": "a b; $(touch pwned)", "SLURM_JOB_ID": "12"})
+    assert told.stdout == "/local/a b; $(touch pwned)/12/it's $(touch pwned) `touch pwned`"
+    assert not list(tmp_path.iterdir())
+    assert "USER: parameter null or not set" in asked(env={}).stderr
