@@ -3,6 +3,8 @@
 `jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
 """
 
+import json
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 import submitit
 
 from common.errors import UserError
-from common.files import alone_in, content_key, read_json, write_json
+from common.files import alone_in, content_key, write_json
 from common.loading import dump_recipe
 from common.recipe import Recipe
 from pipeline.stages import Stage, Step, steps
@@ -64,7 +66,12 @@ def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | Non
 
 def listed_jobs(folder: Path) -> list[Submitted]:
     path = folder / "jobs.json"
-    return [Submitted(**entry) for entry in read_json(path)] if path.exists() else []
+    try:
+        return [Submitted(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); end what is on its way of this run's jobs (squeue --me), and delete it"
+        ) from None
 
 
 def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
@@ -97,7 +104,10 @@ def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted])
 
 def _alive(listed: Sequence[Submitted]) -> dict[str, Submitted]:
     """By step, the jobs that have not ended. A job that the controller has forgotten ended long ago."""
-    states = controller.states(one.job for one in listed)
+    try:
+        states = controller.states(one.job for one in listed)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"cluster: slurm does not say which jobs are on their way ({error}); try again later") from None
     living = {job_id.partition("_")[0] for job_id, state in states.items() if state not in controller.OVER}
     return {one.step: one for one in listed if one.job in living}
 

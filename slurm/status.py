@@ -36,8 +36,14 @@ def status(run: Path, lines: int) -> Iterator[str]:
     listing = run / "jobs.json"
     if not listing.exists():
         raise ValueError(f"{listing}: no such file; a run folder whose stages were submitted with --detach has one")
+    try:
+        jobs = [
+            {name: entry[name] for name in ("step", "job", "parts", "logs")}
+            for entry in json.loads(listing.read_text())
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{listing}: damaged ({error!r}); squeue --me shows what is on its way") from None
     yield ROW.format("step", "job", "state", "requeues", "elapsed", "why, or where")
-    jobs = json.loads(listing.read_text())
     asked = [(listed, tasks_of(listed)) for listed in jobs]
     for listed, tasks in asked:
         for task in tasks or [{"JobId": listed["job"], "JobState": told_by_files(listed)}]:

@@ -50,3 +50,12 @@ def test_a_run_without_jobs_is_told_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/jobs.json: no such file; a run folder whose stages were submitted with")
+
+
+def test_a_damaged_listing_is_told_in_one_line(run: Path) -> None:
+    for text in ("[{", '[{"step": "train"}]', "7"):
+        (run / "jobs.json").write_text(text)
+        done = show(run)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {run}/jobs.json: damaged (")
