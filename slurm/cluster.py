@@ -15,7 +15,7 @@ from typing import Any
 import submitit
 
 from slurm import controller
-from slurm.site_file import Site, load_site, submission_parameters
+from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
@@ -98,14 +98,14 @@ def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
 
 
 def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
-    found = submission_parameters(site)
-    additional = {"requeue": True, **site.sbatch}  # a dead node's job starts again, whatever the cluster's default
+    found, additional = submission_parameters(site), sbatch_options(site)
     if after is not None:
         found["slurm_dependency"] = f"afterok:{after}"
-        additional["kill-on-invalid-dep"] = "yes"  # it would wait for ever
+        additional["kill_on_invalid_dep"] = "yes"  # it would wait for ever
     if code is not None:
         # `python -m` looks in the working directory first, which is the clone.
-        lines = (f"export PYTHONPATH={shlex.quote(str(code.resolve()))}", "export PYTHONSAFEPATH=1")
+        path = f"{shlex.quote(str(code.resolve()))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        lines = (f"export PYTHONPATH={path}", "export PYTHONSAFEPATH=1")
         found["slurm_setup"] = [*found.get("slurm_setup", []), *lines]
     return found | {
         "slurm_signal_delay_s": resources.signal_seconds,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 DEFAULT = Path(__file__).parent / "site.yaml"
@@ -18,6 +18,19 @@ VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
 Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
+
+# What the recipe's `launch` section says, and what jobs find one another by.
+OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks",
+        "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
+
+
+def _not_ours(option: str) -> str:
+    if option.replace("_", "-") in OURS:
+        raise ValueError(f"{option} is not the site's to say: the recipe's launch section does, or the project itself")
+    return option
+
+
+Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_not_ours)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -33,7 +46,8 @@ class Site:
     setup: tuple[Line, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
     scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
-    sbatch: dict[Word, Line | StrictBool | int] = Field(default_factory=dict)  # any other option of sbatch
+    # Any other option of sbatch, such as gpus-per-node where GPUs have types; false leaves one of ours out.
+    sbatch: dict[Option, Line | StrictBool | int] = Field(default_factory=dict)
 
 
 def load_site(path: str | Path | None = None) -> Site:
@@ -61,11 +75,11 @@ def _first_fault(error: ValidationError) -> str:
     name = ".".join(map(str, fault["loc"][:1])) or "site"
     if fault["type"] == "unexpected_keyword_argument":
         return f"{name}: unknown key; allowed: {', '.join(one.name for one in fields(Site))}"
-    return f"{name}: {fault['msg']}; found {fault['input']!r}"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}; found {fault['input']!r}"
 
 
 def submission_parameters(site: Site) -> dict[str, Any]:
-    """The site's part of what `submitit.AutoExecutor.update_parameters` takes; `site.sbatch` is apart from it."""
+    """The site's part of what `submitit.AutoExecutor.update_parameters` takes, without `sbatch_options`."""
     lines = [f"export TMPDIR={_with_variables(site.scratch)}"] if site.scratch else []
     wanted = {
         "slurm_partition": site.partition,
@@ -77,6 +91,14 @@ def submission_parameters(site: Site) -> dict[str, Any]:
         "mem_gb": site.memory_gb,
     }
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def sbatch_options(site: Site) -> dict[str, str | bool | int]:
+    """By submitit's names, so that they take the place of its own. A dead node's job starts again, whatever the
+    cluster's default, unless the site says otherwise.
+    """
+    wanted = {"requeue": True, **{name.replace("-", "_"): value for name, value in site.sbatch.items()}}
+    return {name: value for name, value in wanted.items() if value is not False}
 
 
 def _with_variables(text: str) -> str:

@@ -2,11 +2,10 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from common.files import read_json
 from common.jobs import Job
 from common.loading import load_recipe
 from slurm.cluster import Resources, executor, submit
+from slurm.controller import OVER
 from tests.integration.conftest import ROOT, Experiment, environment
 from tests.slurm_cluster.configuration import Cluster
-from tests.slurm_cluster.daemons import running
-from tests.slurm_cluster.fixtures import WITHOUT, squeue, state, use, wait_until
+from tests.slurm_cluster.fixtures import squeue, state, wait_until
 from tests.slurm_cluster.work import __name__ as WORK
 
 STEPS = 60
@@ -52,16 +51,6 @@ def uninterrupted(experiment: Experiment) -> Path:
     done = experiment.run("pipeline/train.py", "name=uninterrupted", *LONG, ranks=2)
     assert done.returncode == 0, done.stderr
     return experiment.folder / "runs/uninterrupted"
-
-
-@pytest.fixture
-def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A cluster of its own, for a test that destroys a node."""
-    if os.environ.get(WITHOUT):
-        pytest.skip(f"{WITHOUT} is set")
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, running(Path(folder), 3, False) as cluster:
-        use(cluster, monkeypatch)
-        yield cluster
 
 
 def start_slow_training(experiment: Experiment, name: str, step_seconds: float, minutes: int) -> tuple[Path, str]:
@@ -110,7 +99,7 @@ def test_a_training_that_reaches_its_time_limit_saves_and_goes_on_to_the_same_we
 
 @pytest.mark.timeout(600)
 def test_two_nodes_of_two_tasks_have_the_losses_of_one_process(
-    experiment: Experiment, uninterrupted: Path, slurm: Cluster
+    experiment: Experiment, slurm: Cluster, tmp_path: Path
 ) -> None:
     done = experiment.run(
         "pipeline/run.py",
@@ -123,9 +112,11 @@ def test_two_nodes_of_two_tasks_have_the_losses_of_one_process(
     assert done.returncode == 0, done.stderr
     assert losses(four) == pytest.approx(losses(experiment.folder / "runs/one"), rel=1e-4)
     # srun alone is a launcher too.
-    step = ["srun", "--nodes=2", "--ntasks-per-node=2", *experiment.command("pipeline/train.py", "name=srun", *LONG)]
-    done = call(step)
-    assert done.returncode == 0, done.stderr
+    step = shlex.join(["srun", *experiment.command("pipeline/train.py", "name=srun", *LONG)])
+    script = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/log", "--wrap", step]
+    job = call(script).stdout.strip()
+    wait_until(lambda: state(job) in OVER, "the step to end")
+    assert state(job) == "COMPLETED", (tmp_path / "log").read_text()
     assert losses(experiment.folder / "runs/srun") == losses(four)
 
 

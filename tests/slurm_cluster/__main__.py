@@ -1,6 +1,6 @@
 """Runs a command inside a SLURM cluster that lives as long as the command does.
 
-python -m tests.slurm_cluster [--nodes 2] [--without-accounting] COMMAND [ARGUMENT ...]
+python -m tests.slurm_cluster [--nodes 2] COMMAND [ARGUMENT ...]
 """
 
 import argparse
@@ -16,13 +16,12 @@ from tests.slurm_cluster.daemons import running
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--without-accounting", action="store_true", help="no slurmdbd, so that sacct fails")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         try:
-            with running(Path(folder), arguments.nodes, not arguments.without_accounting) as cluster:
+            with running(Path(folder), arguments.nodes) as cluster:
                 return subprocess.run(arguments.command, env=cluster.environment).returncode
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)

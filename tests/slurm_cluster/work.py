@@ -17,6 +17,11 @@ def note(recipe: Recipe, *, path: str) -> None:
     Path(path).write_text(f"{common.jobs.__file__}\n{os.uname().nodename}\n{os.environ.get('TMPDIR', '')}\n")
 
 
+def gpus(recipe: Recipe, *, folder: str) -> None:
+    """Which GPUs each rank sees."""
+    Path(folder, os.environ["SLURM_PROCID"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+
+
 def wait(recipe: Recipe, *, seconds: int) -> None:
     time.sleep(seconds)
 

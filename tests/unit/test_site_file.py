@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.site_file import Site, load_site, submission_parameters
+from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +32,11 @@ def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.Monkey
         ("partition: 'two words'", "partition: String should match pattern"),
         ("setup: module load cuda", "setup: Input should be a valid tuple"),
         ('setup: ["one\\ntwo"]', "setup: String should match pattern"),
+        (
+            "sbatch: {output: x}",
+            "sbatch: output is not the site's to say: the recipe's launch section does",
+        ),
+        ("sbatch: {'a b': x}", "sbatch: String should match pattern"),
         ("- gpu", "site: Input should be a dictionary or an instance of Site"),
         ("a: [", "not readable as YAML"),
     ],
@@ -43,6 +48,12 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
         load_site(path)
     assert str(raised.value).startswith(f"{path}: {expected}")
     assert "\n" not in str(raised.value)
+
+
+def test_the_sites_options_take_the_place_of_ours() -> None:
+    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "requeue": False, "nice": 5}))
+    assert options == {"gpus_per_node": "a100:8", "nice": 5}
+    assert sbatch_options(Site()) == {"requeue": True}
 
 
 def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
