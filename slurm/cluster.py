@@ -30,6 +30,7 @@ class Resources:
     processes: int = 1
     cpus_per_process: int = 1
     gpus_per_process: int = 0
+    share_of_node: float = 1.0  # of its memory
     timeout_minutes: int = 60  # on SLURM
     signal_seconds: int = 120  # before that: time to save, and to be queued again
 
@@ -99,6 +100,8 @@ def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
 
 def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
     found, additional = submission_parameters(site), sbatch_options(site)
+    if site.memory_gb is not None:
+        found["mem_gb"] = site.memory_gb * resources.share_of_node
     if after is not None:
         found["slurm_dependency"] = f"afterok:{after}"
         additional["kill_on_invalid_dep"] = "yes"  # it would wait for ever

@@ -20,8 +20,8 @@ Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
 
 # What the recipe's `launch` section says, and what jobs find one another by.
-OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks",
-        "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
+OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "nodes", "ntasks",
+        "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time")  # fmt: skip
 
 
 def _not_ours(option: str) -> str:
@@ -41,12 +41,12 @@ class Site:
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node
+    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node; jobs of fewer processes ask for their share
     exclusive: StrictBool = False
     setup: tuple[Line, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
     scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
-    # Any other option of sbatch, such as gpus-per-node where GPUs have types; false leaves one of ours out.
+    # Any other option of sbatch, such as gpus-per-node where GPUs have types.
     sbatch: dict[Option, Line | StrictBool | int] = Field(default_factory=dict)
 
 
@@ -79,7 +79,7 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def submission_parameters(site: Site) -> dict[str, Any]:
-    """The site's part of what `submitit.AutoExecutor.update_parameters` takes, without `sbatch_options`."""
+    """The site's part of what `submitit.AutoExecutor.update_parameters` takes, without memory and `sbatch_options`."""
     lines = [f"export TMPDIR={_with_variables(site.scratch)}"] if site.scratch else []
     wanted = {
         "slurm_partition": site.partition,
@@ -87,18 +87,17 @@ def submission_parameters(site: Site) -> dict[str, Any]:
         "slurm_qos": site.qos,
         "slurm_constraint": site.constraint,
         "slurm_exclusive": site.exclusive or None,
-        "slurm_setup": [*lines, *site.setup] or None,
-        "mem_gb": site.memory_gb,
+        "slurm_setup": [*site.setup, *lines] or None,
     }
     return {name: value for name, value in wanted.items() if value is not None}
 
 
 def sbatch_options(site: Site) -> dict[str, str | bool | int]:
     """By submitit's names, so that they take the place of its own. A dead node's job starts again, whatever the
-    cluster's default, unless the site says otherwise.
+    cluster's default.
     """
-    wanted = {"requeue": True, **{name.replace("-", "_"): value for name, value in site.sbatch.items()}}
-    return {name: value for name, value in wanted.items() if value is not False}
+    wanted = {name.replace("-", "_"): value for name, value in site.sbatch.items() if value is not False}
+    return {"requeue": True, **wanted}
 
 
 def _with_variables(text: str) -> str:

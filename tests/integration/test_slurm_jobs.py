@@ -114,13 +114,19 @@ def test_a_path_that_slurm_would_change_is_refused(slurm: Cluster, tmp_path: Pat
 
 def test_the_site_file_reaches_every_job(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(f"partition: high\nscratch: '{tmp_path}/a b'\nsetup: ['export FPDM_TEST=1']\nsbatch: {{nice: 5}}\n")
+    site.write_text(
+        "partition: high\nmemory_gb: 4\nsetup: ['export DISK=disk']\nsbatch: {nice: 5}\n"
+        f"scratch: '{tmp_path}/a b/$DISK/$SLURM_JOB_ID'\n"
+    )
     monkeypatch.setenv("FPDM_SITE", str(site))
-    submitted = submit(made(tmp_path), [job("note", path=str(tmp_path / "note"))])[0]
-    assert squeue("%P|%y", "--states=all", f"--jobs={submitted.job_id}") == ["high|5"]
+    asked = Resources(timeout_minutes=5, share_of_node=0.25)
+    submitted = submit(made(tmp_path, asked), [job("note", path=str(tmp_path / "note"))])[0]
+    assert squeue("%P|%y|%m", "--states=all", f"--jobs={submitted.job_id}") == ["high|5|1G"]
     wait_until((tmp_path / "note").exists, "the job")
     wait_until(lambda: state(submitted.job_id) == "COMPLETED", "its end")
-    assert (tmp_path / "note").read_text().splitlines()[2] == f"{tmp_path}/a b"
+    scratch = tmp_path / "a b/disk" / submitted.job_id
+    assert (tmp_path / "note").read_text().splitlines()[2] == str(scratch)
+    assert scratch.is_dir()
 
 
 def test_a_wrong_partition_is_told_with_the_file_to_correct(

@@ -8,7 +8,7 @@ import pytest
 from common.errors import UserError
 from common.loading import parse_recipe
 from pipeline.distributed import export_environment, gpu_number
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, steps
 from slurm.cluster import Resources, executor
 
 LAUNCHERS = {
@@ -91,6 +91,16 @@ def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -
         nodes=2, processes=8, cpus_per_process=6, gpus_per_process=1, timeout_minutes=240
     )
     assert asked["encode"] == Resources(cpus_per_process=48, gpus_per_process=1, timeout_minutes=240)
+
+
+def test_parts_of_a_stage_ask_for_one_process_each_and_its_share_of_a_nodes_memory() -> None:
+    text = "name: a\nlaunch: {nodes: 2, processes: 8, cpus_per_process: 6, gpus_per_process: 1, jobs: 3}"
+    made = [step for stage in STAGES for step in steps(parse_recipe(text), stage)]
+    alone = Resources(cpus_per_process=6, gpus_per_process=1, share_of_node=1 / 8, timeout_minutes=240)
+    asked = {step.name: (len(step.jobs), step.resources) for step in made}
+    assert asked["encode"] == asked["sample"] == (3, alone)
+    assert asked["encode-merge"] == (1, alone)
+    assert asked["train"][1].processes == 8
 
 
 @pytest.mark.parametrize(

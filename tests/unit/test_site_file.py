@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 def test_the_example_is_a_site_file() -> None:
     site = load_site(ROOT / "slurm/site.example.yaml")
     assert site.partition == "gpu"
-    assert submission_parameters(site)["slurm_setup"][1:] == ["module load cuda/12.4", "export NCCL_SOCKET_IFNAME=ib0"]
+    assert submission_parameters(site)["slurm_setup"][:-1] == [
+        "module load cuda/12.4",
+        "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0",
+    ]
 
 
 def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,9 +54,8 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
 
 
 def test_the_sites_options_take_the_place_of_ours() -> None:
-    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "requeue": False, "nice": 5}))
-    assert options == {"gpus_per_node": "a100:8", "nice": 5}
-    assert sbatch_options(Site()) == {"requeue": True}
+    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5}))
+    assert options == {"requeue": True, "gpus_per_node": "a100:8", "nice": 5}
 
 
 def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
