@@ -61,7 +61,7 @@ def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | Non
     """What `submit_chain` would give to sbatch; ids of jobs that are not submitted yet are shown as names."""
     after = None
     for step in _to_do(recipe, stages, {}):
-        made = _executor(recipe, step, after, code)
+        made = _executor(recipe, step, after, code, submits=False)
         yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(made, len(step.jobs))}"
         after = f"<{step.name}>"
 
@@ -147,10 +147,12 @@ def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str
         )
 
 
-def _executor(recipe: Recipe, step: Step, after: str | None, code: Path | None) -> submitit.AutoExecutor:
-    folder = recipe.folder / "logs" / step.name
+def _executor(
+    recipe: Recipe, step: Step, after: str | None, code: Path | None, *, submits: bool = True
+) -> submitit.AutoExecutor:
+    folder, name = recipe.folder / "logs" / step.name, f"{recipe.name}-{step.name}"
     try:
-        return cluster.executor("slurm", folder, f"{recipe.name}-{step.name}", step.resources, after=after, code=code)
+        return cluster.executor("slurm", folder, name, step.resources, after=after, code=code, submits=submits)
     except ValueError as error:
         raise UserError(str(error)) from None
 

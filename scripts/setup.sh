@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from the pins in pyproject.toml; a second run finds it finished. With --ffcv also FFCV, which is built
-# against libraries from Debian; with --test that, and all else the tests need from Debian. What is from Debian is
-# installed where that is allowed, and named with its command where it is not.
+# against libraries from Debian; with --slurm the daemons of SLURM; with --test both, and a browser. What is from Debian
+# is installed where that is allowed, and named with its command where it is not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -75,9 +75,12 @@ update_debian() {
 if [ "${1:-}" = --test ]; then
     command -v chromium >/dev/null ||
         from_debian "a test of the report opens it in a browser, and is left out without one" chromium || true
+fi
+
+if [[ "${1:-}" = --test || "${1:-}" = --slurm ]]; then
     # Debian starts none of these by itself; the tests start their own on the loopback interface.
     PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null ||
-        from_debian "tests run jobs on a real SLURM, and fail without one unless FPDM_WITHOUT_SLURM=1" \
+        from_debian "jobs run on a real SLURM with it; tests fail without one unless FPDM_WITHOUT_SLURM=1" \
             slurmctld slurmd slurm-client munge || true
 fi
 

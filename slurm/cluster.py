@@ -6,11 +6,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import submitit
 
@@ -43,19 +44,23 @@ def executor(
     *,
     after: str | None = None,
     code: Path | None = None,
+    submits: bool = True,
 ) -> submitit.AutoExecutor:
     """A submitit executor whose jobs write their logs and pickles below `folder`; the site file says the rest.
 
     Args:
         after: SLURM only: the id of the job, or of the array, that has to succeed first.
         code: a folder whose Python packages the jobs import in place of the clone's.
+        submits: False where only `submission_script` is wanted: SLURM need not be there.
 
     Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for, and for a site file
     or a folder that SLURM cannot be given.
     """
-    cluster = _resolve(cluster, resources)
+    if submits:
+        cluster = _resolve(cluster, resources)
     site = load_site() if cluster == "slurm" else Site()
-    made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
+    with nullcontext() if submits else _on_paper():
+        made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
     made.update_parameters(
         name=name,
         nodes=resources.nodes,
@@ -96,6 +101,11 @@ def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
     # A long training reaches its time limit many times.
     python = {"slurm_python": site.python} if site.python else {}
     return {"slurm_max_num_timeout": 10_000, **python}
+
+
+def _on_paper() -> AbstractContextManager[Any]:
+    """submitit makes no executor for SLURM where there is no `srun`, not even one that only writes scripts."""
+    return patch.object(submitit.SlurmExecutor, "affinity", return_value=1)
 
 
 def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:

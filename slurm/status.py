@@ -6,6 +6,7 @@ python slurm/status.py runs/demo [--lines 5]
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def tasks_of(listed: dict[str, Any]) -> list[dict[str, str]]:
     asked = _output("scontrol", "--oneliner", "show", "job", listed["job"])
     found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in asked.splitlines()]
     if found:
-        return found
+        return sorted(found, key=lambda task: int(re.split("[-,%]", task.get("ArrayTaskId", "0"))[0]))
     told = _output("sacct", "--allocations", "--parsable2", "--noheader", "--format=JobID,State,Elapsed,NodeList",
                    f"--jobs={listed['job']}")  # fmt: skip
     rows = [line.split("|") for line in told.splitlines()]

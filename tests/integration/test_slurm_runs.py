@@ -53,12 +53,14 @@ def uninterrupted(experiment: Experiment) -> Path:
     return experiment.folder / "runs/uninterrupted"
 
 
-def start_slow_training(experiment: Experiment, name: str, step_seconds: float, minutes: int) -> tuple[Path, str]:
+def start_slow_training(
+    experiment: Experiment, name: str, minutes: int, step_seconds: float, slow_starts: int
+) -> tuple[Path, str]:
     """A training on two nodes, a process each: (run folder, job)."""
     recipe = load_recipe(experiment.recipe, (f"name={name}", *LONG))
     resources = Resources(nodes=2, timeout_minutes=minutes, signal_seconds=40)
     made = executor("slurm", recipe.folder / "logs/train", name, resources)
-    training = Job.of(WORK, "train_slowly", recipe, step_seconds=step_seconds)
+    training = Job.of(WORK, "train_slowly", recipe, step_seconds=step_seconds, slow_starts=slow_starts)
     return recipe.folder, submit(made, [training])[0].job_id
 
 
@@ -66,7 +68,7 @@ def start_slow_training(experiment: Experiment, name: str, step_seconds: float, 
 def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weights(
     experiment: Experiment, uninterrupted: Path, three_nodes: Cluster
 ) -> None:
-    folder, job = start_slow_training(experiment, "interrupted", 0.3, minutes=60)
+    folder, job = start_slow_training(experiment, "interrupted", minutes=60, step_seconds=0.3, slow_starts=3)
     wait_until(lambda: len(losses(folder)) >= 5, "the first steps")
     subprocess.run(["scontrol", "requeue", job], check=True)
     wait_until(lambda: len(losses(folder)) >= 15, "more steps")
@@ -89,7 +91,8 @@ def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weight
 def test_a_training_that_reaches_its_time_limit_saves_and_goes_on_to_the_same_weights(
     experiment: Experiment, uninterrupted: Path, slurm: Cluster
 ) -> None:
-    folder, job = start_slow_training(experiment, "limited", 0.55, minutes=1)
+    # Signals before a time limit are looked for every 30 s: this one comes then, whatever its distance to the limit.
+    folder, job = start_slow_training(experiment, "limited", minutes=1, step_seconds=1.0, slow_starts=1)
     wait_until(lambda: state(job) == "COMPLETED", "the end", 300)
     assert restarts(job) >= 1
     assert "saved after" in (folder / f"logs/train/{job}_0_log.err").read_text()
@@ -193,12 +196,12 @@ def test_jobs_of_another_recipe_keep_the_folder(experiment: Experiment, slurm: C
     assert "jobs of another recipe are on their way" in done.stderr
 
 
-def test_a_dry_run_prints_the_scripts_and_submits_nothing(experiment: Experiment, slurm: Cluster) -> None:
+def test_a_dry_run_prints_the_scripts_and_submits_nothing(experiment: Experiment) -> None:
+    """On a machine without SLURM too."""
     done = experiment.run("pipeline/run.py", "--detach", "--dry-run", "name=dry", "launch.nodes=2", "launch.jobs=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("#SBATCH --nodes=2") == 1  # training; sampling is in parts of one process
     assert "#SBATCH --array=0-1%2" in done.stdout
-    assert not squeue("%i")
     assert not (experiment.folder / "runs/dry").exists()
 
 

@@ -54,8 +54,8 @@ def end_the_process(recipe: Recipe) -> None:
     os._exit(3)
 
 
-def train_slowly(recipe: Recipe, *, step_seconds: float) -> None:
-    """The real training, with steps that take their time, so that there is time to interrupt it."""
+def train_slowly(recipe: Recipe, *, step_seconds: float, slow_starts: int) -> None:
+    """The real training, with steps that take their time in its first starts, so that there is time to interrupt it."""
     from fpdm.diffusion import Diffusion
     from pipeline.trainer import train
 
@@ -65,5 +65,6 @@ def train_slowly(recipe: Recipe, *, step_seconds: float) -> None:
         time.sleep(step_seconds)
         return loss(*arguments, **named)
 
-    Diffusion.loss = slow  # type: ignore[method-assign]
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < slow_starts:
+        Diffusion.loss = slow  # type: ignore[method-assign]
     train(recipe)
