@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.slurm_cluster.daemons import running
+from tests.slurm_cluster.daemons import die_with_parent, running
 
 
 def main() -> int:
@@ -22,7 +22,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         try:
             with running(Path(folder), arguments.nodes) as cluster:
-                return subprocess.run(arguments.command, env=cluster.environment).returncode
+                done = subprocess.run(arguments.command, env=cluster.environment, preexec_fn=die_with_parent)
+                return done.returncode
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -46,7 +46,7 @@ def _start(cluster: Cluster, started: list[subprocess.Popen[bytes]]) -> None:
                 stderr=log,
                 env=cluster.environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         (run / f"{name}.pid").write_text(str(process.pid))
         started.append(process)
@@ -65,7 +65,7 @@ def _start(cluster: Cluster, started: list[subprocess.Popen[bytes]]) -> None:
     _wait(cluster, "slurmd.node1", lambda: _idle_nodes(cluster) == cluster.nodes)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Runs in `unshare`, which then kills its process 1, and so all in the namespace. A daemon that changes its user
     would lose this signal, and one that forks would leave its children."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

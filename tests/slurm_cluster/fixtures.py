@@ -16,11 +16,15 @@ from tests.slurm_cluster.daemons import running
 WITHOUT = "FPDM_WITHOUT_SLURM"
 
 
+def skip_without_slurm() -> None:
+    if os.environ.get(WITHOUT):
+        pytest.skip(f"{WITHOUT} is set")
+
+
 @contextmanager
 def cluster(nodes: int) -> Iterator[Cluster]:
     """Where a cluster cannot be had the tests fail and say why, unless FPDM_WITHOUT_SLURM leaves them out."""
-    if os.environ.get(WITHOUT):
-        pytest.skip(f"{WITHOUT} is set")
+    skip_without_slurm()
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         try:
             with running(Path(folder), nodes) as made:
