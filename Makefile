@@ -7,7 +7,7 @@ demo: setup
 	@$(RUN) pipeline/run.py --config recipes/demo.yaml
 
 demo-slurm: setup
-	@scripts/setup.sh --test
+	@scripts/setup.sh --slurm
 	@$(RUN) -m tests.slurm_cluster bash scripts/demo_slurm.sh
 
 test: check

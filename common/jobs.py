@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from slurm import controller
 
 # A dead node is noticed after SlurmdTimeout, five minutes by default; its job is then queued again.
 LOST_RANK_SECONDS = 600
-LOST_RANK_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+# gloo's words, and NCCL's.
+LOST_RANK_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exit",
+                   "exit of a remote peer")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Job(submitit.helpers.Checkpointable):
         """{"seconds": ...}, or {"error": line} for a user's mistake: that needs no traceback."""
         os.environ.setdefault("TQDM_MININTERVAL", "1")  # a bar in a log file: a line a second is enough
         started = time.monotonic()
+        _make_scratch()
         _forget_result()
         try:
             self._work()
@@ -78,6 +82,18 @@ def _cluster() -> str | None:
     return os.environ.get("SUBMITIT_EXECUTOR")
 
 
+def _make_scratch() -> None:
+    """The site file's scratch folder, on this node's own disk."""
+    folder = os.environ.get("TMPDIR")
+    try:
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        print(
+            f"warning: no folder {folder} on {platform.node()} (TMPDIR): {error.strerror}", file=sys.stderr, flush=True
+        )
+
+
 def _forget_result() -> None:
     """A job that is queued again keeps its number, and so does the file of what it raised before."""
     if _cluster() in ("local", "slurm"):
@@ -108,7 +124,7 @@ def _leave_to_slurm() -> None:
 
     To queue a cancelled job again would bring it back.
     """
-    if _cluster() == "slurm" and controller.own_state() != "RUNNING":
+    if _cluster() == "slurm" and controller.state(submitit.JobEnvironment().job_id) not in ("RUNNING", None):
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ def run_parts(recipe: Recipe, cluster: str, name: str, module: str, function: st
     resources = Resources(
         cpus_per_process=launch.cpus_per_process,
         gpus_per_process=min(1, launch.gpus_per_process),
+        share_of_node=1 / launch.processes,
         timeout_minutes=launch.timeout_minutes,
     )
     try:

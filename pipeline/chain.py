@@ -3,6 +3,8 @@
 `jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
 """
 
+import json
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +13,13 @@ from pathlib import Path
 import submitit
 
 from common.errors import UserError
-from common.files import alone_in, content_key, read_json, write_json
+from common.files import alone_in, content_key, write_json
 from common.loading import dump_recipe
 from common.recipe import Recipe
 from pipeline.stages import Stage, Step, steps
 from slurm import cluster, controller
+
+ENDING_SECONDS = 120  # a cancelled training saves first
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,19 @@ def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | Non
     """What `submit_chain` would give to sbatch; ids of jobs that are not submitted yet are shown as names."""
     after = None
     for step in _to_do(recipe, stages, {}):
-        made = _executor(recipe, step, after, code)
+        made = _executor(recipe, step, after, code, submits=False)
         yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(made, len(step.jobs))}"
         after = f"<{step.name}>"
 
 
 def listed_jobs(folder: Path) -> list[Submitted]:
     path = folder / "jobs.json"
-    return [Submitted(**entry) for entry in read_json(path)] if path.exists() else []
+    try:
+        return [Submitted(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); end what is on its way of this run's jobs (squeue --me), and delete it"
+        ) from None
 
 
 def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
@@ -96,10 +105,37 @@ def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted])
 
 
 def _alive(listed: Sequence[Submitted]) -> dict[str, Submitted]:
-    """By step, the jobs that have not ended. A job that the controller has forgotten ended long ago."""
-    states = controller.states(one.job for one in listed)
-    living = {job_id.partition("_")[0] for job_id, state in states.items() if state not in controller.OVER}
-    return {one.step: one for one in listed if one.job in living}
+    """By step, the jobs that are on their way: not those that will never start, as what they wait for has failed.
+
+    Waits for those that are just ending: only then is it known how. A job that the controller has forgotten ended long
+    ago. Raises UserError where some of an array have failed and others are still at work.
+    """
+    patience = time.monotonic() + ENDING_SECONDS
+    while True:
+        try:
+            states = controller.states(one.job for one in listed)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserError(f"cluster: slurm does not say which jobs are on their way ({error}); try again") from None
+        ending = [job_id for job_id, state in states.items() if state == "COMPLETING"]
+        if not ending:
+            break
+        if time.monotonic() > patience:
+            raise UserError(f"jobs {', '.join(ending)} have been ending for a while; try again when they have ended")
+        time.sleep(2)
+    living: set[str] = set()
+    lost: set[str] = set()
+    for job_id, state in states.items():
+        if state != "COMPLETED":
+            (lost if state in controller.OVER else living).add(job_id.partition("_")[0])
+    for one in listed:  # in the order of their submission
+        if one.job in lost & living:
+            raise UserError(
+                f"{one.step}: some of the jobs of array {one.job} have failed or were cancelled, others are at work; "
+                f"try again when they have ended, or end them (scancel {one.job})"
+            )
+        if one.after in lost:
+            lost.add(one.job)
+    return {one.step: one for one in listed if one.job in living - lost}
 
 
 def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str) -> None:
@@ -111,11 +147,12 @@ def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str
         )
 
 
-def _executor(recipe: Recipe, step: Step, after: str | None, code: Path | None) -> submitit.AutoExecutor:
-    resources = step.stage.resources(recipe)
-    folder = recipe.folder / "logs" / step.name
+def _executor(
+    recipe: Recipe, step: Step, after: str | None, code: Path | None, *, submits: bool = True
+) -> submitit.AutoExecutor:
+    folder, name = recipe.folder / "logs" / step.name, f"{recipe.name}-{step.name}"
     try:
-        return cluster.executor("slurm", folder, f"{recipe.name}-{step.name}", resources, after=after, code=code)
+        return cluster.executor("slurm", folder, name, step.resources, after=after, code=code, submits=submits)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -5,13 +5,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from zlib import crc32
 
 from common.errors import UserError
 from slurm.cluster import free_port
 
 if TYPE_CHECKING:
     import torch
+
+FIRST_PORT, PORTS = 10_000, 10_000  # below those that Linux gives away by itself
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -24,48 +27,73 @@ def export_environment() -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
     if "RANK" in os.environ:  # torchrun, the deepspeed launcher
         return
-    if "SUBMITIT_EXECUTOR" in os.environ:
-        found = _from_submitit()
-    elif "SLURM_STEP_NUM_TASKS" in os.environ:  # srun; a batch script alone is no rank
-        found = _from_srun()
+    where: dict[str, str] = {}
+    if os.environ.get("SUBMITIT_EXECUTOR", "slurm") != "slurm":
+        ranks = _from_submitit()
+    elif "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, by submitit or by hand; a batch script alone is no rank
+        ranks, where = _from_srun(), _rendezvous()
     else:
-        found = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    os.environ.update({key: str(value) for key, value in found.items()})
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
+        ranks = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({key: str(value) for key, value in ranks.items()})
+    for key, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | where).items():
+        os.environ.setdefault(key, value)
 
 
-def _from_submitit() -> dict[str, int | str]:
-    from submitit.helpers import TorchDistributedEnvironment
+def _from_submitit() -> dict[str, int]:
+    """On this machine; `slurm.cluster` exports the port."""
+    import submitit
 
-    job = TorchDistributedEnvironment()  # its port is a function of the job id, or MASTER_PORT
-    found: dict[str, int | str] = {
-        "RANK": job.rank,
-        "WORLD_SIZE": job.world_size,
+    job = submitit.JobEnvironment()
+    return {
+        "RANK": job.global_rank,
+        "WORLD_SIZE": job.num_tasks,
         "LOCAL_RANK": job.local_rank,
-        "LOCAL_WORLD_SIZE": job.local_world_size,
-        "MASTER_PORT": job.master_port,
+        "LOCAL_WORLD_SIZE": job.num_tasks,
     }
-    if job.local_world_size < job.world_size:  # one node stays on the loopback interface
-        found["MASTER_ADDR"] = job.master_addr
-    return found
 
 
-def _from_srun() -> dict[str, int | str]:
+def _from_srun() -> dict[str, int]:
+    world_size = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return {
+        "RANK": int(os.environ["SLURM_PROCID"]),
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": int(os.environ["SLURM_LOCALID"]),
+        "LOCAL_WORLD_SIZE": world_size // int(os.environ["SLURM_STEP_NUM_NODES"]),
+    }
+
+
+def _rendezvous() -> dict[str, str]:
+    """Where the tasks of a step meet. They must agree without talking: on a function of the step's number.
+
+    A job that is queued again gets another port: the one before may be taken. One node stays on the loopback interface.
+    """
     from submitit.slurm.slurm import SlurmJobEnvironment
 
-    world_size, nodes = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ["SLURM_STEP_NUM_NODES"])
-    found: dict[str, int | str] = {
-        "RANK": os.environ["SLURM_PROCID"],
-        "WORLD_SIZE": world_size,
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": world_size // nodes,
-        # All tasks of a step must agree without talking: the step's number picks the port.
-        "MASTER_PORT": 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"])) % 40000,
-    }
-    if nodes > 1:
-        found["MASTER_ADDR"] = SlurmJobEnvironment().hostnames[0]
+    class Step(SlurmJobEnvironment):
+        _env: ClassVar[dict[str, str]] = SlurmJobEnvironment._env | {"nodes": "SLURM_STEP_NODELIST"}
+
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    number = crc32(" ".join(os.environ.get(name, "0") for name in names).encode())
+    found = {"MASTER_PORT": str(FIRST_PORT + number % PORTS)}
+    if int(os.environ["SLURM_STEP_NUM_NODES"]) > 1:
+        found["MASTER_ADDR"] = Step().hostnames[0]
     return found
+
+
+def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
+    """Which of the `visible` GPUs is this process's: the one of its rank on the node, or the only one it was given.
+
+    SLURM shows every task all GPUs of its job on the node, or with --gpus-per-task or --gpu-bind only its own. Raises
+    UserError where several are seen that are too few.
+    """
+    if visible == 1:
+        return 0
+    if local_world_size > visible:
+        raise UserError(
+            f"launch.processes: {local_world_size} processes on a node of {visible} GPUs; each needs one of its own: "
+            f"set it to {visible}"
+        )
+    return local_rank
 
 
 @contextmanager
@@ -78,6 +106,9 @@ def process_group() -> Iterator[tuple[int, int]]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        # DeepSpeed takes LOCAL_RANK for the GPU's number.
+        local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["LOCAL_RANK"] = str(gpu_number(local_rank, local_world_size, torch.cuda.device_count()))
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         share_cores()

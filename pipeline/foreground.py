@@ -11,13 +11,13 @@ def plan(recipe: Recipe, stages: list[Stage], cluster: str) -> list[str]:
     """One line a stage, and the exact size of the network."""
     lines = [describe_network(recipe)]
     for stage in stages:
-        asked = stage.resources(recipe)
-        state = (
-            "finished"
-            if stage.finished(recipe)
-            else f"{asked.nodes} x {asked.processes} processes, --cluster {cluster}"
-        )
-        lines.append(f"{stage.name}: {state}")
+        if stage.finished(recipe):
+            lines.append(f"{stage.name}: finished")
+            continue
+        for step in steps(recipe, stage):
+            jobs = f"{len(step.jobs)} jobs of " if len(step.jobs) > 1 else ""
+            asked = f"{step.resources.nodes} x {step.resources.processes} processes"
+            lines.append(f"{step.name}: {jobs}{asked}, --cluster {cluster}")
     return [*lines, f"run folder: {recipe.folder}"]
 
 
@@ -34,7 +34,7 @@ def run_stage(stage: Stage, recipe: Recipe, cluster: str, title: str) -> None:
     for step in steps(recipe, stage):
         folder = recipe.folder / "logs" / step.name
         try:
-            made = executor(cluster, folder, f"{recipe.name}-{step.name}", stage.resources(recipe))
+            made = executor(cluster, folder, f"{recipe.name}-{step.name}", step.resources)
             outcomes = run_array(made, step.jobs, at_once=len(step.jobs), failed=failed)
         except ValueError as error:
             raise UserError(str(error)) from None

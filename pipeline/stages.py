@@ -4,7 +4,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import UserError
 from common.files import read_json, write_json
@@ -34,22 +34,23 @@ class Stage:
 
     def resources(self, recipe: Recipe) -> Resources:
         """Parallel stages get all processes; the others one, with the cores of all."""
-        launch = recipe.launch
         if self.parallel:
-            return Resources(
-                nodes=launch.nodes,
-                processes=launch.processes,
-                cpus_per_process=launch.cpus_per_process,
-                gpus_per_process=launch.gpus_per_process,
-                timeout_minutes=launch.timeout_minutes,
-                signal_seconds=launch.signal_seconds,
-            )
-        return Resources(
-            cpus_per_process=launch.processes * launch.cpus_per_process,
-            gpus_per_process=min(1, launch.gpus_per_process),
-            timeout_minutes=launch.timeout_minutes,
-            signal_seconds=launch.signal_seconds,
-        )
+            return _resources(recipe, recipe.launch.nodes, recipe.launch.processes)
+        alone = _resources(recipe, 1, 1)
+        return replace(alone, cpus_per_process=recipe.launch.processes * alone.cpus_per_process, share_of_node=1.0)
+
+
+def _resources(recipe: Recipe, nodes: int, processes: int) -> Resources:
+    launch = recipe.launch
+    return Resources(
+        nodes=nodes,
+        processes=processes,
+        cpus_per_process=launch.cpus_per_process,
+        gpus_per_process=launch.gpus_per_process,
+        share_of_node=processes / launch.processes,
+        timeout_minutes=launch.timeout_minutes,
+        signal_seconds=launch.signal_seconds,
+    )
 
 
 STAGES = (
@@ -82,21 +83,24 @@ def select(recipe: Recipe, names: str | None) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Step:
-    """Jobs that may run at the same time; those of the next step come after all of them."""
+    """Jobs that may run at the same time, and what each asks for; those of the next step come after all of them."""
 
     name: str
     stage: Stage
     jobs: Sequence[Job]
+    resources: Resources
 
 
 def steps(recipe: Recipe, stage: Stage) -> list[Step]:
-    """One job, or `launch.jobs` of them where the stage has parts, and what merges these."""
+    """One job, or `launch.jobs` of one process each where the stage has parts, and what merges these."""
     parts = recipe.launch.jobs
     if stage.part is None or parts == 1:
-        return [Step(stage.name, stage, [_job(recipe, stage, f"{stage.module}.{stage.function}")])]
+        job = _job(recipe, stage, f"{stage.module}.{stage.function}")
+        return [Step(stage.name, stage, [job], stage.resources(recipe))]
+    alone = _resources(recipe, 1, 1)
     jobs = [_job(recipe, stage, stage.part, part=part, parts=parts) for part in range(parts)]
-    merging = [Step(f"{stage.name}-merge", stage, [_job(recipe, stage, stage.merge)])] if stage.merge else []
-    return [Step(stage.name, stage, jobs), *merging]
+    merging = [Step(f"{stage.name}-merge", stage, [_job(recipe, stage, stage.merge)], alone)] if stage.merge else []
+    return [Step(stage.name, stage, jobs, alone), *merging]
 
 
 def _job(recipe: Recipe, stage: Stage, function: str, **arguments: int) -> Job:

@@ -2,22 +2,25 @@
 
 import os
 import shlex
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import submitit
 
 from slurm import controller
-from slurm.site_file import Site, load_site, submission_parameters
+from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
+WITHOUT_LIMIT = 10 * 365 * 24 * 60  # minutes; after three time limits submitit would end a local job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Resources:
     processes: int = 1
     cpus_per_process: int = 1
     gpus_per_process: int = 0
-    timeout_minutes: int = 60
+    share_of_node: float = 1.0  # of its memory
+    timeout_minutes: int = 60  # on SLURM
     signal_seconds: int = 120  # before that: time to save, and to be queued again
 
 
@@ -40,25 +44,29 @@ def executor(
     *,
     after: str | None = None,
     code: Path | None = None,
+    submits: bool = True,
 ) -> submitit.AutoExecutor:
     """A submitit executor whose jobs write their logs and pickles below `folder`; the site file says the rest.
 
     Args:
         after: SLURM only: the id of the job, or of the array, that has to succeed first.
         code: a folder whose Python packages the jobs import in place of the clone's.
+        submits: False where only `submission_script` is wanted: SLURM need not be there.
 
     Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for, and for a site file
     or a folder that SLURM cannot be given.
     """
-    cluster = _resolve(cluster, resources)
+    if submits:
+        cluster = _resolve(cluster, resources)
     site = load_site() if cluster == "slurm" else Site()
-    made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
+    with nullcontext() if submits else _on_paper():
+        made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
     made.update_parameters(
         name=name,
         nodes=resources.nodes,
         tasks_per_node=resources.processes,
         cpus_per_task=resources.cpus_per_process,
-        timeout_min=resources.timeout_minutes,
+        timeout_min=resources.timeout_minutes if cluster == "slurm" else WITHOUT_LIMIT,
     )
     if resources.gpus_per_process or cluster != "slurm":  # a cluster without GPUs refuses even none of them
         made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
@@ -95,15 +103,22 @@ def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
     return {"slurm_max_num_timeout": 10_000, **python}
 
 
+def _on_paper() -> AbstractContextManager[Any]:
+    """submitit makes no executor for SLURM where there is no `srun`, not even one that only writes scripts."""
+    return patch.object(submitit.SlurmExecutor, "affinity", return_value=1)
+
+
 def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
-    found = submission_parameters(site)
-    additional = {"requeue": True, **site.sbatch}  # a dead node's job starts again, whatever the cluster's default
+    found, additional = submission_parameters(site), sbatch_options(site)
+    if site.memory_gb is not None:
+        found["mem_gb"] = site.memory_gb * resources.share_of_node
     if after is not None:
         found["slurm_dependency"] = f"afterok:{after}"
-        additional["kill-on-invalid-dep"] = "yes"  # it would wait for ever
+        additional["kill_on_invalid_dep"] = "yes"  # it would wait for ever
     if code is not None:
         # `python -m` looks in the working directory first, which is the clone.
-        lines = (f"export PYTHONPATH={shlex.quote(str(code.resolve()))}", "export PYTHONSAFEPATH=1")
+        path = f"{shlex.quote(str(code.resolve()))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        lines = (f"export PYTHONPATH={path}", "export PYTHONSAFEPATH=1")
         found["slurm_setup"] = [*found.get("slurm_setup", []), *lines]
     return found | {
         "slurm_signal_delay_s": resources.signal_seconds,
@@ -190,7 +205,7 @@ def submit(
     """Submits calls, several as one array on SLURM, and waits for none. ValueError with SLURM's words if it refuses."""
     if made.cluster == "slurm" and at_once is not None:
         made.update_parameters(slurm_array_parallelism=at_once)
-    with controller.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
+    with controller.outside_of_jobs(), _on_this_machine() if made.cluster == "local" else nullcontext():
         try:
             return made.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
@@ -202,13 +217,20 @@ def submit(
 
 
 @contextmanager
-def _master_port() -> Iterator[None]:
-    """A free port in MASTER_PORT, which the tasks of a local job inherit; one drawn by each of them would differ."""
+def _on_this_machine() -> Iterator[None]:
+    """What the tasks of a local job inherit: a free port in MASTER_PORT, as one drawn by each of them would differ; and
+    an ear for SIGINT, by which submitit cancels them, and which processes in a shell's background are made to ignore.
+    """
     before = os.environ.get("MASTER_PORT")
     os.environ["MASTER_PORT"] = str(free_port())
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         del os.environ["MASTER_PORT"]
         if before is not None:
             os.environ["MASTER_PORT"] = before

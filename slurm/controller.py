@@ -36,26 +36,25 @@ def outside_of_jobs() -> Iterator[None]:
 def states(job_ids: Iterable[str]) -> dict[str, str]:
     """State by job id (`12`, or `12_3` in an array), of those that the controller still knows.
 
-    Raises subprocess.CalledProcessError where it does not answer; it forgets jobs some minutes after their end.
+    Raises OSError or subprocess.SubprocessError where it does not answer; it forgets jobs some minutes after their end.
     """
     wanted = sorted({job_id.partition("_")[0] for job_id in job_ids})
     if not wanted:
         return {}
-    asked = subprocess.run(
-        ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", f"--jobs={','.join(wanted)}"],
-        capture_output=True,
-        text=True,
-    )
+    asked = _squeue("%i|%T", ",".join(wanted))
     if asked.returncode and "Invalid job id" not in asked.stderr:
         asked.check_returncode()
     return dict(line.strip().split("|", 1) for line in asked.stdout.splitlines())
 
 
-def own_state() -> str:
-    """The state of the job that this process belongs to; RUNNING where the controller does not answer."""
-    asked = subprocess.run(
-        ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"],
-        capture_output=True,
-        text=True,
-    )
-    return asked.stdout.strip() or "RUNNING"
+def state(job_id: str) -> str | None:
+    """The state of one job, or of one of an array; None where it cannot be learned."""
+    try:
+        return _squeue("%T", job_id).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _squeue(what: str, jobs: str) -> subprocess.CompletedProcess[str]:
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--format={what}", f"--jobs={jobs}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)

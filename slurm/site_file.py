@@ -1,21 +1,36 @@
 """What this cluster wants of every job: partition, account, set-up lines. One YAML file, never part of a recipe."""
 
 import os
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 DEFAULT = Path(__file__).parent / "site.yaml"
 VARIABLE = "FPDM_SITE"
 ONE_LINE = r"^[^\n]*$"
+VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
 Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
+
+# What the recipe's `launch` section says, and what jobs find one another by.
+OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "nodes", "ntasks",
+        "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time")  # fmt: skip
+
+
+def _not_ours(option: str) -> str:
+    if option.replace("_", "-") in OURS:
+        raise ValueError(f"{option} is not the site's to say: the recipe's launch section does, or the project itself")
+    return option
+
+
+Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_not_ours)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -26,12 +41,13 @@ class Site:
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node
+    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node; jobs of fewer processes ask for their share
     exclusive: StrictBool = False
     setup: tuple[Line, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
-    scratch: Line | None = None  # a folder on each node's own disk, with $VARIABLES; TMPDIR of every job
-    sbatch: dict[Word, Line | StrictBool | int] = Field(default_factory=dict)  # any other option of sbatch
+    scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
+    # Any other option of sbatch, such as gpus-per-node where GPUs have types.
+    sbatch: dict[Option, Line | StrictBool | int] = Field(default_factory=dict)
 
 
 def load_site(path: str | Path | None = None) -> Site:
@@ -59,19 +75,35 @@ def _first_fault(error: ValidationError) -> str:
     name = ".".join(map(str, fault["loc"][:1])) or "site"
     if fault["type"] == "unexpected_keyword_argument":
         return f"{name}: unknown key; allowed: {', '.join(one.name for one in fields(Site))}"
-    return f"{name}: {fault['msg']}; found {fault['input']!r}"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}; found {fault['input']!r}"
 
 
 def submission_parameters(site: Site) -> dict[str, Any]:
-    """The site's part of what `submitit.AutoExecutor.update_parameters` takes; `site.sbatch` is apart from it."""
-    lines = [f"export TMPDIR={shlex.quote(os.path.expandvars(site.scratch))}"] if site.scratch else []
+    """The site's part of what `submitit.AutoExecutor.update_parameters` takes, without memory and `sbatch_options`."""
+    lines = [f"export TMPDIR={_with_variables(site.scratch)}"] if site.scratch else []
     wanted = {
         "slurm_partition": site.partition,
         "slurm_account": site.account,
         "slurm_qos": site.qos,
         "slurm_constraint": site.constraint,
         "slurm_exclusive": site.exclusive or None,
-        "slurm_setup": [*lines, *site.setup] or None,
-        "mem_gb": site.memory_gb,
+        "slurm_setup": [*site.setup, *lines] or None,
     }
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def sbatch_options(site: Site) -> dict[str, str | bool | int]:
+    """By submitit's names, so that they take the place of its own. A dead node's job starts again, whatever the
+    cluster's default.
+    """
+    wanted = {name.replace("-", "_"): value for name, value in site.sbatch.items() if value is not False}
+    return {"requeue": True, **wanted}
+
+
+def _with_variables(text: str) -> str:
+    """Shell words of `text` in which `$NAME` and `${NAME}` are put in when the job runs, and nothing else is special.
+
+    A variable that is not set there ends the job with its name.
+    """
+    parts = VARIABLES.split(text)  # literal, name, literal, ...
+    return "".join(f'"${{{part}:?}}"' if number % 2 else shlex.quote(part) for number, part in enumerate(parts))

@@ -6,6 +6,7 @@ python slurm/status.py runs/demo [--lines 5]
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,8 +37,14 @@ def status(run: Path, lines: int) -> Iterator[str]:
     listing = run / "jobs.json"
     if not listing.exists():
         raise ValueError(f"{listing}: no such file; a run folder whose stages were submitted with --detach has one")
+    try:
+        jobs = [
+            {name: entry[name] for name in ("step", "job", "parts", "logs")}
+            for entry in json.loads(listing.read_text())
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{listing}: damaged ({error!r}); squeue --me shows what is on its way") from None
     yield ROW.format("step", "job", "state", "requeues", "elapsed", "why, or where")
-    jobs = json.loads(listing.read_text())
     asked = [(listed, tasks_of(listed)) for listed in jobs]
     for listed, tasks in asked:
         for task in tasks or [{"JobId": listed["job"], "JobState": told_by_files(listed)}]:
@@ -58,7 +65,7 @@ def tasks_of(listed: dict[str, Any]) -> list[dict[str, str]]:
     asked = _output("scontrol", "--oneliner", "show", "job", listed["job"])
     found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in asked.splitlines()]
     if found:
-        return found
+        return sorted(found, key=lambda task: int(re.split("[-,%]", task.get("ArrayTaskId", "0"))[0]))
     told = _output("sacct", "--allocations", "--parsable2", "--noheader", "--format=JobID,State,Elapsed,NodeList",
                    f"--jobs={listed['job']}")  # fmt: skip
     rows = [line.split("|") for line in told.splitlines()]

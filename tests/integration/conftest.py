@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.slurm_cluster.fixtures import cluster_with_sacct, cluster_without_sacct, slurm  # noqa: F401 (fixtures)
+from tests.slurm_cluster.fixtures import slurm, three_nodes, two_nodes  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[2]
 

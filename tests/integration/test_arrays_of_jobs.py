@@ -1,6 +1,7 @@
 """Arrays of jobs: all results in order, a limit on how many run at once, and the first failure told."""
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,12 @@ def wait_in_vain() -> None:
     time.sleep(600)
 
 
-@pytest.mark.slow  # it passes alone in seconds, and hung once beside another worker of pytest: not understood yet
-def test_a_job_of_several_tasks_tells_the_failure_that_came_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in a shell's background"])
+def test_a_job_of_several_tasks_tells_the_failure_that_came_first(
+    tmp_path: Path, handler: Any, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for function in (partial(fail_in_turn, tmp_path), wait_in_vain):
         made = executor("local", tmp_path / "logs", "tasks", Resources(processes=2))
         with pytest.raises(submitit.core.utils.FailedJobError, match="the cause"):

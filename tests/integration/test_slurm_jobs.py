@@ -15,7 +15,7 @@ from pipeline.snapshot import take_snapshot
 from slurm.cluster import Resources, executor, run, run_array, submit
 from tests.integration.conftest import ROOT, environment
 from tests.slurm_cluster.configuration import Cluster
-from tests.slurm_cluster.fixtures import squeue, state, use, wait_until
+from tests.slurm_cluster.fixtures import squeue, state, wait_until
 
 WORK = "tests.slurm_cluster.work"
 FOUR = Resources(nodes=2, processes=2, timeout_minutes=5)
@@ -77,6 +77,14 @@ def test_arrays_give_all_results_with_so_many_at_once(slurm: Cluster, tmp_path: 
     assert "#SBATCH --array=0-2%2" in script.read_text()
 
 
+@pytest.mark.parametrize(("gpus", "seen"), [(1, "0,1"), (0, "none")])
+def test_a_rank_sees_the_gpus_of_its_job_on_its_node(slurm: Cluster, tmp_path: Path, gpus: int, seen: str) -> None:
+    (tmp_path / "seen").mkdir()
+    asked = Resources(nodes=2, processes=2, gpus_per_process=gpus, timeout_minutes=5)
+    run(made(tmp_path, asked), job("gpus", folder=str(tmp_path / "seen")), failed=failed)
+    assert {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()} == dict.fromkeys("0123", seen)
+
+
 def test_a_full_queue_is_waited_in(slurm: Cluster, tmp_path: Path) -> None:
     asked = ["sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 600"]
     other = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -106,13 +114,19 @@ def test_a_path_that_slurm_would_change_is_refused(slurm: Cluster, tmp_path: Pat
 
 def test_the_site_file_reaches_every_job(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(f"partition: high\nscratch: '{tmp_path}/a b'\nsetup: ['export FPDM_TEST=1']\nsbatch: {{nice: 5}}\n")
+    site.write_text(
+        "partition: high\nmemory_gb: 4\nsetup: ['export DISK=disk']\nsbatch: {nice: 5}\n"
+        f"scratch: '{tmp_path}/a b/$DISK/$SLURM_JOB_ID'\n"
+    )
     monkeypatch.setenv("FPDM_SITE", str(site))
-    submitted = submit(made(tmp_path), [job("note", path=str(tmp_path / "note"))])[0]
-    assert squeue("%P|%y", "--states=all", f"--jobs={submitted.job_id}") == ["high|5"]
+    asked = Resources(timeout_minutes=5, share_of_node=0.25)
+    submitted = submit(made(tmp_path, asked), [job("note", path=str(tmp_path / "note"))])[0]
+    assert squeue("%P|%y|%m", "--states=all", f"--jobs={submitted.job_id}") == ["high|5|1G"]
     wait_until((tmp_path / "note").exists, "the job")
     wait_until(lambda: state(submitted.job_id) == "COMPLETED", "its end")
-    assert (tmp_path / "note").read_text().splitlines()[2] == f"{tmp_path}/a b"
+    scratch = tmp_path / "a b/disk" / submitted.job_id
+    assert (tmp_path / "note").read_text().splitlines()[2] == str(scratch)
+    assert scratch.is_dir()
 
 
 def test_a_wrong_partition_is_told_with_the_file_to_correct(
@@ -125,7 +139,10 @@ def test_a_wrong_partition_is_told_with_the_file_to_correct(
         submit(made(tmp_path), [job("mistake")])
 
 
-def test_a_job_runs_the_code_as_it_was_when_it_was_submitted(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_job_runs_the_code_as_it_was_when_it_was_submitted(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the snapshot comes before it, and has no tests
     code = take_snapshot(tmp_path / HOSTILE / "code")
     assert take_snapshot(tmp_path / HOSTILE / "code") == code
     run(made(tmp_path, code=code), job("note", path=str(tmp_path / "note")), failed=failed)
@@ -147,26 +164,3 @@ def test_a_job_submitted_from_a_job_does_not_inherit_it(slurm: Cluster, tmp_path
         env=environment() | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     wait_until((tmp_path / "note").exists, (tmp_path / "outer").read_text() if (tmp_path / "outer").exists() else "it")
-
-
-def test_status_asks_sacct_where_the_controller_has_forgotten(
-    cluster_with_sacct: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(cluster_with_sacct, monkeypatch)
-    asked = ["sbatch", "--parsable", "--output=/dev/null", "--wrap=exit 7"]
-    number = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    wait_until(lambda: state(number) == "FAILED", "the job to fail")
-    listed = f'[{{"step": "train", "job": "{number}", "parts": 1, "logs": "{tmp_path}"}}]'
-    (tmp_path / "jobs.json").write_text(listed)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "bin/scontrol").chmod(0o755)
-    for path, expected in ((f"{tmp_path}/bin:", ["FAILED"]), ("", ["FAILED", "exit status 7"])):
-        command = [sys.executable, str(ROOT / "slurm/status.py"), str(tmp_path)]
-        told = environment() | {"PATH": path + cluster_with_sacct.environment["PATH"]}
-
-        def says(command: list[str] = command, told: dict[str, str] = told, expected: list[str] = expected) -> bool:
-            shown = subprocess.run(command, env=told, capture_output=True, text=True, check=True).stdout
-            return number in shown and all(word in shown for word in expected)
-
-        wait_until(says, f"status.py to say {expected}", 30)

@@ -1,1 +1,1 @@
-"""A real SLURM on this host, for tests: munge, slurmctld, accounting, and several nodes that are processes."""
+"""A real SLURM on this host, for tests: munge, slurmctld, and several nodes that are processes."""

@@ -1,6 +1,6 @@
 """Runs a command inside a SLURM cluster that lives as long as the command does.
 
-python -m tests.slurm_cluster [--nodes 2] [--without-accounting] COMMAND [ARGUMENT ...]
+python -m tests.slurm_cluster [--nodes 2] COMMAND [ARGUMENT ...]
 """
 
 import argparse
@@ -10,20 +10,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.slurm_cluster.daemons import running
+from tests.slurm_cluster.daemons import die_with_parent, running
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--without-accounting", action="store_true", help="no slurmdbd, so that sacct fails")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         try:
-            with running(Path(folder), arguments.nodes, not arguments.without_accounting) as cluster:
-                return subprocess.run(arguments.command, env=cluster.environment).returncode
+            with running(Path(folder), arguments.nodes) as cluster:
+                done = subprocess.run(arguments.command, env=cluster.environment, preexec_fn=die_with_parent)
+                return done.returncode
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -5,7 +5,7 @@ import platform
 import secrets
 import shutil
 import socket
-import time
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,13 @@ PROGRAMS = {
     "slurmd": "slurmd",
     "sbatch": "slurm-client",
     "munged": "munge",
-    "slurmdbd": "slurmdbd",
-    "mariadbd": "mariadb-server-core",
 }
+NAMESPACES = ("--pid", "--fork", "--kill-child", "--uts", "--mount")
 LONGEST_FOLDER = 66  # sockets lie below it, and their paths end at 107 bytes
 
 SLURM_CONF = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -58,10 +57,10 @@ KillWait=3
 # A step that ends while its srun gives up can hang for six MessageTimeouts: its node is not drained for that.
 UnkillableStepTimeout=180
 MinJobAge=3600
-# submitit's folders outlive this cluster: a number used again would find the results of another job.
+# submitit's folders outlive this cluster: a number used again would find the results of another job. Two clusters on
+# this host must differ too: the tasks of a job meet at a port that is a function of its number.
 FirstJobId={first_job}
 GresTypes=gpu
-{accounting}
 {nodes}
 PartitionName=DEFAULT Nodes=node[1-{count}] MaxTime=INFINITE DefMemPerCPU=100 State=UP
 PartitionName=main Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
@@ -69,34 +68,14 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
 """
 # Distinct host names behind one address: distinct addresses break srun inside jobs.
 NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=16000 Gres=gpu:8"
-ACCOUNTING = """\
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
-AccountingStoragePort={port}
-AccountingStoragePass={folder}/run/munge.sock"""
-SLURMDBD_CONF = """\
-DbdHost=localhost
-DbdAddr=127.0.0.1
-DbdPort={port}
-CommunicationParameters=NoInAddrAny
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge.sock
-LogFile={folder}/log/slurmdbd.log
-PidFile={folder}/run/slurmdbd.own
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm_acct_db
-"""
-# What a node runs: a host name, /proc and /etc/slurm of its own, and a slurmd.
-NODE_INIT = """\
+# HOST COMMAND ...: runs it as on a host of its own, with a name, /proc and /etc/slurm, all names at 127.0.0.1.
+AS_HOST = """\
 hostname "$1" && mount --bind "$SLURM_TEST/etc/hosts" /etc/hosts && mkdir -p /etc/slurm &&
   mount --bind "$SLURM_TEST/etc" /etc/slurm && mount -t proc proc /proc && mount -t tmpfs tmpfs /dev/shm || exit 1
-mkdir -p "$SLURM_TEST/spool/$1"
-# -b reports a reboot: the controller then requeues the jobs that a node powered off had.
-exec slurmd -D -b -N "$1"
+shift
+exec "$@"
 """
+CONTROLLER = "controller"  # its host
 
 
 @dataclass(frozen=True)
@@ -105,8 +84,7 @@ class Cluster:
 
     folder: Path
     nodes: int
-    accounting: bool
-    port: int  # slurmctld's; slurmdbd has the next one, the nodes those after it
+    port: int  # slurmctld's; the nodes have those after it
 
     @property
     def names(self) -> list[str]:
@@ -120,59 +98,48 @@ class Cluster:
         return kept | {"PATH": path, "SLURM_CONF": str(self.folder / "etc/slurm.conf"), "SLURM_TEST": str(self.folder)}
 
 
-def require(accounting: bool) -> None:
+def require() -> None:
     """Raises RuntimeError with one line where a cluster cannot run here."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    needed = [name for name in PROGRAMS if accounting or name not in ("slurmdbd", "mariadbd")]
-    missing = [PROGRAMS[name] for name in needed if shutil.which(name, path=path) is None]
+    missing = [package for name, package in PROGRAMS.items() if shutil.which(name, path=path) is None]
     if missing:
         raise RuntimeError(f"no SLURM here: apt-get install --no-install-recommends {' '.join(missing)}")
     if os.geteuid() != 0:
         raise RuntimeError("a SLURM cluster for tests runs as root: its nodes are namespaces")
-    host = platform.node()
-    if socket.gethostbyname(host) != "127.0.0.1":
-        raise RuntimeError(f"{host} must be 127.0.0.1 in /etc/hosts: the cluster stays on the loopback interface")
+    tried = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        raise RuntimeError(f"no hosts of its own for a SLURM cluster: {tried.stderr.strip()} (docker run --privileged)")
 
 
-def configure(folder: Path, nodes: int, accounting: bool) -> Cluster:
+def configure(folder: Path, nodes: int) -> Cluster:
     """Writes a new cluster's files below `folder`, which must be new or empty."""
     folder = folder.resolve()
     if len(str(folder)) > LONGEST_FOLDER or " " in str(folder):
         raise RuntimeError(f"{folder}: longer than {LONGEST_FOLDER} characters, or with spaces; unix sockets lie in it")
-    for name in ("etc", "run", "state", "log", "db", "dev", "spool"):
+    cluster = Cluster(folder, nodes, _free_ports(nodes + 1))
+    for name in ("etc", "run", "state", "log", "dev", *(f"spool/{name}" for name in cluster.names)):
         (folder / name).mkdir(parents=True)
-    cluster = Cluster(folder, nodes, accounting, _free_ports(nodes + 2))
-    host = platform.node()
     for number in range(8):  # SLURM wants character devices
         (folder / "dev" / f"nvidia{number}").symlink_to("/dev/null")
-    lines = [NODE.format(name=name, port=cluster.port + 2 + number) for number, name in enumerate(cluster.names)]
-    where = {"folder": folder, "port": cluster.port + 1}
+    lines = [NODE.format(name=name, port=cluster.port + 1 + number) for number, name in enumerate(cluster.names)]
     texts = {
-        "hosts": "".join(f"127.0.0.1 {name}\n" for name in ("localhost", host, *cluster.names)),
+        "hosts": "".join(f"127.0.0.1 {name}\n" for name in ("localhost", platform.node(), CONTROLLER, *cluster.names)),
         "gres.conf": f"AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu File={folder}/dev/nvidia[0-7]\n",
         "slurm.conf": SLURM_CONF.format(
-            host=host,
+            controller=CONTROLLER,
             folder=folder,
             port=cluster.port,
-            first_job=_first_job(),
-            accounting=ACCOUNTING.format(**where) if accounting else "",
+            first_job=1 + secrets.randbelow(60_000_000),
             nodes="\n".join(lines),
             count=nodes,
         ),
-        "slurmdbd.conf": SLURMDBD_CONF.format(**where),
-        "node-init": NODE_INIT,
+        "as-host": AS_HOST,
     }
     for name, text in texts.items():
         (folder / "etc" / name).write_text(text)
-    for name in ("slurmdbd.conf", "munge.key"):
-        (folder / "etc" / name).touch()
-        (folder / "etc" / name).chmod(0o600)
+    (folder / "etc/munge.key").touch(mode=0o600)
     (folder / "etc/munge.key").write_bytes(secrets.token_bytes(1024))
     return cluster
-
-
-def _first_job() -> int:
-    return int(time.time()) % 60_000_000
 
 
 def _free_ports(count: int) -> int:

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,36 +16,45 @@ from tests.slurm_cluster.daemons import running
 WITHOUT = "FPDM_WITHOUT_SLURM"
 
 
-def cluster(accounting: bool) -> Iterator[Cluster]:
-    """Two nodes. Where they cannot be had the tests fail and say why, unless FPDM_WITHOUT_SLURM leaves them out."""
+def skip_without_slurm() -> None:
     if os.environ.get(WITHOUT):
         pytest.skip(f"{WITHOUT} is set")
+
+
+@contextmanager
+def cluster(nodes: int) -> Iterator[Cluster]:
+    """Where a cluster cannot be had the tests fail and say why, unless FPDM_WITHOUT_SLURM leaves them out."""
+    skip_without_slurm()
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         try:
-            with running(Path(folder), 2, accounting) as made:
+            with running(Path(folder), nodes) as made:
                 yield made
         except RuntimeError as error:
             pytest.fail(f"{error} (scripts/setup.sh --test; or set {WITHOUT}=1)", pytrace=False)
 
 
 @pytest.fixture(scope="session")
-def cluster_without_sacct() -> Iterator[Cluster]:
-    yield from cluster(accounting=False)
+def two_nodes() -> Iterator[Cluster]:
+    with cluster(2) as made:
+        yield made
 
 
 @pytest.fixture
-def cluster_with_sacct() -> Iterator[Cluster]:
-    yield from cluster(accounting=True)
-
-
-@pytest.fixture
-def slurm(cluster_without_sacct: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def slurm(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The cluster, idle, as the one that this process and what it starts see; its jobs are gone afterwards."""
-    use(cluster_without_sacct, monkeypatch)
-    yield cluster_without_sacct
+    use(two_nodes, monkeypatch)
+    yield two_nodes
     subprocess.run(["scancel", "--user=root"], check=True)
     subprocess.run(["scancel", "--user=root", "--signal=KILL"], check=False)
     wait_until(lambda: not squeue("%i"), "the queue to be empty")
+
+
+@pytest.fixture
+def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster of its own, for a test that destroys a node."""
+    with cluster(3) as made:
+        use(made, monkeypatch)
+        yield made
 
 
 def use(made: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,11 @@ def note(recipe: Recipe, *, path: str) -> None:
     Path(path).write_text(f"{common.jobs.__file__}\n{os.uname().nodename}\n{os.environ.get('TMPDIR', '')}\n")
 
 
+def gpus(recipe: Recipe, *, folder: str) -> None:
+    """Which GPUs each rank sees."""
+    Path(folder, os.environ["SLURM_PROCID"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+
+
 def wait(recipe: Recipe, *, seconds: int) -> None:
     time.sleep(seconds)
 
@@ -49,8 +54,8 @@ def end_the_process(recipe: Recipe) -> None:
     os._exit(3)
 
 
-def train_slowly(recipe: Recipe, *, step_seconds: float) -> None:
-    """The real training, with steps that take their time, so that there is time to interrupt it."""
+def train_slowly(recipe: Recipe, *, step_seconds: float, slow_starts: int) -> None:
+    """The real training, with steps that take their time in its first starts, so that there is time to interrupt it."""
     from fpdm.diffusion import Diffusion
     from pipeline.trainer import train
 
@@ -60,5 +65,6 @@ def train_slowly(recipe: Recipe, *, step_seconds: float) -> None:
         time.sleep(step_seconds)
         return loss(*arguments, **named)
 
-    Diffusion.loss = slow  # type: ignore[method-assign]
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < slow_starts:
+        Diffusion.loss = slow  # type: ignore[method-assign]
     train(recipe)

@@ -1,12 +1,14 @@
 """A process finds out who it is under every launcher, and a job is asked for what its recipe says."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from common.loading import parse_recipe
-from pipeline.distributed import export_environment
-from pipeline.stages import STAGES
+from pipeline.distributed import export_environment, gpu_number
+from pipeline.stages import STAGES, steps
 from slurm.cluster import Resources, executor
 
 LAUNCHERS = {
@@ -23,7 +25,8 @@ LAUNCHERS = {
             "SLURM_STEP_NUM_NODES": "2",
             "SLURM_STEP_ID": "0",
             "SLURM_JOB_ID": "17",
-            "SLURM_JOB_NODELIST": "host-a",
+            "SLURM_STEP_NODELIST": "host-[b,d]",
+            "SLURM_JOB_NODELIST": "host-[a-d]",
         },
         ("5", "8", "1", "4"),
     ),
@@ -46,16 +49,39 @@ LAUNCHERS = {
 def test_every_launcher_tells_rank_and_world_size(
     given: dict[str, str], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what the call sets is undone
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    export_environment()
-    assert tuple(os.environ[name] for name in names) == expected
+    assert tuple(exported(given, monkeypatch)[name] for name in names) == expected
+
+
+def exported(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment after `export_environment`, of a process that is launched with `given`."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os, "environ", {name: value for name, value in os.environ.items() if name not in launcher} | given
+        )
+        export_environment()
+        return dict(os.environ)
+
+
+def test_the_tasks_of_a_step_meet_on_its_first_node_at_a_port_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = LAUNCHERS["srun"][0]
+    first = exported(given, monkeypatch)
+    assert first["MASTER_ADDR"] == "host-b"
+    others = [{"SLURM_PROCID": "0"}, {"SLURM_JOB_ID": "18"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}]
+    ports = [exported(given | change, monkeypatch)["MASTER_PORT"] for change in others]
+    assert ports[0] == first["MASTER_PORT"]  # of another rank
+    assert len(set(ports)) == len(ports)
+    assert all(10_000 <= int(port) < 20_000 for port in ports)
+    assert exported(given | {"MASTER_PORT": "4000"}, monkeypatch)["MASTER_PORT"] == "4000"
+    assert exported(given | {"SLURM_STEP_NUM_NODES": "1"}, monkeypatch)["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_was_given() -> None:
+    assert [gpu_number(rank, 4, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert [gpu_number(rank, 4, 1) for rank in range(4)] == [0, 0, 0, 0]
+    with pytest.raises(UserError, match=r"launch\.processes: 8 processes on a node of 4 GPUs.*set it to 4"):
+        gpu_number(0, 8, 4)
 
 
 def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -> None:
@@ -65,6 +91,16 @@ def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -
         nodes=2, processes=8, cpus_per_process=6, gpus_per_process=1, timeout_minutes=240
     )
     assert asked["encode"] == Resources(cpus_per_process=48, gpus_per_process=1, timeout_minutes=240)
+
+
+def test_parts_of_a_stage_ask_for_one_process_each_and_its_share_of_a_nodes_memory() -> None:
+    text = "name: a\nlaunch: {nodes: 2, processes: 8, cpus_per_process: 6, gpus_per_process: 1, jobs: 3}"
+    made = [step for stage in STAGES for step in steps(parse_recipe(text), stage)]
+    alone = Resources(cpus_per_process=6, gpus_per_process=1, share_of_node=1 / 8, timeout_minutes=240)
+    asked = {step.name: (len(step.jobs), step.resources) for step in made}
+    assert asked["encode"] == asked["sample"] == (3, alone)
+    assert asked["encode-merge"] == (1, alone)
+    assert asked["train"][1].processes == 8
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The site file: every fault is one line that names file and field; nothing of it is needed."""
 
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from slurm.site_file import Site, load_site, submission_parameters
+from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -12,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 def test_the_example_is_a_site_file() -> None:
     site = load_site(ROOT / "slurm/site.example.yaml")
     assert site.partition == "gpu"
-    assert submission_parameters(site)["slurm_setup"][1:] == ["module load cuda/12.4", "export NCCL_SOCKET_IFNAME=ib0"]
+    assert submission_parameters(site)["slurm_setup"][:-1] == [
+        "module load cuda/12.4",
+        "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0",
+    ]
 
 
 def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -30,6 +35,11 @@ def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.Monkey
         ("partition: 'two words'", "partition: String should match pattern"),
         ("setup: module load cuda", "setup: Input should be a valid tuple"),
         ('setup: ["one\\ntwo"]', "setup: String should match pattern"),
+        (
+            "sbatch: {output: x}",
+            "sbatch: output is not the site's to say: the recipe's launch section does",
+        ),
+        ("sbatch: {'a b': x}", "sbatch: String should match pattern"),
         ("- gpu", "site: Input should be a dictionary or an instance of Site"),
         ("a: [", "not readable as YAML"),
     ],
@@ -43,13 +53,23 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
     assert "\n" not in str(raised.value)
 
 
+def test_the_sites_options_take_the_place_of_ours() -> None:
+    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5}))
+    assert options == {"requeue": True, "gpus_per_node": "a100:8", "nice": 5}
+
+
 def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FPDM_SITE", str(tmp_path / "none.yaml"))
     with pytest.raises(ValueError, match=r"none\.yaml: no such file; FPDM_SITE names it"):
         load_site()
 
 
-def test_a_scratch_folder_reaches_the_shell_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("USER", "it's me")
-    found = submission_parameters(Site(scratch="/local/$USER; $(touch pwned)"))
-    assert found["slurm_setup"] == ["""export TMPDIR='/local/it'"'"'s me; $(touch pwned)'"""]
+def test_a_scratch_folder_takes_the_jobs_variables_and_nothing_else_of_the_shells(tmp_path: Path) -> None:
+    site = Site(scratch="/local/$USER/${SLURM_JOB_ID}/it's $(touch pwned) `touch pwned`")
+    (line,) = submission_parameters(site)["slurm_setup"]
+    command = ["bash", "-c", f'{line}; printf %s "$TMPDIR"']
+    asked = partial(subprocess.run, command, capture_output=True, text=True, cwd=tmp_path)
+    told = asked(env={"USER": "a b; $(touch pwned)", "SLURM_JOB_ID": "12"})
+    assert told.stdout == "/local/a b; $(touch pwned)/12/it's $(touch pwned) `touch pwned`"
+    assert not list(tmp_path.iterdir())
+    assert "USER: parameter null or not set" in asked(env={}).stderr

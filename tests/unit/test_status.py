@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def show(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def show(run: Path, *arguments: str, path: str | Path = "/nowhere") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "slurm/status.py"), str(run), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={"PATH": "/nowhere"}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env={"PATH": str(path)}, timeout=60)
 
 
 @pytest.fixture
@@ -50,3 +50,30 @@ def test_a_run_without_jobs_is_told_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/jobs.json: no such file; a run folder whose stages were submitted with")
+
+
+def test_a_damaged_listing_is_told_in_one_line(run: Path) -> None:
+    for text in ("[{", '[{"step": "train"}]', "7"):
+        (run / "jobs.json").write_text(text)
+        done = show(run)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {run}/jobs.json: damaged (")
+
+
+def test_where_the_controller_has_forgotten_sacct_is_asked(run: Path) -> None:
+    told = {  # by SLURM 22.05
+        "12": "12_0|COMPLETED|00:00:02|node1\n12_[1-3%1]|PENDING|00:00:00|None assigned",
+        "13": "13|CANCELLED by 0|00:00:04|node1",
+    }
+    (run / "bin").mkdir()
+    sacct = "#!/bin/sh\n" + "".join(f"case $* in *--jobs={job}) echo '{text}';; esac\n" for job, text in told.items())
+    for name, text in {"sacct": sacct, "scontrol": "#!/bin/sh\nexit 1\n"}.items():
+        (run / "bin" / name).write_text(text)
+        (run / "bin" / name).chmod(0o755)
+    rows = [line.split() for line in show(run, path=run / "bin").stdout.splitlines()[1:4]]
+    assert rows == [
+        ["encode", "12_0", "COMPLETED", "-", "00:00:02", "node1"],
+        ["encode", "12_[1-3%1]", "PENDING", "-", "-"],
+        ["train", "13", "CANCELLED", "-", "00:00:04", "node1"],
+    ]
