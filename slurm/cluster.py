@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +191,7 @@ def submit(
     """Submits calls, several as one array on SLURM, and waits for none. ValueError with SLURM's words if it refuses."""
     if made.cluster == "slurm" and at_once is not None:
         made.update_parameters(slurm_array_parallelism=at_once)
-    with controller.outside_of_jobs(), _master_port() if made.cluster == "local" else nullcontext():
+    with controller.outside_of_jobs(), _local_jobs() if made.cluster == "local" else nullcontext():
         try:
             return made.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
@@ -202,13 +203,19 @@ def submit(
 
 
 @contextmanager
-def _master_port() -> Iterator[None]:
-    """A free port in MASTER_PORT, which the tasks of a local job inherit; one drawn by each of them would differ."""
-    before = os.environ.get("MASTER_PORT")
+def _local_jobs() -> Iterator[None]:
+    """What local jobs that are started inside inherit: a free port in MASTER_PORT, which each of their tasks would draw
+    otherwise, and SIGINT, by which submitit cancels: a script's `command &` ignores it, and so would all below it.
+    """
+    before, ignored = os.environ.get("MASTER_PORT"), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     os.environ["MASTER_PORT"] = str(free_port())
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         del os.environ["MASTER_PORT"]
         if before is not None:
             os.environ["MASTER_PORT"] = before

@@ -1,7 +1,9 @@
 """Arrays of jobs: all results in order, a limit on how many run at once, and the first failure told."""
 
 import os
+import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,15 @@ def wait_in_vain() -> None:
     time.sleep(600)
 
 
-@pytest.mark.slow  # it passes alone in seconds, and hung once beside another worker of pytest: not understood yet
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """As in what a script starts with `&`: SIGINT is ignored, by which submitit cancels, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
 def test_a_job_of_several_tasks_tells_the_failure_that_came_first(tmp_path: Path) -> None:
     for function in (partial(fail_in_turn, tmp_path), wait_in_vain):
         made = executor("local", tmp_path / "logs", "tasks", Resources(processes=2))
