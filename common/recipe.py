@@ -133,7 +133,7 @@ class Train:
     compile: StrictBool = False  # each block by torch.compile: minutes at the start
     deepspeed_config: str | None = None  # a JSON file of your own; what it leaves out comes from the recipe
     checkpoint_samples: Count = 5_120_000
-    background_saves: StrictBool = True  # false: training waits for each; a kill then never costs over one interval
+    background_saves: StrictBool = False  # true: beside the next steps; a kill costs them too
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
     keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
     resume_from: str | None = None  # a checkpoint's folder to begin with, while this run has none of its own

@@ -24,7 +24,7 @@ from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
 from pipeline.data import Batch, Stream, open_latents, staged
-from pipeline.distributed import any_rank, process_group, raise_together, rank_and_world_size
+from pipeline.distributed import any_rank, control_group, process_group, rank_and_world_size, told_by_all
 from pipeline.engine import (
     build_engine,
     deepspeed_config,
@@ -61,11 +61,14 @@ def train(recipe: Recipe) -> None:
         raise UserError(str(error)) from None
     with ExitStack() as open_things:
         stop = open_things.enter_context(stop_requests())
-        if rank == 0:
-            with checkpoint.disk_faults_told(recipe.folder):
-                open_things.enter_context(alone_in(recipe.folder))
         open_things.enter_context(process_group())
-        Trainer(recipe, staged(recipe, open_shards(recipe)), rank, world_size, stop).run()
+        control = control_group()
+        with told_by_all(control):
+            if rank == 0:
+                with checkpoint.disk_faults_told(recipe.folder):
+                    open_things.enter_context(alone_in(recipe.folder))
+            shards = staged(recipe, open_shards(recipe))
+        Trainer(recipe, shards, rank, world_size, control, stop).run()
 
 
 def finished(recipe: Recipe) -> bool:
@@ -112,15 +115,21 @@ class Trainer:
     """One rank's part of a run."""
 
     def __init__(
-        self, recipe: Recipe, shards: LatentShards, rank: int, world_size: int, stop: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        shards: LatentShards,
+        rank: int,
+        world_size: int,
+        control: Any,
+        stop: StopRequest | None = None,
     ) -> None:
-        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        """`control`: the group of `control_group`."""
+        self.recipe, self.rank, self.world_size, self.control = recipe, rank, world_size, control
         self.stop = StopRequest() if stop is None else stop
         self.total, self.diffusion = total_samples(recipe), diffusion(recipe)
-        self.control: Any = torch.distributed.new_group(backend="gloo")
         self.identity = identity(recipe, shards)
         self.config = deepspeed_config(recipe, world_size)
-        found = checkpoint.newest_checkpoint(recipe, self.identity)
+        found = self._checkpoint()
         self._resume_at(found)
         network = denoiser_config(recipe)
         state = checkpoint.part(found.state, "model") if found else None
@@ -138,6 +147,19 @@ class Trainer:
         self.painter: GridPainter | None = None
         self.log: TrainingLog | None = None
         self.fault: UserError | None = None  # of rank 0's files, told to all at the next step
+
+    def _checkpoint(self) -> checkpoint.Found | None:
+        """The one that rank 0 finds: over a network file system another rank may still see an older listing."""
+        found = None
+        with told_by_all(self.control):
+            if self.rank == 0:
+                found = checkpoint.newest_checkpoint(self.recipe, self.identity)
+        chosen = [found.folder if found else None]
+        torch.distributed.broadcast_object_list(chosen, src=0, group=self.control)
+        with told_by_all(self.control):
+            if chosen[0] is not None and found is None:
+                found = checkpoint.whole_checkpoint(chosen[0], self.identity)
+        return found
 
     def _resume_at(self, found: checkpoint.Found | None) -> None:
         """Sets what the loop counts to where the checkpoint stands, or to nothing."""
@@ -320,18 +342,15 @@ class Trainer:
 
         A launcher kills the others once one has left, so none may leave before. All ranks raise rank 0's UserError.
         """
-        state, error = {}, None
+        state = {}
         if with_weights or self.samples_seen > self.samples_saved:
             state = checkpoint.collect(self.engine, self.averages)
-        try:
+        with told_by_all(self.control):
             if state:
                 arguments = (self.recipe, state, self.samples_seen, self.identity, self._progress())
                 self.writer.start(partial(checkpoint.write, *arguments, with_weights=with_weights))
             if wait:
                 self.writer.wait()
-        except UserError as fault:
-            error = fault
-        raise_together(error, self.control)
         self.samples_saved = self.samples_seen
 
     def _paint(self) -> None:
@@ -351,9 +370,9 @@ class Trainer:
 
     def _begin(self) -> None:
         """What is written before the first step. All ranks raise rank 0's UserError."""
-        new, error = self.samples_seen == 0, None
+        new = self.samples_seen == 0
         weights = gather(self.engine, parameter_shards(self.engine)) if new else {}
-        try:
+        with told_by_all(self.control):
             if self.rank == 0:
                 with checkpoint.disk_faults_told(self.recipe.folder):
                     self._describe()
@@ -361,9 +380,6 @@ class Trainer:
                     if new:  # the untrained network, by every average's name, for the comparison in the report
                         averages = dict.fromkeys(ema_names(self.recipe), weights)
                         checkpoint.export_averages(self.recipe, averages, 0, self.identity)
-        except UserError as fault:
-            error = fault
-        raise_together(error, self.control)
 
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import ROOT, Experiment, environment, started
-from tests.integration.faults import disk_full_at_save, loss_spike_at, nan_in_sample, planted, without_wandb
+from tests.integration.faults import (
+    disk_full_at_save,
+    fp16_on_a_cpu,
+    loss_spike_at,
+    nan_in_sample,
+    planted,
+    without_wandb,
+)
 from tests.integration.ranks import run_ranks
 
 TRAIN = "pipeline/train.py"
@@ -189,6 +196,24 @@ def test_steps_that_are_not_finite_are_skipped_where_the_recipe_allows_it(experi
         done = run_ranks(experiment, *settings, f"train.total_samples={total}", ranks=2, before=fault)
         assert done.statuses == [0, 0], done.output
     assert newest_state(again) == newest_state(run)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_finds_its_loss_scale_and_goes_on_with_it(experiment: Experiment, stage: int, tmp_path: Path) -> None:
+    """On a CPU, where DeepSpeed would refuse it: the same code as on a GPU, and fp16's own rounding and overflow."""
+    own = tmp_path / "scale.json"  # far too much, and doubled again after every two steps
+    own.write_text(json.dumps({"fp16": {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 2}}))
+    settings = ("train.precision=fp16", f"train.zero_stage={stage}", f"train.deepspeed_config={own}")
+    runs = [experiment.folder / "runs" / f"fp16-{stage}-{name}" for name in ("whole", "cut")]
+    for run, totals in zip(runs, ((320,), (80, 320)), strict=True):
+        for total in totals:
+            given = (f"name={run.name}", f"train.total_samples={total}", *settings)
+            done = run_ranks(experiment, *given, ranks=2, before=planted(fp16_on_a_cpu))
+            assert done.statuses == [0, 0], done.output
+    assert 2 <= sum(line["skipped_steps"] for line in metrics(runs[0])) < 10
+    assert metrics(runs[1]) == metrics(runs[0])
+    assert newest_state(runs[1]) == newest_state(runs[0])
+    assert all(line["gradient_norm"] < 1 for line in metrics(runs[0]) if line["loss"] is not None)  # without the scale
 
 
 def test_a_learning_rate_that_explodes_ends_training_before_anything_is_saved(experiment: Experiment) -> None:
