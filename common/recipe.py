@@ -142,6 +142,8 @@ class Train:
     log_samples: Count = 51_200
     grid_samples: CountOrZero = 0  # every so many a grid of samples is drawn from the first average; 0: never
     grid_pictures: Count = 16
+    distance_samples: CountOrZero = 0  # every so many the distance of a few samples of that average is logged; 0: never
+    distance_pictures: Annotated[StrictInt, Field(ge=2)] = 1000  # drawn by rank 0 while the others wait
     tensorboard: StrictBool = True
     wandb_project: str | None = None  # Weights & Biases, where it is installed
     peak_tflops: Positive | None = None  # of one device, for flop_utilisation; null: known GPUs alone

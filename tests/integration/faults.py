@@ -64,10 +64,10 @@ def killed_at_byte(save: int, size: int) -> None:
     """
 
     def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores, to raise an OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     if os.environ["RANK"] == "0":
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and raises an OSError
         _at_call("pipeline.checkpoint", "write", save, limit)
 
 

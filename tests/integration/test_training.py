@@ -316,6 +316,33 @@ def test_grids_of_samples_are_drawn_at_their_interval(experiment: Experiment) ->
         assert picture.size == (96, 64)  # three by two pictures of 32 pixels
 
 
+def test_the_distance_logged_while_training_is_the_one_that_evaluation_measures(experiment: Experiment) -> None:
+    settings = ("name=distances", "train.total_samples=64", "train.log_samples=64")
+    done = run_ranks(experiment, *settings, "train.distance_samples=32", "train.distance_pictures=12", ranks=2)
+    assert done.statuses == [0, 0], done.output
+    run = experiment.folder / "runs/distances"
+    lines = metrics(run)
+    assert [line["samples"] for line in lines] == [32, 64]
+    assert {line["distance_name"] for line in lines} == {"FD (EfficientNet-Lite0) of 12 samples"}
+    for script in ("pipeline/sample.py", "pipeline/eval_fid.py"):
+        done = experiment.run(script, *settings)
+        assert done.returncode == 0, done.stderr
+    measured = json.loads((run / "metrics.json").read_text())["distances"]
+    assert lines[-1]["distance"] == pytest.approx(measured["trained"], rel=1e-3)
+
+
+def test_what_distances_and_grids_need_is_looked_for_before_the_first_step(experiment: Experiment) -> None:
+    missing = (
+        ("train.grid_samples=32", "vae.path=./nowhere", "vae.path: ./nowhere is no folder"),
+        ("train.distance_samples=32", "evaluate.reference=nowhere", "evaluate.reference: nowhere is neither"),
+    )
+    for wish, override, expected in missing:
+        done = run_ranks(experiment, "name=unprepared", wish, override, ranks=2)
+        assert done.statuses == [2, 2], done.output
+        assert done.errors[0].startswith(f"error: {expected}")
+    assert not (experiment.folder / "runs/unprepared/metrics.jsonl").exists()  # no step was done
+
+
 def test_a_width_made_afterwards_is_near_the_one_that_training_kept(experiment: Experiment) -> None:
     from safetensors.torch import load_file
 
