@@ -32,7 +32,7 @@ import torch
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
-from pipeline.distributed import process_group
+from pipeline.distributed import control_group, process_group
 from pipeline.trainer import Trainer, open_shards
 from pipeline.training_log import Progress, TrainingLog
 from preprocess.shards import Sample, write_index, write_shard
@@ -108,7 +108,7 @@ def measure(size: str, batch: int, rounds: int) -> list[Row]:
         make_shards(folder / "shards", 256)
         recipe = make_recipe(folder, size, batch, WARM_UP + rounds)
         stack.enter_context(process_group())
-        trainer = Trainer(recipe, open_shards(recipe), rank=0, world_size=1)
+        trainer = Trainer(recipe, open_shards(recipe), rank=0, world_size=1, control=control_group())
         recipe.folder.mkdir(parents=True)
         trainer.log = TrainingLog(recipe, 0, trainer.identity)
         trainer.throughput.watch.clock = time.thread_time  # the batches' thread is not the network's

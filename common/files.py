@@ -13,6 +13,9 @@ from typing import Any
 
 from common.errors import UserError
 
+_umask = os.umask(0)  # it is read by setting it
+os.umask(_umask)
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -22,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     `.<name>.<node>.<pid>.tmp`, which no reader takes for an artefact.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -37,14 +40,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """As `atomic_write`, for a folder: it is filled under a temporary name and takes the place of `path` at the end."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     aside = path.parent / f".{path.name}.{os.getpid()}.old.tmp"  # the one that is replaced, until the new one is there
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
+        for file in (*temporary.rglob("*"), temporary):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask)  # some libraries let nobody else read what they write
             sync(file)
         if path.exists():
             path.replace(aside)
@@ -55,6 +60,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def _make(folder: Path) -> None:
+    """With what is above it, all on disk: what is in a folder is not, while the folder is not."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 @contextmanager
 def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Holds `folder` for this process until the block, or the process, ends. Raises UserError naming who holds it.
@@ -62,7 +75,7 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: b
     `shared`: holds it together with others that hold it so, and against all that do not. `wait`: until nobody else
     does. `name`: of the lock's file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     _locks.add(lock)
     try:
@@ -105,6 +118,13 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed `atomic_write` or `atomic_folder` left in `folder`; only for who alone writes there."""
     for path in folder.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder that `atomic_folder` made; a kill in the middle leaves no part of it under its name."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    folder.replace(aside)
+    shutil.rmtree(aside)
 
 
 def sync(path: Path) -> None:

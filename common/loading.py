@@ -166,10 +166,9 @@ def check_together(recipe: Recipe) -> None:
 
 
 def _check_training(train: Train) -> None:
-    if train.zero_stage == 0 and train.precision in ("bf16", "fp16"):
+    if train.zero_stage == 0 and train.precision == "fp16":
         raise ValueError(
-            f"train.zero_stage: 0 keeps no fp32 parameters beside {train.precision} ones; use 1, 2 or 3, or precision "
-            "fp32"
+            "train.zero_stage: at 0 DeepSpeed does not scale the loss that fp16 needs scaled; use 1, 2 or 3"
         )
     if train.zero_stage == 0 and train.offload_optimizer:
         raise ValueError("train.offload_optimizer: ZeRO stage 0 has no optimizer of its own to move; use 1, 2 or 3")

@@ -133,7 +133,7 @@ class Train:
     compile: StrictBool = False  # each block by torch.compile: minutes at the start
     deepspeed_config: str | None = None  # a JSON file of your own; what it leaves out comes from the recipe
     checkpoint_samples: Count = 5_120_000
-    background_saves: StrictBool = True  # false: training waits for each; a kill then never costs over one interval
+    background_saves: StrictBool = False  # true: beside the next steps; a kill costs them too
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
     keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
     resume_from: str | None = None  # a checkpoint's folder to begin with, while this run has none of its own
@@ -142,6 +142,8 @@ class Train:
     log_samples: Count = 51_200
     grid_samples: CountOrZero = 0  # every so many a grid of samples is drawn from the first average; 0: never
     grid_pictures: Count = 16
+    distance_samples: CountOrZero = 0  # every so many the distance of a few samples of that average is logged; 0: never
+    distance_pictures: Annotated[StrictInt, Field(ge=2)] = 1000  # drawn by rank 0 while the others wait
     tensorboard: StrictBool = True
     wandb_project: str | None = None  # Weights & Biases, where it is installed
     peak_tflops: Positive | None = None  # of one device, for flop_utilisation; null: known GPUs alone

@@ -121,11 +121,29 @@ def process_group() -> Iterator[tuple[int, int]]:
         torch.distributed.destroy_process_group()
 
 
+def _own_gpu() -> int:
+    """This process's GPU among those that it sees: all of the node, or its own alone where SLURM binds them to tasks.
+
+    Raises UserError where there are more processes than GPUs.
+    """
+    import torch
+
+    seen, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if seen == 1:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes its device from there
+        return 0
+    if local >= seen:
+        raise UserError(
+            f"launch.processes: {os.environ.get('LOCAL_WORLD_SIZE', local + 1)} on a node with {seen} GPUs; start one "
+            "process a GPU"
+        )
+    return local
+
+
 def any_rank(asked: bool, error: UserError | None, group: Any) -> bool:
     """Whether any rank was `asked`; if any has an error, the first such rank's is raised on every rank.
 
-    No rank is left waiting for another that gave up. `group` must be a gloo group: asking over NCCL would wait for the
-    GPU's queue in every step.
+    No rank is left waiting for another that gave up. `group`: that of `control_group`.
     """
     import torch
     import torch.distributed as dist
@@ -140,9 +158,25 @@ def any_rank(asked: bool, error: UserError | None, group: Any) -> bool:
     return bool(anyone)
 
 
-def raise_together(error: UserError | None, group: Any) -> None:
-    """As `any_rank`, of errors alone."""
+@contextmanager
+def told_by_all(group: Any) -> Iterator[None]:
+    """All ranks raise the UserError that the first of them raises inside, and none goes on before all are through."""
+    error = None
+    try:
+        yield
+    except UserError as fault:
+        error = fault
     any_rank(False, error, group)
+
+
+def control_group() -> Any:
+    """Where ranks agree on what to do next, in the host's memory: over NCCL each such question would wait for the GPU.
+
+    One may keep the others waiting: with shards to fetch, a checkpoint to write, pictures to draw.
+    """
+    import torch
+
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
 def share_cores() -> None:

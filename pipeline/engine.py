@@ -27,12 +27,12 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     `micro_batch_size` must be resolved (`with_world_size`). Raises UserError for what DeepSpeed cannot do, or for a
     file that contradicts the recipe.
     """
+    from deepspeed.accelerator import get_accelerator
+
     settings = recipe.train
     assert settings.micro_batch_size is not None
     chosen = precision(recipe)
-    if chosen != "fp32" and settings.zero_stage == 0:
-        raise UserError(f"train.zero_stage: 0 keeps no fp32 parameters beside {chosen} ones; use 1, 2 or 3")
-    if chosen == "fp16" and not torch.cuda.is_available():
+    if chosen == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("train.precision: fp16 needs a GPU, and this machine has none; use fp32, or bf16 to try it")
     stage = zero_stage(recipe, world_size)
     zero: dict[str, Any] = {"stage": stage}
@@ -51,7 +51,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,  # the training loop does the printing
     }
     config = generated if settings.deepspeed_config is None else _own_config(settings.deepspeed_config, generated)
-    if stage == 0:
+    if stage == 0 and chosen == "fp32":
         config["gradient_clipping"] = 0.0  # `update` does it there
     return config
 
@@ -145,9 +145,10 @@ def spoiled_by(loss: Tensor) -> Tensor:
 def update(engine: Any, gradient_clipping: float) -> float:
     """The optimiser's step at the end of an accumulation. Returns the norm of the gradient over all ranks, unclipped.
 
-    Where it is not finite, nothing was updated: above stage 0 DeepSpeed sees to that, below it is done here.
+    Where it is not finite, nothing was updated. DeepSpeed sees to that, but in fp32 at stage 0, where it leaves torch's
+    optimiser as it is, and this does.
     """
-    if engine.zero_optimization_stage() > 0:
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.step()
         return float(engine.get_global_grad_norm())
     parameters = list(engine.module.parameters())
@@ -165,9 +166,9 @@ def update(engine: Any, gradient_clipping: float) -> float:
 def scaler_state(engine: Any) -> dict[str, float]:
     """Where the fp16 loss scaler stands; empty where nothing is scaled."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)  # there is one of scale 1 in other precisions too
-    if not getattr(scaler, "dynamic_loss_scale", False):
+    if not getattr(scaler, "dynamic", False):
         return {}
-    return {name: getattr(scaler, name) for name in SCALER_STATE if hasattr(scaler, name)}
+    return {name: getattr(scaler, name) for name in SCALER_STATE}
 
 
 def restore_scaler(engine: Any, state: dict[str, float]) -> None:

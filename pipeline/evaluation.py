@@ -76,7 +76,7 @@ class Evaluation:
 
     def measure(self, pictures: SampleRanges | PictureSet) -> None:
         """Writes the numbers of one set, with what it and the reference were made of."""
-        against = self._reference_summary
+        against = self.reference_summary
         own = pictures.summaries() if isinstance(pictures, SampleRanges) else iter([self._summary(pictures)])
         ranges, counts = [], []
         for summary in own:
@@ -141,7 +141,7 @@ class Evaluation:
         ]
 
     @cached_property
-    def _reference_summary(self) -> Summary:
+    def reference_summary(self) -> Summary:
         summary = Summary({}, {}) if self.reference.open is None else self._summary(self.reference)
         if self.reference.statistics is None:
             return summary

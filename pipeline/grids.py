@@ -17,11 +17,10 @@ from preprocess.images import to_uint8
 
 
 class GridPainter:
-    """Draws `train.grid_pictures` samples of given weights as one picture. The autoencoder is loaded once."""
+    """Draws `train.grid_pictures` samples of given weights as one picture."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.vae = Encoder(recipe.vae, device)
+    def __init__(self, recipe: Recipe, vae: Encoder, device: torch.device) -> None:
+        self.recipe, self.vae, self.device = recipe, vae, device
 
     def paint(self, weights: dict[str, Tensor], samples_seen: int) -> Path:
         """Writes `grids/<samples seen>.png`. Raises ValueError where samples come out non-finite or constant."""

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
@@ -24,7 +24,7 @@ from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
 from pipeline.data import Batch, Stream, open_latents, staged
-from pipeline.distributed import any_rank, process_group, raise_together, rank_and_world_size
+from pipeline.distributed import any_rank, control_group, process_group, rank_and_world_size, told_by_all
 from pipeline.engine import (
     build_engine,
     deepspeed_config,
@@ -44,7 +44,11 @@ from pipeline.signals import StopRequest, stop_requests
 from pipeline.training_log import Progress, TrainingLog
 from pipeline.watching import Interval, Throughput, loss_sums
 from pipeline.zero import gather, parameter_shards, start_moments
+from preprocess.encoder import Encoder
 from preprocess.shards import LatentShards
+
+if TYPE_CHECKING:
+    from pipeline.online import OnlineDistance
 
 
 def train(recipe: Recipe) -> None:
@@ -61,11 +65,14 @@ def train(recipe: Recipe) -> None:
         raise UserError(str(error)) from None
     with ExitStack() as open_things:
         stop = open_things.enter_context(stop_requests())
-        if rank == 0:
-            with checkpoint.disk_faults_told(recipe.folder):
-                open_things.enter_context(alone_in(recipe.folder))
         open_things.enter_context(process_group())
-        Trainer(recipe, staged(recipe, open_shards(recipe)), rank, world_size, stop).run()
+        control = control_group()
+        with told_by_all(control):
+            if rank == 0:
+                with checkpoint.disk_faults_told(recipe.folder):
+                    open_things.enter_context(alone_in(recipe.folder))
+            shards = staged(recipe, open_shards(recipe))
+        Trainer(recipe, shards, rank, world_size, control, stop).run()
 
 
 def finished(recipe: Recipe) -> bool:
@@ -112,15 +119,21 @@ class Trainer:
     """One rank's part of a run."""
 
     def __init__(
-        self, recipe: Recipe, shards: LatentShards, rank: int, world_size: int, stop: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        shards: LatentShards,
+        rank: int,
+        world_size: int,
+        control: Any,
+        stop: StopRequest | None = None,
     ) -> None:
-        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        """`control`: the group of `control_group`."""
+        self.recipe, self.rank, self.world_size, self.control = recipe, rank, world_size, control
         self.stop = StopRequest() if stop is None else stop
         self.total, self.diffusion = total_samples(recipe), diffusion(recipe)
-        self.control: Any = torch.distributed.new_group(backend="gloo")
         self.identity = identity(recipe, shards)
         self.config = deepspeed_config(recipe, world_size)
-        found = checkpoint.newest_checkpoint(recipe, self.identity)
+        found = self._checkpoint()
         self._resume_at(found)
         network = denoiser_config(recipe)
         state = checkpoint.part(found.state, "model") if found else None
@@ -136,8 +149,22 @@ class Trainer:
         self.throughput = Throughput(recipe, network, self.engine.device, world_size)
         self.writer = BackgroundWriter()
         self.painter: GridPainter | None = None
+        self.distance: OnlineDistance | None = None
         self.log: TrainingLog | None = None
         self.fault: UserError | None = None  # of rank 0's files, told to all at the next step
+
+    def _checkpoint(self) -> checkpoint.Found | None:
+        """The one that rank 0 finds: over a network file system another rank may still see an older listing."""
+        found = None
+        with told_by_all(self.control):
+            if self.rank == 0:
+                found = checkpoint.newest_checkpoint(self.recipe, self.identity)
+        chosen = [found.folder if found else None]
+        torch.distributed.broadcast_object_list(chosen, src=0, group=self.control)
+        with told_by_all(self.control):
+            if chosen[0] is not None and found is None:
+                found = checkpoint.whole_checkpoint(chosen[0], self.identity)
+        return found
 
     def _resume_at(self, found: checkpoint.Found | None) -> None:
         """Sets what the loop counts to where the checkpoint stands, or to nothing."""
@@ -181,7 +208,8 @@ class Trainer:
         """One step, and what is due after it."""
         settings, watch, before = self.recipe.train, self.throughput.watch, self.samples_seen
         after = before + settings.batch_size
-        logs = after == self.total or crosses(before, after, settings.log_samples)
+        measures = crosses(before, after, settings.distance_samples)
+        logs = measures or after == self.total or crosses(before, after, settings.log_samples)
         with watch("data"):
             batches = self._batches()
         iterations = self._iterations()
@@ -194,8 +222,9 @@ class Trainer:
         self.samples_seen = after
         self.throughput.count(settings.batch_size, iterations)
         progress.advance(settings.batch_size)
+        distance = self._measure() if measures else None
         if logs:
-            self._report(progress, result, iterations)
+            self._report(progress, result, iterations, distance)
         if crosses(before, after, settings.grid_samples):
             self._paint()
         if crosses(before, after, settings.checkpoint_samples) and after < self.total:
@@ -290,7 +319,9 @@ class Trainer:
         ids = self.feed.sample_ids(self.samples_seen)
         return [number for number, loss in zip(ids, losses, strict=True) if not math.isfinite(loss)]
 
-    def _report(self, progress: Progress, result: StepResult, iterations: tuple[int, int]) -> None:
+    def _report(
+        self, progress: Progress, result: StepResult, iterations: tuple[int, int], distance: float | None
+    ) -> None:
         """The log line of the interval that ends here, on rank 0; gradient norm and residual are the last step's."""
         speed, interval, self.interval = self.throughput.read(), self.interval, Interval()
         if self.log is None:
@@ -307,10 +338,13 @@ class Trainer:
             "grad_iterations": iterations[1],
             **speed,
         }
+        words = {}
+        if distance is not None and self.distance is not None:
+            values["distance"], words["distance_name"] = distance, self.distance.name
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         try:
             with checkpoint.disk_faults_told(self.log.metrics):
-                self.log.write(values)
+                self.log.write(values, **words)
         except UserError as fault:
             self.fault = fault
         progress.show(values)
@@ -320,28 +354,23 @@ class Trainer:
 
         A launcher kills the others once one has left, so none may leave before. All ranks raise rank 0's UserError.
         """
-        state, error = {}, None
+        state = {}
         if with_weights or self.samples_seen > self.samples_saved:
             state = checkpoint.collect(self.engine, self.averages)
-        try:
+        with told_by_all(self.control):
             if state:
                 arguments = (self.recipe, state, self.samples_seen, self.identity, self._progress())
                 self.writer.start(partial(checkpoint.write, *arguments, with_weights=with_weights))
             if wait:
                 self.writer.wait()
-        except UserError as fault:
-            error = fault
-        raise_together(error, self.control)
         self.samples_saved = self.samples_seen
 
     def _paint(self) -> None:
         """A grid of samples from the first average, on rank 0."""
-        name = ema_names(self.recipe)[0]
-        weights = gather(self.engine, self.averages.shards[name])
-        if self.log is None:
+        weights = self._first_average()
+        if self.log is None or self.painter is None:
             return
         try:
-            self.painter = self.painter or GridPainter(self.recipe, self.engine.device)
             with checkpoint.disk_faults_told(self.recipe.folder):
                 self.log.picture(self.painter.paint(weights, self.samples_seen), self.samples_seen)
         except ValueError as error:  # a network that has learned nothing may draw nothing
@@ -349,11 +378,25 @@ class Trainer:
         except UserError as fault:
             self.fault = fault
 
+    def _measure(self) -> float | None:
+        """The distance of samples from the first average, on rank 0."""
+        weights = self._first_average()
+        if self.log is None or self.distance is None:
+            return None
+        try:
+            return self.distance.measure(weights)
+        except UserError as error:
+            self.log.event({"samples": self.samples_seen, "event": "no distance", "reason": str(error)})
+            return None
+
+    def _first_average(self) -> dict[str, Tensor]:
+        return gather(self.engine, self.averages.shards[ema_names(self.recipe)[0]])
+
     def _begin(self) -> None:
         """What is written before the first step. All ranks raise rank 0's UserError."""
-        new, error = self.samples_seen == 0, None
+        new = self.samples_seen == 0
         weights = gather(self.engine, parameter_shards(self.engine)) if new else {}
-        try:
+        with told_by_all(self.control):
             if self.rank == 0:
                 with checkpoint.disk_faults_told(self.recipe.folder):
                     self._describe()
@@ -361,9 +404,19 @@ class Trainer:
                     if new:  # the untrained network, by every average's name, for the comparison in the report
                         averages = dict.fromkeys(ema_names(self.recipe), weights)
                         checkpoint.export_averages(self.recipe, averages, 0, self.identity)
-        except UserError as fault:
-            error = fault
-        raise_together(error, self.control)
+                self._prepare_pictures()
+
+    def _prepare_pictures(self) -> None:
+        """Loads what grids and distances need: a model that is missing is told now, not at the first of them."""
+        settings = self.recipe.train
+        if settings.grid_samples or settings.distance_samples:
+            vae = Encoder(self.recipe.vae, self.engine.device)
+            if settings.grid_samples:
+                self.painter = GridPainter(self.recipe, vae, self.engine.device)
+            if settings.distance_samples:
+                from pipeline.online import OnlineDistance  # seconds to import
+
+                self.distance = OnlineDistance(self.recipe, vae)
 
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""

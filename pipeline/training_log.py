@@ -37,9 +37,9 @@ class TrainingLog:
         if recipe.train.wandb_project:
             self.wandb = _start_wandb(recipe, identity)
 
-    def write(self, values: Values) -> None:
-        """One log line; `values["samples"]` is where it stands."""
-        _append(self.metrics, values)
+    def write(self, values: Values, **words: str) -> None:
+        """One log line; `values["samples"]` is where it stands, `words` belong to it."""
+        _append(self.metrics, values | words)
         samples = values["samples"]
         numbers = {f"train/{name}": value for name, value in values.items() if value is not None}
         if self.tensorboard is not None:

@@ -46,10 +46,12 @@ def moment_shards(engine: Any, name: str) -> list[Tensor]:
 
 def gather(engine: Any, shards: list[Tensor]) -> dict[str, Tensor]:
     """Whole fp32 tensors on the CPU by parameter name, from flat ones. All ranks must call it; rank 0 gets them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     whole = {}
     with _in_place_of_parameters(engine, shards), torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            value = _full(parameter)
+        for name, parameter, shard in _with_shards(engine, shards):
+            value = safe_get_full_fp32_param(parameter) if shard is None else shard
             if engine.global_rank == 0:
                 whole[name] = value.detach().to("cpu", torch.float32).clone()
     return whole
@@ -58,15 +60,24 @@ def gather(engine: Any, shards: list[Tensor]) -> dict[str, Tensor]:
 def scatter(engine: Any, whole: dict[str, Tensor], shards: list[Tensor]) -> None:
     """Writes this rank's part of whole tensors into flat ones: the inverse of `gather`, on every rank."""
     with _in_place_of_parameters(engine, shards), torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            _set_full(parameter, whole[name].to(engine.device))
+        for name, parameter, shard in _with_shards(engine, shards):
+            value = whole[name].to(engine.device)
+            _set_full(parameter, value) if shard is None else shard.copy_(value)
+
+
+def _with_shards(engine: Any, shards: list[Tensor]) -> Iterator[tuple[str, Any, Tensor | None]]:
+    """(name, parameter, shard): at stage 0, where nothing is in parts, shards are whole tensors; None above it."""
+    whole = engine.zero_optimization_stage() == 0
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        yield name, parameter, shards[number] if whole else None
 
 
 @contextmanager
 def _in_place_of_parameters(engine: Any, shards: list[Tensor]) -> Iterator[None]:
     """Inside, the engine's fp32 parameters hold the numbers of `shards`; what is written to them ends in `shards`."""
     parameters = [shard.detach() for shard in parameter_shards(engine)]
-    if all(one.data_ptr() == other.data_ptr() for one, other in zip(parameters, shards, strict=True)):
+    themselves = all(one.data_ptr() == other.data_ptr() for one, other in zip(parameters, shards, strict=True))
+    if themselves or engine.zero_optimization_stage() == 0:
         yield
         return
     kept = [parameter.clone() for parameter in parameters]
@@ -83,13 +94,6 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
         target.detach().copy_(source.detach())
 
 
-def _full(parameter: Tensor) -> Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    value = safe_get_full_fp32_param(parameter)
-    return parameter if value is None else value  # None: stage 0, where nothing is in parts
-
-
 def _set_full(parameter: Any, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -99,7 +103,5 @@ def _set_full(parameter: Any, value: Tensor) -> None:
             value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())
         )
         safe_set_local_fp32_param(parameter, padded.narrow(0, part * torch.distributed.get_rank(), part))
-    elif hasattr(parameter, "_hp_mapping"):
-        safe_set_full_fp32_param(parameter, value)
     else:
-        parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value)

@@ -57,6 +57,20 @@ def killed_at_sync(number: int) -> None:
         _at_call("common.files", "sync", number, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def killed_at_byte(save: int, size: int) -> None:
+    """Rank 0 is killed by the kernel inside the write of its `save`th checkpoint that makes a file larger than `size`.
+
+    What was written until then is in the file, as after a kill -9.
+    """
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    if os.environ["RANK"] == "0":
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and raises an OSError
+        _at_call("pipeline.checkpoint", "write", save, limit)
+
+
 def recording(path: Path) -> None:
     """Every batch read is noted: a line a sample with its position, its id, and a checksum of all that was drawn."""
     from pipeline.data import Batch, Stream
@@ -75,6 +89,13 @@ def recording(path: Path) -> None:
         return found
 
     Stream.batch = batch  # type: ignore[method-assign]
+
+
+def fp16_on_a_cpu() -> None:
+    """DeepSpeed refuses fp16 on CPUs for being slow there."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]
 
 
 def without_wandb() -> None:

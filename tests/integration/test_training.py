@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import ROOT, Experiment, environment, started
-from tests.integration.faults import disk_full_at_save, loss_spike_at, nan_in_sample, planted, without_wandb
+from tests.integration.faults import (
+    disk_full_at_save,
+    fp16_on_a_cpu,
+    loss_spike_at,
+    nan_in_sample,
+    planted,
+    without_wandb,
+)
 from tests.integration.ranks import run_ranks
 
 TRAIN = "pipeline/train.py"
@@ -191,6 +198,24 @@ def test_steps_that_are_not_finite_are_skipped_where_the_recipe_allows_it(experi
     assert newest_state(again) == newest_state(run)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_finds_its_loss_scale_and_goes_on_with_it(experiment: Experiment, stage: int, tmp_path: Path) -> None:
+    """On a CPU, where DeepSpeed would refuse it: the same code as on a GPU, and fp16's own rounding and overflow."""
+    own = tmp_path / "scale.json"  # far too much, and doubled again after every two steps
+    own.write_text(json.dumps({"fp16": {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 2}}))
+    settings = ("train.precision=fp16", f"train.zero_stage={stage}", f"train.deepspeed_config={own}")
+    runs = [experiment.folder / "runs" / f"fp16-{stage}-{name}" for name in ("whole", "cut")]
+    for run, totals in zip(runs, ((320,), (80, 320)), strict=True):
+        for total in totals:
+            given = (f"name={run.name}", f"train.total_samples={total}", *settings)
+            done = run_ranks(experiment, *given, ranks=2, before=planted(fp16_on_a_cpu))
+            assert done.statuses == [0, 0], done.output
+    assert 2 <= sum(line["skipped_steps"] for line in metrics(runs[0])) < 10
+    assert metrics(runs[1]) == metrics(runs[0])
+    assert newest_state(runs[1]) == newest_state(runs[0])
+    assert all(line["gradient_norm"] < 1 for line in metrics(runs[0]) if line["loss"] is not None)  # without the scale
+
+
 def test_a_learning_rate_that_explodes_ends_training_before_anything_is_saved(experiment: Experiment) -> None:
     done = run_ranks(experiment, "name=exploded", "train.learning_rate=1e30", "train.gradient_clipping=0")
     assert done.statuses == [2]
@@ -289,6 +314,33 @@ def test_grids_of_samples_are_drawn_at_their_interval(experiment: Experiment) ->
     assert [path.name for path in grids] == ["000000000016.png", "000000000032.png"]
     with Image.open(grids[-1]) as picture:
         assert picture.size == (96, 64)  # three by two pictures of 32 pixels
+
+
+def test_the_distance_logged_while_training_is_the_one_that_evaluation_measures(experiment: Experiment) -> None:
+    settings = ("name=distances", "train.total_samples=64", "train.log_samples=64")
+    done = run_ranks(experiment, *settings, "train.distance_samples=32", "train.distance_pictures=12", ranks=2)
+    assert done.statuses == [0, 0], done.output
+    run = experiment.folder / "runs/distances"
+    lines = metrics(run)
+    assert [line["samples"] for line in lines] == [32, 64]
+    assert {line["distance_name"] for line in lines} == {"FD (EfficientNet-Lite0) of 12 samples"}
+    for script in ("pipeline/sample.py", "pipeline/eval_fid.py"):
+        done = experiment.run(script, *settings)
+        assert done.returncode == 0, done.stderr
+    measured = json.loads((run / "metrics.json").read_text())["distances"]
+    assert lines[-1]["distance"] == pytest.approx(measured["trained"], rel=1e-3)
+
+
+def test_what_distances_and_grids_need_is_looked_for_before_the_first_step(experiment: Experiment) -> None:
+    missing = (
+        ("train.grid_samples=32", "vae.path=./nowhere", "vae.path: ./nowhere is no folder"),
+        ("train.distance_samples=32", "evaluate.reference=nowhere", "evaluate.reference: nowhere is neither"),
+    )
+    for wish, override, expected in missing:
+        done = run_ranks(experiment, "name=unprepared", wish, override, ranks=2)
+        assert done.statuses == [2, 2], done.output
+        assert done.errors[0].startswith(f"error: {expected}")
+    assert not (experiment.folder / "runs/unprepared/metrics.jsonl").exists()  # no step was done
 
 
 def test_a_width_made_afterwards_is_near_the_one_that_training_kept(experiment: Experiment) -> None:

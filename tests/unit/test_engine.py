@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from common.loading import parse_recipe
 from common.recipe import Recipe, with_world_size
-from pipeline.engine import deepspeed_config, learning_rate, restore_scaler, scaler_state, spoiled_by
+from pipeline.engine import SCALER_STATE, deepspeed_config, learning_rate, restore_scaler, scaler_state, spoiled_by
 
 
 def recipe_with(*overrides: str) -> Recipe:
@@ -65,7 +65,7 @@ def test_fp16_without_a_gpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("train.zero_stage=0", "train.precision=fp16"), r"train\.zero_stage: 0 keeps no fp32 parameters beside fp16"),
+        (("train.zero_stage=0", "train.precision=fp16"), r"train\.zero_stage: at 0 DeepSpeed does not scale the loss"),
         (("train.zero_stage=0", "train.offload_optimizer=true"), r"train\.offload_optimizer: ZeRO stage 0"),
         (("train.zero_stage=3", "train.compile=true"), r"train\.compile: not with zero_stage 3"),
         (("train.ema_decays=[]",), r"train\.ema_decays: sampling needs an average"),
@@ -120,5 +120,6 @@ def test_the_loss_scaler_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch)
         first.optimizer.loss_scaler.update_scale(overflow)
         second.optimizer.loss_scaler.update_scale(overflow)
         assert scaler_state(first) == scaler_state(second)
+        assert set(scaler_state(first)) == set(SCALER_STATE)
     static = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=loss_scaler.LossScaler(scale=1.0)))
     assert scaler_state(static) == scaler_state(SimpleNamespace(optimizer=SimpleNamespace())) == {}

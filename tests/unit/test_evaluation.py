@@ -286,4 +286,4 @@ def test_a_reference_is_measured_once_for_all_runs(recipe: Recipe, monkeypatch: 
     evaluated(recipe)
     other = replace(recipe, name="second")
     monkeypatch.setattr("pipeline.evaluation.extract", None)
-    assert Evaluation(other)._reference_summary.statistics["pooled"].count == 12
+    assert Evaluation(other).reference_summary.statistics["pooled"].count == 12

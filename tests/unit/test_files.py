@@ -33,6 +33,13 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_is_for_all_to_read_whoever_wrote_in_it(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "weights").touch(mode=0o600)  # as safetensors does
+    assert (tmp_path / "folder/weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     for content in ("first", "second"):
