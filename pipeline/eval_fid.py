@@ -25,7 +25,7 @@ def evaluate(recipe: Recipe) -> None:
 
     Of several ranks each extracts the features of its chunks of samples, and the one that ends last does the rest.
     """
-    from pipeline.distributed import rank_and_world_size, share_cores
+    from common.ranks import rank_and_world_size, share_cores
     from pipeline.evaluation import Evaluation
 
     rank, world_size = rank_and_world_size()

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file, write_json
+from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
 from fpdm.weights import WEIGHTS_NAME, load_pretrained, read_config, read_extra
 from pipeline import outputs
 from pipeline.chunks import Chunk, Span, chunk_spans
-from pipeline.distributed import float32_throughout, own_device, rank_and_world_size, share_cores
+from pipeline.distributed import float32_throughout
 from pipeline.plans import Plan, draw, labels_of, plan
 from pipeline.run_folder import Weights, find_weights
 from preprocess.encoder import Encoder, fetch_vae, find_vae, identify

@@ -14,9 +14,9 @@ from common.recipe import Recipe
 def plan(recipe: Recipe) -> Iterator[str]:
     """What training will do, checked against the shards and the number of processes."""
     from common.errors import UserError
+    from common.ranks import rank_and_world_size
     from common.recipe import with_world_size
     from pipeline.checkpoint import complete_checkpoints
-    from pipeline.distributed import rank_and_world_size
     from pipeline.engine import zero_stage
     from pipeline.run_identity import total_samples
     from pipeline.trainer import finished, open_shards

@@ -16,6 +16,7 @@ from common.errors import Interrupted, UserError
 from common.files import alone_in, atomic_write, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
+from common.ranks import rank_and_world_size
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
 from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
@@ -24,7 +25,7 @@ from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
 from pipeline.data import Batch, Stream, open_latents, staged
-from pipeline.distributed import any_rank, control_group, process_group, rank_and_world_size, told_by_all
+from pipeline.distributed import any_rank, control_group, process_group, told_by_all
 from pipeline.engine import (
     build_engine,
     deepspeed_config,

@@ -8,13 +8,13 @@ Reads `data.images`, writes WebDataset tars with an index to `data.shards` (the 
 after a kill or damage: it makes what is missing and keeps the rest, with any number of jobs.
 """
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from common.command import run_command
 from common.errors import UserError
 from common.parts import run_parts
+from common.ranks import rank_and_world_size
 from common.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def encode(recipe: Recipe) -> None:
     """
     from preprocess.encoding import all_there, make_shards, merge_shards, resolve
 
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, ranks = rank_and_world_size()
     encoding = resolve(recipe, download=True)
     make_shards(encoding, rank, ranks)
     if ranks == 1 or all_there(encoding):

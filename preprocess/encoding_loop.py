@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.ranks import own_device
 from common.recipe import Recipe
 from preprocess.encoder import Encoder
 from preprocess.images import from_uint8
@@ -26,7 +27,7 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
 
     Shows pictures a second, the time left, and the share of it for which the VAE was busy.
     """
-    encoder = Encoder(recipe.vae, _own_device())
+    encoder = Encoder(recipe.vae, own_device())
     pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
@@ -45,13 +46,6 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
             yield number, outcomes
         seconds = time.monotonic() - started
     print(f"encoded {total:,} pictures, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
-
-
-def _own_device() -> torch.device:
-    """The GPU of this rank of the machine, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _batches(positions: range, size: int) -> list[range]:

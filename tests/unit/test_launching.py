@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from common.loading import parse_recipe
-from pipeline.distributed import export_environment, gpu_number
+from common.ranks import export_environment, gpu_number
 from pipeline.stages import STAGES, steps
 from slurm.cluster import Resources, executor
 

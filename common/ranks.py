@@ -1,0 +1,112 @@
+"""Who am I among the processes: the same answer under python, torchrun, the deepspeed launcher, srun and submitit."""
+
+import os
+from typing import TYPE_CHECKING, ClassVar
+from zlib import crc32
+
+from common.errors import UserError
+from slurm.cluster import free_port
+
+if TYPE_CHECKING:
+    import torch
+
+LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
+FIRST_PORT, PORTS = 10_000, 10_000  # below those that Linux gives away by itself
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes, from the environment alone."""
+    export_environment()
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def export_environment() -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    if "RANK" in os.environ:  # torchrun, the deepspeed launcher
+        return
+    where: dict[str, str] = {}
+    if os.environ.get("SUBMITIT_EXECUTOR", "slurm") != "slurm":
+        ranks = _from_submitit()
+    elif "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, by submitit or by hand; a batch script alone is no rank
+        ranks, where = _from_srun(), _rendezvous()
+    else:
+        ranks = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({key: str(value) for key, value in ranks.items()})
+    for key, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | where).items():
+        os.environ.setdefault(key, value)
+
+
+def _from_submitit() -> dict[str, int]:
+    """On this machine; `slurm.cluster` exports the port."""
+    import submitit
+
+    job = submitit.JobEnvironment()
+    return {
+        "RANK": job.global_rank,
+        "WORLD_SIZE": job.num_tasks,
+        "LOCAL_RANK": job.local_rank,
+        "LOCAL_WORLD_SIZE": job.num_tasks,
+    }
+
+
+def _from_srun() -> dict[str, int]:
+    world_size = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return {
+        "RANK": int(os.environ["SLURM_PROCID"]),
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": int(os.environ["SLURM_LOCALID"]),
+        "LOCAL_WORLD_SIZE": world_size // int(os.environ["SLURM_STEP_NUM_NODES"]),
+    }
+
+
+def _rendezvous() -> dict[str, str]:
+    """Where the tasks of a step meet. They must agree without talking: on a function of the step's number.
+
+    A job that is queued again gets another port: the one before may be taken. One node stays on the loopback interface.
+    """
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    class Step(SlurmJobEnvironment):
+        _env: ClassVar[dict[str, str]] = SlurmJobEnvironment._env | {"nodes": "SLURM_STEP_NODELIST"}
+
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    number = crc32(" ".join(os.environ.get(name, "0") for name in names).encode())
+    found = {"MASTER_PORT": str(FIRST_PORT + number % PORTS)}
+    if int(os.environ["SLURM_STEP_NUM_NODES"]) > 1:
+        found["MASTER_ADDR"] = Step().hostnames[0]
+    return found
+
+
+def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
+    """Which of the `visible` GPUs is this process's: the one of its rank on the node, or the only one it was given.
+
+    SLURM shows every task all GPUs of its job on the node, or with --gpus-per-task or --gpu-bind only its own. Raises
+    UserError where several are seen that are too few.
+    """
+    if visible == 1:
+        return 0
+    if local_world_size > visible:
+        raise UserError(
+            f"launch.processes: {local_world_size} processes on a node of {visible} GPUs; each needs one of its own: "
+            f"set it to {visible}"
+        )
+    return local_rank
+
+
+def share_cores() -> None:
+    """Gives each process of this machine its share of the cores: more threads than cores stall one another."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def own_device() -> "torch.device":
+    """This process's GPU, or the CPU. Said at every use: which GPU is the current one, each thread has to itself."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, local_world_size = (int(os.environ.get(key, default)) for key, default in LOCAL.items())
+    return torch.device("cuda", gpu_number(local_rank, local_world_size, torch.cuda.device_count()))
