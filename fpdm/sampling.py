@@ -98,6 +98,8 @@ class DiffusersSampler:
         else:
             self._scheduler.set_timesteps(num_steps)
         self.timesteps: list[float] = self._scheduler.timesteps.tolist()
+        if len(set(self.timesteps)) < num_steps:  # a step of length zero, which these schedulers divide by
+            raise ValueError(f"num_steps: {num_steps} of {name!r} repeat a timestep; choose {num_steps - 1} at most")
 
     def step(self, i: int, output: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
         """See `Sampler.step`: (B, C, H, W); in order, each i once; no noise is added."""

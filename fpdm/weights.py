@@ -177,6 +177,8 @@ def import_checkpoint(
     stated = arguments.get("fixed_point_pre_post_timestep_conditioning")
     if stated is not None and "block_fixed_point.attn.qkv.weight" in tensors:
         settings = {"pre_post_timestep_conditioning": bool(stated), **settings}
+        if settings["pre_post_timestep_conditioning"] != bool(stated):
+            raise ValueError(f"pre_post_timestep_conditioning: {path} states that it was trained with {bool(stated)}")
     config = infer_config(tensors, **settings)
     own = _shapes(config)
     table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
@@ -287,7 +289,10 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name in the same folder, flush to disk, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; safetensors makes files that only their owner reads
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -314,5 +314,7 @@ def test_settings_that_do_not_fit_are_named(options, message):
         sample(
             network(), Diffusion(prediction="v"), noise_of(index), torch.tensor([1, 4]), num_steps=2, iterations=[1, 1]
         )
+    with pytest.raises(ValueError, match=r"num_steps: 1000 of 'unipc' repeat a timestep; choose 999 at most"):
+        build_sampler(Diffusion(prediction="v"), "unipc", 1000)
     with pytest.raises(ValueError, match="sampler: 'ddim' does not fit prediction 'flow'"):
         build_sampler(FLOW, "ddim", 2)

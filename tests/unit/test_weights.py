@@ -53,6 +53,7 @@ def test_what_is_saved_is_loaded_exactly(tmp_path, name):
     assert same(loaded, model)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert read_extra(tmp_path / "weights") == {"prediction": "v"}
+    assert len({path.stat().st_mode for path in (tmp_path / "weights").iterdir()}) == 1  # who reads one reads the other
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
@@ -181,6 +182,8 @@ def test_defect_a9_what_cannot_be_seen_in_the_tensors_must_be_stated(tmp_path):
         import_checkpoint(tmp_path / "c.pt", pre_post_timestep_conditioning=False)
     training_checkpoint(tmp_path / "c.pt", {"fixed_point_pre_post_timestep_conditioning": True})
     assert import_checkpoint(tmp_path / "c.pt", num_heads=4)[0].config.pre_post_timestep_conditioning
+    with pytest.raises(ValueError, match=r"pre_post_timestep_conditioning: .*c\.pt states that .* with True"):
+        import_checkpoint(tmp_path / "c.pt", num_heads=4, pre_post_timestep_conditioning=False)
 
 
 def test_what_did_not_match_is_reported(tmp_path):

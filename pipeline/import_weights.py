@@ -1,0 +1,68 @@
+"""Takes a published checkpoint of DiT or FPDM into a run, which is then sampled and measured as one trained here.
+
+python pipeline/import_weights.py --config recipes/imagenet256.yaml --checkpoint DiT-XL-2-256x256.pt \\
+    name=dit-xl-2 model.kind=dit objective.prediction=epsilon objective.zero_terminal_snr=false
+
+The recipe says what the file cannot: what the network predicts. What it says of the network is compared with the
+tensors. --weights model takes a training checkpoint's raw weights instead of its average.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.command import argument_parser, guarded
+from common.errors import UserError
+from common.recipe import Recipe, denoiser_config, describe_network
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pt or .safetensors (needed)")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint (ema)")
+    arguments = parser.parse_intermixed_args()
+
+    from common.loading import load_recipe
+    from pipeline.run_folder import weights_folder
+
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    if arguments.checkpoint is None:
+        raise UserError("--checkpoint: missing; the file to import, such as DiT-XL-2-256x256.pt")
+    if any((recipe.folder / part).exists() for part in ("weights", "checkpoints")):
+        raise UserError(f"name: {recipe.folder} has weights already; import into another run, name=...")
+    target = weights_folder(recipe, recipe.train.total_samples)
+    print(f"plan: {arguments.checkpoint} to {target}; {describe_network(recipe)}", flush=True)
+    if not arguments.dry_run:
+        take(recipe, arguments.checkpoint, arguments.weights)
+
+
+def take(recipe: Recipe, path: Path, weights: str) -> None:
+    """Writes the file's tensors as the weights after `train.total_samples` samples.
+
+    Raises UserError where the file is no checkpoint, or another network's than the recipe's.
+    """
+    from fpdm.weights import import_checkpoint
+    from pipeline.checkpoint import disk_faults_told, export_weights
+
+    wanted = denoiser_config(recipe)
+    told: dict[str, Any] = {  # no shape tells these
+        "num_heads": wanted.num_heads,
+        "pre_post_timestep_conditioning": wanted.pre_post_timestep_conditioning,
+    }
+    try:
+        model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **told)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--checkpoint: {error}") from None
+    unused = ("pre_depth", "post_depth", "pre_post_timestep_conditioning") if wanted.kind == "dit" else ("depth",)
+    for name, value in asdict(wanted).items():
+        if name not in unused and (found := getattr(model.config, name)) != value:
+            raise UserError(f"--checkpoint: {path} has {name} {found}, the recipe makes it {value}; change the recipe")
+    with disk_faults_told(recipe.folder):
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        export_weights(recipe, parameters, recipe.train.total_samples, imported_from=path.name)
+    print(f"{report}; next: python pipeline/sample.py with the same recipe and overrides")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
