@@ -163,7 +163,7 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
-    with disk_faults_told(encoding.folder), at_work(encoding.folder, part, parts):
+    with disk_faults_told(encoding.folder), deaths_told(), at_work(encoding.folder, part, parts):
         remove_unfinished(encoding.folder, mine)
         records = {number: finished_record(encoding.folder, number, thorough=True) for number in mine}
         missing = [number for number, record in records.items() if record is None]
@@ -198,6 +198,20 @@ def disk_faults_told(folder: Path) -> Iterator[None]:
         raise UserError(
             f"data.shards: {folder}: {error.strerror}; make room or choose another folder, and run this again: what is "
             "finished is kept"
+        ) from None
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Makes a UserError of the death of a decoding process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"launch.cpus_per_process: {str(error).splitlines()[0].rstrip('. ')}: decoding had too little memory, or a "
+            "picture ends its decoder; allow more memory or fewer processes, run this again: what is finished is kept"
         ) from None
 
 
