@@ -288,8 +288,10 @@ def summarise(encoding: Encoding) -> None:
     index = LatentShards(encoding.folder).index
     counts = f"{index['accepted']:,} samples of {index['found']:,} pictures"
     print(f"{encoding.folder}: {counts} in {len(index['shardlist'])} shards")
-    print("latents, unscaled, over all pictures:\n  channel     mean  standard deviation")
+    print("latents over all pictures, unscaled; scaled for diffusion, deviations about 1 are wanted:")
+    print("  channel     mean  deviation  scaled")
+    scaling = index["settings"]["vae"]["scaling_factor"]
     for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
-        print(f"  {channel:7} {mean:8.3f}  {std:.3f}")
+        print(f"  {channel:7} {mean:8.3f}  {std:9.3f}  {std * scaling:6.3f}")
     if index["rejected"]:
         print(f"{len(index['rejected']):,} rejected: {describe(index['rejected'])} (all of them: index.json)")
