@@ -3,12 +3,10 @@
 Each shard is a pure function of the source list and the settings.
 """
 
-import errno
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from common.errors import UserError
 from common.files import alone_in
 from common.recipe import Recipe, latent_shape
 from preprocess.encoder import fetch_vae, find_vae, identify
+from preprocess.encoding_guards import at_work, disk_faults_told, memory_faults_told
 from preprocess.encoding_loop import encode_pictures
 from preprocess.shards import (
     LatentShards,
@@ -31,10 +30,6 @@ from preprocess.shards import (
 from preprocess.sources import SOURCES, Source, fingerprint, printable
 
 SHOWN_REJECTIONS = 5
-DISK_FAULTS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-}
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
-    with disk_faults_told(encoding.folder), deaths_told(), at_work(encoding.folder, part, parts):
+    with disk_faults_told(encoding.folder), memory_faults_told(encoding.recipe), at_work(encoding.folder, part, parts):
         remove_unfinished(encoding.folder, mine)
         records = {number: finished_record(encoding.folder, number, thorough=True) for number in mine}
         missing = [number for number, record in records.items() if record is None]
@@ -185,49 +180,6 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
             check_rejected(encoding, finished)
     assert writing is not None
     check_rejected(encoding, [*finished, writing.result()])
-
-
-@contextmanager
-def disk_faults_told(folder: Path) -> Iterator[None]:
-    """Makes a UserError of what a full disk, a quota, or a folder that may not be written raises."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        raise UserError(
-            f"data.shards: {folder}: {error.strerror}; make room or choose another folder, and run this again: what is "
-            "finished is kept"
-        ) from None
-
-
-@contextmanager
-def deaths_told() -> Iterator[None]:
-    """Makes a UserError of the death of a decoding process."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"launch.cpus_per_process: {str(error).splitlines()[0].rstrip('. ')}: decoding had too little memory, or a "
-            "picture ends its decoder; allow more memory or fewer processes, run this again: what is finished is kept"
-        ) from None
-
-
-@contextmanager
-def at_work(folder: Path, part: int, parts: int) -> Iterator[None]:
-    """Keeps every other run out of `folder`: one whole run at a time, or each part of one array once."""
-    if parts == 1:
-        with alone_in(folder):
-            yield
-        return
-    with alone_in(folder, shared=True), alone_in(folder, f".lock-{part}-of-{parts}"):
-        for other in folder.glob(".lock-*"):
-            if not other.name.endswith(f"-of-{parts}"):
-                with alone_in(folder, other.name):  # raises where an array of another size is at work
-                    pass
-        yield
 
 
 def merge(recipe: Recipe) -> None:

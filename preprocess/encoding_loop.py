@@ -48,10 +48,11 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
 
 
 def _own_device() -> torch.device:
-    """The GPU of this rank of the machine, or the CPU."""
+    """The GPU of this rank of the machine, from now on this process's current one; or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _batches(positions: range, size: int) -> list[range]:

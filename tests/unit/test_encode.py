@@ -189,6 +189,15 @@ def test_a_decoding_process_that_is_killed_is_told_and_what_is_finished_is_kept(
     assert len(LatentShards(recipe.data.shards)) == COUNT
 
 
+def test_a_batch_that_the_device_cannot_hold_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(encoder: Encoder, images: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(Encoder, "moments", full)
+    with pytest.raises(UserError, match=r"vae\.batch_size: the device has no memory for 3 pictures of 16 px at once"):
+        encode(recipe)
+
+
 def test_another_number_of_classes_is_refused(recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"model\.num_classes: 3, but .* has 2 \(cat, dog\); set model\.num_classes=2"):
         plan(changed(recipe, "model", num_classes=3))
