@@ -103,10 +103,15 @@ def share_cores() -> None:
 
 
 def own_device() -> "torch.device":
-    """This process's GPU, or the CPU. Said at every use: which GPU is the current one, each thread has to itself."""
+    """This process's GPU, from now on this thread's current one, or the CPU.
+
+    Said at every use all the same: each thread has a current GPU of its own.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, local_world_size = (int(os.environ.get(key, default)) for key, default in LOCAL.items())
-    return torch.device("cuda", gpu_number(local_rank, local_world_size, torch.cuda.device_count()))
+    device = torch.device("cuda", gpu_number(local_rank, local_world_size, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device

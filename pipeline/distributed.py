@@ -21,9 +21,7 @@ def process_group() -> Iterator[tuple[int, int]]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        device = own_device()
-        torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the GPU's number
+        os.environ["LOCAL_RANK"] = str(own_device().index)  # DeepSpeed takes it for the GPU's number
     else:
         share_cores()
         # Otherwise DeepSpeed compiles a shared-memory helper of its own first, for minutes; gloo does without it.

@@ -58,6 +58,7 @@ def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
     from preprocess.encoding import merge_shards, resolve
 
     encoding = resolve(recipe, download=True)  # here, so that no job downloads what another does
+    print(f"{jobs} jobs; what each does is told in {recipe.folder / 'logs/encode'}", flush=True)
     run_parts(recipe, cluster, "encode", "preprocess.encoding", "encode_part", jobs)
     merge_shards(encoding)
     complete(encoding)

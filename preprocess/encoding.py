@@ -3,12 +3,10 @@
 Each shard is a pure function of the source list and the settings.
 """
 
-import errno
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from common.errors import UserError
 from common.files import alone_in
 from common.recipe import Recipe, latent_shape
 from preprocess.encoder import fetch_vae, find_vae, identify
+from preprocess.encoding_guards import at_work, disk_faults_told, memory_faults_told
 from preprocess.encoding_loop import encode_pictures
 from preprocess.shards import (
     LatentShards,
@@ -31,10 +30,6 @@ from preprocess.shards import (
 from preprocess.sources import SOURCES, Source, fingerprint, printable
 
 SHOWN_REJECTIONS = 5
-DISK_FAULTS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-}
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
-    with disk_faults_told(encoding.folder), at_work(encoding.folder, part, parts):
+    with disk_faults_told(encoding.folder), memory_faults_told(encoding.recipe), at_work(encoding.folder, part, parts):
         remove_unfinished(encoding.folder, mine)
         records = {number: finished_record(encoding.folder, number, thorough=True) for number in mine}
         missing = [number for number, record in records.items() if record is None]
@@ -185,35 +180,6 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
             check_rejected(encoding, finished)
     assert writing is not None
     check_rejected(encoding, [*finished, writing.result()])
-
-
-@contextmanager
-def disk_faults_told(folder: Path) -> Iterator[None]:
-    """Makes a UserError of what a full disk, a quota, or a folder that may not be written raises."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        raise UserError(
-            f"data.shards: {folder}: {error.strerror}; make room or choose another folder, and run this again: what is "
-            "finished is kept"
-        ) from None
-
-
-@contextmanager
-def at_work(folder: Path, part: int, parts: int) -> Iterator[None]:
-    """Keeps every other run out of `folder`: one whole run at a time, or each part of one array once."""
-    if parts == 1:
-        with alone_in(folder):
-            yield
-        return
-    with alone_in(folder, shared=True), alone_in(folder, f".lock-{part}-of-{parts}"):
-        for other in folder.glob(".lock-*"):
-            if not other.name.endswith(f"-of-{parts}"):
-                with alone_in(folder, other.name):  # raises where an array of another size is at work
-                    pass
-        yield
 
 
 def merge(recipe: Recipe) -> None:
@@ -274,8 +240,10 @@ def summarise(encoding: Encoding) -> None:
     index = LatentShards(encoding.folder).index
     counts = f"{index['accepted']:,} samples of {index['found']:,} pictures"
     print(f"{encoding.folder}: {counts} in {len(index['shardlist'])} shards")
-    print("latents, unscaled, over all pictures:\n  channel     mean  standard deviation")
+    print("latents over all pictures, unscaled; scaled for diffusion, deviations about 1 are wanted:")
+    print("  channel     mean  deviation  scaled")
+    scaling = index["settings"]["vae"]["scaling_factor"]
     for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
-        print(f"  {channel:7} {mean:8.3f}  {std:.3f}")
+        print(f"  {channel:7} {mean:8.3f}  {std:9.3f}  {std * scaling:6.3f}")
     if index["rejected"]:
         print(f"{len(index['rejected']):,} rejected: {describe(index['rejected'])} (all of them: index.json)")

@@ -4,6 +4,7 @@ Each rule has its one home here.
 """
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -99,11 +100,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """The largest centred square, `resolution` pixels wide, as ADM and DiT prepare ImageNet: box filter by halves while
     the shorter side is at least twice too long, then bicubic, then the crop.
+
+    Raises Rejected for a strip so long that it would have more than MAX_PIXELS before the crop.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
+    if math.prod(size) > MAX_PIXELS:
+        raise Rejected(f"{image.width} x {image.height} pixels: too long a strip to be resized to {resolution}")
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))

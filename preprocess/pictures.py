@@ -42,12 +42,12 @@ class Pictures(Dataset[Loaded]):
             entry = self.source.entries[position]
             try:
                 image = decode(self.source.open(entry))
+                images.append(np.asarray(self.crop(image, self.resolution)))  # (H, W, 3)
             except Rejected as reason:
                 rejected.append(Rejection(entry.key, str(reason)))
             else:
                 positions.append(position)
                 sizes.append(image.size)
-                images.append(np.asarray(self.crop(image, self.resolution)))  # (H, W, 3)
         stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if images else None
         return Loaded(positions, sizes, stacked, rejected)
 

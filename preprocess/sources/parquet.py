@@ -1,4 +1,5 @@
-"""Parquet files of pictures, as Hugging Face's `datasets` writes them: a column `image` of bytes, a column `label`."""
+"""Parquet files of pictures, as Hugging Face's `datasets` writes them: a column `image`, whose `bytes` are those of a
+picture's file, or which is of such bytes itself, and a column `label`."""
 
 import glob
 import json
@@ -44,7 +45,7 @@ class ParquetSource:
             picture = self._row(number, row)
         except (pyarrow.ArrowException, OSError) as error:
             raise Rejected(f"cannot be read: {str(error).splitlines()[0]}") from None
-        data = picture.get("bytes") if picture else None
+        data = picture["bytes"] if isinstance(picture, dict) else picture
         if data is None:
             raise Rejected("no bytes in its row")
         return data
@@ -87,6 +88,11 @@ class ParquetSource:
             raise UserError(f"{self.field}: {file} is not a whole parquet file ({reason}); get it anew") from None
         if IMAGE not in schema.names:
             raise UserError(f"{self.field}: {file} has no column {IMAGE!r}, only {', '.join(schema.names)}")
+        if not _holds_bytes(schema.field(IMAGE).type):
+            raise UserError(
+                f"{self.field}: {file}: column {IMAGE!r} is of {schema.field(IMAGE).type}, encoded pictures are read "
+                "(bytes, or a structure with `bytes`); write it with `datasets`"
+            )
         self._note_names(file, schema.metadata or {})
         if columns is None:
             return np.zeros(rows, np.int64)
@@ -108,7 +114,7 @@ class ParquetSource:
             )
         self._names = names
 
-    def _row(self, number: int, row: int) -> dict[str, bytes | None] | None:
+    def _row(self, number: int, row: int) -> dict[str, bytes | None] | bytes | None:
         if self._group is None or self._group.file != number or row not in self._group.rows:
             self._group = self._read_group(number, row)
         return self._group.column[row - self._group.rows.start].as_py()
@@ -122,6 +128,14 @@ class ParquetSource:
             group = int(np.searchsorted(ends, row, side="right"))
             column = file.read_row_group(group, columns=[IMAGE])[IMAGE]
         return RowGroup(number, range(int(ends[group]) - sizes[group], int(ends[group])), column)
+
+
+def _holds_bytes(column: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(column):
+        return column.get_field_index("bytes") >= 0 and _holds_bytes(column.field("bytes").type)
+    return types.is_binary(column) or types.is_large_binary(column)
 
 
 class RowGroup(NamedTuple):

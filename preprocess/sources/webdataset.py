@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import UserError
 from preprocess.sources.archives import TarMember, tar_members
@@ -61,11 +62,11 @@ class WebDatasetSource:
         for number, tar in enumerate(self.tars):
             with open(tar, "rb") as file:
                 members = list(tar_members(tar, self.field, file))
-            for picture, label in self._samples(tar, members):
-                labels.add(label)
-                yield Entry(f"{tar.name}/{picture.name}", label or 0, picture.size, (number, picture.offset))
+                for picture, label in self._samples(tar, members, file):
+                    labels.add(label)
+                    yield Entry(f"{tar.name}/{picture.name}", label or 0, picture.size, (number, picture.offset))
 
-    def _samples(self, tar: Path, members: list[TarMember]) -> Iterator[tuple[TarMember, int | None]]:
+    def _samples(self, tar: Path, members: list[TarMember], file: BinaryIO) -> Iterator[tuple[TarMember, int | None]]:
         pictures: dict[str, TarMember] = {}
         classes: dict[str, int] = {}
         for member in members:
@@ -79,14 +80,15 @@ class WebDatasetSource:
                     )
                 pictures[key] = member
             elif name.partition(".")[2] == "cls":
-                classes[key] = self._class(tar, member)
+                classes[key] = self._class(tar, member, file)
             else:
                 self.left_out += 1
         for key, picture in pictures.items():
             yield picture, classes.get(key)
 
-    def _class(self, tar: Path, member: TarMember) -> int:
-        text = read_at(tar, member.offset, min(member.size, 20)).decode(errors="replace").strip()
+    def _class(self, tar: Path, member: TarMember, file: BinaryIO) -> int:
+        file.seek(member.offset)
+        text = file.read(min(member.size, 20)).decode(errors="replace").strip()
         if not (text.isascii() and text.isdigit()) or int(text) >= MAX_CLASSES:
             raise UserError(f"{self.field}: {tar}: {member.name} holds {text!r}, no class index")
         return int(text)

@@ -83,6 +83,17 @@ def test_a_parquet_data_set_has_its_own_class_names(tmp_path: Path, pictures: li
         SOURCES["imagenet"](str(tmp_path / "train.parquet"), FIELD)
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary"])
+def test_a_parquet_column_may_be_of_the_bytes_themselves(tmp_path: Path, pictures: list[bytes], kind: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"image": pyarrow.array(pictures, kind), "label": [0] * 12})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    source = SOURCES["parquet"](str(tmp_path / "x.parquet"), FIELD)
+    assert [source.open(entry) for entry in source.entries] == pictures
+
+
 FACES = {
     "ffhq": ["00000/00000.png", "00000/00001.png", "01000/01000.png"],  # the tree of thousands
     "ffhq-flat": ["00000.png", "00001.png", "69999.png"],

@@ -1,6 +1,9 @@
 """Encoding is a pure function of pictures and settings: no kill, number of workers or batch size changes it."""
 
+import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from preprocess.encoder import Encoder, draw_latents, unscale_latents
 from preprocess.encoding import resolve
 from preprocess.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
+from preprocess.sources import Entry, FolderSource
 
 CLASSES, PER_CLASS, SHARD, SIDE = ("cat", "dog"), 9, 5, 16
 COUNT = len(CLASSES) * PER_CLASS
@@ -159,6 +163,38 @@ def test_numbers_that_float16_does_not_hold_are_rejected(
 
     monkeypatch.setattr(Encoder, "moments", faulty)
     with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
+        encode(recipe)
+
+
+def test_a_decoding_process_that_is_killed_is_told_and_what_is_finished_is_kept(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, key = os.getpid(), "dog/8.png"
+    original = FolderSource.open
+
+    def deadly(source: FolderSource, entry: Entry) -> bytes:
+        if entry.key == key and os.getpid() != parent:
+            while not (Path(recipe.data.shards) / shard_name(0)).with_suffix(".json").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(source, entry)
+
+    monkeypatch.setattr(FolderSource, "open", deadly)
+    with pytest.raises(UserError, match=r"launch\.cpus_per_process: DataLoader worker .* killed by signal.* run this"):
+        encode(recipe)
+    monkeypatch.undo()
+    kept = (Path(recipe.data.shards) / shard_name(0)).stat().st_mtime_ns
+    encode(recipe)
+    assert (Path(recipe.data.shards) / shard_name(0)).stat().st_mtime_ns == kept
+    assert len(LatentShards(recipe.data.shards)) == COUNT
+
+
+def test_a_batch_that_the_device_cannot_hold_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(encoder: Encoder, images: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(Encoder, "moments", full)
+    with pytest.raises(UserError, match=r"vae\.batch_size: the device has no memory for 3 pictures of 16 px at once"):
         encode(recipe)
 
 

@@ -96,6 +96,14 @@ def parquet_of_other_metadata(path: Path) -> Path:
     return path
 
 
+def parquet_of_names(path: Path) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"image": ["0.jpg", "1.jpg"], "label": [0, 1]}), path)
+    return path
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a tar with a size below nothing": (
         lambda f: tar_of_sizes(f / "x.tar", lambda _: base256(-1)),
@@ -127,6 +135,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         lambda f: parquet_of_other_metadata(f / "x.parquet"),
         "parquet",
         "metadata that `datasets` does not write",
+    ),
+    "a parquet of names in place of pictures": (
+        lambda f: parquet_of_names(f / "x.parquet"),
+        "parquet",
+        "column 'image' is of string, encoded pictures are read",
     ),
 }
 

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 from PIL import Image
 
 from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
+from preprocess.pictures import Pictures
+from preprocess.shards import Rejection
+from preprocess.sources import FolderSource
 
 RESOLUTION = 16
 
@@ -110,6 +114,17 @@ def test_a_decompression_bomb_is_rejected_before_it_is_decoded(side: int) -> Non
 @pytest.mark.parametrize("size", [(16, 16), (17, 16), (16, 90), (63, 64), (5, 9), (200, 33), (1, 1)])
 def test_every_crop_gives_a_square_of_the_resolution(rule: str, size: tuple[int, int]) -> None:
     assert CROPS[rule](noise(*size), RESOLUTION).size == (RESOLUTION, RESOLUTION)
+
+
+def test_a_strip_that_would_be_resized_to_a_bomb_is_rejected_by_name(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 40_000)).save(tmp_path / "strip.png")  # 256 x 10,240,000 on the way to 256 x 256
+    noise(8, 9).save(tmp_path / "whole.png")
+    pictures = Pictures(FolderSource(tmp_path), "center", 256)
+    loaded = pictures[[0, 1]]
+    assert loaded.rejected == [
+        Rejection("strip.png", "1 x 40000 pixels: too long a strip to be resized to 256"),
+    ]
+    assert (loaded.positions, loaded.sizes) == ([1], [(8, 9)])
 
 
 @pytest.mark.parametrize("rule", sorted(CROPS))

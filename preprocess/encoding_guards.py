@@ -1,0 +1,65 @@
+"""What stops an encoding from outside, told in one line: disks, memory, and another run in the same folder."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+from common.files import alone_in
+from common.recipe import Recipe
+
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+}
+
+
+@contextmanager
+def disk_faults_told(folder: Path) -> Iterator[None]:
+    """Makes a UserError of what a full disk, a quota, or a folder that may not be written raises."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise UserError(
+            f"data.shards: {folder}: {error.strerror}; make room or choose another folder, and run this again: what is "
+            "finished is kept"
+        ) from None
+
+
+@contextmanager
+def memory_faults_told(recipe: Recipe) -> Iterator[None]:
+    """Makes a UserError of a GPU without room for a batch, and of the death of a decoding process."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"vae.batch_size: the device has no memory for {recipe.vae.batch_size} pictures of "
+            f"{recipe.data.resolution} px at once; set fewer"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"launch.cpus_per_process: {str(error).splitlines()[0].rstrip('. ')}: decoding had too little memory, or a "
+            "picture ends its decoder; allow more memory or fewer processes, run this again: what is finished is kept"
+        ) from None
+
+
+@contextmanager
+def at_work(folder: Path, part: int, parts: int) -> Iterator[None]:
+    """Keeps every other run out of `folder`: one whole run at a time, or each part of one array once."""
+    if parts == 1:
+        with alone_in(folder):
+            yield
+        return
+    with alone_in(folder, shared=True), alone_in(folder, f".lock-{part}-of-{parts}"):
+        for other in folder.glob(".lock-*"):
+            if not other.name.endswith(f"-of-{parts}"):
+                with alone_in(folder, other.name):  # raises where an array of another size is at work
+                    pass
+        yield
