@@ -23,8 +23,15 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": _device(),
         "host": platform.node(),
     }
+
+
+def _device() -> str | None:
+    """The kind of GPU, where there is one and this process has use for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
 def _version(package: str) -> str | None:

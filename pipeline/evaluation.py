@@ -97,6 +97,7 @@ class Evaluation:
             "count": counts[0],
             "notes": self._notes(counts[0], against),
             "content": pictures.content,
+            "plan": pictures.plan if isinstance(pictures, SampleRanges) else None,
             "reference": {
                 "label": self.reference.label,
                 "count": against.statistics["pooled"].count,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.files import read_json
 from common.recipe import Recipe
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
@@ -67,6 +68,11 @@ class SampleRanges:
     def spans(self) -> list[Span]:
         count = self.recipe.sample.num_samples
         return [(number * count, (number + 1) * count) for number in range(self.recipe.evaluate.seed_ranges)]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Iterations and reuse of each step, measured ones too."""
+        return read_json(sample_set(self.recipe, self.weights).folder / "plan.json")
 
     def check(self) -> None:
         """Raises UserError naming the samples that are missing."""
@@ -127,10 +133,10 @@ def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> Pict
     found = len(source.entries)
     size = min(limit or found, found)
     chosen = [source.entries[place * found // size] for place in range(size)]
-
+    how_many = f"{size:,} of {found:,}" if size < found else f"{size:,}"
     return PictureSet(
         name=name,
-        label=f"{size:,} of {found:,} pictures of {path}" if size < found else f"{size:,} pictures of {path}",
+        label=f"{how_many} pictures of {path} ({data.crop}, {data.resolution} pixels)",
         content={"source": made_of, "crop": data.crop, "resolution": data.resolution, "chosen": size},
         size=size,
         open=lambda: _read(recipe, source, chosen),

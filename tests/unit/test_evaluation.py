@@ -210,6 +210,18 @@ def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
     assert numbers(evaluated(recipe)) == numbers(expected)
 
 
+def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.distributed.rank_and_world_size", lambda: (1, 2))
+    eval_fid.evaluate(recipe)
+    assert list(find_chunks(features_folder(recipe, samples.sample_set(recipe, "latest").folder))) == [(4, 8)]
+    assert not (recipe.folder / "metrics.json").exists()
+    monkeypatch.setattr("pipeline.distributed.rank_and_world_size", lambda: (0, 2))
+    eval_fid.evaluate(recipe)
+    assert read_json(recipe.folder / "metrics.json")["measurements"][0]["value"] > 0
+
+
 def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Recipe) -> None:
     images, labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
     expected = evaluated(recipe)
@@ -279,6 +291,7 @@ def test_metrics_hold_what_repeats_the_number(recipe: Recipe) -> None:
     assert found["reference"]["content"]["source"]
     assert found["provenance"]["packages"]["torch"]
     assert found["recipe"]["sample"]["num_steps"] == 3
+    assert found["plan"] == {"iterations": [2, 2, 2], "reuse": [True, True, True]}
     assert found["numbers"]["frechet"]["spread"] > 0
 
 
