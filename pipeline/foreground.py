@@ -14,7 +14,7 @@ def plan(recipe: Recipe, stages: list[Stage], cluster: str) -> list[str]:
         if stage.finished(recipe):
             lines.append(f"{stage.name}: finished")
             continue
-        for step in steps(recipe, stage):
+        for step in steps(recipe, stage, cluster):
             jobs = f"{len(step.jobs)} jobs of " if len(step.jobs) > 1 else ""
             asked = f"{step.resources.nodes} x {step.resources.processes} processes"
             lines.append(f"{step.name}: {jobs}{asked}, --cluster {cluster}")
@@ -22,7 +22,7 @@ def plan(recipe: Recipe, stages: list[Stage], cluster: str) -> list[str]:
 
 
 def run_stage(stage: Stage, recipe: Recipe, cluster: str, title: str) -> None:
-    """Submits one stage, `launch.jobs` jobs where it has parts, and waits for them.
+    """Submits one stage, several jobs where it has parts, and waits for them.
 
     Raises UserError with the stage's own message.
     """
@@ -31,7 +31,7 @@ def run_stage(stage: Stage, recipe: Recipe, cluster: str, title: str) -> None:
         return
     print(f"{title} ...", flush=True)
     seconds = 0.0
-    for step in steps(recipe, stage):
+    for step in steps(recipe, stage, cluster):
         folder = recipe.folder / "logs" / step.name
         try:
             made = executor(cluster, folder, f"{recipe.name}-{step.name}", step.resources)

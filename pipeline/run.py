@@ -45,6 +45,7 @@ def main() -> None:
     from common.loading import dump_recipe, load_recipe
     from pipeline.foreground import plan, run_stage
     from pipeline.stages import select
+    from slurm.cluster import resolve
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     stages = select(recipe, arguments.stages)
@@ -53,14 +54,18 @@ def main() -> None:
     if arguments.detach:
         detach(recipe, stages, arguments)
         return
+    try:
+        cluster = resolve(arguments.cluster)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if arguments.dry_run:
         print(dump_recipe(recipe))
-        print("\n".join(f"plan: {line}" for line in plan(recipe, stages, arguments.cluster)))
+        print("\n".join(f"plan: {line}" for line in plan(recipe, stages, cluster)))
         return
     # Ending this process must end the job it waits for, which lives in processes of its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for number, stage in enumerate(stages, 1):
-        run_stage(stage, recipe, arguments.cluster, f"[{number}/{len(stages)}] {stage.name}")
+        run_stage(stage, recipe, cluster, f"[{number}/{len(stages)}] {stage.name}")
     say_where(recipe)
 
 

@@ -91,9 +91,12 @@ class Step:
     resources: Resources
 
 
-def steps(recipe: Recipe, stage: Stage) -> list[Step]:
-    """One job, or `launch.jobs` of one process each where the stage has parts, and what merges these."""
-    parts = recipe.launch.jobs
+def steps(recipe: Recipe, stage: Stage, cluster: str = "slurm") -> list[Step]:
+    """One job, or on SLURM `launch.jobs` of one process each where the stage has parts, and what merges these.
+
+    Elsewhere parts would wait for the same cores and GPUs.
+    """
+    parts = recipe.launch.jobs if cluster == "slurm" else 1
     if stage.part is None or parts == 1:
         job = _job(recipe, stage, f"{stage.module}.{stage.function}")
         return [Step(stage.name, stage, [job], stage.resources(recipe))]

@@ -57,7 +57,8 @@ def executor(
     or a folder that SLURM cannot be given.
     """
     if submits:
-        cluster = _resolve(cluster, resources)
+        cluster = resolve(cluster)
+        _check_size(cluster, resources)
     site = load_site() if cluster == "slurm" else Site()
     with nullcontext() if submits else _on_paper():
         made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
@@ -76,23 +77,26 @@ def executor(
     return made
 
 
-def _resolve(cluster: str, resources: Resources) -> str:
-    """`cluster` with `auto` decided; ValueError where it is not to be had, or too small."""
+def resolve(cluster: str) -> str:
+    """`cluster` with `auto` decided; ValueError where it is not to be had."""
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
     if cluster == "auto":
-        cluster = "slurm" if controller.answers() else "local"
-    elif cluster == "slurm" and not controller.answers():
+        return "slurm" if controller.answers() else "local"
+    if cluster == "slurm" and not controller.answers():
         raise ValueError(
             "cluster: slurm is not to be had here (no controller answers `scontrol ping`); use local, debug or auto"
         )
+    return cluster
+
+
+def _check_size(cluster: str, resources: Resources) -> None:
     if cluster != "slurm" and resources.nodes > 1:
         raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
     if cluster == "debug" and resources.processes > 1:
         raise ValueError(
             f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
         )
-    return cluster
 
 
 def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:

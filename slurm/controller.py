@@ -19,7 +19,10 @@ def answers() -> bool:
     """Whether a SLURM controller answers here. Its commands alone are no cluster."""
     if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
         return False
-    asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
+    try:
+        asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
     return asked.returncode == 0 and " is UP" in asked.stdout
 
 

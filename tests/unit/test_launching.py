@@ -101,6 +101,8 @@ def test_parts_of_a_stage_ask_for_one_process_each_and_its_share_of_a_nodes_memo
     assert asked["encode"] == asked["sample"] == (3, alone)
     assert asked["encode-merge"] == (1, alone)
     assert asked["train"][1].processes == 8
+    here = [step.name for stage in STAGES for step in steps(parse_recipe(text), stage, "local")]
+    assert here == [stage.name for stage in STAGES]
 
 
 @pytest.mark.parametrize(
