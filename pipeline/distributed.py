@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -73,6 +74,7 @@ def process_group() -> Iterator[tuple[int, int]]:
 
     export_environment()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # called by DeepSpeed
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(_own_gpu())

@@ -222,13 +222,18 @@ class Trainer:
         self.samples_seen = after
         self.throughput.count(settings.batch_size, iterations)
         progress.advance(settings.batch_size)
-        distance = self._measure() if measures else None
+        distance = None
+        if measures:
+            with watch("pictures"):
+                distance = self._measure()
         if logs:
             self._report(progress, result, iterations, distance)
         if crosses(before, after, settings.grid_samples):
-            self._paint()
+            with watch("pictures"):
+                self._paint()
         if crosses(before, after, settings.checkpoint_samples) and after < self.total:
-            self._save(with_weights=True, wait=not settings.background_saves)
+            with watch("save"):
+                self._save(with_weights=True, wait=not settings.background_saves)
 
     def _step(self, batches: list[Batch], iterations: tuple[int, int], *, with_residuals: bool) -> StepResult:
         """One update, unless its gradient is not finite."""
