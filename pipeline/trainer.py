@@ -16,14 +16,14 @@ from common.errors import Interrupted, UserError
 from common.files import alone_in, atomic_write, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
-from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
+from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
-from pipeline.data import Batch, Stream, open_latents, staged
+from pipeline.data import Batch, Stream, open_shards, staged
 from pipeline.distributed import any_rank, control_group, process_group, rank_and_world_size, told_by_all
 from pipeline.engine import (
     build_engine,
@@ -82,23 +82,13 @@ def finished(recipe: Recipe) -> bool:
     except UserError:  # no shards any more; the stage before this one says so
         return False
     folders = [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
-    return all(folder.exists() and read_extra(folder).get("run") == wanted for folder in folders)
+    return all(folder.exists() and _is_run(recipe, read_extra(folder).get("run"), wanted) for folder in folders)
 
 
-def open_shards(recipe: Recipe) -> LatentShards:
-    """The recipe's shards; UserError where they are not what the recipe describes."""
-    shards = open_latents(recipe)
-    channels, height, width = latent_shape(recipe)
-    if shards.shape != (2 * channels, height, width):
-        raise UserError(
-            f"data.shards: {recipe.data.shards} holds moments of shape {shards.shape}, data.resolution and vae make "
-            f"{(2 * channels, height, width)}; encode again or correct the recipe"
-        )
-    if shards.num_classes != recipe.model.num_classes:
-        raise UserError(
-            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}"
-        )
-    return shards
+def _is_run(recipe: Recipe, found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    """Whatever "auto" was on the machine that trained: a cluster's login node has no GPU."""
+    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
+    return found is not None and found | free == wanted | free
 
 
 @dataclass(frozen=True)
@@ -363,6 +353,8 @@ class Trainer:
         if with_weights or self.samples_seen > self.samples_saved:
             state = checkpoint.collect(self.engine, self.averages)
         with told_by_all(self.control):
+            if self.log is not None:
+                self.log.sync()  # no checkpoint is further than the log, whatever a node's end leaves of either
             if state:
                 arguments = (self.recipe, state, self.samples_seen, self.identity, self._progress())
                 self.writer.start(partial(checkpoint.write, *arguments, with_weights=with_weights))

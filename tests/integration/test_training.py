@@ -149,6 +149,18 @@ def test_a_finished_run_returns_at_once(experiment: Experiment, whole_run: Path)
     assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
 
 
+def test_a_run_that_another_kind_of_machine_has_finished_is_finished(
+    experiment: Experiment, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from common.loading import load_recipe
+    from pipeline import run_identity
+    from pipeline.trainer import finished
+
+    monkeypatch.setattr(run_identity, "precision", lambda recipe: "bf16")  # what "auto" is where there is a GPU
+    assert finished(load_recipe(experiment.recipe, ["name=whole"]))
+    assert not finished(load_recipe(experiment.recipe, ["name=whole", "train.precision=bf16"]))
+
+
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(experiment: Experiment, whole_run: Path) -> None:
     for override, expected in (("seed=9", "seed (was 0, is 9)"), ("train.total_samples=32", "train.total_samples: 32")):
         done = run_ranks(experiment, "name=whole", override)
