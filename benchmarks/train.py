@@ -32,8 +32,9 @@ import torch
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
+from pipeline.data import open_shards
 from pipeline.distributed import control_group, process_group
-from pipeline.trainer import Trainer, open_shards
+from pipeline.trainer import Trainer
 from pipeline.training_log import Progress, TrainingLog
 from preprocess.shards import Sample, write_index, write_shard
 

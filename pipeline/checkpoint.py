@@ -98,8 +98,8 @@ def disk_faults_told(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{path}: not written ({reason}); what was saved before is whole: make room, or set `runs` to another "
-            "folder, and run again"
+            f"{path}: not written ({reason}); what was saved before is whole: make room, or let this user "
+            "write there, and run again"
         ) from error
 
 
@@ -187,7 +187,7 @@ def _read(folder: Path, identity: dict[str, Any]) -> Found | str:
 
     marker = _read_marker(folder)
     if marker is None:
-        return f"{folder / MARKER}: missing or damaged"
+        return f"{folder / MARKER}: {'damaged' if (folder / MARKER).exists() else 'missing'}"
     try:
         if sha256_file(folder / STATE) != marker["sha256"]:
             return f"{folder / STATE}: damaged (its checksum differs)"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.recipe import Recipe
+from common.recipe import Recipe, latent_shape
 from fpdm import rng
 from fpdm.diffusion import Diffusion
 from pipeline.order import BlockOrder, RandomOrder
@@ -39,6 +39,22 @@ def open_latents(recipe: Recipe) -> LatentShards:
     if "$" in folder:
         raise UserError(f"data.cache: {data.cache} names a variable that is not set; set it, or name the folder")
     return LatentShards(address, Cache(Path(folder), None if data.cache_gb is None else int(data.cache_gb * 1e9)))
+
+
+def open_shards(recipe: Recipe) -> LatentShards:
+    """The recipe's shards; UserError where they are not what the recipe describes."""
+    shards = open_latents(recipe)
+    channels, height, width = latent_shape(recipe)
+    if shards.shape != (2 * channels, height, width):
+        raise UserError(
+            f"data.shards: {recipe.data.shards} holds moments of shape {shards.shape}, data.resolution and vae make "
+            f"{(2 * channels, height, width)}; encode again or correct the recipe"
+        )
+    if shards.num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}"
+        )
+    return shards
 
 
 def staged(recipe: Recipe, shards: LatentShards) -> LatentShards:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,7 @@ def process_group() -> Iterator[tuple[int, int]]:
 
     rank, world_size = rank_and_world_size()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # called by DeepSpeed
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         os.environ["LOCAL_RANK"] = str(own_device().index)  # DeepSpeed takes it for the GPU's number

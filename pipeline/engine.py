@@ -21,6 +21,20 @@ STATED = {"zero_optimization": "stage", "bf16": "enabled", "fp16": "enabled"}  #
 ARITHMETIC = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
+EVERY = "*"  # the whole section
+OURS = "the recipe's AdamW and learning rate are used, which resume exactly"
+HARM = "a gradient that is not finite would ruin the weights"
+REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: what alone is allowed, and why
+    "optimizer": {EVERY: (None, OURS)},
+    "scheduler": {EVERY: (None, OURS)},
+    "amp": {"enabled": (False, "train.precision says it")},
+    "torch_autocast": {"enabled": (False, "train.precision says it")},
+    "data_types": {"grad_accum_dtype": (None, "the fp32 parameters would lie where no checkpoint finds them")},
+    "bf16": {"check_grad_overflow": (True, HARM)},
+    "zero_optimization": {"compute_grad_norm": (True, HARM)},
+}
+
+
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own settings: generated, or the user's own file checked against the recipe and completed from it.
 
@@ -71,17 +85,21 @@ def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
     given = read_json(Path(path))
     if not isinstance(given, dict):
         raise UserError(f"train.deepspeed_config: {path} holds no JSON object; see deepspeed.json in a run's folder")
-    for section in ("optimizer", "scheduler"):
-        if section in given:
+    for section, values in given.items():
+        if section in (*STATED, *REFUSED) and not isinstance(values, dict):
+            raise UserError(f"train.deepspeed_config: {path} has {section} {values!r}; DeepSpeed takes an object there")
+        for field, (allowed, reason) in REFUSED.get(section, {}).items():
+            found = values if field == EVERY else values.get(field, allowed)
+            if found != allowed:
+                name = section if field == EVERY else f"{section}.{field}"
+                raise UserError(f"train.deepspeed_config: {path} has {name} {found!r}; {reason}: remove it")
+    for target in ("offload_optimizer", "offload_param"):
+        device = given.get("zero_optimization", {}).get(target, {}).get("device", "none")
+        if device not in ("none", "cpu"):
             raise UserError(
-                f"train.deepspeed_config: {path} has a section {section!r}; the recipe's AdamW and learning rate are "
-                "used, which resume exactly: remove it"
+                f"train.deepspeed_config: {path} has zero_optimization.{target}.device {device!r}, where no checkpoint "
+                "finds the numbers; use 'cpu', or leave it out"
             )
-    if given.get("bf16", {}).get("check_grad_overflow") is False:
-        raise UserError(
-            f"train.deepspeed_config: {path} sets bf16.check_grad_overflow to false, and a gradient that is not finite "
-            "would ruin the weights; remove it"
-        )
     stated = [(name, given.get(name, "auto"), generated[name]) for name in ARITHMETIC]
     stated += [
         (f"{section}.{field}", given.get(section, {}).get(field, "auto"), generated[section][field])

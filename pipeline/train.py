@@ -17,9 +17,10 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.ranks import rank_and_world_size
     from common.recipe import with_world_size
     from pipeline.checkpoint import complete_checkpoints
+    from pipeline.data import open_shards
     from pipeline.engine import zero_stage
     from pipeline.run_identity import total_samples
-    from pipeline.trainer import finished, open_shards
+    from pipeline.trainer import finished
 
     train = recipe.train
     if recipe.model.kind == "fpdm":

@@ -17,14 +17,14 @@ from common.files import alone_in, atomic_write, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
 from common.ranks import rank_and_world_size
-from common.recipe import Recipe, denoiser_config, diffusion, latent_shape, with_world_size
+from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble, read_extra
 from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
-from pipeline.data import Batch, Stream, open_latents, staged
+from pipeline.data import Batch, Stream, open_shards, staged
 from pipeline.distributed import any_rank, control_group, process_group, told_by_all
 from pipeline.engine import (
     build_engine,
@@ -83,23 +83,13 @@ def finished(recipe: Recipe) -> bool:
     except UserError:  # no shards any more; the stage before this one says so
         return False
     folders = [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
-    return all(folder.exists() and read_extra(folder).get("run") == wanted for folder in folders)
+    return all(folder.exists() and _is_run(recipe, read_extra(folder).get("run"), wanted) for folder in folders)
 
 
-def open_shards(recipe: Recipe) -> LatentShards:
-    """The recipe's shards; UserError where they are not what the recipe describes."""
-    shards = open_latents(recipe)
-    channels, height, width = latent_shape(recipe)
-    if shards.shape != (2 * channels, height, width):
-        raise UserError(
-            f"data.shards: {recipe.data.shards} holds moments of shape {shards.shape}, data.resolution and vae make "
-            f"{(2 * channels, height, width)}; encode again or correct the recipe"
-        )
-    if shards.num_classes != recipe.model.num_classes:
-        raise UserError(
-            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}"
-        )
-    return shards
+def _is_run(recipe: Recipe, found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    """Whatever "auto" was on the machine that trained: a cluster's login node has no GPU."""
+    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
+    return found is not None and found | free == wanted | free
 
 
 @dataclass(frozen=True)
@@ -223,13 +213,18 @@ class Trainer:
         self.samples_seen = after
         self.throughput.count(settings.batch_size, iterations)
         progress.advance(settings.batch_size)
-        distance = self._measure() if measures else None
+        distance = None
+        if measures:
+            with watch("pictures"):
+                distance = self._measure()
         if logs:
             self._report(progress, result, iterations, distance)
         if crosses(before, after, settings.grid_samples):
-            self._paint()
+            with watch("pictures"):
+                self._paint()
         if crosses(before, after, settings.checkpoint_samples) and after < self.total:
-            self._save(with_weights=True, wait=not settings.background_saves)
+            with watch("save"):
+                self._save(with_weights=True, wait=not settings.background_saves)
 
     def _step(self, batches: list[Batch], iterations: tuple[int, int], *, with_residuals: bool) -> StepResult:
         """One update, unless its gradient is not finite."""
@@ -359,6 +354,8 @@ class Trainer:
         if with_weights or self.samples_seen > self.samples_saved:
             state = checkpoint.collect(self.engine, self.averages)
         with told_by_all(self.control):
+            if self.log is not None:
+                self.log.sync()  # no checkpoint is further than the log, whatever a node's end leaves of either
             if state:
                 arguments = (self.recipe, state, self.samples_seen, self.identity, self._progress())
                 self.writer.start(partial(checkpoint.write, *arguments, with_weights=with_weights))

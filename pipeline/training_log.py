@@ -11,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_write, content_key
+from common.files import atomic_write, content_key, sync
 from common.recipe import Recipe
+from pipeline.checkpoint import disk_faults_told
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -48,6 +49,13 @@ class TrainingLog:
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log(numbers, step=samples)
+
+    def sync(self) -> None:
+        """Puts the lines on disk. Raises UserError where it does not take them."""
+        with disk_faults_told(self.metrics):
+            for path in (self.metrics, self.events):
+                if path.exists():
+                    sync(path)
 
     def event(self, values: dict[str, Any]) -> None:
         """Something out of the ordinary, kept and said."""

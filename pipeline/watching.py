@@ -16,7 +16,10 @@ from fpdm.denoiser import Denoiser, DenoiserConfig
 
 QUARTILES = 4
 # Dense matrix products in bf16 or fp16, TFLOP/s, from the makers' data sheets; what is not here is given in the recipe.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
+PEAK_TFLOPS = {
+    **{"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0},
+    **{"A100": 312.0, "L40S": 362.0, "V100": 125.0},
+}
 
 
 def loss_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:

@@ -32,7 +32,19 @@ def test_the_generated_settings_add_up() -> None:
         ({"zero_optimization": {"stage": 3}}, "has zero_optimization.stage 3, the recipe and the ranks make it 2"),
         ({"bf16": {"enabled": True}}, "has bf16.enabled True, the recipe and the ranks make it False"),
         ({"gradient_clipping": 0.1}, "has gradient_clipping 0.1, the recipe and the ranks make it 1.0"),
-        ({"optimizer": {"type": "Adam"}}, "has a section 'optimizer'"),
+        (
+            {"optimizer": {"type": "Adam"}},
+            "has optimizer {'type': 'Adam'}; the recipe's AdamW and learning rate are used",
+        ),
+        ({"bf16": {"check_grad_overflow": False}}, "has bf16.check_grad_overflow False; a gradient that is not finite"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "has zero_optimization.compute_grad_norm False"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "has data_types.grad_accum_dtype 'fp32'"),
+        ({"torch_autocast": {"enabled": True}}, "has torch_autocast.enabled True; train.precision says it: remove it"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "has zero_optimization.offload_optimizer.dev",
+        ),
+        ({"zero_optimization": 2}, "has zero_optimization 2; DeepSpeed takes an object there"),
         ([1, 2], "holds no JSON object"),
     ],
 )
