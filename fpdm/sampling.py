@@ -247,6 +247,8 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor, channel
         raise ValueError(f"guidance_channels: {channels} is outside 1..{config.in_channels}")
     if not interval_ordered:
         raise ValueError("guidance_interval: its lower bound is above its upper one; give (low, high)")
+    if not len(labels):
+        raise ValueError("labels: none; give one a sample")
     if config.condition_dim is None and not 0 <= int(labels.min()) <= int(labels.max()) <= config.num_classes:
         raise ValueError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{config.num_classes}")
 
