@@ -175,6 +175,9 @@ class Sample:
     # those of many more steps is taken. Not with ddpm, or eta above 0, whose noise differs with the steps.
     step_choices: tuple[Count, ...] = ()
     reuse: Literal["always", "none", "calibrated"] = "always"  # start a step from the previous step's solution
+    solver: Literal["picard", "anderson"] = "picard"  # of the fixed point; picard: the plain iteration of the paper
+    # A sample whose relative residual falls to this ends its step there: the iterations are then the most it takes.
+    tolerance: Positive | None = None
     calibration_samples: Count = 32  # what "adaptive" and "calibrated" are measured on
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # of t / T where guidance acts; 1 is pure noise

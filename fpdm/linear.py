@@ -5,6 +5,7 @@ same on Intel's. It reaches oneDNN's products by operators that have no gradient
 """
 
 import math
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
-_onednn: Callable[..., Tensor] | None = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
+_onednn: Callable[..., Tensor] | None = None
+if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():  # elsewhere nothing was measured
+    _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -252,6 +252,8 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor) -> None
             f"learned_variance: {config.learned_variance} in the model, {diffusion.learned_variance} in the diffusion; "
             "set both to what the model was trained with"
         )
+    if not len(labels):
+        raise ValueError("labels: none; give one a sample")
     if config.condition_dim is None and not 0 <= int(labels.min()) <= int(labels.max()) <= config.num_classes:
         raise ValueError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{config.num_classes}")
 

@@ -264,7 +264,9 @@ def _read_checkpoint(path: Path, weights: str) -> tuple[dict[str, Tensor], str, 
         content, source, arguments = content[weights], weights, content.get("args") or {}
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path}: no state dict, tensors by name{'' if source == 'tensors' else f', in {source!r}'}")
-    return _plain_names(content), source, arguments if isinstance(arguments, dict) else vars(arguments)
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    return _plain_names(content), source, arguments if isinstance(arguments, dict) else {}
 
 
 def _load(path: Path) -> Any:

@@ -27,12 +27,13 @@ def main() -> None:
     from pipeline.run_folder import weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
+    print(f"plan: {describe_network(recipe)}", flush=True)
     if arguments.checkpoint is None:
         raise UserError("--checkpoint: missing; the file to import, such as DiT-XL-2-256x256.pt")
     if any((recipe.folder / part).exists() for part in ("weights", "checkpoints")):
         raise UserError(f"name: {recipe.folder} has weights already; import into another run, name=...")
     target = weights_folder(recipe, recipe.train.total_samples)
-    print(f"plan: {arguments.checkpoint} to {target}; {describe_network(recipe)}", flush=True)
+    print(f"plan: {arguments.checkpoint} to {target}", flush=True)
     if not arguments.dry_run:
         take(recipe, arguments.checkpoint, arguments.weights)
 

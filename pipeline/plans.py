@@ -87,6 +87,7 @@ def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> C
         guidance_scale=settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         guidance_channels=settings.guidance_channels,
+        solver=settings.solver,
     )
 
 

@@ -28,7 +28,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     steps = " or ".join(map(str, (settings.num_steps, *settings.step_choices)))
     yield (
         f"sampler: {settings.sampler}, {steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
-        f"{blocks_a_picture(recipe):,} blocks a picture"
+        f"{'at most ' if settings.tolerance else ''}{blocks_a_picture(recipe):,} blocks a picture"
     )
     chunks = len(chunk_spans(total_samples(recipe), settings.chunk_samples))
     for weights in wanted_weights(recipe):

@@ -221,7 +221,10 @@ def draw_images(recipe: Recipe, planned: Plan, model: Denoiser, vae: Encoder, in
     drawing = draw(recipe, model, "sample", index)
     try:
         latents = drawing(
-            num_steps=len(planned.reuse), iterations=planned.iterations, reuse=planned.reuse
+            num_steps=len(planned.reuse),
+            iterations=planned.iterations,
+            reuse=planned.reuse,
+            tolerance=recipe.sample.tolerance,
         )  # (B, C, h, w)
     except ValueError as error:
         raise _unsound(index, error) from None

@@ -53,6 +53,7 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
                     iterations=iterations or recipe.sample.iterations,
                     allocation=allocation,
                     step_choices=(),  # the sweep compares them itself
+                    tolerance=None,  # at budgets that are spent
                     reuse=reuse,
                     guidance_scale=guidance_scale,
                 ),

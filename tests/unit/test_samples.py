@@ -118,7 +118,15 @@ def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"sampler": "ddim"}, {"num_steps": 4}, {"guidance_scale": 2.0}, {"reuse": "none"}, {"allocation": "more_at_data"}],
+    [
+        {"sampler": "ddim"},
+        {"num_steps": 4},
+        {"guidance_scale": 2.0},
+        {"reuse": "none"},
+        {"allocation": "more_at_data"},
+        {"solver": "anderson"},
+        {"tolerance": 0.9},
+    ],
 )
 def test_defect_c11_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dict[str, Any]) -> None:
     here, there = samples.generate(recipe, "latest"), samples.generate(changed(recipe, **fields), "latest")
