@@ -62,19 +62,28 @@ def find_vae(settings: VAE) -> Path | None:
         raise UserError(
             f"vae.path: {settings.path} is no folder below {Path.cwd()}; run this in the clone, or correct it"
         )
-    return _checked(folder, settings) if folder.is_dir() else _from_hub(settings, local_files_only=True)
+    if folder.is_dir():
+        return _checked(folder, settings)
+    try:
+        return _checked(_from_hub(settings, local_files_only=True), settings)
+    except (OSError, UserError):  # not here, or a part of it, or not even a hub's name
+        return None
 
 
 def fetch_vae(settings: VAE) -> Path:
     """As `find_vae`, downloading what is not here. Raises UserError where the hub does not give it."""
-    folder = find_vae(settings) or _from_hub(settings, local_files_only=False)
-    if folder is None:
+    folder = find_vae(settings)
+    if folder is not None:
+        return folder
+    try:
+        return _checked(_from_hub(settings, local_files_only=False), settings)
+    except OSError as error:
+        reason = " ".join(str(error).split())
         raise UserError(
             f"vae.path: {settings.path} is no folder here, and the hub does not give it; download "
             f"{settings.subfolder + '/' if settings.subfolder else ''}{CONFIG} and {WEIGHTS} from "
-            f"https://huggingface.co/{settings.path} into a folder and name that"
-        )
-    return folder
+            f"https://huggingface.co/{settings.path} into a folder and name that. The hub: {reason}"
+        ) from None
 
 
 def _checked(parent: Path, settings: VAE) -> Path:
@@ -85,9 +94,13 @@ def _checked(parent: Path, settings: VAE) -> Path:
     return folder
 
 
-def _from_hub(settings: VAE, *, local_files_only: bool) -> Path | None:
+def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
+    """The repository's folder in the hub's cache, which may hold only a part of it where nothing may be downloaded.
+
+    Raises OSError with the hub's own words.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HTTPError
 
     prefix = f"{settings.subfolder}/" if settings.subfolder else ""
     try:
@@ -97,9 +110,9 @@ def _from_hub(settings: VAE, *, local_files_only: bool) -> Path | None:
             allow_patterns=[prefix + CONFIG, prefix + WEIGHTS],
             local_files_only=local_files_only,
         )
-    except (OSError, HFValidationError):  # the hub's other errors, its HTTP errors among them, are OSErrors
-        return None
-    return _checked(Path(folder), settings)
+    except (ValueError, HTTPError) as error:  # no name that the hub could have; a connection that broke
+        raise OSError(str(error)) from None
+    return Path(folder)
 
 
 def identify(folder: Path, settings: VAE) -> Identity:

@@ -14,8 +14,8 @@ class FolderSource:
     Classes are numbered in the order of their names. Entries are ordered by class, then by key, which is the path below
     the folder. Names that begin with a dot are not looked at; files without a picture's suffix count in `left_out`.
 
-    Raises UserError for a folder that is missing, empty or mixed, for a class without pictures, and for symbolic links
-    to folders or to files outside.
+    Raises UserError for a folder that is missing, empty or mixed, for a class without pictures, for symbolic links to
+    folders or to files outside, and for pipes and devices.
     """
 
     def __init__(self, path: str | Path, field: str = "data.images") -> None:
@@ -83,8 +83,10 @@ class Tree:
             key = f"{folder}/{item.name}" if folder else item.name
             if item.is_dir():
                 yield from self.files(key)
-            else:
+            elif item.is_file():
                 yield key, item.stat().st_size
+            else:  # reading a pipe would wait for ever
+                raise UserError(f"{self.field}: {item.path} is no plain file, but a pipe, socket or device; remove it")
 
     def scan(self, folder: str) -> list[os.DirEntry[str]]:
         """The visible members of a folder, by name; reads no inode but those of symbolic links."""

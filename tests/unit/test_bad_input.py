@@ -1,6 +1,7 @@
 """Bad inputs, far over forty: each is accepted by its rule or rejected by name; none ends the program, none passes
 silently. `test_hostile_input.py` has those that are made to harm, and encodes all the pictures."""
 
+import os
 import stat
 import tarfile
 import zipfile
@@ -77,6 +78,12 @@ def damaged_tar_header(folder: Path) -> Path:
 def link_loop(folder: Path) -> Path:
     write_folder(folder, {"a/0.jpg": JPEG})
     (folder / "a/loop").symlink_to(folder / "a")
+    return folder
+
+
+def pipe(folder: Path) -> Path:
+    write_folder(folder, {"a/0.jpg": JPEG})
+    os.mkfifo(folder / "a/1.jpg")
     return folder
 
 
@@ -178,6 +185,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
     "a parquet split without labels": (unlabelled_test_split, "parquet", r"row 1, has the label -1"),
     "a folder of several splits": (several_splits, "parquet", r"splits test, train; name one, as .*train-\*\.parquet"),
     "a loop of symbolic links": (link_loop, "folder", "symbolic link"),
+    "a pipe among the pictures": (pipe, "folder", r"a/1\.jpg is no plain file"),
     "folders that are no wnids": (lambda f: write_folder(f, {"cat/0.jpg": JPEG}), "imagenet", "none of ImageNet-1k's"),
     "a tar that is not ILSVRC's": (
         lambda f: tar_file(f / "x.tar", {"cat.tar": tar_bytes({"0.jpg": JPEG})}),

@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
 from preprocess.encode_latents import encode, finished, plan
-from preprocess.encoder import Encoder, draw_latents, unscale_latents
+from preprocess.encoder import Encoder, draw_latents, fetch_vae, find_vae, unscale_latents
 from preprocess.encoding import resolve
 from preprocess.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
@@ -223,6 +223,34 @@ def test_a_vae_that_is_not_here_is_planned_and_then_named(
     assert f"{path} (to be downloaded from the hub)" in "\n".join(plan(elsewhere))
     with pytest.raises(UserError, match=rf"vae\.path: {path} is no folder here.*config\.json.*safetensors"):
         encode(elsewhere)
+
+
+def test_a_vae_of_which_the_hubs_cache_has_a_part_is_fetched_and_what_the_hub_says_is_told(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download was interrupted, or was of other files of the repository."""
+    cache, hub = tmp_path / "cache", Path(recipe.vae.path)
+    cache.mkdir()
+    shutil.copy(hub / "config.json", cache)
+
+    def download(name: str, *, local_files_only: bool, **_: object) -> str:
+        if not local_files_only:
+            shutil.copytree(hub, cache, dirs_exist_ok=True)
+        return str(cache)
+
+    def refuse(name: str, *, local_files_only: bool, **_: object) -> str:
+        if not local_files_only:
+            raise OSError("401 Client Error.\nAccess to model somebody/vae is restricted.")
+        return str(cache)
+
+    settings = replace(recipe.vae, path="somebody/vae")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert find_vae(settings) is None
+    with pytest.raises(UserError, match=r"the hub does not give it; .*The hub: 401 Client Error\. Access to model"):
+        fetch_vae(settings)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch_vae(settings) == cache
+    assert find_vae(settings) == cache
 
 
 @pytest.mark.parametrize(("field", "value"), [("crop", "resize"), ("flips", False), ("shard_samples", 6)])
