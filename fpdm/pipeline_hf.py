@@ -1,4 +1,4 @@
-"""A diffusers pipeline: the denoiser, an AutoencoderKL, and this project's sampler.
+"""A diffusers pipeline: the denoiser, an autoencoder of diffusers', and this project's sampler.
 
 from fpdm.pipeline_hf import FPDMPipeline
 pipeline = FPDMPipeline.from_pretrained("runs/demo/pipeline")
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL
+from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
@@ -55,7 +55,7 @@ class FPDMTransformer2DModel(ModelMixin):
 class FPDMPipeline(DiffusionPipeline):
     """Class labels to pictures."""
 
-    def __init__(self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL) -> None:
+    def __init__(self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
 

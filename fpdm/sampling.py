@@ -148,6 +148,14 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: in
     return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
+def guided_steps(
+    timesteps: Sequence[float], num_timesteps: int, scale: float, interval: tuple[float, float]
+) -> list[bool]:
+    """The steps in which guidance acts, and whose blocks it computes twice; arguments as in `sample`."""
+    low, high = (bound * num_timesteps for bound in interval)
+    return [scale != 1 and low <= t <= high for t in timesteps]
+
+
 def sample_noise(
     seed: int, index: Tensor, shape: tuple[int, ...], step: int | None = None, stream: str = "sample"
 ) -> Tensor:
@@ -200,10 +208,10 @@ def sample(
         ValueError: for arguments that do not fit, and for samples that came out non-finite or constant.
     """
     channels = model.config.in_channels if guidance_channels is None else guidance_channels
-    low, high = (bound * diffusion.num_timesteps for bound in guidance_interval)
     _check(model.config, diffusion, labels)
     check_guidance(model.config.in_channels, channels, guidance_interval)
     steps = build_sampler(diffusion, sampler, num_steps, eta)
+    guided = guided_steps(steps.timesteps, diffusion.num_timesteps, guidance_scale, guidance_interval)
     counts = _one_a_step("iterations", iterations, num_steps, model.config.kind == "fpdm")
     reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
     if step_noise is None and (sampler == "ddpm" or (sampler == "ddim" and eta > 0)):
@@ -212,9 +220,8 @@ def sample(
         )
     x, solution = noise.float(), None
     for i, t in enumerate(steps.timesteps):
-        guided = guidance_scale != 1 and low <= t <= high
-        y = torch.cat([labels, model.config.null_condition(labels)]) if guided else labels
-        inputs = torch.cat([x, x]) if guided else x
+        y = torch.cat([labels, model.config.null_condition(labels)]) if guided[i] else labels
+        inputs = torch.cat([x, x]) if guided[i] else x
         denoised = model(
             inputs,
             torch.full((len(inputs),), t, device=x.device),
@@ -229,7 +236,7 @@ def sample(
         if on_step is not None:
             on_step(i, denoised)
         output = denoised.output.float()
-        if guided:
+        if guided[i]:
             conditional, unconditional = output.chunk(2)
             output = guide(conditional, unconditional, guidance_scale, channels)
         last = i == num_steps - 1

@@ -27,17 +27,14 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
 def export(recipe: Recipe) -> None:
     """Replaces what was exported before."""
-    from diffusers.models import AutoencoderKL
-
     from common.files import atomic_folder
     from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
     from pipeline.samples import sample_set
-    from preprocess.encoder import fetch_vae
+    from preprocess.encoder import fetch_vae, load_vae
 
     transformer = FPDMTransformer2DModel.from_pretrained(sample_set(recipe, recipe.sample.weights).weights)
-    vae = AutoencoderKL.from_pretrained(fetch_vae(recipe.vae), use_safetensors=True, low_cpu_mem_usage=False)
     with atomic_folder(folder_of(recipe)) as folder:
-        FPDMPipeline(transformer, vae).save_pretrained(folder)
+        FPDMPipeline(transformer, load_vae(fetch_vae(recipe.vae))).save_pretrained(folder)
     print(f"pipeline: {folder_of(recipe)}")
 
 

@@ -21,8 +21,8 @@ from fpdm import rng
 from fpdm.allocation import allocate
 from fpdm.calibration import allocate_measured, calibrate, choose_reuse
 from fpdm.denoiser import Denoiser
+from fpdm.sampling import build_sampler, guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
-from fpdm.sampling import sample_noise
 
 MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
 REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
@@ -50,13 +50,18 @@ def even_iterations(recipe: Recipe) -> list[int] | None:
 
 
 def blocks_a_picture(recipe: Recipe) -> int:
-    """Transformer blocks of one picture; a step with guidance computes each twice."""
-    settings, config = recipe.sample, denoiser_config(recipe)
-    if config.kind == "dit":
-        unguided = settings.num_steps * config.blocks(0)
+    """Transformer blocks of one picture; a step with guidance computes each twice.
+
+    Where iterations are measured and guidance acts in some of the steps alone, as if the iterations were even.
+    """
+    settings, config, process = recipe.sample, denoiser_config(recipe), diffusion(recipe)
+    timesteps = build_sampler(process, settings.sampler, settings.num_steps).timesteps
+    guided = guided_steps(timesteps, process.num_timesteps, settings.guidance_scale, settings.guidance_interval)
+    if config.kind == "dit" or settings.allocation in MEASURED:
+        counts = even_iterations(recipe) or [0] * settings.num_steps
     else:
-        unguided = total_iterations(recipe) + settings.num_steps * config.blocks(0)
-    return unguided * (1 if settings.guidance_scale == 1 else 2)
+        counts = allocate(settings.allocation, settings.num_steps, settings.iterations)
+    return sum(config.blocks(count) * (1 + twice) for count, twice in zip(counts, guided, strict=True))
 
 
 def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:

@@ -28,7 +28,10 @@ def report(recipe: Recipe) -> None:
     from pipeline.figures import class_panels, contact_sheet, loss_curve
 
     inputs = _inputs(recipe)
-    panels, losses = class_panels(recipe), _json_lines(recipe.folder / "metrics.jsonl")
+    panels, log = class_panels(recipe), recipe.folder / "metrics.jsonl"
+    losses = [line for line in _json_lines(log) if line.get("loss") is not None]  # null: it was not finite
+    if not losses:
+        raise UserError(f"{log}: no line has a loss; run python pipeline/train.py with this recipe")
     with atomic_write(recipe.folder / "samples.png") as temporary:
         contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
     page = render(**context(recipe), panels=panels, losses=losses, loss_curve=loss_curve(losses), inputs=inputs)
@@ -118,7 +121,8 @@ def _inputs(recipe: Recipe) -> str:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    whole = path.read_text().rpartition("\n")[0]  # the last line may still be written
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def plan(recipe: Recipe) -> Iterator[str]:

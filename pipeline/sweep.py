@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from common.command import run_command
+from common.errors import UserError
 from common.parts import run_parts
 from common.recipe import Recipe
 
@@ -47,6 +48,12 @@ def measure_reference(recipe: Recipe) -> None:
 
 
 def work(recipe: Recipe) -> None:
+    from pipeline.distributed import rank_and_world_size
+
+    if rank_and_world_size()[1] > 1:
+        raise UserError(
+            "sweep.py is one process, not several ranks; --cluster with --jobs shares its points among jobs"
+        )
     sweep(recipe)
     _say(recipe)
 

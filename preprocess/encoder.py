@@ -154,7 +154,7 @@ class Encoder:
         self.identity = identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self._batch_size = PRECISIONS[settings.precision], settings.batch_size
-        network: Any = _load(folder, self.dtype)
+        network: Any = load_vae(folder, self.dtype)
         self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._spans: list[tuple[Any, Any]] = []
         self._busy = 0.0
@@ -205,7 +205,8 @@ class Encoder:
         return values.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """One of KINDS, from the folder that `fetch_vae` gives. Raises UserError where it does not load."""
     from diffusers import models
 
     kind = getattr(models, read_json(folder / CONFIG).get("_class_name", "AutoencoderKL"))

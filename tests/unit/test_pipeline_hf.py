@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers.models import AutoencoderKL
+from diffusers.models import AutoencoderKL, AutoencoderTiny
 
 from common.recipe import Recipe
 from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
@@ -27,6 +27,18 @@ def test_the_pipeline_draws_the_same_pictures_as_the_command(tiny_recipe: Recipe
     pictures = np.stack([np.asarray(image) for image in found.images])
     assert np.abs(pictures.astype(int) - images[3:7]).max() <= 1
     assert (pictures == images[3:7]).mean() > 0.99
+
+
+def test_a_run_of_a_tiny_autoencoder_is_exported_too(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    channels = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
+    blocks = {"num_encoder_blocks": (1,) * 3, "num_decoder_blocks": (1,) * 3}
+    AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "taesd")
+    recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "taesd")))
+    images, labels = load_samples(samples.generate(recipe, "latest"), 10)
+    export.export(recipe)
+    found = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
+    pictures = np.stack([np.asarray(image) for image in found.images])
+    assert np.abs(pictures.astype(int) - images).max() <= 1
 
 
 def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:

@@ -161,6 +161,16 @@ def test_the_report_says_fid_only_to_say_that_it_is_none(recipe: Recipe) -> None
     ]
 
 
+def test_a_loss_that_was_not_finite_and_a_line_that_is_still_written_are_passed_over(recipe: Recipe) -> None:
+    log = recipe.folder / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"samples": 128, "step": 2, "loss": null}\n{"samp')
+    report.report(recipe)
+    assert "the last is 0.5000" in (recipe.folder / "report.html").read_text(encoding="utf-8")
+    log.write_text("")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no line has a loss"):
+        report.report(recipe)
+
+
 def test_a_report_of_older_numbers_is_made_again(recipe: Recipe) -> None:
     report.report(recipe)
     assert report.finished(recipe)

@@ -202,3 +202,5 @@ def test_cut_weights_are_named(recipe: Recipe) -> None:
 def test_blocks_a_picture_counts_every_block_evaluation(recipe: Recipe) -> None:
     assert blocks_a_picture(recipe) == 3 * (1 + 2 + 1)
     assert blocks_a_picture(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
+    uneven = changed(recipe, allocation="list", iterations=(3, 2, 1))
+    assert blocks_a_picture(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3

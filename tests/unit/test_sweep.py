@@ -76,6 +76,12 @@ def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
     assert len(write_tables(more)) == 2  # what an earlier sweep measured counts
 
 
+def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.distributed.rank_and_world_size", lambda: (0, 2))
+    with pytest.raises(UserError, match="--cluster with --jobs shares its points"):
+        sweep.work(recipe)
+
+
 def test_two_numbers_of_iterations_are_drawn_beside_each_other(recipe: Recipe) -> None:
     rows = [
         {
