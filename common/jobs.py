@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from common.errors import Interrupted, UserError
 from common.loading import dump_recipe, parse_recipe
 from common.recipe import Recipe
 from slurm import controller
+from slurm.site_file import SCRATCH_VARIABLE
 
 # A dead node is noticed after SlurmdTimeout, five minutes by default; its job is then queued again.
 LOST_RANK_SECONDS = 600
@@ -46,9 +48,9 @@ class Job(submitit.helpers.Checkpointable):
         """{"seconds": ...}, or {"error": line} for a user's mistake: that needs no traceback."""
         os.environ.setdefault("TQDM_MININTERVAL", "1")  # a bar in a log file: a line a second is enough
         started = time.monotonic()
-        _make_scratch()
         _forget_result()
         try:
+            _use_scratch()
             self._work()
         except UserError as error:
             _fail_in_the_queue_too(f"error: {error}")
@@ -82,16 +84,21 @@ def _cluster() -> str | None:
     return os.environ.get("SUBMITIT_EXECUTOR")
 
 
-def _make_scratch() -> None:
-    """The site file's scratch folder, on this node's own disk."""
-    folder = os.environ.get("TMPDIR")
+def _use_scratch() -> None:
+    """Makes the site file's scratch folder on this node, and puts temporary files there.
+
+    Not by TMPDIR alone: SLURM sets it to /tmp where the folder's parent is not there yet.
+    """
+    folder = os.environ.get(SCRATCH_VARIABLE)
+    if folder is None:
+        return
     try:
-        if folder:
-            os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        print(
-            f"warning: no folder {folder} on {platform.node()} (TMPDIR): {error.strerror}", file=sys.stderr, flush=True
-        )
+        raise UserError(
+            f"scratch: no folder {folder} on {platform.node()}: {error.strerror}; see the site file"
+        ) from None
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
 def _forget_result() -> None:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 DEFAULT = Path(__file__).parent / "site.yaml"
 VARIABLE = "FPDM_SITE"
+SCRATCH_VARIABLE = "FPDM_SCRATCH"  # how `scratch` reaches a job
 ONE_LINE = r"^[^\n]*$"
 VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
@@ -80,7 +81,7 @@ def _first_fault(error: ValidationError) -> str:
 
 def submission_parameters(site: Site) -> dict[str, Any]:
     """The site's part of what `submitit.AutoExecutor.update_parameters` takes, without memory and `sbatch_options`."""
-    lines = [f"export TMPDIR={_with_variables(site.scratch)}"] if site.scratch else []
+    lines = [f"export {SCRATCH_VARIABLE}={_with_variables(site.scratch)}"] if site.scratch else []
     wanted = {
         "slurm_partition": site.partition,
         "slurm_account": site.account,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.jobs import Job
+from common.recipe import Recipe
 from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +69,14 @@ def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.Mon
 def test_a_scratch_folder_takes_the_jobs_variables_and_nothing_else_of_the_shells(tmp_path: Path) -> None:
     site = Site(scratch="/local/$USER/${SLURM_JOB_ID}/it's $(touch pwned) `touch pwned`")
     (line,) = submission_parameters(site)["slurm_setup"]
-    command = ["bash", "-c", f'{line}; printf %s "$TMPDIR"']
+    command = ["bash", "-c", f'{line}; printf %s "$FPDM_SCRATCH"']
     asked = partial(subprocess.run, command, capture_output=True, text=True, cwd=tmp_path)
     told = asked(env={"USER": "a b; $(touch pwned)", "SLURM_JOB_ID": "12"})
     assert told.stdout == "/local/a b; $(touch pwned)/12/it's $(touch pwned) `touch pwned`"
     assert not list(tmp_path.iterdir())
     assert "USER: parameter null or not set" in asked(env={}).stderr
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_told_by_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPDM_SCRATCH", "/proc/none/here")
+    assert Job.of("os.path", "exists", Recipe(name="a"))()["error"].startswith("scratch: no folder /proc/none/here on ")
