@@ -2,14 +2,15 @@
 
     python benchmarks/train.py [--size B] [--batch 4] [--rounds 6] [--json FILE]
 
-One rank trains FPDM-<size>/2 on random latents with ZeRO 2, one average, and a log line every step (a hundred times as
-often as usual); n = 0 and m = 1, the least work that a network's step can be, so that all else weighs most.
+One rank trains FPDM-<size>/2 in fp32 on random latents under DeepSpeed (stage 0, as one rank in fp32 always), with one
+average, and a log line every step (a hundred times as often as usual); n = 0 and m = 1, the least work that a network's
+step can be, so that all else weighs most.
 
   outside    share of a step's CPU time that is neither forward, backward nor optimiser: reading, checking and drawing
              the next batch (on its thread), averages, exchange between ranks, logging
-  bare       our samples a second over those of a loop of forward, loss, backward and AdamW alone on the same network,
-             latents in memory, noise from torch.randn, no averages, no clipping, no logging, no DeepSpeed; the two take
-             turns step by step, and of each the fastest step counts
+  bare       our samples a second over those of a loop of forward, loss, backward and AdamW alone on the same network
+             (its linear layers, oneDNN's, too), latents in memory, noise from torch.randn, no averages, no clipping, no
+             logging, no DeepSpeed; the two take turns step by step, and of each the fastest step counts
 
 On one thread, in CPU time of this process: the rest is the machine's other load.
 """
@@ -77,7 +78,7 @@ def make_shards(folder: Path, samples: int) -> None:
 def make_recipe(folder: Path, size: str, batch: int, steps: int) -> Recipe:
     overrides = (
         *(f"runs={folder / 'runs'}", f"data.shards={folder / 'shards'}", "data.flips=false"),
-        *(f"model.size={size}", "model.num_classes=10", "train.precision=fp32", "train.zero_stage=2"),
+        *(f"model.size={size}", "model.num_classes=10", "train.precision=fp32"),
         *(f"train.batch_size={batch}", f"train.log_samples={batch}", f"train.total_samples={batch * (steps + 1)}"),
         *("train.max_no_grad_iterations=0", "train.max_grad_iterations=1"),
     )
