@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -37,19 +37,15 @@ from pipeline.engine import (
     update,
 )
 from pipeline.feed import Feed
-from pipeline.grids import GridPainter
 from pipeline.guards import SpikeDetector, describe_fault, fault_error, spike_event
+from pipeline.previews import Previews
 from pipeline.run_folder import ema_names, weights_folder
 from pipeline.run_identity import crosses, identity, total_samples
 from pipeline.signals import StopRequest, stop_requests
 from pipeline.training_log import Progress, TrainingLog
 from pipeline.watching import Interval, Throughput, loss_sums
 from pipeline.zero import gather, parameter_shards, start_moments
-from preprocess.encoder import Encoder
 from preprocess.shards import LatentShards
-
-if TYPE_CHECKING:
-    from pipeline.online import OnlineDistance
 
 
 def train(recipe: Recipe) -> None:
@@ -139,8 +135,7 @@ class Trainer:
         self.feed = Feed(recipe, Stream(recipe, shards, self.diffusion), rank, world_size, self.total)
         self.throughput = Throughput(recipe, network, self.engine.device, world_size)
         self.writer = BackgroundWriter()
-        self.painter: GridPainter | None = None
-        self.distance: OnlineDistance | None = None
+        self.previews: Previews | None = None  # on rank 0, where the recipe asks for any
         self.log: TrainingLog | None = None
         self.fault: UserError | None = None  # of rank 0's files, told to all at the next step
 
@@ -213,10 +208,8 @@ class Trainer:
         self.samples_seen = after
         self.throughput.count(settings.batch_size, iterations)
         progress.advance(settings.batch_size)
-        distance = None
-        if measures:
-            with watch("pictures"):
-                distance = self._measure()
+        with watch("pictures"):
+            distance = self._measure() if measures else None
         if logs:
             self._report(progress, result, iterations, distance)
         if crosses(before, after, settings.grid_samples):
@@ -316,7 +309,7 @@ class Trainer:
         return [number for number, loss in zip(ids, losses, strict=True) if not math.isfinite(loss)]
 
     def _report(
-        self, progress: Progress, result: StepResult, iterations: tuple[int, int], distance: float | None
+        self, progress: Progress, result: StepResult, iterations: tuple[int, int], distance: tuple[float, str] | None
     ) -> None:
         """The log line of the interval that ends here, on rank 0; gradient norm and residual are the last step's."""
         speed, interval, self.interval = self.throughput.read(), self.interval, Interval()
@@ -335,8 +328,8 @@ class Trainer:
             **speed,
         }
         words = {}
-        if distance is not None and self.distance is not None:
-            values["distance"], words["distance_name"] = distance, self.distance.name
+        if distance is not None:
+            values["distance"], words["distance_name"] = distance
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         try:
             with checkpoint.disk_faults_told(self.log.metrics):
@@ -366,26 +359,16 @@ class Trainer:
     def _paint(self) -> None:
         """A grid of samples from the first average, on rank 0."""
         weights = self._first_average()
-        if self.log is None or self.painter is None:
-            return
         try:
-            with checkpoint.disk_faults_told(self.recipe.folder):
-                self.log.picture(self.painter.paint(weights, self.samples_seen), self.samples_seen)
-        except ValueError as error:  # a network that has learned nothing may draw nothing
-            self.log.event({"samples": self.samples_seen, "event": "no grid", "reason": str(error)})
+            if self.previews is not None:
+                self.previews.paint(weights, self.samples_seen)
         except UserError as fault:
             self.fault = fault
 
-    def _measure(self) -> float | None:
-        """The distance of samples from the first average, on rank 0."""
+    def _measure(self) -> tuple[float, str] | None:
+        """The distance of samples from the first average and its name, on rank 0."""
         weights = self._first_average()
-        if self.log is None or self.distance is None:
-            return None
-        try:
-            return self.distance.measure(weights)
-        except UserError as error:
-            self.log.event({"samples": self.samples_seen, "event": "no distance", "reason": str(error)})
-            return None
+        return None if self.previews is None else self.previews.measure(weights, self.samples_seen)
 
     def _first_average(self) -> dict[str, Tensor]:
         return gather(self.engine, self.averages.shards[ema_names(self.recipe)[0]])
@@ -402,19 +385,8 @@ class Trainer:
                     if new:  # the untrained network, by every average's name, for the comparison in the report
                         averages = dict.fromkeys(ema_names(self.recipe), weights)
                         checkpoint.export_averages(self.recipe, averages, 0, self.identity)
-                self._prepare_pictures()
-
-    def _prepare_pictures(self) -> None:
-        """Loads what grids and distances need: a model that is missing is told now, not at the first of them."""
-        settings = self.recipe.train
-        if settings.grid_samples or settings.distance_samples:
-            vae = Encoder(self.recipe.vae, self.engine.device)
-            if settings.grid_samples:
-                self.painter = GridPainter(self.recipe, vae, self.engine.device)
-            if settings.distance_samples:
-                from pipeline.online import OnlineDistance  # seconds to import
-
-                self.distance = OnlineDistance(self.recipe, vae)
+                if self.recipe.train.grid_samples or self.recipe.train.distance_samples:
+                    self.previews = Previews(self.recipe, self.log, self.engine.device)
 
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""
