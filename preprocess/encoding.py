@@ -8,7 +8,10 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import alone_in
@@ -160,12 +163,20 @@ def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     mine = range(part, len(encoding.slices), parts)
     with disk_faults_told(encoding.folder), memory_faults_told(encoding.recipe), at_work(encoding.folder, part, parts):
         remove_unfinished(encoding.folder, mine)
-        records = {number: finished_record(encoding.folder, number, thorough=True) for number in mine}
+        records = _proved_records(encoding, mine)
         missing = [number for number, record in records.items() if record is None]
         finished = [record for record in records.values() if record is not None]
         check_rejected(encoding, finished)
         if missing:
             _make_missing(encoding, missing, finished)
+
+
+def _proved_records(encoding: Encoding, numbers: range) -> dict[int, Record | None]:
+    """Reads every byte of the shards that are there; a data set of terabytes takes its time."""
+    prove = partial(finished_record, encoding.folder, thorough=True)
+    with ThreadPoolExecutor(encoding.recipe.launch.cpus_per_process) as threads:
+        proved = tqdm(threads.map(prove, numbers), total=len(numbers), desc="prove", unit="shard", delay=2, leave=False)
+        return dict(zip(numbers, proved, strict=True))
 
 
 def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]) -> None:

@@ -1,7 +1,12 @@
 """Batches of pictures, read, decoded and cropped in worker processes, so that the VAE never waits for them."""
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ from preprocess.shards import Rejection
 from preprocess.sources import Source
 
 PREFETCHED_BATCHES = 4  # a worker
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,19 @@ def load_pictures(pictures: Pictures, batches: Sequence[range], workers: int) ->
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # shares the source's list, and dies with its parent
+        multiprocessing_context="fork" if workers else None,  # shares the source's list
+        worker_init_fn=partial(_end_with, os.getpid()),
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _end_with(parent: int, _: int) -> None:
+    """In a worker: torch's own watch would never end it where `parent` was killed before that watch began."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _as_it_is(loaded: Any) -> Any:
