@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.conftest import ROOT, Experiment, environment, started
 from tests.integration.faults import (
+    an_older_listing,
     disk_full_at_save,
     fp16_on_a_cpu,
     loss_spike_at,
@@ -104,6 +105,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
         assert done.statuses == [0, 0], done.output
         assert f"{damaged}: damaged" in done.output
         assert metrics(run.parent / name) == metrics(whole_run)
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(experiment: Experiment, whole_run: Path) -> None:
+    run = interrupted_copy(whole_run, "listed", saved=2)
+    done = run_ranks(experiment, "name=listed", ranks=2, before=planted(an_older_listing))
+    assert done.statuses == [0, 0], done.output
+    assert lines_of(run, "provenance")[-1]["from_samples"] == 144
+    assert metrics(run) == metrics(whole_run)
 
 
 def test_another_recipe_does_not_continue_a_run(experiment: Experiment, whole_run: Path) -> None:
