@@ -213,11 +213,11 @@ def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
 def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.distributed.rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (1, 2))
     eval_fid.evaluate(recipe)
     assert list(find_chunks(features_folder(recipe, samples.sample_set(recipe, "latest").folder))) == [(4, 8)]
     assert not (recipe.folder / "metrics.json").exists()
-    monkeypatch.setattr("pipeline.distributed.rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
     eval_fid.evaluate(recipe)
     assert read_json(recipe.folder / "metrics.json")["measurements"][0]["value"] > 0
 
