@@ -48,7 +48,7 @@ def measure_reference(recipe: Recipe) -> None:
 
 
 def work(recipe: Recipe) -> None:
-    from pipeline.distributed import rank_and_world_size
+    from common.ranks import rank_and_world_size
 
     if rank_and_world_size()[1] > 1:
         raise UserError(

@@ -77,7 +77,7 @@ def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
 
 
 def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.distributed.rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
     with pytest.raises(UserError, match="--cluster with --jobs shares its points"):
         sweep.work(recipe)
 
