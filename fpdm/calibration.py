@@ -91,8 +91,8 @@ def calibrate(
     """Split a budget of block evaluations into steps and iterations, from a few samples.
 
     For each number of steps: measure the residual curves and allocate the iterations that minimise the summed residual.
-    Sums of residuals cannot compare different numbers of steps, whose discretisation errors
-    differ; so each candidate draws the samples, and the one nearest to a finer reference from the same noise is taken.
+    Sums of residuals cannot compare different numbers of steps, whose discretisation errors differ; so each candidate
+    draws the samples, and the one nearest to a finer reference from the same noise is taken.
 
     Args:
         draw: as above, with a deterministic sampler (not "ddpm").

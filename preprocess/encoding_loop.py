@@ -1,7 +1,6 @@
 """The loop that encodes: pictures from worker processes through the VAE, one shard after another."""
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.ranks import own_device
+from common.ranks import own_device, rank_and_world_size
 from common.recipe import Recipe
 from preprocess.encoder import Encoder
 from preprocess.images import from_uint8
@@ -32,7 +31,7 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
     loaded = iter(load_pictures(pictures, every, recipe.launch.cpus_per_process))
-    total, others = sum(map(len, every)), os.environ.get("RANK", "0") != "0"  # one rank's bar stands for all
+    total, others = sum(map(len, every)), rank_and_world_size()[0] > 0  # one rank's bar stands for all
     with tqdm(total=total, unit="picture", desc="encode", disable=others) as bar:
         started = time.monotonic()
         for number, of_shard in batches.items():
