@@ -171,7 +171,7 @@ def measure_distance(dimensions: int, rounds: int) -> tuple[Row, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=96, help=f"pictures of the larger set (96); the smaller has {BATCH}")
+    parser.add_argument("--samples", type=int, default=96, help=f"of the larger set (96); the smaller has {BATCH}")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up (5)")
     parser.add_argument("--dimensions", type=int, default=2048, help="of the Fréchet distance (2048)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")

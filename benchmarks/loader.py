@@ -121,17 +121,17 @@ class Files(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(np.load(self.folder / f"{index}.npy")), index % CLASSES
 
 
+# From the order of an epoch's samples, which a WebDataset's and FFCV's reader choose themselves, to its batches.
+Epoch = Callable[[np.ndarray], Iterable[tuple[Tensor, Tensor]]]
+
+
 def unchanged(value: Any) -> Any:
     return value
 
 
-def order(count: int, epoch: int) -> np.ndarray:
-    return rng.permute(0, f"benchmark/{epoch}", torch.arange(count), count).numpy()
-
-
-def by_batches(read: Any, count: int, workers: int) -> Callable[[int], Iterable[Any]]:
-    def epoch(number: int) -> Iterable[Any]:
-        batches = np.split(order(count, number), range(BATCH, count, BATCH))
+def by_batches(read: Any, count: int, workers: int) -> Epoch:
+    def epoch(indices: np.ndarray) -> Iterable[Any]:
+        batches = np.split(indices, range(BATCH, count, BATCH))
         if not workers:
             return map(read, batches)
         return DataLoader(Batches(read), batch_size=None, sampler=batches, num_workers=1, collate_fn=unchanged)
@@ -139,11 +139,11 @@ def by_batches(read: Any, count: int, workers: int) -> Callable[[int], Iterable[
     return epoch
 
 
-def by_files(folder: Path, count: int, workers: int) -> Callable[[int], Iterable[Any]]:
-    return lambda number: DataLoader(Files(folder), BATCH, sampler=order(count, number).tolist(), num_workers=workers)
+def by_files(folder: Path, workers: int) -> Epoch:
+    return lambda indices: DataLoader(Files(folder), BATCH, sampler=indices.tolist(), num_workers=workers)
 
 
-def by_webdataset(folder: Path, count: int, workers: int) -> Callable[[int], Iterable[Any]]:
+def by_webdataset(folder: Path, count: int, workers: int) -> Epoch:
     import webdataset
 
     offset = 128  # of the numbers in an npy file of this shape
@@ -154,10 +154,10 @@ def by_webdataset(folder: Path, count: int, workers: int) -> Callable[[int], Ite
 
     urls = [str(folder / shard_name(number)) for number in range(-(-count // SHARD))]
     dataset = webdataset.WebDataset(urls, shardshuffle=False).map(decode).batched(BATCH)
-    return lambda number: DataLoader(dataset, batch_size=None, num_workers=workers)
+    return lambda indices: DataLoader(dataset, batch_size=None, num_workers=workers)
 
 
-def by_ffcv(path: Path) -> Callable[[int], Iterable[Any]]:
+def by_ffcv(path: Path) -> Epoch:
     """FFCV's loader reads ahead with a thread of its own, which stands for the worker."""
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
     from ffcv.loader import Loader, OrderOption
@@ -169,16 +169,16 @@ def by_ffcv(path: Path) -> Callable[[int], Iterable[Any]]:
     }
     order, kept = OrderOption.RANDOM, {"os_cache": True, "drop_last": False}
     loader = Loader(str(path), BATCH, num_workers=1, order=order, seed=0, pipelines=pipelines, **kept)
-    return lambda number: loader
+    return lambda indices: loader
 
 
-def contenders(folder: Path, count: int) -> dict[tuple[str, int], Callable[[int], Iterable[Any]]]:
-    """By name and number of workers: a function from an epoch's number to its batches."""
-    found: dict[tuple[str, int], Callable[[int], Iterable[Any]]] = {}
+def contenders(folder: Path, count: int) -> dict[tuple[str, int], Epoch]:
+    """By name and number of workers."""
+    found: dict[tuple[str, int], Epoch] = {}
     for workers in (0, 1):
         found["shards", workers] = by_batches(FromShards(LatentShards(folder / "shards")), count, workers)
         found["memory map", workers] = by_batches(FromMemoryMap(folder / "all.npy"), count, workers)
-        found["npy", workers] = by_files(folder / "npy", count, workers)
+        found["npy", workers] = by_files(folder / "npy", workers)
         found["webdataset", workers] = by_webdataset(folder / "shards", count, workers)
     if find_spec("ffcv"):
         beton.convert(folder / "shards")
@@ -186,13 +186,14 @@ def contenders(folder: Path, count: int) -> dict[tuple[str, int], Callable[[int]
     return found
 
 
-def measure(calls: dict[tuple[str, int], Callable[[int], Iterable[Any]]], count: int, rounds: int) -> list[Row]:
+def measure(calls: dict[tuple[str, int], Epoch], count: int, rounds: int) -> list[Row]:
     """Samples a second of each contender's fastest round; the first round warms up and does not count."""
     fastest = dict.fromkeys(calls, 0.0)
     for epoch in range(rounds + 1):
+        indices = rng.permute(0, f"benchmark/{epoch}", torch.arange(count), count).numpy()
         for key, batches_of in calls.items():
             started = time.perf_counter()
-            seen = sum(len(labels) for _, labels in batches_of(epoch))
+            seen = sum(len(labels) for _, labels in batches_of(indices))
             seconds = time.perf_counter() - started
             if seen != count:
                 raise RuntimeError(f"{key} read {seen} samples of {count}")

@@ -19,6 +19,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What is read, and what its configuration calls the encoder's stages. SDXL's, SD3's and FLUX's are the first kind.
 KINDS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
+CPU_PIXELS = 2**16  # of one pass on a CPU: more do not stay in its caches, and each takes up to 1.6 times as long
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,7 +154,7 @@ class Encoder:
         folder = fetch_vae(settings)
         self.identity = identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype, self._batch_size = PRECISIONS[settings.precision], settings.batch_size
+        self.dtype, self._settings = PRECISIONS[settings.precision], settings
         network: Any = load_vae(folder, self.dtype)
         self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._spans: list[tuple[Any, Any]] = []
@@ -167,23 +168,34 @@ class Encoder:
     def moments(self, images: Tensor) -> Tensor:
         """As `encode`, but the result is left on the device, which may not have computed it yet."""
         start = self._mark()
+        moments = torch.cat([self._moments(part) for part in self._parts(images, 1)])
+        self._spans.append((start, self._mark()))
+        return moments
+
+    def _moments(self, images: Tensor) -> Tensor:
         output = self.network.encode(self._prepare(images))
         if hasattr(output, "latents"):
             mean, std = output.latents, torch.zeros_like(output.latents)
         else:
             mean, std = output.latent_dist.mean, output.latent_dist.std
-        self._spans.append((start, self._mark()))
         return torch.cat([mean, std], dim=1).float()  # (B, 2C, h, w)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device.
-
-        `vae.batch_size` at once: decoding takes far more memory than a denoiser's step.
-        """
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
-        parts = [self.network.decode(self._prepare(part)).sample for part in latents.split(self._batch_size)]
-        return torch.cat(parts).float().clamp(-1, 1).contiguous()
+        parts = self._parts(latents, self._settings.downsampling)
+        pictures = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
+        return pictures.float().clamp(-1, 1).contiguous()
+
+    def _parts(self, values: Tensor, pixels_a_side: int) -> tuple[Tensor, ...]:
+        """What goes through the network at once: `vae.batch_size`, since decoding takes far more memory than a
+        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the picture's.
+        """
+        size = self._settings.batch_size
+        if self.device.type == "cpu":
+            size = min(size, max(1, CPU_PIXELS // (values[0, 0].numel() * pixels_a_side**2)))
+        return values.split(size)
 
     @property
     def busy_seconds(self) -> float:
