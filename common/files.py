@@ -1,15 +1,18 @@
 """Artefacts appear whole or not at all."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from common.errors import UserError
 
@@ -66,6 +69,32 @@ def _make(folder: Path) -> None:
         _make(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
+
+
+NOT_WRITTEN = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+    }
+)
+
+
+@contextmanager
+def disk_faults_told(path: Path, only: Container[int] | None = None) -> Iterator[None]:
+    """Makes a UserError that names `path` of what a full disk, a read-only folder or a quota raises.
+
+    `only`: the errors, such as NOT_WRITTEN, that are a writer's, where the block also reads.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if only is not None and getattr(error, "errno", None) not in only:
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: not written ({reason}); what is finished is kept: make room, let this user write there, or "
+            "choose another folder, and run this again"
+        ) from error
 
 
 @contextmanager

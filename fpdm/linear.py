@@ -59,8 +59,8 @@ class Linear(nn.Linear):
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Not while torch.compile traces, whose own kernels take over, and not for what has no rows."""
-    if _onednn is None or torch.compiler.is_compiling():
+    """Not for what has no rows."""
+    if _onednn is None:
         return False
     floats: bool = x.dtype == weight.dtype == torch.float32
     return floats and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0
@@ -69,9 +69,24 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", approximation: str = ""
 ) -> Tensor:
-    assert _onednn is not None
     bias = None if bias is None else bias.contiguous()  # it would be read as if it were
-    return _onednn(_dense(x), _dense(weight), bias, activation, [], approximation)
+    call = _opaque if torch.compiler.is_compiling() else _onednn
+    assert call is not None
+    return call(_dense(x), _dense(weight), bias, activation, [], approximation)
+
+
+@torch.library.custom_op("fpdm::onednn", mutates_args=())
+def _opaque(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, scalars: list[float], approximation: str
+) -> Tensor:
+    """For torch.compile, which by itself takes oneDNN's operator for frozen weights alone."""
+    assert _onednn is not None
+    return _onednn(x, weight, bias, activation, scalars, approximation)
+
+
+@_opaque.register_fake
+def _shape(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def _dense(x: Tensor) -> Tensor:

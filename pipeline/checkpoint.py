@@ -7,18 +7,23 @@ pickle; the networks of this project are small enough for that (XL/2: 1.4 GB).
 
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import atomic_folder, content_key, read_json, remove_folder, sha256_file, write_json
+from common.files import (
+    atomic_folder,
+    content_key,
+    disk_faults_told,
+    read_json,
+    remove_folder,
+    sha256_file,
+    write_json,
+)
 from common.recipe import Recipe, denoiser_config
 from fpdm.weights import save_pretrained
 from pipeline.averages import Averages
@@ -88,19 +93,6 @@ def _write_folder(folder: Path, state: State, marker: dict[str, Any]) -> None:
         save_file(state, temporary / STATE)
         marker = {**marker, "sha256": sha256_file(temporary / STATE)}
         write_json(temporary / MARKER, {"marker": marker, "key": content_key(marker)})
-
-
-@contextmanager
-def disk_faults_told(path: Path) -> Iterator[None]:
-    """Makes a UserError that names `path` of what a full disk, a read-only folder or a quota raises."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{path}: not written ({reason}); what was saved before is whole: make room, or let this user "
-            "write there, and run again"
-        ) from error
 
 
 def prune(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.command import argument_parser, guarded
 from common.errors import UserError
+from common.files import disk_faults_told
 from common.recipe import Recipe, denoiser_config, describe_network
 
 
@@ -44,7 +45,7 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     Raises UserError where the file is no checkpoint, or another network's than the recipe's.
     """
     from fpdm.weights import import_checkpoint
-    from pipeline.checkpoint import disk_faults_told, export_weights
+    from pipeline.checkpoint import export_weights
 
     wanted = denoiser_config(recipe)
     told: dict[str, Any] = {  # no shape tells these

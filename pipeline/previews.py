@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import disk_faults_told
 from common.recipe import Recipe
-from pipeline.checkpoint import disk_faults_told
 from pipeline.grids import GridPainter
 from pipeline.training_log import TrainingLog
 from preprocess.encoder import Encoder

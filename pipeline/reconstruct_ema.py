@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.command import argument_parser, guarded
 from common.errors import UserError
+from common.files import disk_faults_told
 from common.recipe import Recipe
 
 
@@ -83,7 +84,7 @@ def write(
 ) -> None:
     """Adds the stored averages up in float64 and writes the sum as weights, with its factors in config.json."""
     from fpdm.weights import load_pretrained, read_extra
-    from pipeline.checkpoint import disk_faults_told, export_weights
+    from pipeline.checkpoint import export_weights
     from pipeline.run_folder import power_name
 
     total = None

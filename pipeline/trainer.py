@@ -13,7 +13,7 @@ import torch.distributed
 from torch import Tensor
 
 from common.errors import Interrupted, UserError
-from common.files import alone_in, atomic_write, remove_leftovers, write_json
+from common.files import alone_in, atomic_write, disk_faults_told, remove_leftovers, write_json
 from common.loading import dump_recipe
 from common.provenance import provenance
 from common.ranks import rank_and_world_size
@@ -66,7 +66,7 @@ def train(recipe: Recipe) -> None:
         control = control_group()
         with told_by_all(control):
             if rank == 0:
-                with checkpoint.disk_faults_told(recipe.folder):
+                with disk_faults_told(recipe.folder):
                     open_things.enter_context(alone_in(recipe.folder))
             shards = staged(recipe, open_shards(recipe))
         Trainer(recipe, shards, rank, world_size, control, stop).run()
@@ -332,7 +332,7 @@ class Trainer:
             values["distance"], words["distance_name"] = distance
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         try:
-            with checkpoint.disk_faults_told(self.log.metrics):
+            with disk_faults_told(self.log.metrics):
                 self.log.write(values, **words)
         except UserError as fault:
             self.fault = fault
@@ -379,7 +379,7 @@ class Trainer:
         weights = gather(self.engine, parameter_shards(self.engine)) if new else {}
         with told_by_all(self.control):
             if self.rank == 0:
-                with checkpoint.disk_faults_told(self.recipe.folder):
+                with disk_faults_told(self.recipe.folder):
                     self._describe()
                     self.log = TrainingLog(self.recipe, self.samples_seen, self.identity)
                     if new:  # the untrained network, by every average's name, for the comparison in the report

@@ -11,9 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_write, content_key, sync
+from common.files import atomic_write, content_key, disk_faults_told, sync
 from common.recipe import Recipe
-from pipeline.checkpoint import disk_faults_told
 
 LINE_EVERY_SECONDS = 10.0
 

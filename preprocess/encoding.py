@@ -14,10 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import alone_in
+from common.files import NOT_WRITTEN, alone_in, disk_faults_told
 from common.recipe import Recipe, latent_shape
 from preprocess.encoder import fetch_vae, find_vae, identify
-from preprocess.encoding_guards import at_work, disk_faults_told, memory_faults_told
+from preprocess.encoding_guards import at_work, memory_faults_told
 from preprocess.encoding_loop import encode_pictures
 from preprocess.shards import (
     LatentShards,
@@ -161,7 +161,11 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
-    with disk_faults_told(encoding.folder), memory_faults_told(encoding.recipe), at_work(encoding.folder, part, parts):
+    with (
+        disk_faults_told(encoding.folder, NOT_WRITTEN),
+        memory_faults_told(encoding.recipe),
+        at_work(encoding.folder, part, parts),
+    ):
         remove_unfinished(encoding.folder, mine)
         records = _proved_records(encoding, mine)
         missing = [number for number, record in records.items() if record is None]
@@ -214,7 +218,7 @@ def merge_shards(encoding: Encoding) -> None:
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
-    with disk_faults_told(encoding.folder), alone_in(encoding.folder, ".merging", wait=True):
+    with disk_faults_told(encoding.folder, NOT_WRITTEN), alone_in(encoding.folder, ".merging", wait=True):
         write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
 
 

@@ -1,6 +1,5 @@
-"""What stops an encoding from outside, told in one line: disks, memory, and another run in the same folder."""
+"""What stops an encoding from outside, told in one line: memory, and another run in the same folder."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,25 +9,6 @@ import torch
 from common.errors import UserError
 from common.files import alone_in
 from common.recipe import Recipe
-
-DISK_FAULTS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-}
-
-
-@contextmanager
-def disk_faults_told(folder: Path) -> Iterator[None]:
-    """Makes a UserError of what a full disk, a quota, or a folder that may not be written raises."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        raise UserError(
-            f"data.shards: {folder}: {error.strerror}; make room or choose another folder, and run this again: what is "
-            "finished is kept"
-        ) from None
 
 
 @contextmanager

@@ -58,21 +58,25 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again():
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (x, weight, bias)), strict=True))
 
 
-@pytest.mark.parametrize("graph", [True, False])
-def test_a_compiler_sees_torchs_own_operators(graph):
-    """inductor takes oneDNN's operator for frozen weights alone."""
+@pytest.mark.parametrize("shape", [(5,), (3, 7)])
+def test_compiling_keeps_the_product_its_gelu_and_the_gradients(shape):
     seen = []
 
     def backend(traced, _):
         seen.extend(str(node.target) for node in traced.graph.nodes)
         return traced.forward
 
-    x, weight, bias = operands(3, 7)
-    with torch.set_grad_enabled(graph):
-        compiled = torch.compile(lambda: linear_gelu(x, weight, bias), backend=backend)
-        torch.testing.assert_close(compiled(), linear_gelu(x, weight, bias))
-    assert any("linear" in name for name in seen)
-    assert not any("mkldnn" in name for name in seen)
+    def gelu():
+        return linear_gelu(x, weight, bias)
+
+    x, weight, bias = operands(*shape)
+    expected = torch.autograd.grad(gelu().square().sum(), (x, weight, bias))
+    found = torch.autograd.grad(torch.compile(gelu, backend="aot_eager")().square().sum(), (x, weight, bias))
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(gelu, backend=backend)(), gelu())
+        torch.library.opcheck(module._opaque, (x, weight, bias, "gelu", [], "tanh"))
+    assert "fpdm.onednn.default" in seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
