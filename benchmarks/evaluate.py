@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
+    if arguments.samples <= BATCH:
+        parser.error(f"--samples: {arguments.samples}; the larger set needs more than the smaller one's {BATCH}")
     torch.set_num_threads(arguments.threads)
     print(f"{'':44} {'against':12} {'ours':>12} {'theirs':>12} {'ratio':>7}  aim", flush=True)
     distance, difference = measure_distance(arguments.dimensions, max(1, arguments.rounds // 2))

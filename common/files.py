@@ -80,10 +80,10 @@ NOT_WRITTEN = frozenset(
 
 
 @contextmanager
-def disk_faults_told(path: Path, only: Container[int] | None = None) -> Iterator[None]:
-    """Makes a UserError that names `path` of what a full disk, a read-only folder or a quota raises.
+def disk_faults_told(place: str | Path, only: Container[int] | None = None) -> Iterator[None]:
+    """Makes a UserError that names `place` of what a full disk, a read-only folder or a quota raises.
 
-    `only`: the errors, such as NOT_WRITTEN, that are a writer's, where the block also reads.
+    `only`: the errors, such as NOT_WRITTEN, that come of writing, where the block also reads what may be missing.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def disk_faults_told(path: Path, only: Container[int] | None = None) -> Iterator
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{path}: not written ({reason}); what is finished is kept: make room, let this user write there, or "
+            f"{place}: not written ({reason}); what is finished is kept: make room, let this user write there, or "
             "choose another folder, and run this again"
         ) from error
 

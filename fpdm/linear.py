@@ -19,6 +19,7 @@ GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 _onednn: Callable[..., Tensor] | None = None
 if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():  # elsewhere nothing was measured
     _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,8 +60,8 @@ class Linear(nn.Linear):
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Not for what has no rows."""
-    if _onednn is None:
+    """Not for what has no rows, nor in a program that is exported, which is to run elsewhere too."""
+    if _onednn is None or _is_exporting():
         return False
     floats: bool = x.dtype == weight.dtype == torch.float32
     return floats and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0
@@ -75,7 +76,12 @@ def _product(
     return call(_dense(x), _dense(weight), bias, activation, [], approximation)
 
 
-@torch.library.custom_op("fpdm::onednn", mutates_args=())
+# The schema is spelled out because torch before 2.7 does not read it from these annotations.
+@torch.library.custom_op(
+    "fpdm::onednn",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, str activation, float[] scalars, str approximation) -> Tensor",
+)
 def _opaque(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, scalars: list[float], approximation: str
 ) -> Tensor:

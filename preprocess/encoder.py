@@ -3,6 +3,7 @@
 The latents' scaling has its one home here.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ class Encoder:
         """
         size = self._settings.batch_size
         if self.device.type == "cpu":
-            size = min(size, max(1, CPU_PIXELS // (values[0, 0].numel() * pixels_a_side**2)))
+            size = min(size, max(1, CPU_PIXELS // (math.prod(values.shape[2:]) * pixels_a_side**2)))
         return values.split(size)
 
     @property

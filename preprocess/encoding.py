@@ -162,7 +162,7 @@ def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
     with (
-        disk_faults_told(encoding.folder, NOT_WRITTEN),
+        disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
         memory_faults_told(encoding.recipe),
         at_work(encoding.folder, part, parts),
     ):
@@ -218,7 +218,10 @@ def merge_shards(encoding: Encoding) -> None:
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
-    with disk_faults_told(encoding.folder, NOT_WRITTEN), alone_in(encoding.folder, ".merging", wait=True):
+    with (
+        disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
+        alone_in(encoding.folder, ".merging", wait=True),
+    ):
         write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
 
 

@@ -91,7 +91,7 @@ class LatentShards:
         if flip is not None and np.any(flip):
             if not self.index["settings"]["flips"]:
                 raise UserError(f"data.flips: {self.address} was made without flips; encode with data.flips=true")
-            flip = np.asarray(flip)[order]
+            flip = np.broadcast_to(flip, indices.shape)[order]
             offsets = np.where(flip, rows["flip_offset"], offsets)
             checksums = np.where(flip, rows["flip_crc32"], checksums)
         size = math.prod(self.shape) * MOMENTS.itemsize

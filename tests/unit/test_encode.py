@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
+from preprocess import encoder as encoder_module
 from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoder import Encoder, draw_latents, fetch_vae, find_vae, unscale_latents
 from preprocess.encoding import resolve
@@ -293,6 +294,25 @@ def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
     decoded = encoder.decode(draw_latents(moments, torch.zeros(2, 4, 4, 4), 0.5, 0.25))
     mean = moments.chunk(2, dim=1)[0]
     assert torch.allclose(decoded, encoder.network.decode(mean).sample.clamp(-1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_what_a_cpu_takes_at_once_changes_no_picture(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    encoder = Encoder(recipe.vae)
+    images = picture(recipe, "cat/0.png").lerp(
+        picture(recipe, "dog/1.png"), torch.linspace(0, 1, count)[:, None, None, None]
+    )
+    moments = encoder.moments(images)
+    latents = moments[:, : moments.shape[1] // 2]
+    decoded = encoder.decode(latents)
+    monkeypatch.setattr(encoder_module, "CPU_PIXELS", 2 * 16 * 16)
+    seen: list[int] = []
+    encoder.network.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    torch.testing.assert_close(encoder.moments(images), moments)
+    torch.testing.assert_close(encoder.decode(latents), decoded)
+    assert seen == {0: [0], 1: [1], 7: [2, 2, 2, 1]}[count]
 
 
 def test_encoding_in_ffcv_format_makes_the_file_after_the_shards(

@@ -58,6 +58,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again():
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (x, weight, bias)), strict=True))
 
 
+@pytest.mark.skipif(module._onednn is None, reason="no oneDNN on this processor")
 @pytest.mark.parametrize("shape", [(5,), (3, 7)])
 def test_compiling_keeps_the_product_its_gelu_and_the_gradients(shape):
     seen = []
@@ -77,6 +78,13 @@ def test_compiling_keeps_the_product_its_gelu_and_the_gradients(shape):
         torch.testing.assert_close(torch.compile(gelu, backend=backend)(), gelu())
         torch.library.opcheck(module._opaque, (x, weight, bias, "gelu", [], "tanh"))
     assert "fpdm.onednn.default" in seen
+
+
+def test_an_exported_layer_holds_torchs_operators_alone():
+    x, _, _ = operands(3, 7)
+    operators = {str(node.target) for node in torch.export.export(module.Linear(24, 40), (x,)).graph.nodes}
+    assert "aten.linear.default" in operators
+    assert not any("onednn" in name or "mkldnn" in name for name in operators)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
