@@ -20,7 +20,8 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What is read, and what its configuration calls the encoder's stages. SDXL's, SD3's and FLUX's are the first kind.
 KINDS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
-CPU_PIXELS = 2**16  # of one pass on a CPU: more leave its caches, and each takes up to 1.6 times as long (1 or 2 threads)
+# Of one pass on a CPU, of one or two threads: more leave its caches, and each takes up to 1.6 times as long.
+CPU_PIXELS = 2**16
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
