@@ -10,8 +10,9 @@ all of them in random order (plain WebDataset: as its reader gives them), in bat
   webdataset     webdataset.WebDataset over the same tars, decoded by np.frombuffer
   ffcv           FFCV's own loader over preprocess/beton.py's file, where FFCV is installed; nothing verified
 In the reader's process (0 workers; training reads shards so) and with a DataLoader's one worker process, which for
-FFCV is its thread. The contenders take turns; of each one's rounds the fastest counts, and it is compared with npy at
-one worker. Opening is a process of its own that opens an index of 1.28 M synthetic latents.
+FFCV is its thread. The order is drawn before the clock starts. The contenders take turns; of each one's rounds the
+fastest counts, and it is compared with npy at one worker. Opening is a process of its own that opens an index of 1.28 M
+synthetic latents.
 """
 
 import argparse

@@ -58,8 +58,8 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again():
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (x, weight, bias)), strict=True))
 
 
-@pytest.mark.skipif(module._onednn is None, reason="no oneDNN on this processor")
 @pytest.mark.parametrize("shape", [(5,), (3, 7)])
+@pytest.mark.usefixtures("kernels")
 def test_compiling_keeps_the_product_its_gelu_and_the_gradients(shape):
     seen = []
 
@@ -76,8 +76,9 @@ def test_compiling_keeps_the_product_its_gelu_and_the_gradients(shape):
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(gelu, backend=backend)(), gelu())
-        torch.library.opcheck(module._opaque, (x, weight, bias, "gelu", [], "tanh"))
-    assert "fpdm.onednn.default" in seen
+        if module._onednn is not None:
+            torch.library.opcheck(module._opaque, (x, weight, bias, "gelu", [], "tanh"))
+    assert ("fpdm.onednn.default" in seen) == (module._onednn is not None)
 
 
 def test_an_exported_layer_holds_torchs_operators_alone():
