@@ -139,9 +139,9 @@ def describe_plan(encoding: Encoding) -> list[str]:
     records = _records(encoding)
     missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
     flips = " and its mirror image" if data.flips else ""
-    left_out = f"; {source.left_out:,} other files left out" if source.left_out else ""
     return [
-        f"pictures: {len(source.entries):,} in {len(source.class_names)} classes below {data.images}{left_out}",
+        f"pictures: {len(source.entries):,} in {len(source.class_names)} classes below {data.images}",
+        *(f"left out: {count:,} files, {reason}" for reason, count in source.left_out.most_common()),
         f"latents: {data.crop} to {data.resolution} px, each picture{flips} as {shape} by {vae}",
         f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
         f"{len(records) - records.count(None)} there already",
@@ -222,7 +222,8 @@ def merge_shards(encoding: Encoding) -> None:
         disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
         alone_in(encoding.folder, ".merging", wait=True),
     ):
-        write_index(encoding.folder, records, (2 * channels, height, width), encoding.source.class_names)
+        shape, source = (2 * channels, height, width), encoding.source
+        write_index(encoding.folder, records, shape, source.class_names, source.left_out)
 
 
 def all_there(encoding: Encoding) -> bool:

@@ -4,9 +4,10 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -126,8 +127,17 @@ def recorded_settings(folder: Path) -> Iterator[tuple[Path, Settings]]:
             continue
 
 
-def write_index(folder: Path, records: list[Record], shape: tuple[int, int, int], class_names: list[str]) -> None:
-    """Merges the shards' records into samples.npy and index.json; for one at a time. `shape` is (2C, h, w)."""
+def write_index(
+    folder: Path,
+    records: list[Record],
+    shape: tuple[int, int, int],
+    class_names: list[str],
+    left_out: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Merges the shards' records into samples.npy and index.json; for one at a time.
+
+    `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason.
+    """
     for name in (SAMPLES, INDEX):
         for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
             left.unlink()
@@ -152,6 +162,7 @@ def write_index(folder: Path, records: list[Record], shape: tuple[int, int, int]
         "found": accepted + len(rejected),
         "accepted": accepted,
         "rejected": rejected,
+        "left_out": dict(sorted(left_out.items())),
         "samples_sha256": sha256_file(folder / SAMPLES),
         "latents": _statistics(records, accepted * shape[1] * shape[2]),
     }

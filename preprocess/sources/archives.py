@@ -6,6 +6,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,6 +21,7 @@ from preprocess.sources.entries import (
     check_member,
     is_hidden,
     is_picture,
+    kind_of,
     read_at,
 )
 
@@ -86,7 +88,9 @@ class ZipSource:
         self.path, self.field = Path(path), field
         members = self._members()
         pictures = [member for member in members if is_picture(member.filename, suffixes)]
-        self.left_out = len(members) - len(pictures)
+        self.left_out = Counter(
+            kind_of(member.filename) for member in members if not is_picture(member.filename, suffixes)
+        )
         if not pictures:
             inside = {Path(member.filename).name for member in members}
             remedy = "unzip it and name the folder of data.mdb" if "data.mdb" in inside else "name another archive"

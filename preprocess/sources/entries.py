@@ -3,6 +3,7 @@
 import hashlib
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -56,7 +57,7 @@ class Source(Protocol):
 
     class_names: list[str]
     entries: Entries
-    left_out: int  # files that are no pictures by their name
+    left_out: Counter[str]  # files that are not taken, by reason: taken + left out = every file below the source
 
     def open(self, entry: Entry) -> bytes:
         """A picture's encoded bytes. Raises Rejected where they cannot be read."""
@@ -98,6 +99,11 @@ def is_picture(name: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
 def printable(name: str) -> str:
     """A key as one line for people: what no terminal shows, or no encoding has, is escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
+
+
+def kind_of(name: str) -> str:
+    """Why a file that is no picture by its name is left out: its suffix, as a reason for `Source.left_out`."""
+    return f"no picture: {os.path.splitext(name)[1].lower() or 'no suffix'}"
 
 
 def is_hidden(name: str) -> bool:

@@ -1,11 +1,12 @@
 """Pictures in folders."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, is_picture, read_whole
+from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, is_picture, kind_of, read_whole
 
 
 class FolderSource:
@@ -20,14 +21,14 @@ class FolderSource:
 
     def __init__(self, path: str | Path, field: str = "data.images") -> None:
         """`field` is what of the recipe names the folder; errors begin with it."""
-        self.path, self.left_out = Path(path), 0
+        self.path, self.left_out = Path(path), Counter[str]()
         tree = Tree(self.path, field)
         items = tree.scan("")
         self.class_names = [item.name for item in items if item.is_dir()]
         alone = [item.name for item in items if not item.is_dir() and is_picture(item.name)]
         if self.class_names and alone:
             raise UserError(f"{field}: {path} holds both pictures ({alone[0]}) and folders; move them into classes")
-        self.left_out = len(items) - len(self.class_names) - len(alone)
+        self.left_out.update(kind_of(item.name) for item in items if not item.is_dir() and not is_picture(item.name))
         folders = self.class_names or [""]
         self.entries = Entries(
             entry for label, name in enumerate(folders) for entry in self._entries(tree, name, label)
@@ -40,7 +41,7 @@ class FolderSource:
     def _entries(self, tree: "Tree", folder: str, label: int) -> list[Entry]:
         files = sorted(tree.files(folder))
         if folder:
-            self.left_out += sum(not is_picture(key) for key, _ in files)
+            self.left_out.update(kind_of(key) for key, _ in files if not is_picture(key))
         return tree.pictures(files, label, folder)
 
 
@@ -54,7 +55,7 @@ class OneClassFolder:
         tree = Tree(self.path, field, suffixes)
         files = sorted(tree.files(""))
         self.entries = Entries(tree.pictures(files, 0))
-        self.left_out = len(files) - len(self.entries)
+        self.left_out = Counter(kind_of(key) for key, _ in files if not is_picture(key, suffixes))
 
     def open(self, entry: Entry) -> bytes:
         return read_whole(self.path / entry.key, entry.size)

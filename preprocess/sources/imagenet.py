@@ -1,12 +1,13 @@
 """ImageNet-1k as people have it. Class indices are those of everybody: the wnids in the order of their names."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
 from preprocess.sources.archives import TarMember, tar_members
-from preprocess.sources.entries import Entries, Entry, is_picture, read_at
+from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
 from preprocess.sources.folders import FolderSource
 from preprocess.sources.parquet import ParquetSource
 
@@ -50,7 +51,7 @@ class ImageNetTar:
     """ILSVRC2012_img_train.tar: a tar of one tar a wnid, read where it lies."""
 
     def __init__(self, path: str | Path, field: str) -> None:
-        self.path, self.left_out = Path(path), 0
+        self.path, self.left_out = Path(path), Counter[str]()
         try:
             with open(self.path, "rb") as file:
                 classes = sorted(tar_members(self.path, field, file))
@@ -73,7 +74,7 @@ class ImageNetTar:
             if not members or members[-1].offset + members[-1].size > inner.offset + inner.size:
                 raise UserError(f"{field}: {inside} is empty or reaches beyond its end; get {self.path} anew")
             pictures = [member for member in members if is_picture(member.name)]
-            self.left_out += len(members) - len(pictures)
+            self.left_out.update(kind_of(member.name) for member in members if not is_picture(member.name))
             for member in pictures:
                 yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0))
 

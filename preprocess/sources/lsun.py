@@ -1,6 +1,7 @@
 """LSUN's LMDBs: encoded pictures (WebP) under their hashes, read where they lie."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class LmdbSource:
     """
 
     def __init__(self, path: str | Path, field: str, class_name: str) -> None:
-        self.path, self.field, self.left_out = Path(path), field, 0
+        self.path, self.field, self.left_out = Path(path), field, Counter[str]()
         self.class_names = [class_name]
         self.file = self.path / DATA if self.path.is_dir() else self.path
         self._check_size()

@@ -3,6 +3,7 @@ picture's file, or which is of such bytes itself, and a column `label`."""
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class ParquetSource:
     """
 
     def __init__(self, path: str | Path, field: str) -> None:
-        self.path, self.field, self.left_out = Path(path), field, 0
+        self.path, self.field, self.left_out = Path(path), field, Counter[str]()
         self.files = self._find(str(path))
         self._names: list[str] | None = None
         self.entries = Entries(self._entries())

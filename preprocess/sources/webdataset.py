@@ -2,13 +2,14 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
 from preprocess.sources.archives import TarMember, tar_members
-from preprocess.sources.entries import MAX_CLASSES, Entries, Entry, is_picture, read_at
+from preprocess.sources.entries import MAX_CLASSES, Entries, Entry, is_picture, kind_of, read_at
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of an address; no plain path that is meant begins so
 
@@ -21,7 +22,7 @@ class WebDatasetSource:
     """
 
     def __init__(self, path: str | Path, field: str) -> None:
-        self.path, self.field, self.left_out = Path(path), field, 0
+        self.path, self.field, self.left_out = Path(path), field, Counter[str]()
         self.tars = self._find(str(path))
         labels: set[int | None] = set()
         self.entries = Entries(self._labelled(labels))
@@ -82,7 +83,7 @@ class WebDatasetSource:
             elif name.partition(".")[2] == "cls":
                 classes[key] = self._class(tar, member, file)
             else:
-                self.left_out += 1
+                self.left_out[kind_of(member.name)] += 1
         for key, picture in pictures.items():
             yield picture, classes.get(key)
 
