@@ -3,6 +3,7 @@
 The latents' scaling has its one home here.
 """
 
+import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import read_json, sha256_file
+from common.files import sha256_file
 from common.recipe import VAE
 
 CONFIG = "config.json"
@@ -124,9 +125,9 @@ def identify(folder: Path, settings: VAE) -> Identity:
     Raises UserError for a kind that is none of KINDS, and where latent channels or downsampling differ from
     `vae.latent_channels` and `vae.downsampling`.
     """
-    config = read_json(folder / CONFIG)
-    stages = config.get(_stages(folder, config), [])
-    found = {"latent_channels": config.get("latent_channels"), "downsampling": 2 ** (len(stages) - 1)}
+    kind, config = _configuration(folder)
+    stages = config[KINDS[kind.__name__]]
+    found = {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
     for name, value in found.items():
         if value != getattr(settings, name):
             raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {value}; set that")
@@ -138,12 +139,23 @@ def identify(folder: Path, settings: VAE) -> Identity:
     )
 
 
-def _stages(folder: Path, config: dict[str, Any]) -> str:
-    """What a configuration calls the list of the encoder's stages, of which all but the first halve the side."""
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind not in KINDS:
-        raise UserError(f"vae.path: {folder} is an {kind}; of diffusers' autoencoders {' and '.join(KINDS)} are read")
-    return KINDS[kind]
+def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A VAE's class in diffusers, and all arguments that diffusers builds it with: those that its file leaves out too.
+
+    The published config.json of Stable Diffusion's autoencoders, for one, leaves out the scaling factor.
+    """
+    from diffusers import models  # seconds to import
+
+    try:
+        stated = models.AutoencoderKL.load_config(folder)
+    except OSError:
+        raise UserError(f"vae.path: {folder / CONFIG} is not readable as JSON; get it again") from None
+    name = stated.get("_class_name", "AutoencoderKL") if isinstance(stated, dict) else None
+    if name not in KINDS:
+        raise UserError(f"vae.path: {folder} is an {name}; of diffusers' autoencoders {' and '.join(KINDS)} are read")
+    kind = getattr(models, name)
+    defaults = {argument: each.default for argument, each in inspect.signature(kind).parameters.items()}
+    return kind, defaults | kind.extract_init_dict(stated)[0]
 
 
 class Encoder:
@@ -221,9 +233,7 @@ class Encoder:
 
 def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """One of KINDS, from the folder that `fetch_vae` gives. Raises UserError where it does not load."""
-    from diffusers import models
-
-    kind = getattr(models, read_json(folder / CONFIG).get("_class_name", "AutoencoderKL"))
+    kind, _ = _configuration(folder)
     try:
         return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
