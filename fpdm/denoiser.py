@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"hidden_size": 1024, "num_heads": 16, "depth": 24},
     "XL": {"hidden_size": 1152, "num_heads": 16, "depth": 28},
 }
+MAX_DEPTH = 1000  # a damaged or hostile config would take all memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,9 @@ class DenoiserConfig:
         for field in ("pre_depth", "post_depth"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}: {getattr(self, field)} is negative; choose 0 or more")
+        for field in ("depth", "pre_depth", "post_depth"):
+            if getattr(self, field) > MAX_DEPTH:
+                raise ValueError(f"{field}: {getattr(self, field)} blocks; at most {MAX_DEPTH} are built")
         if self.condition_dim is not None and self.condition_dim <= 0:
             raise ValueError(f"condition_dim: {self.condition_dim} must be positive, or None for class labels")
         if self.self_conditioned and (self.kind != "dit" or self.condition_dim is not None):

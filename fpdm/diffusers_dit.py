@@ -52,6 +52,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def is_named_so(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors (by name) have diffusers' names."""
     return any(name.startswith(("transformer_blocks.", "proj_out_")) for name in tensors)
 
 

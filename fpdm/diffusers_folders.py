@@ -40,7 +40,7 @@ def read_configuration(folder: Path, kinds: Sequence[str]) -> tuple[Any, dict[st
         raise ValueError(f"{path}: no JSON, or not readable; get the file again") from None
     name = class_named(stated)
     if name is None:
-        raise ValueError(f"{path}: names no _class_name of diffusers; give the folder that save_pretrained wrote")
+        raise ValueError(f"{path}: says not which class of diffusers it is of; add _class_name, of {', '.join(kinds)}")
     if name not in kinds:
         *others, last = kinds
         listed = f"{', '.join(others)} and {last}" if others else last
