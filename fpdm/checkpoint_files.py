@@ -1,7 +1,6 @@
 """Checkpoints as people have them, to tensors by plain names. No code in them is run: only plain values are made."""
 
 import argparse
-import collections
 import datetime
 import pathlib
 import pickle
@@ -40,7 +39,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def _inert_types() -> list[Any]:
     """What lies beside tensors in checkpoints and does nothing when it is made. Each is named as files name it."""
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
-    inert: list[Any] = [argparse.Namespace, types.SimpleNamespace, collections.defaultdict, collections.deque]
+    inert: list[Any] = [argparse.Namespace, types.SimpleNamespace]
+    inert += [(_plain_dict, "collections.defaultdict"), (_plain_list, "collections.deque")]  # torch fills no others
     inert += [dict, list, tuple, str, int, float, bool]  # what a defaultdict makes
     inert += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
     inert += [np.dtype, np.ndarray, *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type))]
@@ -50,6 +50,14 @@ def _inert_types() -> list[Any]:
         for name, kind in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)):
             inert += [(kind, f"{module}.{name}Path"), (kind, f"{module}.Pure{name}Path")]
     return inert
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _plain_list(*_: Any) -> list[Any]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,11 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(_inert_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except NOT_READABLE as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"loading it would run {refused[1]}" if refused else "damaged, or no checkpoint"
+        found = "damaged, or no checkpoint"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            found = f"loading it would run {refused[1]}"
+        elif refused := re.search(r"but got (?:<class ')?([\w.]+)", str(error)):
+            found = f"it holds an object, {refused[1]}"
         raise ValueError(
             f"{path}: {found}; give a .safetensors file, or a .pt of tensors and plain values, as "
             "torch.save(model.state_dict(), ...) writes it"
