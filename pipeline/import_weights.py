@@ -3,6 +3,7 @@
 python pipeline/import_weights.py --config recipes/imagenet256.yaml --checkpoint DiT-XL-2-256x256.pt \\
     name=dit-xl-2 model.kind=dit objective.prediction=epsilon objective.zero_terminal_snr=false
 
+--checkpoint is a file, or a folder of diffusers' such as facebook/DiT-XL-2-256's.
 The recipe says what the file cannot: what the network predicts. What it says of the network is compared with the
 tensors. --weights model takes a training checkpoint's raw weights instead of its average.
 """
