@@ -288,6 +288,7 @@ def denoiser_config(recipe: Recipe) -> DenoiserConfig:
         post_depth=model.post_depth,
         pre_post_timestep_conditioning=model.pre_post_timestep_conditioning,
         num_classes=model.num_classes,
+        self_conditioned=False,  # only imported weights are
         learned_variance=recipe.objective.learned_variance,
         **chosen,
     )

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL, AutoencoderTiny
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
@@ -53,10 +53,14 @@ class FPDMTransformer2DModel(ModelMixin):
 
 
 class FPDMPipeline(DiffusionPipeline):
-    """Class labels to pictures."""
+    """Class labels to pictures. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
 
-    def __init__(self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny) -> None:
+    def __init__(
+        self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC
+    ) -> None:
         super().__init__()
+        if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+            raise ValueError("vae: scales each channel by itself (latents_mean, latents_std), which is not done here")
         self.register_modules(transformer=transformer, vae=vae)
 
     @torch.no_grad()
@@ -106,6 +110,6 @@ class FPDMPipeline(DiffusionPipeline):
             reuse=reuse,
             guidance_scale=guidance_scale,
         )  # (B, C, h, w)
-        latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+        latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
         images = vae.decode(latents.to(vae.dtype)).sample.float()  # (B, 3, H, W)
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type))
