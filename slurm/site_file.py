@@ -7,9 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from slurm.plain_yaml import read_yaml, settle
 
 DEFAULT = Path(__file__).parent / "site.yaml"
 VARIABLE = "FPDM_SITE"
@@ -63,10 +64,11 @@ def load_site(path: str | Path | None = None) -> Site:
             raise ValueError(f"{file}: no such file; {VARIABLE} names it (slurm/site.example.yaml is one)")
         return Site()
     try:
-        settings = yaml.safe_load(file.read_text()) or {}
-        return TypeAdapter(Site).validate_python(settings)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+        settings = settle(Site, read_yaml(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as YAML: {error}") from None
+    try:
+        return TypeAdapter(Site).validate_python(settings or {})
     except ValidationError as error:
         raise ValueError(f"{file}: {_first_fault(error)}") from None
 
