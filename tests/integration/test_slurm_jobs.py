@@ -100,7 +100,9 @@ def test_gpus_that_the_site_asks_for_take_the_place_of_the_recipes(
     assert {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()} == dict.fromkeys("01", seen)
 
 
-@pytest.mark.parametrize(("option", "said"), [("no-such-option: 1", "unrecognized"), ("ntasks-per-gpu: 1", "exclusive")])
+@pytest.mark.parametrize(
+    ("option", "said"), [("no-such-option: 1", "unrecognized"), ("ntasks-per-gpu: 1", "exclusive")]
+)
 def test_an_option_that_sbatch_does_not_take_is_told_in_its_words(
     option: str, said: str, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

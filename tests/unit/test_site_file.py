@@ -96,7 +96,9 @@ def test_a_job_asks_for_gpus_in_one_way_and_the_sites_comes_first(
     monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
     resources = Resources(processes=2, gpus_per_process=1)
     script = submission_script(executor("slurm", tmp_path, "name", resources, submits=False))
-    asked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if re.search("(gpus|gres|tres-)[^ ]*=", line)]
+    asked = [
+        line.removeprefix("#SBATCH ") for line in script.splitlines() if re.search("(gpus|gres|tres-)[^ ]*=", line)
+    ]
     assert [line for line in asked if not re.match("--gres=lscratch:100$", line)] == [expected]
 
 
