@@ -137,7 +137,10 @@ def export_weights(
     """
     with atomic_folder(weights_folder(recipe, samples_seen, ema)) as folder:
         # The objective goes with the weights: a v-predicting network sampled as if it predicted noise still draws.
-        extra: dict[str, object] = {"objective": asdict(recipe.objective), "run": identity, **notes}
+        # So does how often it saw the null label: never, and there is no guidance.
+        dropout = (identity or {}).get("train.label_dropout", recipe.train.label_dropout)
+        known = {"objective": asdict(recipe.objective), "label_dropout": dropout}
+        extra: dict[str, object] = {**known, "run": identity, **notes}
         save_pretrained(weights, config or denoiser_config(recipe), folder, extra)
 
 

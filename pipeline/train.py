@@ -52,4 +52,4 @@ def work(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, work))
+    sys.exit(run_command(__doc__, plan, work, shared=True))

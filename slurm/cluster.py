@@ -16,7 +16,7 @@ from unittest.mock import patch
 import submitit
 
 from slurm import controller
-from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
+from slurm.site_file import Site, asks_for_gpus, load_site, sbatch_options, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
@@ -69,7 +69,8 @@ def executor(
         cpus_per_task=resources.cpus_per_process,
         timeout_min=resources.timeout_minutes if cluster == "slurm" else WITHOUT_LIMIT,
     )
-    if resources.gpus_per_process or cluster != "slurm":  # a cluster without GPUs refuses even none of them
+    # A cluster without GPUs refuses even none of them.
+    if cluster != "slurm" or (resources.gpus_per_process and not asks_for_gpus(site)):
         made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     if cluster == "slurm":
         _check_folder(Path(folder))
@@ -213,9 +214,9 @@ def submit(
         try:
             return made.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
-            words = [line for line in str(error).splitlines() if "error" in line.lower()]
+            words = [line for line in str(error).splitlines() if "error" in line.lower() or "sbatch:" in line]
             raise ValueError(
-                f"SLURM refuses the job: {'; '.join(words) or error}; slurm/site.yaml, or the file that FPDM_SITE "
+                f"SLURM refuses the job: {'; '.join(words) or ' '.join(str(error).split())}; slurm/site.yaml, or the file that FPDM_SITE "
                 "names, says partition and account, the recipe's launch section the rest"
             ) from None
 

@@ -85,6 +85,34 @@ def test_a_rank_sees_the_gpus_of_its_job_on_its_node(slurm: Cluster, tmp_path: P
     assert {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()} == dict.fromkeys("0123", seen)
 
 
+@pytest.mark.parametrize(
+    ("option", "seen"),
+    [("gres: 'gpu:a100:4'", "0,1,2,3"), ("gpus-per-node: 'a100:3'", "0,1,2"), ("gpus: 5", "0,1,2,3,4")],
+)
+def test_gpus_that_the_site_asks_for_take_the_place_of_the_recipes(
+    option: str, seen: str, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "site.yaml").write_text(f"sbatch: {{{option}}}")
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    asked = Resources(processes=2, gpus_per_process=1, timeout_minutes=5)
+    run(made(tmp_path, asked), job("gpus", folder=str(tmp_path / "seen")), failed=failed)
+    assert {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()} == dict.fromkeys("01", seen)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("no-such-option: 1", "unrecognized"), ("ntasks-per-gpu: 1", "exclusive")]
+)
+def test_an_option_that_sbatch_does_not_take_is_told_in_its_words(
+    option: str, said: str, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.yaml").write_text(f"sbatch: {{{option}}}")
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    with pytest.raises(ValueError, match=f"SLURM refuses the job: .*{said}") as raised:
+        submit(made(tmp_path), [job("mistake")])
+    assert "\n" not in str(raised.value)
+
+
 def test_a_full_queue_is_waited_in(slurm: Cluster, tmp_path: Path) -> None:
     asked = ["sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 600"]
     other = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
