@@ -369,7 +369,7 @@ def touch(path: str) -> None:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda path: Call(os.system, f"touch {path}"), "system"),
+        (lambda path: Call(os.system, f"touch '{path}'"), "system"),
         (lambda path: Call(touch, path), "touch"),
         (lambda path: Call(eval, f"open({path!r}, 'w')"), "eval"),
         (lambda path: Call(open, path, "w"), "open"),
