@@ -35,20 +35,22 @@ REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: what
 }
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> dict[str, Any]:
     """DeepSpeed's own settings: generated, or the user's own file checked against the recipe and completed from it.
 
-    `micro_batch_size` must be resolved (`with_world_size`). Raises UserError for what DeepSpeed cannot do, or for a
+    `micro_batch_size` must be resolved (`with_world_size`). `on_gpu`: whether training sees GPUs; None: as here. Raises UserError for what DeepSpeed cannot do, or for a
     file that contradicts the recipe.
     """
-    from deepspeed.accelerator import get_accelerator
-
     settings = recipe.train
     assert settings.micro_batch_size is not None
-    chosen = precision(recipe)
-    if chosen == "fp16" and not get_accelerator().is_fp16_supported():
-        raise UserError("train.precision: fp16 needs a GPU, and this machine has none; use fp32, or bf16 to try it")
-    stage = zero_stage(recipe, world_size)
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    chosen = precision(recipe, on_gpu)
+    if chosen == "fp16" and not on_gpu:  # not for DeepSpeed to say: to it some CPUs do, and runs would differ by them
+        raise UserError(
+            "train.precision: fp16 needs a GPU, and training sees none (launch.gpus_per_process says how many a job asks "
+            "for); use fp32, or bf16 to try it"
+        )
+    stage = zero_stage(recipe, world_size, on_gpu)
     zero: dict[str, Any] = {"stage": stage}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -70,13 +72,13 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return config
 
 
-def zero_stage(recipe: Recipe, world_size: int) -> int:
+def zero_stage(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> int:
     """The stage that is used: a single rank in fp32 has nothing to share, and sharing costs a tenth of its speed.
 
     Whoever brings DeepSpeed settings of their own, or offloads, gets what they ask for.
     """
     settings = recipe.train
-    alone = world_size == 1 and precision(recipe) == "fp32"
+    alone = world_size == 1 and precision(recipe, on_gpu) == "fp32"
     return 0 if alone and not (settings.offload_optimizer or settings.deepspeed_config) else settings.zero_stage
 
 

@@ -68,10 +68,17 @@ def test_a_users_own_settings_replace_the_generated_ones(tmp_path: Path) -> None
     assert made["train_micro_batch_size_per_gpu"] == 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds without a GPU")
-def test_fp16_without_a_gpu_is_refused() -> None:
+@pytest.mark.parametrize("can", [True, False])
+def test_fp16_without_a_gpu_is_refused_whatever_the_cpu_can(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: can)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
         deepspeed_config(recipe_with("train.precision=fp16"), 2)
+    assert deepspeed_config(recipe_with("train.precision=fp16"), 2, on_gpu=True)["fp16"] == {"enabled": True}
+    auto = recipe_with("train.precision=auto")
+    assert [deepspeed_config(auto, 2, on_gpu)["bf16"]["enabled"] for on_gpu in (True, False, None)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(
