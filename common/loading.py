@@ -243,8 +243,8 @@ def check_together(recipe: Recipe) -> None:
     launch = recipe.launch
     if launch.signal_seconds >= 60 * launch.timeout_minutes:
         raise ValueError(
-            f"launch.signal_seconds: {launch.signal_seconds} before the end of {launch.timeout_minutes} minutes is when a "
-            "job begins, and it would be queued again for ever; set it lower"
+            f"launch.signal_seconds: {launch.signal_seconds} before the end of {launch.timeout_minutes} minutes is "
+            "when a job begins, and it would be queued again for ever; set it lower"
         )
     _check_training(recipe.train)
     _check_guidance(recipe)

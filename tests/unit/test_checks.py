@@ -89,7 +89,7 @@ def test_settings_of_deepspeeds_are_read_as_the_ranks_will_read_them(tmp_path: P
         check(tmp_path, *asked, cluster="slurm")
     with pytest.raises(UserError, match=r"has train_micro_batch_size_per_gpu 16, .* make it 64"):
         check(tmp_path, *asked, "train.micro_batch_size=null", "launch.gpus_per_process=1", cluster="slurm")
-    with pytest.raises(UserError, match=r"none\.json: no such file"):
+    with pytest.raises(UserError, match=r"none\.json: No such file"):
         check(tmp_path, f"train.deepspeed_config={tmp_path}/none.json")
 
 
