@@ -40,7 +40,7 @@ def meet() -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
         raise UserError(
-            f"MASTER_ADDR, MASTER_PORT: not set to a host and a number, but RANK={rank} and WORLD_SIZE={world_size} are; "
+            f"MASTER_ADDR, MASTER_PORT: no host and number, though RANK={rank} and WORLD_SIZE={world_size}; "
             "set them to where rank 0 is, or unset RANK and WORLD_SIZE to work alone"
         ) from None
     patience = _Patience(rank, world_size, f"{host}:{port}")

@@ -51,8 +51,8 @@ def _stated_world_size() -> int:
         rank, world_size = -1, 0
     if not 0 <= rank < world_size:
         raise UserError(
-            f"RANK, WORLD_SIZE: found {stated[0]!r} and {stated[1]!r}, a rank from 0 and how many there are; a launcher "
-            "sets both: unset both to work alone"
+            f"RANK, WORLD_SIZE: found {stated[0]!r} and {stated[1]!r}, a rank from 0 and how many there are; launchers "
+            "set both: unset both to work alone"
         )
     return world_size
 

@@ -58,7 +58,7 @@ def executor(
     """
     if submits:
         cluster = resolve(cluster)
-        _check_size(cluster, resources)
+    refuse(cluster, folder, resources)
     site = load_site() if cluster == "slurm" else Site()
     with nullcontext() if submits else _on_paper():
         made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
@@ -73,7 +73,6 @@ def executor(
     if cluster != "slurm" or (resources.gpus_per_process and not asks_for_gpus(site)):
         made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     if cluster == "slurm":
-        _check_folder(Path(folder))
         made.update_parameters(**_slurm_parameters(site, resources, after, code))
     return made
 
@@ -91,7 +90,13 @@ def resolve(cluster: str) -> str:
     return cluster
 
 
-def _check_size(cluster: str, resources: Resources) -> None:
+def refuse(cluster: str, folder: str | Path, resources: Resources) -> None:
+    """Raises ValueError where `cluster` cannot give what `resources` asks for, for a folder that SLURM cannot be given,
+    and for a faulty site file.
+    """
+    if cluster == "slurm":
+        load_site()
+        _check_folder(Path(folder))
     if cluster != "slurm" and resources.nodes > 1:
         raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
     if cluster == "debug" and resources.processes > 1:
@@ -215,8 +220,9 @@ def submit(
             return made.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
             words = [line for line in str(error).splitlines() if "error" in line.lower() or "sbatch:" in line]
+            said = "; ".join(words) or " ".join(str(error).split())
             raise ValueError(
-                f"SLURM refuses the job: {'; '.join(words) or ' '.join(str(error).split())}; slurm/site.yaml, or the file that FPDM_SITE "
+                f"SLURM refuses the job: {said}; slurm/site.yaml, or the file that FPDM_SITE "
                 "names, says partition and account, the recipe's launch section the rest"
             ) from None
 

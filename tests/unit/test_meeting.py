@@ -40,7 +40,7 @@ def start(
         os.environ.pop("TORCHELASTIC_RUN_ID", None)
         with open(log, "a") as sink:
             os.dup2(sink.fileno(), 2)
-        sys.stderr = open(2, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
         before()
         sys.exit(guarded(meet))
 
@@ -153,7 +153,9 @@ def test_ranks_without_a_place_to_meet_are_told(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^MASTER_ADDR, MASTER_PORT: not set .* but RANK=0 and WORLD_SIZE=2 are"):
+    with pytest.raises(
+        UserError, match=r"^MASTER_ADDR, MASTER_PORT: no host and number, though RANK=0 and WORLD_SIZE=2"
+    ):
         meet()
 
 
