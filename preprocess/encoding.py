@@ -30,7 +30,7 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
-from preprocess.sources import SOURCES, Source, fingerprint, printable
+from preprocess.sources import Source, fingerprint, open_source, printable
 
 SHOWN_REJECTIONS = 5
 
@@ -79,7 +79,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     data, vae = recipe.data, recipe.vae
     if "://" in data.shards:
         raise UserError(f"data.shards: {data.shards} is read by training; encode to a local folder, and copy it there")
-    source = SOURCES[data.source](data.images, "data.images")
+    source = open_source(data)
     classes = len(source.class_names)
     if classes != recipe.model.num_classes:
         raise UserError(

@@ -13,8 +13,7 @@ import pytest
 
 from common.errors import UserError
 from preprocess.images import Rejected, decode
-from preprocess.sources import SOURCES
-from tests.photographs import photographs, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
+from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
 from tests.planted import ACCEPTED_PICTURES, JPEG, PNG, REJECTED_PICTURES, flipped
 
 
@@ -202,14 +201,14 @@ def test_a_bad_source_is_refused_with_one_line_that_names_what_it_found(case: st
     path = make(tmp_path)
     path = path if isinstance(path, Path | str) else tmp_path / "x.tar"
     with pytest.raises(UserError, match=reason) as found:
-        SOURCES[source](str(path), "data.images")
+        source_of(source, path)
     assert str(found.value).startswith("data.images: ")
     assert "\n" not in str(found.value)
 
 
 def check_rejected(source: str, path: Path, key: str, reason: str) -> None:
     """Of two pictures the one named `key` is rejected when it is opened, and the other one read."""
-    opened = SOURCES[source](str(path), "data.images")
+    opened = source_of(source, path)
     entries = {entry.key: entry for entry in opened.entries}
     with pytest.raises(Rejected, match=reason):
         opened.open(entries.pop(key))
@@ -240,7 +239,7 @@ def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
 
 def test_a_picture_that_changes_or_goes_while_others_are_read_is_rejected_by_name(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "c.jpg": JPEG})
-    opened = SOURCES["ffhq"](str(tmp_path), "data.images")
+    opened = source_of("ffhq", tmp_path)
     (tmp_path / "b.jpg").write_bytes(JPEG + b"more")
     (tmp_path / "c.jpg").unlink()
     first, second, third = opened.entries
