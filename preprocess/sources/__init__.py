@@ -20,6 +20,7 @@ from preprocess.sources.webdataset import WebDatasetSource
 __all__ = ["Entries", "Entry", "FolderSource", "Source", "Which", "fingerprint", "open_source", "printable"]
 
 Which = Literal["images", "held_out"]
+HUB_PARQUET = ("*.parquet", "data/*.parquet", "*/train/*.parquet")  # where a clone of the hub's repository has them
 
 
 def open_source(data: Data, which: Which = "images") -> Source:
@@ -37,8 +38,8 @@ def _folder(path: str, field: str, data: Data) -> Source:
 
 
 def _imagenet(path: str, field: str, data: Data) -> Source:
-    if path.endswith(".parquet") or any(Path(path).glob("*.parquet")):
-        return ImageNetParquet(path, field)
+    if path.endswith(".parquet") or any(any(Path(path).glob(form)) for form in HUB_PARQUET):
+        return ImageNetParquet(path, field, data.image_field, data.label_field)
     return ImageNetTar(path, field) if path.endswith(".tar") else ImageNetFolder(path, field)
 
 
@@ -59,11 +60,11 @@ def _lsun(path: str, field: str, data: Data) -> Source:
 
 
 def _webdataset(path: str, field: str, data: Data) -> Source:
-    return WebDatasetSource(path, field)
+    return WebDatasetSource(path, field, data.image_field, data.label_field)
 
 
 def _parquet(path: str, field: str, data: Data) -> Source:
-    return ParquetSource(path, field)
+    return ParquetSource(path, field, data.image_field, data.label_field)
 
 
 def _is_zip(path: str) -> bool:

@@ -1,15 +1,11 @@
-"""Zips and tars, read without unpacking: their members are listed once, and any of them is read at its offset."""
+"""Zips, read without unpacking: their members are listed once, and any of them is read at its offset."""
 
-import os
 import stat
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError
 from preprocess.images import Rejected
@@ -18,57 +14,14 @@ from preprocess.sources.entries import (
     PICTURE_SUFFIXES,
     Entries,
     Entry,
-    check_member,
     is_hidden,
     is_picture,
     kind_of,
+    member_name,
     read_at,
 )
 
 LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # signature, method, lengths of the name and of the extra field
-
-
-class TarMember(NamedTuple):
-    name: str
-    size: int
-    offset: int  # of its first byte in the file
-
-
-def tar_members(path: Path, field: str, file: BinaryIO) -> Iterator[TarMember]:
-    """The visible regular files of the tar that begins where `file` stands; offsets are those in `file`.
-
-    Raises UserError naming what it found for a compressed or damaged tar, one without its end marker, links, devices,
-    members of impossible sizes, names that lead out, and names that occur twice.
-    """
-    seen: set[str] = set()
-    length = os.stat(file.fileno()).st_size
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined] # else it keeps all it has met
-                check_member(field, path, member.name)
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise UserError(f"{field}: {path} has a member {member.name!r} that is no plain file; repack it")
-                if member.name in seen:
-                    raise UserError(f"{field}: {path} has two members {member.name!r}; repack it without one of them")
-                if not 0 <= member.size <= length - member.offset_data:
-                    raise UserError(
-                        f"{field}: {path} says its member {member.name!r} has {member.size:,} bytes, of "
-                        f"{length - member.offset_data:,} that are left: damaged or cut off; get it anew"
-                    )
-                seen.add(member.name)
-                if not is_hidden(member.name):
-                    yield TarMember(member.name, member.size, member.offset_data)
-            end = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the last three: headers that lie
-        raise UserError(
-            f"{field}: {path} is not a whole, uncompressed tar ({error}); get it anew, or gunzip it"
-        ) from None
-    file.seek(end)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes any wrong header for the end
-        raise UserError(f"{field}: {path} is damaged or cut off at byte {end:,}; get it anew")
 
 
 class ZipSource:
@@ -138,7 +91,7 @@ class ZipSource:
         return [info for info in infos if not info.is_dir() and not is_hidden(info.filename)]
 
     def _fault(self, info: zipfile.ZipInfo, seen: set[str]) -> str | None:
-        check_member(self.field, self.path, info.orig_filename)
+        member_name(self.field, self.path, info.orig_filename)
         if stat.S_ISLNK(info.external_attr >> 16):
             return "that is a symbolic link"
         if info.flag_bits & 1:

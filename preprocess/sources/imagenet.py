@@ -1,15 +1,17 @@
 """ImageNet-1k as people have it. Class indices are those of everybody: the wnids in the order of their names."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import UserError
-from preprocess.sources.archives import TarMember, tar_members
-from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
+from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, read_at
 from preprocess.sources.folders import FolderSource
 from preprocess.sources.parquet import ParquetSource
+from preprocess.sources.tars import TarMember, Window, tar_members
 
 WNID = re.compile(r"n\d{8}")
 
@@ -52,28 +54,29 @@ class ImageNetTar:
 
     def __init__(self, path: str | Path, field: str) -> None:
         self.path, self.left_out = Path(path), Counter[str]()
-        try:
-            with open(self.path, "rb") as file:
-                classes = sorted(tar_members(self.path, field, file))
-        except OSError as error:
-            raise UserError(f"{field}: {path} cannot be opened: {error.strerror}") from None
-        wnids = [member.name.removesuffix(".tar") for member in classes]
-        check_wnids(wnids, self.path, field)
-        self.entries = Entries(self._entries(classes, field))
+        with faults_told(UserError, f"{field}: {path} cannot be read"):
+            file = open(self.path, "rb")  # noqa: SIM115
+        with file:
+            members = sorted(tar_members(self.path, field, Window(file, 0, os.stat(path).st_size), self.left_out))
+            classes = [member for member in members if member.name.endswith(".tar")]
+            self.left_out.update(kind_of(member.name) for member in members if member not in classes)
+            wnids = [member.name.removesuffix(".tar") for member in classes]
+            if not wnids:
+                raise UserError(f"{field}: {path} holds no tars of wnids, as n01440764.tar; set data.source=webdataset")
+            check_wnids(wnids, self.path, field)
+            self.entries = Entries(self._entries(classes, field, file))
         self.class_names = class_names(wnids)
 
     def open(self, entry: Entry) -> bytes:
         return read_at(self.path, entry.place[0], entry.size)
 
-    def _entries(self, classes: list[TarMember], field: str) -> Iterator[Entry]:
+    def _entries(self, classes: list[TarMember], field: str, file: BinaryIO) -> Iterator[Entry]:
         for label, inner in enumerate(classes):
             inside = Path(f"{self.path}/{inner.name}")
-            with open(self.path, "rb") as file:
-                file.seek(inner.offset)
-                members = sorted(tar_members(inside, field, file))
-            if not members or members[-1].offset + members[-1].size > inner.offset + inner.size:
-                raise UserError(f"{field}: {inside} is empty or reaches beyond its end; get {self.path} anew")
+            members = sorted(tar_members(inside, field, Window(file, inner.offset, inner.size), self.left_out))
             pictures = [member for member in members if is_picture(member.name)]
+            if not pictures:
+                raise UserError(f"{field}: {inside} holds no images; get {self.path} anew")
             self.left_out.update(kind_of(member.name) for member in members if not is_picture(member.name))
             for member in pictures:
                 yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0))
@@ -82,9 +85,15 @@ class ImageNetTar:
 class ImageNetParquet(ParquetSource):
     """Parquet files as Hugging Face has them; their labels are the standard indices."""
 
-    def __init__(self, path: str | Path, field: str) -> None:
-        super().__init__(path, field)
+    def __init__(
+        self, path: str | Path, field: str, image_field: str | None = None, label_field: str | None = None
+    ) -> None:
+        super().__init__(path, field, image_field, label_field)
         wnids = all_wnids()
+        if self.labels is None:
+            raise UserError(f"{field}: {path} has no labels that are read; set data.label_field to the column of them")
+        if self.named_by_labels:
+            check_wnids(self.class_names, self.path, field)
         if len(self.class_names) != len(wnids):
             raise UserError(
                 f"{field}: {path} has {len(self.class_names)} classes, ImageNet-1k has {len(wnids)}; "
