@@ -2,18 +2,22 @@
 
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 from preprocess.images import Rejected
 
 PICTURE_SUFFIXES = frozenset(
-    f".{suffix}" for suffix in "bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 UNREAD = {  # suffixes of images that are not read, and how they are encoded
     **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
@@ -28,8 +32,8 @@ UNREAD = {  # suffixes of images that are not read, and how they are encoded
 }
 ENCODED_AS = "encoded as"  # how reasons for files of UNREAD begin
 HIDDEN = "hidden"
-SYSTEMS_OWN = frozenset(  # folders that macOS, Windows, Synology, Linux and Python keep for themselves
-    ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle", "lost+found", "__pycache__")
+SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Python and an old tar keep for themselves
+    r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
 )
 MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
 MAX_CLASSES = 1_000_000  # a label above is taken for damage
@@ -65,6 +69,11 @@ class Entries:
         key = self._keys[self._ends[position] : self._ends[position + 1]].decode(errors="surrogateescape")
         label, size, *place = self._columns[position].tolist()
         return Entry(key, label, size, (place[0], place[1]))
+
+    def labelled(self, labels: NDArray[np.int64]) -> "Entries":
+        """The same entries with other labels, (N,)."""
+        self._columns[:, 0] = labels
+        return self
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[position] for position in range(len(self)))
@@ -133,13 +142,38 @@ def kind_of(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether some part of a path begins with a dot, or is a folder that a system keeps for itself."""
-    return any(part.startswith(".") or part in SYSTEMS_OWN for part in name.split("/"))
+    return any(part.startswith(".") or SYSTEMS_OWN.fullmatch(part) for part in name.split("/"))
 
 
-def check_member(field: str, archive: object, name: str) -> None:
-    """Refuses a member whose name would leave the folder it were unpacked in."""
+def member_name(field: str, archive: object, name: str) -> str:
+    """A member's name as a path has it: `./a//b.jpg`, which `tar -C folder -cf x.tar .` writes, is `a/b.jpg`.
+
+    Raises UserError for a name that would leave the folder it were unpacked in.
+    """
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise UserError(
-            f"{field}: {archive} has a member {name!r}, a path that leads out of it; "
-            "no data set has one: pack it again without it"
+            f"{field}: {archive} has a member {name!r}, a path that leads out of it; no data set has one: pack it again"
         )
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+@contextmanager
+def faults_told(kind: type[Exception], message: str) -> Iterator[None]:
+    """Whatever a library raises over a file's content becomes `kind`: `message`, then its own words on the same line.
+
+    What already is a UserError or Rejected passes. Hostile files make parsers raise nearly anything (RecursionError,
+    struct.error, MemoryError, AttributeError): lists of them are never complete.
+    """
+    try:
+        yield
+    except (UserError, Rejected):
+        raise
+    except Exception as error:  # noqa: BLE001
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise kind(f"{message} ({words})") from None
+
+
+def refuse_lfs_pointer(path: object, field: str, start: bytes) -> None:
+    """Raises UserError for the note that a clone without Git LFS has in place of a file, by its first bytes."""
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{field}: {path} is only Git LFS's note of a file; get the file itself: git lfs pull")

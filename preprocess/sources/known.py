@@ -36,13 +36,15 @@ DATA_SETS = {
     ),
     "ffhq": Known("FFHQ", 70_000, {60_000: "those for training", 10_000: "those for validation"}),
     "celebahq": Known(
-        "CelebA-HQ", 30_000, {27_000: "those for training", 3_000: "those for validation", 202_599: "CelebA, which is another set"}
+        "CelebA-HQ",
+        30_000,
+        {27_000: "those for training", 3_000: "those for validation", 202_599: "CelebA, which is another set"},
     ),
 }
 
 
 def warnings(kind: str, source: Source) -> list[str]:
-    """One line each, of what is unlike the data set `kind` (`data.source`), or much left out; none where all is well."""
+    """One line each: what is unlike the data set `kind` (`data.source`), and what is left out that may be meant."""
     found, left_out = len(source.entries), source.left_out
     told = []
     known = _lsun(source.class_names[0]) if kind == "lsun" else DATA_SETS.get(kind)
@@ -58,7 +60,7 @@ def warnings(kind: str, source: Source) -> list[str]:
     return told
 
 
-def lsun_category(name: str) -> str | None:
+def lsun_scene(name: str) -> str | None:
     """The scene that a folder or archive of LSUN's is of, by its name."""
     match = LSUN_NAME.fullmatch(name.removesuffix("_lmdb"))
     return match[1].lower() if match else None

@@ -45,7 +45,7 @@ def class_folders(listing: Listing) -> Layout:
     if top.images:  # one class, however deep its images lie
         top, found = root, root.with_images()
     check_splits(listing, top, found)
-    check_classes(listing, top)
+    check_classes(listing, top, [name for name in top.folders if not is_hidden(name)])
     return Layout(list(found), [folder.keys() for folder in found.values()], Counter())
 
 
@@ -79,12 +79,10 @@ def name_one(listing: Listing, folder: Folder, found: str, names: list[str]) -> 
     return listing.refusal(folder, f"holds {found}, side by side; name the one that is meant, as {example}")
 
 
-def check_classes(listing: Listing, top: Folder) -> None:
-    """Raises UserError for a folder in `top` that has no images, or holds splits of its class."""
-    for name in sorted(top.folders):
+def check_classes(listing: Listing, top: Folder, names: Iterable[str]) -> None:
+    """Raises UserError for a class, one of the folders `names` in `top`, that has no images or holds splits."""
+    for name in sorted(names):
         folder = top.folders[name]
-        if is_hidden(name):
-            continue
         if not folder.has_images():
             remedy = f"move what is no class out of {listing.where(top)}"
             if not folder.reasons():

@@ -19,8 +19,8 @@ from preprocess.sources.listing import Folder, Layout, Listing, base, some
 MAPS = "masks and maps of faces"
 MADE_OF_FACES = {  # reasons, and the names of folders
     MAPS: re.compile(
-        r"(?:.*[-_ ])?(?:masks?|anno(?:tations?)?|seg(?:mentations?|maps?)?|parsing|labels?|landmarks?|sketch(?:es)?|edges?|"
-        r"depth)\d*(?:[-_ ].*)?",
+        r"(?:.*[-_ ])?(?:masks?|anno(?:tations?)?|seg(?:mentations?|maps?)?|parsing|labels?|landmarks?|sketch(?:es)?|"
+        r"edges?|depth)\d*(?:[-_ ].*)?",
         re.I,
     ),
     "thumbnails": re.compile(r"(?:.*[-_ ])?thumb(?:nail)?s?\d*(?:[-_ x×]?\d+)*", re.I),
@@ -43,7 +43,9 @@ def faces(listing: Listing) -> Layout:
     return Layout(layout.class_names, [keys], +layout.left_out)
 
 
-def one_class(listing: Listing, name: str, made_of_images: Mapping[str, re.Pattern[str]] = MappingProxyType({})) -> Layout:
+def one_class(
+    listing: Listing, name: str, made_of_images: Mapping[str, re.Pattern[str]] = MappingProxyType({})
+) -> Layout:
     """All images that are meant, as the class `name`; `made_of_images` tells by their names folders that are not."""
     check_not_empty(listing)
     keys: list[str] = []
@@ -83,6 +85,6 @@ def _check_names(listing: Listing, keys: list[str]) -> None:
         name = base(key).rpartition(".")[0]
         if (first := met.setdefault(name, key)) != key:
             raise UserError(
-                f"{listing.field}: {listing.path} holds {first} and {key}, the same face again by their names; name the "
-                "folder that is meant, or give all images names of their own"
+                f"{listing.field}: {listing.path} holds {first} and {key}, the same face again by their names; name "
+                "the folder that is meant, or give all images names of their own"
             )

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources.entries import MAX_ENCODED, PICTURE_SUFFIXES, Entry, check_member, is_hidden, read_at
+from preprocess.sources.entries import (
+    MAX_ENCODED,
+    PICTURE_SUFFIXES,
+    Entry,
+    faults_told,
+    is_hidden,
+    member_name,
+    read_at,
+)
 from preprocess.sources.listing import Folder, Listing, Place
 
 LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # signature, method, lengths of the name and of the extra field
@@ -77,13 +85,13 @@ def _open(archive: Path, entry: Entry) -> bytes:
 
 def _members(path: Path, field: str) -> dict[str, zipfile.ZipInfo]:
     """The files in a zip by their names, as paths."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except OSError as error:
-        raise UserError(f"{field}: {path} cannot be opened: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise UserError(f"{field}: {path} is not a whole zip ({error}); get it anew") from None
+    if not path.is_file():
+        raise UserError(f"{field}: {path} is not there")
+    with (
+        faults_told(UserError, f"{field}: {path} is not a whole zip, or cannot be read"),
+        zipfile.ZipFile(path) as archive,
+    ):
+        infos = archive.infolist()
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         name = _name(info, path, field)
@@ -96,11 +104,10 @@ def _members(path: Path, field: str) -> dict[str, zipfile.ZipInfo]:
 
 
 def _name(info: zipfile.ZipInfo, path: Path, field: str) -> str:
-    """`./a//b.jpg` is a/b.jpg. Zips name paths with `/`; a backslash there is what old Windows programs write for it."""
+    """Zips name paths with `/`; a backslash is what old Windows programs write for it. Folders end with `/`."""
     name = info.orig_filename.replace("\\", "/")
-    check_member(field, path, f"/{name}" if DRIVE.match(name) else name)
     end = "/" if name.endswith("/") else ""
-    return "/".join(part for part in name.split("/") if part not in ("", ".")) + end
+    return member_name(field, path, f"/{name}" if DRIVE.match(name) else name) + end
 
 
 def _fault(info: zipfile.ZipInfo) -> str | None:

@@ -128,7 +128,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a parquet with a label of 60 bits": (
         lambda f: parquet_of_a_label(f / "x.parquet"),
         "parquet",
-        "row 1, has the label 1152921504606846976",
+        "x.parquet/000001 has the label 1152921504606846976",
     ),
     "a parquet with metadata that are no JSON": (
         lambda f: parquet_of_other_metadata(f / "x.parquet"),
@@ -138,7 +138,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a parquet of names in place of pictures": (
         lambda f: parquet_of_names(f / "x.parquet"),
         "parquet",
-        "column 'image' is of string, encoded pictures are read",
+        "column 'image' is of string, encoded images are read",
     ),
 }
 
