@@ -6,7 +6,7 @@ from typing import Any
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources.entries import MAX_CLASSES
+from preprocess.sources.entries import MAX_CLASSES, printable
 from preprocess.sources.listing import LABELS, Folder, Layout, Listing
 
 
@@ -15,7 +15,7 @@ def labelled(listing: Listing, home: Folder) -> Layout | None:
 
     Raises UserError where a label is no class index, and where images and labels are not the same.
     """
-    path = f"{listing.where(home)}/{LABELS}"
+    path = printable(f"{listing.where(home)}/{LABELS}")
     pairs = _pairs(listing, home.below(LABELS), path)
     if pairs is None:
         return None

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import HIDDEN, PICTURE_SUFFIXES, Entry, is_hidden, read_whole
+from preprocess.sources.entries import HIDDEN, PICTURE_SUFFIXES, Entry, is_hidden, printable, read_whole
 from preprocess.sources.listing import Folder, Listing, Place
 
 
@@ -35,7 +35,9 @@ def _locate(path: Path, field: str, key: str) -> Place:
     try:
         return os.stat(f"{path}/{key}").st_size, (0, 0)
     except OSError as error:
-        raise UserError(f"{field}: {path}/{key} cannot be read: {error.strerror}; is the folder in use?") from None
+        raise UserError(
+            f"{field}: {path}/{printable(key)} cannot be read: {error.strerror}; is the folder in use?"
+        ) from None
 
 
 class _Walk:
@@ -101,4 +103,4 @@ class _Walk:
             )
 
     def _refusal(self, item: "os.DirEntry[str]", text: str) -> UserError:
-        return UserError(f"{self.listing.field}: {item.path} {text}")
+        return UserError(f"{self.listing.field}: {printable(f'{item.path} {text}')}")

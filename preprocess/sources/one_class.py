@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from common.errors import UserError
 from preprocess.sources.layouts import check_not_empty, check_splits, name_one
 from preprocess.sources.listing import Folder, Layout, Listing, base, some
 
@@ -84,7 +83,8 @@ def _check_names(listing: Listing, keys: list[str]) -> None:
     for key in keys:
         name = base(key).rpartition(".")[0]
         if (first := met.setdefault(name, key)) != key:
-            raise UserError(
-                f"{listing.field}: {listing.path} holds {first} and {key}, the same face again by their names; name "
-                "the folder that is meant, or give all images names of their own"
+            raise listing.refusal(
+                listing.root,
+                f"holds {first} and {key}, the same face again by their names; name "
+                "the folder that is meant, or give all images names of their own",
             )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common.command import run_command
 from common.errors import UserError
+from common.loading import dump_recipe
 from common.recipe import VAE, Data, Model, Recipe
 from preprocess.encode_latents import encode, plan
 from preprocess.shards import LatentShards
@@ -167,3 +169,14 @@ def test_advice_on_the_number_of_classes_says_what_was_found(recipe: Recipe, cas
         plan(changed(recipe, kind, files, classes))
     assert "\n" not in str(found.value)
     assert ("set model.num_classes" in str(found.value)) == (case != "no classes")
+
+
+def test_a_warning_begins_its_line_on_the_terminal(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert run_command("", plan, encode, ["--config", str(path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("warning:")] == WARNINGS
+    assert any(line.startswith("plan: images: 3 in 1 class (face)") for line in lines)

@@ -86,7 +86,17 @@ def test_every_file_that_is_not_taken_is_counted_by_its_reason(tmp_path: Path, f
 
 
 FOLDERS = ["a", "b", "train", "val", "thumbnails128x128", "in-the-wild-images", "masks", "data128x128", "data256x256"]
-FOLDERS += [".git", "__MACOSX", "00000", "01000", "n01440764", "n01443537", "church_outdoor_train", "img"]
+FOLDERS += [
+    ".git",
+    "__MACOSX",
+    "00000",
+    "01000",
+    "n01440764",
+    "n01443537",
+    "church_outdoor_train",
+    "img",
+    "two\nlines",
+]
 FILES = [
     "1.png",
     "2.JPG",
@@ -135,7 +145,19 @@ def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: 
         assert outcomes[0] == outcomes[1]
         taken += bool(outcomes[0])
     assert min(taken, len(refusals)) > 3
-    assert all(line.startswith("data.images: ") and "\n" not in line for line in refusals)
+    assert all(line.startswith("data.images: ") and line.isprintable() for line in refusals)
+
+
+def test_a_name_that_no_encoding_has_is_read_and_told(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    folder = fill(tmp_path, ["a/1.png"])
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=r"/caf\\udce9 is empty"):
+        source_of("folder", folder)
+    (folder / name / "2.png").write_bytes(b"2")
+    source = source_of("folder", folder)
+    assert source.class_names == ["a", name]
+    assert source.open(source.entries[1]) == b"2"
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
