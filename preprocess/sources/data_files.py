@@ -1,11 +1,11 @@
 """Which files a path means: those of one split of a data set, and never two splits or configurations merged."""
 
 import glob
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from common.errors import UserError
@@ -78,13 +78,13 @@ def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Ite
 def _alternatives(path: str, field: str) -> list[str]:
     from braceexpand import braceexpand
 
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_FILES:
+        raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
     try:
-        patterns = list(islice(braceexpand(path), MAX_FILES + 1))
+        return list(braceexpand(path))
     except ValueError:
         raise UserError(f"{field}: {path} has unbalanced braces; close them") from None
-    if len(patterns) > MAX_FILES:
-        raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
-    return patterns
 
 
 def _matching(pattern: str, field: str, suffix: str, left_out: Counter[str]) -> list[Path]:
