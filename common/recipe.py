@@ -50,6 +50,7 @@ class Data:
     # labels it, as `cls`, `json:label` or a column; "none": one class, whatever labels there are.
     image_field: str | None = None
     label_field: str | None = None
+    follow_links: StrictBool = False  # read what symbolic links below `images` lead to, wherever; not in archives
     # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
     crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels

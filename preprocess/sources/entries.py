@@ -15,9 +15,27 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from preprocess.images import Rejected
 
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PICTURE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+UNREAD = {  # suffixes of images that are not read, and how they are encoded
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
+    **dict.fromkeys((".avif", ".avifs"), "AVIF"),
+    ".jxl": "JPEG XL",
+    **dict.fromkeys((".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "JPEG 2000"),
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), "a camera's raw data"),
+    **dict.fromkeys((".exr", ".hdr"), "floating-point pixels"),
+    ".tga": "TGA",
+    ".psd": "PSD",
+    ".svg": "SVG",
+}
+ENCODED_AS = "encoded as"  # how reasons for files of UNREAD begin
+HIDDEN = "hidden"
+SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Python and an old tar keep for themselves
+    r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
+)
 MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
-SYSTEM_PART = re.compile(r"__MACOSX|PaxHeaders?(\.\d+)?")  # the second: pax headers unpacked as files by an old tar
 MAX_CLASSES = 1_000_000  # a label above is taken for damage
 
 
@@ -112,12 +130,19 @@ def printable(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """Why a file that is no picture by its name is left out: its suffix, as a reason for `Source.left_out`."""
-    return "hidden" if is_hidden(name) else f"no picture: {os.path.splitext(name)[1].lower() or 'no suffix'}"
+    if is_hidden(name):
+        return HIDDEN
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in UNREAD:
+        return f"{ENCODED_AS} {UNREAD[suffix]}, which is not read; convert to PNG or JPEG"
+    if len(suffix) > 12 or not suffix[1:].isalnum():  # no kind, but part of a name
+        suffix = ""
+    return f"no picture: {suffix or 'no suffix'}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether some part of a path begins with a dot, or is what macOS or a tar program keeps for itself."""
-    return any(part.startswith(".") or SYSTEM_PART.fullmatch(part) for part in name.split("/"))
+    """Whether some part of a path begins with a dot, or is a folder that a system keeps for itself."""
+    return any(part.startswith(".") or SYSTEMS_OWN.fullmatch(part) for part in name.split("/"))
 
 
 def member_name(field: str, archive: object, name: str) -> str:

@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from common.errors import UserError
 from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, read_at
-from preprocess.sources.folders import FolderSource
+from preprocess.sources.layouts import check_classes, check_not_empty
+from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource
 from preprocess.sources.tars import TarMember, Window, tar_members
 
@@ -30,7 +31,7 @@ def all_wnids() -> list[str]:
     return list(ImageNetInfo("imagenet-1k").label_names())
 
 
-def check_wnids(names: list[str], path: Path, field: str) -> None:
+def check_wnids(names: list[str], path: object, field: str) -> None:
     known = set(all_wnids())
     strange = next((name for name in names if name not in known), None)
     if strange is not None:
@@ -40,13 +41,21 @@ def check_wnids(names: list[str], path: Path, field: str) -> None:
         )
 
 
-class ImageNetFolder(FolderSource):
-    """`n01440764/n01440764_10026.JPEG`: one folder a wnid; a part of the wnids numbers them from 0."""
+def wnid_folders(listing: Listing) -> Layout:
+    """`n01440764/n01440764_10026.JPEG`: one folder a wnid; a part of the wnids numbers them from 0.
 
-    def __init__(self, path: str | Path, field: str) -> None:
-        super().__init__(path, field)
-        check_wnids(self.class_names, self.path, field)
-        self.class_names = class_names(self.class_names)
+    Raises UserError for images in no such folder, and, naming them, for such folders further down beside others.
+    """
+    check_not_empty(listing)
+    known, root = set(all_wnids()), listing.root
+    homes = [folder for folder in root.walk() if not known.isdisjoint(folder.with_images())] or [root]
+    home, found = homes[0], homes[0].with_images()
+    if len(homes) > 1 or (home is not root and home.count() < root.count()):
+        where = some([listing.where(folder) for folder in homes])
+        raise listing.refusal(root, f"holds ImageNet's folders of wnids further down; name the one meant: {where}")
+    check_wnids([*found, *map(base, home.images[:1])], listing.where(home), listing.field)
+    check_classes(listing, home, known.intersection(home.folders))
+    return Layout(class_names(list(found)), [folder.keys() for folder in found.values()], Counter())
 
 
 class ImageNetTar:

@@ -179,7 +179,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         "cut off; get it anew",
     ),
     "an LMDB that is none": (lambda f: write_folder(f, {"data.mdb": b"no database" * 999}), "lsun", "is not an LMDB"),
-    "an LMDB without entries": (lambda f: write_lmdb(f / "x", {}), "lsun", "without entries"),
+    "an LMDB without entries": (lambda f: write_lmdb(f / "x", {}), "lsun", "LMDB without images"),
     "a parquet cut off": (
         lambda f: cut(write_parquet(f / "x.parquet", [JPEG], [0], None), 0.6),
         "parquet",
@@ -203,7 +203,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         "imagenet",
         "'cat', which is none of",
     ),
-    "nothing at all": (lambda f: f / "nowhere", "celebahq", "is not a folder"),
+    "nothing at all": (lambda f: f / "nowhere", "celebahq", "is not there"),
 }
 
 

@@ -189,5 +189,5 @@ def test_pictures_and_folders_without_permission_are_named() -> None:
         with as_nobody(), pytest.raises(Rejected, match="cannot be opened: Permission denied"):
             source.open(source.entries[0])
         (images / "b").chmod(0)
-        with as_nobody(), pytest.raises(UserError, match=r"/b cannot be listed; make it readable or remove it"):
+        with as_nobody(), pytest.raises(UserError, match=r"/b cannot be listed: Permission denied; make it readable"):
             source_of("folder", name)
