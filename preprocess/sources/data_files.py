@@ -1,11 +1,11 @@
 """Which files a path means: those of one split of a data set, and never two splits or configurations merged."""
 
 import glob
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from common.errors import UserError
@@ -78,13 +78,13 @@ def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Ite
 def _alternatives(path: str, field: str) -> list[str]:
     from braceexpand import braceexpand
 
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_FILES:
+        raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
     try:
-        patterns = list(islice(braceexpand(path), MAX_FILES + 1))
+        return list(braceexpand(path))
     except ValueError:
         raise UserError(f"{field}: {path} has unbalanced braces; close them") from None
-    if len(patterns) > MAX_FILES:
-        raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
-    return patterns
 
 
 def _matching(pattern: str, field: str, suffix: str, left_out: Counter[str]) -> list[Path]:
@@ -106,12 +106,12 @@ def _check_one_set(files: list[Path], field: str, path: str) -> None:
     for file in files:
         sets.setdefault(_set_of(file.absolute().relative_to(root)), []).append(file)
     if len(sets) > 1:
-        patterns = {key: _pattern(members[0], root) for key, members in sets.items()}
+        patterns = {key: _pattern(members[0]) for key, members in sets.items()}
         _, chosen = min(("train" not in key, pattern) for key, pattern in patterns.items())
-        shown = ", ".join(map(str, list(patterns.values())[:5])) + (", ..." if len(patterns) > 5 else "")
+        shown = ", ".join(os.path.relpath(pattern, root) for pattern in list(patterns.values())[:5])
         raise UserError(
             f"{field}: {path} holds {len(sets)} sets of files that must not merge unnoticed, splits or configurations: "
-            f"{shown}; name one, as {chosen}"
+            f"{shown}{', ...' if len(patterns) > 5 else ''}; list in braces what is meant together, or name one, as {chosen}"
         )
     numbered = [match for file in files if (match := NUMBERED.fullmatch(file.stem))]
     counts = Counter(int(match[2]) for match in numbered)
@@ -125,8 +125,8 @@ def _check_one_set(files: list[Path], field: str, path: str) -> None:
 
 
 def _set_of(file: Path) -> tuple[str, ...]:
-    """What the files of one set have in common: folders but for numbered ones, the split, and its number of parts."""
-    folder = "/".join("*" if part.isdigit() else part for part in file.parent.parts)
+    """What the files of one set have in common: their folder, the split, and its number of parts."""
+    folder = str(file.parent)
     numbered = NUMBERED.fullmatch(file.stem)
     if numbered:
         return folder, numbered[1], numbered[3]
@@ -134,8 +134,7 @@ def _set_of(file: Path) -> tuple[str, ...]:
     return folder, "+".join(words)
 
 
-def _pattern(file: Path, root: Path) -> Path:
+def _pattern(file: Path) -> Path:
     """A pattern for the files of this one's set."""
-    folder = Path(*("*" if part.isdigit() else part for part in file.absolute().relative_to(root).parent.parts))
     stem = re.sub(r"\d+(-of-\d+)-[0-9a-f]+$", r"*\1*", file.stem)  # with the hub's older fingerprint
-    return root / folder / (re.sub(r"\d+(-of-\d+)?$", r"*\1", stem) + file.suffix)
+    return file.with_name(re.sub(r"\d+(-of-\d+)?$", r"*\1", stem) + file.suffix)

@@ -1,11 +1,11 @@
 """ImageNet-1k as people have it. Class indices are those of everybody: the wnids in the order of their names."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from common.errors import UserError
 from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, printable, read_at
@@ -14,21 +14,24 @@ from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource
 from preprocess.sources.tars import TarMember, Window, tar_members
 
-WNID = re.compile(r"n\d{8}")
+if TYPE_CHECKING:
+    from timm.data.imagenet_info import ImageNetInfo
 
 
 def class_names(wnids: list[str]) -> list[str]:
     """`n01440764 tench, Tinca tinca`: the wnid, because two of the thousand names are the same (crane)."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    information = ImageNetInfo("imagenet-1k")
-    return [f"{wnid} {information.label_name_to_description(wnid, detailed=False)}".strip() for wnid in wnids]
+    return [f"{wnid} {_information().label_name_to_description(wnid, detailed=False)}".strip() for wnid in wnids]
 
 
 def all_wnids() -> list[str]:
+    return list(_information().label_names())
+
+
+@cache
+def _information() -> "ImageNetInfo":
     from timm.data.imagenet_info import ImageNetInfo
 
-    return list(ImageNetInfo("imagenet-1k").label_names())
+    return ImageNetInfo("imagenet-1k")
 
 
 def check_wnids(names: list[str], path: object, field: str) -> None:

@@ -3,6 +3,7 @@
 import re
 from array import array
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -147,6 +148,7 @@ class Column:
         return self.ids.index(-1) if -1 in self.ids else min(len(self.ids), count - 1)
 
 
+@lru_cache(1024)
 def _plain(name: str) -> str:
     last = re.split("[:.]", name.lower().removesuffix(".txt"))[-1]
     return last.replace("_", "").replace("-", "")

@@ -53,15 +53,7 @@ def tar_members(path: Path, field: str, file: Window, left_out: Counter[str]) ->
     """
     seen: set[str] = set()
     _check_start(path, field, file)
-    damaged = f"{field}: {path} is not a whole tar: damaged or cut off; get it anew"
-    with faults_told(UserError, damaged):
-        tar = tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload] # noqa: SIM115
-    while True:
-        with faults_told(UserError, damaged):
-            member = tar.next()
-        if member is None:
-            break
-        tar.members = []  # else it keeps all it has met
+    for member in _headers(path, field, file):
         name = member_name(field, path, member.name)
         if member.isdir():
             continue
@@ -73,7 +65,16 @@ def tar_members(path: Path, field: str, file: Window, left_out: Counter[str]) ->
             left_out[kind_of(name)] += 1
         else:
             yield TarMember(name, member.size, file.start + member.offset_data)
-    _check_end(path, field, file, tar.offset)
+
+
+def _headers(path: Path, field: str, file: Window) -> Iterator[tarfile.TarInfo]:
+    """What `tarfile` finds, to the archive's end."""
+    with faults_told(UserError, f"{field}: {path} is not a whole tar: damaged or cut off; get it anew"):
+        tar = tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload] # noqa: SIM115
+        while member := tar.next():
+            tar.members = []  # else it keeps all it has met
+            yield member
+        _check_end(path, field, file, tar.offset)
 
 
 def _check_start(path: Path, field: str, file: Window) -> None:

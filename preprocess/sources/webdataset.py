@@ -180,10 +180,12 @@ class Listing:
         if self.candidates.wanted:
             raise UserError(f"{self.field}: {self.path} has no {self.candidates.wanted} in its samples; {REMEDY}")
         for field, text in self.unread.items():
-            last = field.rpartition(".")[2]
-            what = "a pickle, which is never read," if last in PICKLES else f"holding {text!r}," if text else "unread,"
-            if last in PICKLES or re.fullmatch(r"-?\d+", text) or self.candidates.among([field.partition(".")[0]]):
-                raise UserError(f"{self.field}: {self.path} has no labels but maybe .{field}, {what}; {REMEDY}")
+            is_pickle = field.rpartition(".")[2] in PICKLES
+            if is_pickle or re.fullmatch(r"-?\d+", text) or self.candidates.among([field.partition(".")[0]]):
+                what = "a pickle, which is never read" if is_pickle else repr(text) if text.isdigit() else "not read"
+                raise UserError(
+                    f"{self.field}: {self.path} has no label that is read, but .{field} ({what}) may be one; {REMEDY}"
+                )
 
 
 def _content(file: BinaryIO, member: TarMember, limit: int) -> bytes:

@@ -193,7 +193,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
     "a folder of several splits": (
         several_splits,
         "parquet",
-        r"2 sets of files .*; name one, as .*/train-\*-of-00001\.parquet",
+        r"2 sets of files .*: test-\*-of-.*, or name one, as .*/train-\*-of-00001\.parquet",
     ),
     "a loop of symbolic links": (link_loop, "folder", "symbolic link"),
     "a pipe among the pictures": (pipe, "folder", r"a/1\.jpg is no plain file"),

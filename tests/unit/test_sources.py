@@ -127,7 +127,7 @@ def random_tree(seed: int) -> dict[str, bytes]:
 def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: Path, kind: str) -> None:
     """Random trees, in a folder and in a zip: both give the same, and opened files are those that were written."""
     taken, refusals = 0, list[str]()
-    for seed in range(150):
+    for seed in range(100):
         files = random_tree(seed)
         outcomes: list[tuple[object, ...]] = []
         for path in (write_folder(tmp_path / f"{seed}/x", files), write_zip(tmp_path / f"{seed}/x.zip", files)):
