@@ -160,6 +160,8 @@ def check_together(recipe: Recipe) -> None:
     for field in ("image_field", "label_field"):
         if getattr(recipe.data, field) is not None and recipe.data.source not in FIELDS_OF:
             raise ValueError(f"data.{field}: is of {', '.join(FIELDS_OF)}, and data.source is {recipe.data.source}")
+    if recipe.data.follow_links and recipe.data.source in ("webdataset", "parquet"):
+        raise ValueError(f"data.follow_links: is of images in folders, and data.source is {recipe.data.source}")
     if recipe.train.batch_size % recipe.data.lanes:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     _check_training(recipe.train)

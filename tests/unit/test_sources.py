@@ -129,6 +129,8 @@ def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: 
     taken, refusals = 0, list[str]()
     for seed in range(100):
         files = random_tree(seed)
+        if kind == "imagenet" and seed % 2:
+            files = {f"n01440764/{key}": data for key, data in files.items()}
         outcomes: list[tuple[object, ...]] = []
         for path in (write_folder(tmp_path / f"{seed}/x", files), write_zip(tmp_path / f"{seed}/x.zip", files)):
             try:
