@@ -25,7 +25,7 @@ def run_command(
     Args:
         description: the script's docstring, shown by `--help`.
         plan: checks the recipe against this machine and says what will be done, a line each; touches nothing. A
-            generator shows what it knows before the check that fails.
+            generator shows what it knows before the check that fails. `warning: ...` is printed as it is.
         work: does it; finds what is finished and goes on from there.
         in_jobs: does it as jobs: given the recipe, `--cluster` and `--jobs`, options that only such a stage has.
         shared: ranks share the work; all must have come before any begins.
@@ -97,7 +97,7 @@ def _run(
         print(f"plan: {describe_network(recipe)}")
     for line in plan(recipe):
         if first:
-            print(f"plan: {line}", flush=True)
+            print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
     if arguments.dry_run:
         return
     if cluster is not None and in_jobs is not None:

@@ -22,6 +22,8 @@ SHORT = reprlib.Repr()  # of what a recipe has in a wrong place
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel = 3
 
+FIELDS_OF = ("webdataset", "parquet", "imagenet")  # data.source whose samples have fields of which one may be named
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads `path`, applies overrides in order, validates everything.
@@ -238,6 +240,11 @@ def check_together(recipe: Recipe) -> None:
     if recipe.data.cache is None and (recipe.data.stage_in or "://" in recipe.data.shards):
         needs = "stage_in" if recipe.data.stage_in else f"shards: {recipe.data.shards}"
         raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
+    for field in ("image_field", "label_field"):
+        if getattr(recipe.data, field) is not None and recipe.data.source not in FIELDS_OF:
+            raise ValueError(f"data.{field}: is of {', '.join(FIELDS_OF)}, and data.source is {recipe.data.source}")
+    if recipe.data.follow_links and recipe.data.source in ("webdataset", "parquet"):
+        raise ValueError(f"data.follow_links: is of images in folders, and data.source is {recipe.data.source}")
     if recipe.train.batch_size % recipe.data.lanes:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     launch = recipe.launch

@@ -57,6 +57,11 @@ class Data:
     # folder: one sub-folder a class; webdataset: tars of key.jpg and key.cls; parquet: as Hugging Face writes it. The
     # others are data sets, in every form in which they are passed on (docs/data.md).
     source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet"] = "folder"
+    # Of webdataset and parquet, where they cannot be told (null): what holds the image, as `jpg` or a column, and what
+    # labels it, as `cls`, `json:label` or a column; "none": one class, whatever labels there are.
+    image_field: str | None = None
+    label_field: str | None = None
+    follow_links: StrictBool = False  # read what symbolic links below `images` lead to, wherever; not in archives
     # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
     crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels

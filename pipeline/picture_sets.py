@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.files import read_json
-from common.recipe import Recipe
+from common.recipe import Data, Recipe
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
 from pipeline.run_folder import Weights
@@ -25,7 +25,7 @@ from pipeline.samples import sample_set, vae_settings
 from pipeline.summaries import Summary, summarise
 from preprocess.encoder import Encoder, draw_latents
 from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
-from preprocess.sources import SOURCES, Entry, Source, fingerprint
+from preprocess.sources import Entry, Source, Which, fingerprint, open_source
 
 AHEAD = 8  # pictures that each decoding thread may be ahead
 
@@ -98,13 +98,12 @@ class SampleRanges:
 
 def training_pictures(recipe: Recipe) -> PictureSet:
     """The training pictures through the crop rule of encoding; `evaluate.reference_samples` of them, or all."""
-    return _source_set(recipe, "reference", recipe.data.images, recipe.evaluate.reference_samples)
+    return _source_set(recipe, "reference", "images", recipe.evaluate.reference_samples)
 
 
 def held_out(recipe: Recipe) -> PictureSet:
     """Pictures that training never saw, at most as many as samples, so that both distances have the same bias."""
-    assert recipe.data.held_out is not None
-    return _source_set(recipe, "held_out", recipe.data.held_out, recipe.sample.num_samples)
+    return _source_set(recipe, "held_out", "held_out", recipe.sample.num_samples)
 
 
 def reconstruction(recipe: Recipe) -> PictureSet:
@@ -121,22 +120,22 @@ def reconstruction(recipe: Recipe) -> PictureSet:
 
 def by_class(recipe: Recipe, label: int, count: int) -> tuple[str, list[NDArray[np.uint8]]]:
     """The name of a class, and its first pictures of the reference."""
-    source = SOURCES[recipe.data.source](recipe.data.images, "data.images")
+    source = open_source(recipe.data)
     entries = [entry for entry in source.entries if entry.label == label]
     return source.class_names[label], list(islice(_read(recipe, source, entries), count))
 
 
-def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> PictureSet:
+def _source_set(recipe: Recipe, name: str, which: Which, limit: int | None) -> PictureSet:
     """At most `limit` pictures of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     data = recipe.data
-    source, made_of = _listed(data.source, path, "data.images" if name == "reference" else "data.held_out")
+    source, made_of = _listed(data, which)
     found = len(source.entries)
     size = min(limit or found, found)
     chosen = [source.entries[place * found // size] for place in range(size)]
     how_many = f"{size:,} of {found:,}" if size < found else f"{size:,}"
     return PictureSet(
         name=name,
-        label=f"{how_many} pictures of {path} ({data.crop}, {data.resolution} pixels)",
+        label=f"{how_many} pictures of {getattr(data, which)} ({data.crop}, {data.resolution} pixels)",
         content={"source": made_of, "crop": data.crop, "resolution": data.resolution, "chosen": size},
         size=size,
         open=lambda: _read(recipe, source, chosen),
@@ -144,9 +143,9 @@ def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> Pict
 
 
 @lru_cache(maxsize=2)
-def _listed(kind: str, path: str, field: str) -> tuple[Source, str]:
+def _listed(data: Data, which: Which) -> tuple[Source, str]:
     """A source and its fingerprint. Once a process: each point of a sweep asks, and a million names take seconds."""
-    source = SOURCES[kind](path, field)
+    source = open_source(data, which)
     return source, fingerprint(source)
 
 

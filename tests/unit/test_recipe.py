@@ -14,6 +14,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("name: a\ndata: {label_field: cls}", "data.label_field: is of webdataset, parquet, imagenet, and"),
+        (
+            "name: a\ndata: {source: ffhq, image_field: jpg}",
+            "data.image_field: is of webdataset, parquet, imagenet, and data.source is ffhq",
+        ),
+        (
+            "name: a\ndata: {source: parquet, follow_links: true}",
+            "data.follow_links: is of images in folders, and data.source is parquet",
+        ),
         ("name: a\ntrain: {batch_szie: 4}", "train.batch_szie: unknown key; did you mean batch_size?"),
         ("name: a\nfoo: 1", "foo: unknown key; allowed: data, demo, "),
         ("name: a\ntrain: {batch_size: 64.5}", "train.batch_size: should be a valid integer; found 64.5"),
