@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from preprocess.file_kinds import kind_of_file
-from preprocess.metadata import without_metadata
+from preprocess.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
 Rounding = Literal["half_away", "truncate"]
 MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
@@ -27,7 +27,7 @@ UNREADABLE = "not readable as a picture"
 
 
 class Rejected(Exception):
-    """A picture that cannot be used. The message is the reason: one printable line of at most MAX_REASON characters, the
+    """A picture that cannot be used. The message is the reason: a printable line of at most MAX_REASON characters, the
     same in every run.
     """
 
@@ -66,7 +66,7 @@ def decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
             _check_pixels(image.width, image.height)
             image.load()
-            return _to_rgb(_upright(image, exif or image.info.get("exif", b"")))
+            return _to_rgb(_upright(image, orientation(exif or image.info.get("exif", b""))))
     except Rejected:
         raise
     except UnidentifiedImageError:
@@ -85,9 +85,12 @@ def _check_pixels(width: int, height: int) -> None:
 def _from_array(data: bytes) -> Image.Image:
     """The picture in a .npy file."""
     file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_columns, dtype = read_header(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+    except Exception:  # noqa: BLE001 # a header is parsed as Python, which has its own words for each fault
+        raise Rejected(f"{UNREADABLE}: its .npy header is damaged") from None
     other = Rejected(f"an array of {dtype} {shape}; only uint8 of (H, W), (H, W, 3), (3, H, W) is read")
     if dtype != np.uint8 or min(shape, default=0) < 0:
         raise other
@@ -104,18 +107,12 @@ def _from_array(data: bytes) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(planes)).convert("RGB")
 
 
-def _upright(image: Image.Image, exif: bytes) -> Image.Image:
-    """Turned as its EXIF block says, where that can be read. Pillow has turned a TIFF when it loaded it."""
-    if not exif:
-        return image
-    try:
-        found = Image.Exif()
-        found.load(exif)
-        orientation = found.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 # metadata may be anything; the pixels are whole
+def _upright(image: Image.Image, turned: int) -> Image.Image:
+    """An image of that EXIF orientation. A TIFF comes without: Pillow has turned it when it loaded it."""
+    if turned == UPRIGHT:
         return image
     image.info = {name: value for name, value in image.info.items() if name == "transparency"}
-    image.getexif()[ExifTags.Base.Orientation] = orientation
+    image.getexif()[ORIENTATION] = turned
     return ImageOps.exif_transpose(image)
 
 

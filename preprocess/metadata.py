@@ -6,10 +6,13 @@ pixels do not depend on them.
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
 TIFFS = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}  # byte orders; + is BigTIFF
+ORIENTATION, SHORT, UPRIGHT = 274, 3, 1
 STANDALONE_OR_SCAN = range(0xD0, 0xDB)  # restarts, start and end of the image, start of a scan
 # What pixels depend on, and the orientation, which Pillow applies itself.
 TIFF_TAGS = frozenset(
@@ -73,21 +76,41 @@ def _jpeg(data: bytes) -> tuple[bytes, bytes]:
 
 def _tiff(data: bytes) -> bytes:
     """Takes the other tags out of the first page's directory, where it lies, and ends the file with this page."""
-    order, is_big = TIFFS[data[:4]], data[2:4] in (b"+\0", b"\0+")
-    offset_of, count_of, entry_size = ("Q", "Q", 20) if is_big else ("I", "H", 12)
-    where = 8 if is_big else 4
     try:
-        (directory,) = struct.unpack_from(order + offset_of, data, where)
-        (count,) = struct.unpack_from(order + count_of, data, directory)
-        first = directory + struct.calcsize(order + count_of)
-        starts = range(first, first + count * entry_size, entry_size)
-        entries = [data[start : start + entry_size] for start in starts if _tag(order, data, start) in TIFF_TAGS]
+        start, count_of, offset_of = _directory(data)
+        entries = [entry for tag, entry in _entries(data) if tag in TIFF_TAGS]
     except (struct.error, OverflowError):  # cut off: Pillow says so
         return data
-    page = struct.pack(order + count_of, len(entries)) + b"".join(entries) + struct.pack(order + offset_of, 0)
-    return data[:directory] + page + data[directory + len(page) :]
+    page = struct.pack(count_of, len(entries)) + b"".join(entries) + struct.pack(offset_of, 0)
+    return data[:start] + page + data[start + len(page) :]
 
 
-def _tag(order: str, data: bytes, start: int) -> int:
-    (tag,) = struct.unpack_from(order + "H", data, start)
-    return int(tag)
+def orientation(exif: bytes) -> int:
+    """1 to 8, as EXIF numbers them; 1, upright, where an EXIF block does not tell."""
+    block = exif.removeprefix(b"Exif\0\0")
+    if block[:4] not in TIFFS:
+        return UPRIGHT
+    with suppress(struct.error, OverflowError):  # cut off
+        for tag, entry in _entries(block):
+            _, kind, count, value = struct.unpack_from(TIFFS[block[:4]] + "HHIH", entry)
+            if (tag, kind, count) == (ORIENTATION, SHORT, 1):
+                return int(value) if 1 <= value <= 8 else UPRIGHT
+    return UPRIGHT
+
+
+def _directory(data: bytes) -> tuple[int, str, str]:
+    """Where the first directory of a TIFF begins, and how the number of its entries, and offsets, are written."""
+    order, is_big = TIFFS[data[:4]], b"+" in data[2:4]
+    offset_of, count_of = order + ("Q" if is_big else "I"), order + ("Q" if is_big else "H")
+    (start,) = struct.unpack_from(offset_of, data, 8 if is_big else 4)
+    return start, count_of, offset_of
+
+
+def _entries(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each tag of the first directory with its entry. Raises struct.error or OverflowError where it is cut off."""
+    start, count_of, offset_of = _directory(data)
+    (count,) = struct.unpack_from(count_of, data, start)
+    start, size = start + struct.calcsize(count_of), 4 + 2 * struct.calcsize(offset_of)
+    for each in range(start, start + count * size, size):
+        (tag,) = struct.unpack_from(f"{count_of[0]}H{size - 2}x", data, each)
+        yield tag, data[each : each + size]
