@@ -30,7 +30,7 @@ ENDING_SECONDS = 30  # a process that has closed its pipe is about to end
 
 
 @contextmanager
-def decoded(pictures: Pictures, batches: Sequence[range], processes: int) -> Iterator[Iterator[Loaded]]:
+def decoded(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int) -> Iterator[Iterator[Loaded]]:
     """The batches, in their order, prepared by so many processes; pinned for its copy where there is a GPU.
 
     The iterator raises UserError naming the picture in hand where a process has died, or was ended after MAX_SECONDS.
@@ -49,7 +49,7 @@ def decoded(pictures: Pictures, batches: Sequence[range], processes: int) -> Ite
 class _Decoder:
     """One process, as its parent sees it."""
 
-    def __init__(self, pictures: Pictures, batches: Sequence[range]) -> None:
+    def __init__(self, pictures: Pictures, batches: Sequence[Sequence[int]]) -> None:
         shape = (AHEAD, max(map(len, batches)), 3, pictures.resolution, pictures.resolution)
         memory = mmap.mmap(-1, 8 + int(np.prod(shape)))  # shared with children, zero, and real only where written to
         self.in_hand = np.frombuffer(memory, np.int64, 1)  # position of the picture that is read
@@ -93,7 +93,7 @@ class _Decoder:
         return UserError(f"{where}: {what}; {remedy}, and run this again: what is finished is kept")
 
 
-def _started(pictures: Pictures, batches: Sequence[range], processes: int) -> _Decoder:
+def _started(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int) -> _Decoder:
     try:
         return _Decoder(pictures, batches)
     except OSError as error:
@@ -104,7 +104,7 @@ def _started(pictures: Pictures, batches: Sequence[range], processes: int) -> _D
 
 def _decode(
     pictures: Pictures,
-    batches: Sequence[range],
+    batches: Sequence[Sequence[int]],
     in_hand: np.ndarray,
     places: np.ndarray,
     connection: Connection,
@@ -122,7 +122,7 @@ def _decode(
         connection.send(pictures.fill(places[number % AHEAD], _watched(batch, in_hand)))
 
 
-def _watched(batch: range, in_hand: np.ndarray) -> Iterator[int]:
+def _watched(batch: Sequence[int], in_hand: np.ndarray) -> Iterator[int]:
     """Notes which picture is in hand, and has the system end this process where it takes too long."""
     for position in batch:
         in_hand[0] = position
