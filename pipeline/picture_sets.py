@@ -1,10 +1,6 @@
 """The sets of pictures that are compared: the reference, held-out pictures, their reconstructions, and samples."""
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -23,11 +19,13 @@ from pipeline.run_folder import Weights
 from pipeline.sample_features import extract_missing, features_folder, read_features
 from pipeline.samples import sample_set, vae_settings
 from pipeline.summaries import Summary, summarise
+from preprocess.decoding import decoded
 from preprocess.encoder import Encoder, draw_latents
-from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
-from preprocess.sources import Entry, Source, Which, fingerprint, open_source
+from preprocess.images import to_tensor, to_uint8
+from preprocess.pictures import Pictures as Batches
+from preprocess.sources import Source, Which, fingerprint, open_source
 
-AHEAD = 8  # pictures that each decoding thread may be ahead
+BATCH = 8  # pictures that a decoding process prepares at a time
 
 Pictures = Iterator[NDArray[np.uint8]]  # each (H, W, 3)
 
@@ -121,8 +119,8 @@ def reconstruction(recipe: Recipe) -> PictureSet:
 def by_class(recipe: Recipe, label: int, count: int) -> tuple[str, list[NDArray[np.uint8]]]:
     """The name of a class, and its first pictures of the reference."""
     source = open_source(recipe.data)
-    entries = [entry for entry in source.entries if entry.label == label]
-    return source.class_names[label], list(islice(_read(recipe, source, entries), count))
+    positions = [position for position, entry in enumerate(source.entries) if entry.label == label]
+    return source.class_names[label], list(islice(_read(recipe, source, positions), count))
 
 
 def _source_set(recipe: Recipe, name: str, which: Which, limit: int | None) -> PictureSet:
@@ -131,7 +129,7 @@ def _source_set(recipe: Recipe, name: str, which: Which, limit: int | None) -> P
     source, made_of = _listed(data, which)
     found = len(source.entries)
     size = min(limit or found, found)
-    chosen = [source.entries[place * found // size] for place in range(size)]
+    chosen = [place * found // size for place in range(size)]
     how_many = f"{size:,} of {found:,}" if size < found else f"{size:,}"
     return PictureSet(
         name=name,
@@ -154,25 +152,16 @@ def opened(pictures: PictureSet) -> Pictures:
     return pictures.open()
 
 
-def _read(recipe: Recipe, source: Source, entries: Iterable[Entry]) -> Pictures:
-    """In order; read one after another, as a source may hold one file open, and decoded by a thread a core (Pillow
-    leaves Python's lock while it decodes and resizes). What encoding rejects is left out here too; the count beside a
-    distance shows it.
+def _read(recipe: Recipe, source: Source, positions: Sequence[int]) -> Pictures:
+    """In order, decoded by `launch.cpus_per_process` processes. What encoding rejects is left out here too; the count
+    beside a distance shows it.
     """
-    crop, resolution = CROPS[recipe.data.crop], recipe.data.resolution
-    workers = len(os.sched_getaffinity(0))
-    waiting: deque[Future[NDArray[np.uint8]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for entry in entries:
-            with suppress(Rejected):
-                data = source.open(entry)
-                waiting.append(pool.submit(lambda data: np.asarray(crop(decode(data), resolution)), data))
-            if len(waiting) > AHEAD * workers:
-                with suppress(Rejected):
-                    yield waiting.popleft().result()
-        for future in waiting:
-            with suppress(Rejected):
-                yield future.result()
+    pictures = Batches(source, recipe.data.crop, recipe.data.resolution)
+    batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
+    with decoded(pictures, batches, recipe.launch.cpus_per_process) as loaded:
+        for batch in loaded:
+            if batch.images is not None:
+                yield from batch.images.permute(0, 2, 3, 1).numpy()
 
 
 def _reconstruct(recipe: Recipe, pictures: Pictures) -> Pictures:

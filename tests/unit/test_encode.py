@@ -15,7 +15,6 @@ from preprocess import encoder as encoder_module
 from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoder import Encoder, draw_latents, fetch_vae, find_vae, unscale_latents
 from preprocess.encoding import resolve
-from preprocess.encoding_guards import memory_faults_told
 from preprocess.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 
@@ -162,16 +161,6 @@ def test_numbers_that_float16_does_not_hold_are_rejected(
     monkeypatch.setattr(Encoder, "moments", faulty)
     with pytest.raises(UserError, match=r"cat/0\.png: the VAE's moments are not finite"):
         encode(recipe)
-
-
-def test_the_death_of_a_decoding_process_is_told_on_one_line(recipe: Recipe) -> None:
-    """By the words of torch's loader, which raises anywhere, in a signal's handler: here none is killed."""
-    words = "DataLoader worker (pid 7) is killed by signal: Killed. \nPlease look at dmesg."
-    told = r"launch\.cpus_per_process: DataLoader worker .* Killed: decoding .*kept$"
-    with pytest.raises(UserError, match=told), memory_faults_told(recipe):
-        raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="another"), memory_faults_told(recipe):
-        raise RuntimeError("another fault keeps its traceback")
 
 
 def test_a_batch_that_the_device_cannot_hold_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
