@@ -90,7 +90,10 @@ if [[ "${1:-}" = --test || "${1:-}" = --ffcv ]] && ! has_ffcv; then
     if from_debian "FFCV is built with it, for data.format=ffcv, whose tests are left out without it" \
         g++ pkg-config libopencv-imgproc-dev libturbojpeg0-dev; then
         echo "setup: building FFCV (a minute, 300 MB)"
-        PKG_CONFIG_PATH="$PWD/scripts/ffcv" pip_install --editable '.[ffcv]' ||
+        flags=$(mktemp -d /tmp/ffcv.XXXXXX) # it splits compiler flags at spaces, which the clone's path may have
+        cp -r scripts/ffcv/. "$flags"
+        PKG_CONFIG_PATH=$flags pip_install --editable '.[ffcv]' ||
             echo "setup: FFCV could not be built here (the reason is above); the tests of data.format=ffcv are left out" >&2
+        rm -rf "$flags"
     fi
 fi

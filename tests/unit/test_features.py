@@ -17,6 +17,7 @@ from common.recipe import Evaluate
 from pipeline import features
 from pipeline.dinov2 import resized_positions
 from pipeline.metrics import frechet_distance, inception_score, kernel_distance, precision_recall, statistics
+from tests.stand_ins import inception_tensors
 
 LITE = Evaluate(feature_extractor="efficientnet-lite0")
 
@@ -74,7 +75,7 @@ def test_the_distance_is_torch_fidelitys_with_the_registered_extractor() -> None
 def inception(tmp_path_factory: pytest.TempPathFactory) -> features.ExtractorWeights:
     """Seeded random weights in a local file of the published structure."""
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(random_inception(), path)
+    torch.save(inception_tensors(), path)
     return features.find_weights(Evaluate(feature_extractor_weights=str(path)))
 
 
@@ -205,7 +206,7 @@ class Trap:
 
 def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     path, made = tmp_path / "inception.pth", tmp_path / "made"
-    torch.save(random_inception() | {"trap": Trap(made)}, path)
+    torch.save(inception_tensors() | {"trap": Trap(made)}, path)
     with pytest.raises(UserError, match=f"{path}: no weights of inception-v3-compat"):
         features.load_extractor(features.find_weights(Evaluate(feature_extractor_weights=str(path))))
     assert not made.exists()
@@ -229,18 +230,3 @@ def test_an_extractor_lies_on_the_device_that_it_is_given() -> None:
     extractor = features.load_extractor(features.find_weights(LITE), device=torch.device("meta"))
     assert {values.device.type for values in extractor.network.state_dict().values()} == {"meta"}
     assert extractor.device.type == "meta"
-
-
-def random_inception() -> dict[str, torch.Tensor]:
-    """Tensors of the published file's names and shapes."""
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.ones(tensor.shape, dtype=tensor.dtype)
-        if "running_var" in name or tensor.ndim < 2
-        else (2.4 / tensor[0].numel()) ** 0.5 * torch.randn(tensor.shape, generator=generator)  # features of about 1
-        for name, tensor in network.state_dict().items()
-    }
