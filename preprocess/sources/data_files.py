@@ -109,9 +109,10 @@ def _check_one_set(files: list[Path], field: str, path: str) -> None:
         patterns = {key: _pattern(members[0]) for key, members in sets.items()}
         _, chosen = min(("train" not in key, pattern) for key, pattern in patterns.items())
         shown = ", ".join(os.path.relpath(pattern, root) for pattern in list(patterns.values())[:5])
+        shown += ", ..." if len(patterns) > 5 else ""
         raise UserError(
             f"{field}: {path} holds {len(sets)} sets of files that must not merge unnoticed, splits or configurations: "
-            f"{shown}{', ...' if len(patterns) > 5 else ''}; list in braces what is meant together, or name one, as {chosen}"
+            f"{shown}; list in braces what is meant together, or name one, as {chosen}"
         )
     numbered = [match for file in files if (match := NUMBERED.fullmatch(file.stem))]
     counts = Counter(int(match[2]) for match in numbered)

@@ -88,7 +88,7 @@ class ImageNetTar:
             members = sorted(tar_members(inside, field, Window(file, inner.offset, inner.size), self.left_out))
             pictures = [member for member in members if is_picture(member.name)]
             if not pictures:
-                raise UserError(f"{field}: {inside} holds no images; get {self.path} anew")
+                raise UserError(f"{field}: {inside} holds no images; complete {self.path}, or pack it without that one")
             self.left_out.update(kind_of(member.name) for member in members if not is_picture(member.name))
             for member in pictures:
                 yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0))

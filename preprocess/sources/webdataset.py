@@ -155,7 +155,7 @@ class Listing:
         if field not in self.unread and len(self.unread) < 100:
             self.unread[field] = _content(file, member, 20).decode(errors="replace").strip() if member.size < 20 else ""
         if kind == "json":
-            reason = "description without a label field (.json)"
+            reason = "description without a label that is read (.json)"
         else:
             reason = "caption (.txt)" if kind == "txt" else kind_of(member.name)
         self.left_out[reason] += 1

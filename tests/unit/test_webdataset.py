@@ -205,9 +205,9 @@ UNLABELLED: dict[str, tuple[dict[str, bytes], str]] = {
     "captions": ({"txt": b"a cat"}, "caption (.txt)"),
     "img2dataset's descriptions": (
         {"json": b'{"caption": "a cat", "x": 1, "y": 2}'},
-        "description without a label field (.json)",
+        "description without a label that is read (.json)",
     ),
-    "boxes": ({"json": b'{"box": {"x": 1, "y": 2}}'}, "description without a label field (.json)"),
+    "boxes": ({"json": b'{"box": {"x": 1, "y": 2}}'}, "description without a label that is read (.json)"),
     "latents": ({"npy": b"\x93NUMPY" + bytes(99)}, "no picture: .npy"),
 }
 
@@ -282,7 +282,7 @@ def test_every_member_and_every_file_is_taken_or_counted(tmp_path: Path) -> None
     assert len(source.entries) + read + source.left_out.total() == 2 * members(samples) + len(beside)
     assert source.left_out == {
         "caption (.txt)": 2,
-        "description without a label field (.json)": 4,
+        "description without a label that is read (.json)": 4,
         "image beside the sample's own (.seg.png)": 2,
         "no picture: .npy": 2,
         "in a sample without an image: .mp4": 2,
