@@ -49,8 +49,8 @@ def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None
     chosen = precision(recipe, on_gpu)
     if chosen == "fp16" and not on_gpu:  # DeepSpeed takes some CPUs; a rule that holds on every one is better
         raise UserError(
-            "train.precision: fp16 needs a GPU, and training sees none (launch.gpus_per_process says how many a job asks "
-            "for); use fp32, or bf16 to try it"
+            "train.precision: fp16 needs a GPU, and training sees none (launch.gpus_per_process says how many a job "
+            "asks for); use fp32, or bf16 to try it"
         )
     stage = zero_stage(recipe, world_size, on_gpu)
     zero: dict[str, Any] = {"stage": stage}

@@ -1,5 +1,10 @@
 """Jobs on a real SLURM that has no sacct: what fails is told, what is interrupted comes back, what is asked arrives."""
 
+import contextlib
+import os
+import pty
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -111,6 +116,27 @@ def test_an_option_that_sbatch_does_not_take_is_told_in_its_words(
     with pytest.raises(ValueError, match=f"SLURM refuses the job: .*{said}") as raised:
         submit(made(tmp_path), [job("mistake")])
     assert "\n" not in str(raised.value)
+
+
+def test_the_shell_of_an_interactive_step_is_one_process_and_what_it_launches_are_ranks(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    told = "from common.ranks import rank_and_world_size; print('told', *rank_and_world_size(), flush=True)"
+    python = shlex.join([sys.executable, "-c", told])
+    inside = f"cd {ROOT}; {python}; nohup {python} </dev/null 2>&1 | cat; srun --overlap --ntasks=3 {python}"
+    terminal, other_end = pty.openpty()
+    step = subprocess.Popen(
+        ["srun", "--ntasks=3", "--pty", "bash", "-c", inside],
+        stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True,
+    )  # fmt: skip
+    os.close(other_end)
+    output = b""
+    with contextlib.suppress(OSError):  # the end, as Linux tells it
+        while read := os.read(terminal, 4096):
+            output += read
+    assert step.wait(60) == 0
+    assert sorted(re.findall(r"told (\d \d)", output.decode())) == ["0 1", "0 1", "0 3", "1 3", "2 3"]
+    assert output.count(b"note: one process, in an interactive shell of a step of 3 tasks") == 2
 
 
 def test_a_full_queue_is_waited_in(slurm: Cluster, tmp_path: Path) -> None:
