@@ -136,25 +136,24 @@ def test_a_pngs_odd_metadata_are_dropped(case: str, at_end: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry",
+    "entries",
     [
-        (0x011A, 2, 4, b"300\0"),  # a resolution of text
-        (0x011A, 5, 1, FAR),
-        (0x0131, 11, 1, b"\0\0\xc0\x7f"),
-        (0x8773, 3, 1, b"\1\0\0\0"),  # a profile of numbers
-        (0x8769, 4, 1, b"\x08\0\0\0"),  # an EXIF directory that is the page's own
-        (0xC6F8, 7, 2**30, FAR),
+        [(0x011A, 2, 4, b"300\0"), (0x011B, 2, 4, b"300\0"), (0x0128, 3, 1, b"\3\0\0\0")],  # centimetres, as text
+        [(0x011A, 5, 1, FAR), (0x0131, 11, 1, b"\0\0\xc0\x7f")],
+        [(0x8773, 12, 3, b"\1\0\0\0")],  # a profile of numbers
+        [(0x8769, 4, 1, FAR)],  # an EXIF directory beyond the end
+        [(0x8825, 2, 4, b"GPS\0")],
+        [(0xC6F8, 7, 2**30, FAR)],
+        [(0xBC02 + number, 3, 1, FAR) for number in range(3000)],
     ],
 )
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
-def test_a_tiffs_odd_tags_are_dropped(entry: tuple[int, int, int, bytes], compression: str | None) -> None:
+def test_a_tiffs_odd_tags_are_dropped(entries: list[tuple[int, int, int, bytes]], compression: str | None) -> None:
     data = encoded(IMAGE, "tiff", compression=compression)
     (start,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, start)
-    rows = [data[start + 2 + 12 * number :][:12] for number in range(count)] + [
-        struct.pack("<HHI", *entry[:3]) + entry[3],
-        struct.pack("<HHI", *TURN[:3]) + TURN[3],
-    ]
+    rows = [data[start + 2 + 12 * number :][:12] for number in range(count)]
+    rows += [struct.pack("<HHI", *entry[:3]) + entry[3] for entry in (*entries, TURN)]
     rows = sorted({row[:2]: row for row in rows}.values(), key=lambda row: row[1::-1])
     moved = struct.pack("<H", len(rows)) + b"".join(rows) + struct.pack("<I", len(data))  # and leads back into itself
     odd = data[:4] + struct.pack("<I", len(data)) + data[8:] + moved
