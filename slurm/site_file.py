@@ -63,7 +63,7 @@ def load_site(path: str | Path | None = None) -> Site:
             raise ValueError(f"{file}: no such file; {VARIABLE} names it (slurm/site.example.yaml is one)")
         return Site()
     try:
-        settings = yaml.safe_load(file.read_text()) or {}
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         return TypeAdapter(Site).validate_python(settings)
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None

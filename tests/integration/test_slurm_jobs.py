@@ -1,5 +1,6 @@
 """Jobs on a real SLURM that has no sacct: what fails is told, what is interrupted comes back, what is asked arrives."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def test_a_job_submitted_from_a_job_does_not_inherit_it(slurm: Cluster, tmp_path
     # 1 MB a CPU: the inner job would be killed, or refused, with it.
     subprocess.run(
         [*("sbatch", "--mem-per-cpu=1", "--ntasks=2", "--nodes=2", f"--output={tmp_path}/outer"), "--wrap",
-         f"{sys.executable} {tmp_path}/submits.py"],
+         shlex.join([sys.executable, f"{tmp_path}/submits.py"])],
         check=True,
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT)},
