@@ -5,6 +5,7 @@ line where the command was asked to stop and has saved its work.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -58,6 +59,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 def guarded(work: Callable[[], None]) -> int:
     """The exit status of `work`: 0, or with one line on stderr 2 for a UserError, INTERRUPTED for an Interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale cannot show is escaped, and ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
     except UserError as error:

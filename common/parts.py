@@ -1,8 +1,7 @@
 """A stage in independent parts: an array of jobs, each with the processes of one GPU, and what follows it."""
 
-import os
-
 from common.errors import UserError
+from common.ranks import own_cores
 from common.recipe import Recipe
 
 
@@ -28,7 +27,7 @@ def run_parts(recipe: Recipe, cluster: str, name: str, module: str, function: st
         calls = [Job.of(module, function, recipe)]
     else:
         calls = [Job.of(module, function, recipe, part=part, parts=parts) for part in range(parts)]
-    here = 1 if launch.gpus_per_process else max(1, len(os.sched_getaffinity(0)) // launch.cpus_per_process)
+    here = 1 if launch.gpus_per_process else max(1, own_cores() // launch.cpus_per_process)
     outcomes = run_array(made, calls, at_once=len(calls) if made.cluster == "slurm" else here, failed=failed)
     for outcome in outcomes:
         if failed(outcome):

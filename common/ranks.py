@@ -1,7 +1,9 @@
 """Who am I among the processes: the same answer under python, torchrun, the deepspeed launcher, srun and submitit."""
 
+import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from zlib import crc32
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
+CGROUPS = Path("/sys/fs/cgroup")  # in a container: its own
 FIRST_PORT, PORTS = 10_000, 10_000  # below those that Linux gives away by itself
 
 
@@ -134,13 +137,30 @@ def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
     return local_rank
 
 
+def own_cores() -> int:
+    """Cores that this process and its like may use: those it is bound to, or fewer where a container has a quota."""
+    return min([len(os.sched_getaffinity(0)), *_quotas()])
+
+
+def _quotas() -> list[int]:
+    """What cgroups of either version grant of the processors' time, in cores, rounded up; nothing where none do."""
+    found = []
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((CGROUPS / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        if quota not in ("max", "-1"):
+            found.append(max(1, math.ceil(int(quota) / int(period))))
+    return found
+
+
 def share_cores() -> None:
     """Gives each process of this machine its share of the cores: more threads than cores stall one another."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def own_device() -> "torch.device":

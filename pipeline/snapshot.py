@@ -23,7 +23,7 @@ def take_snapshot(folder: Path) -> Path:
         (copied / COMMIT_FILE).write_text(git_commit() or "")
         files = sorted(path for path in copied.rglob("*") if path.is_file())
         listing = "".join(f"{path.relative_to(copied)} {sha256_file(path)}\n" for path in files)
-        (copied / "FILES").write_text(listing)
+        (copied / "FILES").write_text(listing, encoding="utf-8")
         target = folder / sha256_file(copied / "FILES")[:16]
         if not target.exists():
             with atomic_folder(target) as made:

@@ -70,7 +70,7 @@ def _say(recipe: Recipe) -> None:
 
     write_tables(recipe)
     folder = recipe.folder / "sweep"
-    print((folder / "table.md").read_text(), end="")
+    print((folder / "table.md").read_text(encoding="utf-8"), end="")
     print(f"\ntable:   {folder / 'table.csv'}\npicture: {folder / 'distances.png'}")
     print("report:  python pipeline/report.py with the recipe shows both")
 

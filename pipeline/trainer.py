@@ -394,7 +394,7 @@ class Trainer:
         for written in (folder, folder / "checkpoints", folder / "grids", *folder.glob("weights/*/")):
             remove_leftovers(written)
         with atomic_write(folder / "recipe.yaml") as file:
-            file.write_text(dump_recipe(self.recipe))
+            file.write_text(dump_recipe(self.recipe), encoding="utf-8")
         write_json(folder / "deepspeed.json", self.config)
         with open(folder / "provenance.jsonl", "a") as lines:
             lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.ranks import own_device, rank_and_world_size
+from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from preprocess.decoding import decoded
 from preprocess.encoder import Encoder
@@ -27,6 +27,7 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
 
     Shows pictures a second, the time left, and the share of it for which the VAE was busy.
     """
+    share_cores()
     encoder = Encoder(recipe.vae, own_device())
     pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}

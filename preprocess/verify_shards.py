@@ -9,17 +9,17 @@ Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and w
 """
 
 import argparse
-import os
 import sys
 
 from common.command import guarded
 from common.errors import UserError
+from common.ranks import own_cores
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the folder that holds index.json")
-    cores = len(os.sched_getaffinity(0))
+    cores = own_cores()
     parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
     parser.add_argument("--deep", metavar="RECIPE.yaml", help="the recipe by which the folder was encoded")
     parser.add_argument("--pictures", type=int, default=64, help="with --deep: how many are encoded again (64)")

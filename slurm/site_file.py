@@ -83,7 +83,7 @@ def load_site(path: str | Path | None = None) -> Site:
             raise ValueError(f"{file}: no such file; {VARIABLE} names it (slurm/site.example.yaml is one)")
         return Site()
     try:
-        settings = settle(Site, read_yaml(file.read_text()))
+        settings = settle(Site, read_yaml(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{file}: not readable as YAML: {error}") from None
     try:

@@ -118,7 +118,7 @@ def training(run: Path) -> Iterator[str]:
     import yaml
 
     last = steps[-1]
-    total = yaml.safe_load(settings.read_text())["train"]["total_samples"]
+    total = yaml.safe_load(settings.read_text(encoding="utf-8"))["train"]["total_samples"]
     left, rate = max(0, total - last["samples"]), last["samples_per_second"]
     when = f"done in {_duration(left / rate)} at this rate" if left and rate else "done" if not left else "no rate yet"
     age = _duration(time.time() - log.stat().st_mtime)

@@ -26,6 +26,7 @@ def chromium(tmp_path: Path) -> list[str]:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",  # containers have 64 MB there
         *offline,
         f"--user-data-dir={tmp_path / 'chromium'}",
     ]

@@ -35,7 +35,7 @@ DATA_SETS: dict[str, Callable[[Path, int, int], Path]] = {
 
 
 def settings_of(recipe: str) -> dict:
-    return yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text())
+    return yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
 
 
 def less(recipe: str, folder: Path, images: Path, vae: Path, inception: Path, steps: int, batch: int) -> list[str]:
@@ -124,16 +124,16 @@ def assert_honest(said: str, inception: Path) -> None:
 
 def check(folder: Path, recipe: str, count: int, steps: int, batch: int) -> None:
     settings = settings_of(recipe)
-    index = json.loads((folder / settings["data"]["source"] / "index.json").read_text())
+    index = json.loads((folder / settings["data"]["source"] / "index.json").read_text(encoding="utf-8"))
     assert (index["accepted"], index["rejected"]) == (count, [])
     assert index["settings"]["vae"]["scaling_factor"] == 0.18215
     assert index["settings"]["crop"] == settings["data"].get("crop", "center")
     run_folder = folder / "runs" / recipe
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["samples"] for line in lines if "loss" in line] == [batch * step for step in range(1, steps + 1)]
     weights = load_file(run_folder / f"weights/{steps * batch:012d}/0.9999/diffusion_pytorch_model.safetensors")
     assert all(np.isfinite(tensor).all() for tensor in weights.values())
-    measured = json.loads((run_folder / "metrics.json").read_text())
+    measured = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
     assert measured["distance"].startswith("FD (")  # not FID, which is of the published weights alone
     assert measured["distances"]["trained"] > 0
     assert (run_folder / "report.html").stat().st_size > 10_000

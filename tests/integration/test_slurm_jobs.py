@@ -212,7 +212,7 @@ def test_a_job_submitted_from_a_job_does_not_inherit_it(slurm: Cluster, tmp_path
     # 1 MB a CPU: the inner job would be killed, or refused, with it.
     subprocess.run(
         [*("sbatch", "--mem-per-cpu=1", "--ntasks=2", "--nodes=2", f"--output={tmp_path}/outer"), "--wrap",
-         f"{sys.executable} {tmp_path}/submits.py"],
+         shlex.join([sys.executable, f"{tmp_path}/submits.py"])],
         check=True,
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT)},

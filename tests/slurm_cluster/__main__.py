@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.slurm_cluster.configuration import PARENT
 from tests.slurm_cluster.daemons import die_with_parent, running
 
 
@@ -19,7 +20,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir=PARENT) as folder:
         try:
             with running(Path(folder), arguments.nodes) as cluster:
                 done = subprocess.run(arguments.command, env=cluster.environment, preexec_fn=die_with_parent)

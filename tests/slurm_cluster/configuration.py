@@ -2,6 +2,7 @@
 
 import os
 import platform
+import pwd
 import secrets
 import shutil
 import socket
@@ -16,14 +17,14 @@ PROGRAMS = {
     "munged": "munge",
 }
 NAMESPACES = ("--pid", "--fork", "--kill-child", "--uts", "--mount")
-LONGEST_FOLDER = 66  # sockets lie below it, and their paths end at 107 bytes
+PARENT = "/tmp"  # of a cluster's folder, whatever TMPDIR is: sockets lie in it, whose paths end at 107 bytes
 
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={controller}(127.0.0.1)
 SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
+SlurmUser={user}
+SlurmdUser={user}
 AuthType=auth/munge
 # cred_expire is also how long a requeued job waits before it starts again; 120 s by default.
 AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
@@ -104,18 +105,29 @@ def require() -> None:
     missing = [package for name, package in PROGRAMS.items() if shutil.which(name, path=path) is None]
     if missing:
         raise RuntimeError(f"no SLURM here: apt-get install --no-install-recommends {' '.join(missing)}")
-    if os.geteuid() != 0:
-        raise RuntimeError("a SLURM cluster for tests runs as root: its nodes are namespaces")
-    tried = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True)
+    tried = subprocess.run([*namespaces(), "true"], capture_output=True, text=True)
     if tried.returncode:
         raise RuntimeError(f"no hosts of its own for a SLURM cluster: {tried.stderr.strip()} (docker run --privileged)")
+
+
+def namespaces() -> list[str]:
+    """What a command begins with that is to run on a host of its own. Whoever is not root is root in there."""
+    return ["unshare", *NAMESPACES, *(["--user", "--map-root-user"] if os.geteuid() else [])]
+
+
+def as_oneself() -> list[str]:
+    """What a command begins with in there that is to run as the user outside: SLURM and munge tell who asks."""
+    user, group = os.geteuid(), os.getegid()
+    return ["unshare", "--user", f"--map-user={user}", f"--map-group={group}"] if user else []
+
+
+def user_name() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def configure(folder: Path, nodes: int) -> Cluster:
     """Writes a new cluster's files below `folder`, which must be new or empty."""
     folder = folder.resolve()
-    if len(str(folder)) > LONGEST_FOLDER or " " in str(folder):
-        raise RuntimeError(f"{folder}: longer than {LONGEST_FOLDER} characters, or with spaces; unix sockets lie in it")
     cluster = Cluster(folder, nodes, _free_ports(nodes + 1))
     for name in ("etc", "run", "state", "log", "dev", *(f"spool/{name}" for name in cluster.names)):
         (folder / name).mkdir(parents=True)
@@ -127,6 +139,7 @@ def configure(folder: Path, nodes: int) -> Cluster:
         "gres.conf": f"AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu Type=a100 File={folder}/dev/nvidia[0-7]\n",
         "slurm.conf": SLURM_CONF.format(
             controller=CONTROLLER,
+            user=user_name(),
             folder=folder,
             port=cluster.port,
             first_job=1 + secrets.randbelow(60_000_000),

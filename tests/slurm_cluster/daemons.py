@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.slurm_cluster.configuration import CONTROLLER, NAMESPACES, Cluster, configure, require
+from tests.slurm_cluster.configuration import CONTROLLER, Cluster, as_oneself, configure, namespaces, require
 
 PATIENCE_SECONDS = 60
 PR_SET_PDEATHSIG = 1
@@ -37,7 +37,7 @@ def _start(cluster: Cluster, started: list[subprocess.Popen[bytes]]) -> None:
     folder, run = cluster.folder, cluster.folder / "run"
 
     def spawn(name: str, *command: str) -> None:
-        inside = ("unshare", *NAMESPACES, "bash", "-c", '"$@" & wait', name)
+        inside = (*namespaces(), "bash", "-c", '"$@" & wait', name)
         with open(folder / "log" / f"{name}.out", "wb") as log:
             process = subprocess.Popen(
                 [*inside, *command],
@@ -53,15 +53,22 @@ def _start(cluster: Cluster, started: list[subprocess.Popen[bytes]]) -> None:
 
     spawn(
         "munged",
-        *("munged", "--foreground", "--force", f"--key-file={folder}/etc/munge.key", f"--socket={run}/munge.sock"),
+        *(
+            *as_oneself(),
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={folder}/etc/munge.key",
+            f"--socket={run}/munge.sock",
+        ),
         *(f"--pid-file={run}/munged.own", f"--log-file={folder}/log/munged.log", f"--seed-file={run}/munged.seed"),
     )
     _wait(cluster, "munged", lambda: _succeeds(cluster, "munge", "-S", f"{run}/munge.sock", "-n"))
-    spawn("slurmctld", "bash", f"{folder}/etc/as-host", CONTROLLER, "slurmctld", "-D")
+    spawn("slurmctld", "bash", f"{folder}/etc/as-host", CONTROLLER, *as_oneself(), "slurmctld", "-D")
     _wait(cluster, "slurmctld", lambda: _succeeds(cluster, "scontrol", "ping"))
     for name in cluster.names:
         # -b reports a reboot: the controller then requeues the jobs that a node powered off had.
-        spawn(name, "bash", f"{folder}/etc/as-host", name, "slurmd", "-D", "-b", "-N", name)
+        spawn(name, "bash", f"{folder}/etc/as-host", name, *as_oneself(), "slurmd", "-D", "-b", "-N", name)
     _wait(cluster, "slurmd.node1", lambda: _idle_nodes(cluster) == cluster.nodes)
 
 

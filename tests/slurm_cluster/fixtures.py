@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster.configuration import Cluster
+from tests.slurm_cluster.configuration import PARENT, Cluster, user_name
 from tests.slurm_cluster.daemons import running
 
 WITHOUT = "FPDM_WITHOUT_SLURM"
@@ -25,7 +25,7 @@ def skip_without_slurm() -> None:
 def cluster(nodes: int) -> Iterator[Cluster]:
     """Where a cluster cannot be had the tests fail and say why, unless FPDM_WITHOUT_SLURM leaves them out."""
     skip_without_slurm()
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir=PARENT, ignore_cleanup_errors=True) as folder:
         try:
             with running(Path(folder), nodes) as made:
                 yield made
@@ -44,8 +44,8 @@ def slurm(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clust
     """The cluster, idle, as the one that this process and what it starts see; its jobs are gone afterwards."""
     use(two_nodes, monkeypatch)
     yield two_nodes
-    subprocess.run(["scancel", "--user=root"], check=True)
-    subprocess.run(["scancel", "--user=root", "--signal=KILL"], check=False)
+    subprocess.run(["scancel", f"--user={user_name()}"], check=True)
+    subprocess.run(["scancel", f"--user={user_name()}", "--signal=KILL"], check=False)
     wait_until(lambda: not squeue("%i"), "the queue to be empty")
 
 

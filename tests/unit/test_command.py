@@ -1,5 +1,6 @@
 """Every command resolves, checks, prints and only then works; its help is instant; a user's mistake is status 2."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
 # verify_shards.py takes a folder, no recipe: tests/unit/test_shards.py
-COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text() and path.stem != "verify_shards"]
+COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8") and path.stem != "verify_shards"]
 
 # These two look at what is there, and build no network.
 NETWORK = [path for path in COMMANDS if path.stem not in ("show_latents", "reconstruct_ema")]
@@ -54,3 +55,17 @@ def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp
     missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
     assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_utf8_and_lines_are_printed_whatever_the_locale(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: test  # für später\ndata: {images: Bücher}\n", encoding="utf-8")
+    program = (
+        "import sys; from common.command import guarded; from common.loading import load_recipe\n"
+        "sys.exit(guarded(lambda: print(load_recipe(sys.argv[1]).data.images)))"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(recipe)], capture_output=True, env=os.environ | ascii_only, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.returncode) == (rb"B\xfccher", 0), done.stderr

@@ -19,7 +19,7 @@ def public(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[
 
 
 def missing(path: Path) -> Iterator[str]:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     classes = {name: ast.get_docstring(node) or "" for name, node in public(tree) if isinstance(node, ast.ClassDef)}
     for name, node in public(tree):
         owner = name.rpartition(".")[0]
@@ -58,5 +58,5 @@ def test_what_is_not_said_is_found(tmp_path: Path) -> None:
 def test_a_module_that_follows_a_paper_names_it(path: Path) -> None:
     files = ("checkpoint_files", "diffusers_dit", "diffusers_folders", "importing", "pipeline_hf", "weights")
     own = ("__init__", "calibration", "linear", *files)  # this project's
-    named = re.search(r"\b20\d\d\)", ast.get_docstring(ast.parse(path.read_text())) or "")
+    named = re.search(r"\b20\d\d\)", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     assert named or path.stem in own

@@ -9,7 +9,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PROGRAMS = {
     path.name: blocks
     for path in sorted(DOCS.glob("*.md"))
-    if (blocks := re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+    if (blocks := re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
 }
 
 

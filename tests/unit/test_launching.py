@@ -11,7 +11,7 @@ import pytest
 from common import ranks
 from common.errors import UserError
 from common.loading import parse_recipe
-from common.ranks import export_environment, gpu_number
+from common.ranks import export_environment, gpu_number, own_cores
 from pipeline.stages import STAGES, steps
 from slurm.cluster import Resources, executor
 
@@ -166,3 +166,26 @@ def test_what_a_cluster_cannot_give_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         executor(cluster, tmp_path, "name", resources)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 64),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "9900000 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_a_containers_quota_limits_the_cores_that_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(ranks, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert own_cores() == cores

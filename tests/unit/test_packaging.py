@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def pins(lines: list[str]) -> dict[str, str]:
@@ -18,7 +18,7 @@ def pins(lines: list[str]) -> dict[str, str]:
 
 
 def test_environment_yml_holds_the_pins_of_pyproject() -> None:
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     installed = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     extras = PROJECT["optional-dependencies"]
     assert pins(installed) == pins(extras["pipeline"]) | pins(extras["demo"]) | pins(extras["dev"])

@@ -57,7 +57,7 @@ def test_an_exported_autoencoder_loads_with_its_note(tmp_path: Path) -> None:
     loaded = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert measure(loaded, batch)["psnr"] == pytest.approx(measured["psnr"], abs=0.01)
     assert loaded.config.scaling_factor == pytest.approx(1, abs=0.02)
-    assert f"PSNR | {measured['psnr']:.2f} dB" in (tmp_path / "vae/README.md").read_text()
+    assert f"PSNR | {measured['psnr']:.2f} dB" in (tmp_path / "vae/README.md").read_text(encoding="utf-8")
 
 
 def test_another_downsampling_is_refused() -> None:
