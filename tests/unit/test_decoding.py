@@ -22,7 +22,7 @@ from preprocess.decoding import AHEAD, decoded
 from preprocess.encode_latents import encode
 from preprocess.pictures import Pictures
 from preprocess.shards import Rejection, shard_name
-from preprocess.sources import Entry, FolderSource
+from preprocess.sources import Entry, open_source
 from tests.photographs import photographs, write_folder
 
 COUNT, SIDE, BATCH = 60, 16, 3
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pictures(folder: Path) -> Pictures:
-    return Pictures(FolderSource(folder), "center", SIDE)
+    return Pictures(open_source(Data(images=str(folder))), "center", SIDE)
 
 
 @pytest.mark.parametrize("processes", [1, 3, 50])
@@ -59,7 +59,9 @@ def test_batches_come_whole_and_in_order_from_any_number_of_processes(pictures: 
 
 def test_batches_of_which_nothing_can_be_read_have_no_images(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{number}.png": b"none" for number in range(5)})
-    with decoded(Pictures(FolderSource(tmp_path), "center", SIDE), [range(2), range(2, 5)], 2) as loaded:
+    with decoded(
+        Pictures(open_source(Data(images=str(tmp_path))), "center", SIDE), [range(2), range(2, 5)], 2
+    ) as loaded:
         first, second = loaded
     assert first.images is second.images is None
     assert len(first.rejected + second.rejected) == 5
@@ -192,11 +194,13 @@ def test_where_no_process_can_be_started_the_setting_is_named(
 
 PROGRAM = """
 import multiprocessing, sys, time
+from common.recipe import Data
 from preprocess.decoding import decoded
 from preprocess.pictures import Pictures
-from preprocess.sources import FolderSource
+from preprocess.sources import open_source
 
-with decoded(Pictures(FolderSource(sys.argv[1]), "center", 64), [range(n, n + 10) for n in range(0, 60, 10)], 4) as all:
+pictures = Pictures(open_source(Data(images=sys.argv[1])), "center", 64)
+with decoded(pictures, [range(n, n + 10) for n in range(0, 60, 10)], 4) as all:
     images = sum(len(each.positions) for each in all)
     print(images, *(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(float(sys.argv[2]))
