@@ -53,6 +53,20 @@ def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recip
     assert np.abs(pictures.astype(int) - images).max() <= 1
 
 
+def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_after_an_export(
+    tiny_recipe: Recipe,
+) -> None:
+    config = weights_folder(tiny_recipe, 64) / "config.json"
+    stated = json.loads(config.read_text())
+    stated["extra"]["label_dropout"] = 0
+    config.write_text(json.dumps(stated))
+    export.export(tiny_recipe)
+    loaded = FPDMPipeline.from_pretrained(export.folder_of(tiny_recipe))
+    with pytest.raises(ValueError, match=r"guidance_scale: 1\.5, but .* never saw the null label"):
+        loaded([0], num_inference_steps=2, iterations=1, guidance_scale=1.5)
+    assert loaded([0], num_inference_steps=2, iterations=1).images
+
+
 def test_an_autoencoder_that_scales_by_channel_is_refused(tiny_recipe: Recipe) -> None:
     transformer = FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64))
     vae = AutoencoderKL.from_pretrained(tiny_recipe.vae.path, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
