@@ -1,10 +1,11 @@
 """Which machine a benchmark ran on: a ratio of one CPU is not another's, and each table says which it is."""
 
 import os
-import sys
 from datetime import date
 
 import torch
+
+from common.ranks import own_cores
 
 
 def machine() -> dict[str, str | int | float]:
@@ -13,7 +14,7 @@ def machine() -> dict[str, str | int | float]:
     return {
         "cpu": str(capabilities.get("cpu_name", "an unknown CPU")),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "cores": own_cores(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "date": date.today().isoformat(),

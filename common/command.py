@@ -94,6 +94,9 @@ def _run(
     if jobs is not None and (cluster is None or jobs < 1):
         raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
+    in_this_process = not arguments.dry_run and (cluster is None or in_jobs is None)
+    if shared and in_this_process:  # before what may take one rank longer than another
+        meet()
     first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:
         print(dump_recipe(recipe))
@@ -106,6 +109,4 @@ def _run(
     if cluster is not None and in_jobs is not None:
         in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
     else:
-        if shared:
-            meet()
         work(recipe)

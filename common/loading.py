@@ -247,12 +247,6 @@ def check_together(recipe: Recipe) -> None:
         raise ValueError(f"data.follow_links: is of images in folders, and data.source is {recipe.data.source}")
     if recipe.train.batch_size % recipe.data.lanes:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
-    launch = recipe.launch
-    if launch.signal_seconds >= 60 * launch.timeout_minutes:
-        raise ValueError(
-            f"launch.signal_seconds: {launch.signal_seconds} before the end of {launch.timeout_minutes} minutes is "
-            "when a job begins, and it would be queued again for ever; set it lower"
-        )
     _check_training(recipe.train)
     _check_guidance(recipe)
     for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):

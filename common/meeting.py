@@ -111,7 +111,7 @@ def _gather(host: str, port: int, patience: _Patience) -> None:
 
 
 def _tell(ranks: Iterable[socket.socket], word: bytes) -> None:
-    """Whoever closes first keeps the port for a while: not this rank, as training needs it."""
+    """Waits until each has heard it: training listens at the same port afterwards."""
     for other in ranks:
         with contextlib.suppress(OSError):
             other.sendall(word)
@@ -123,7 +123,8 @@ def _tell(ranks: Iterable[socket.socket], word: bytes) -> None:
 
 
 def _server(host: str, port: int) -> socket.socket:
-    here = host in ("127.0.0.1", "localhost")
+    # Not by the address alone: some launchers tell rank 0 `localhost`, and the others its name.
+    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and host in ("127.0.0.1", "localhost")
     try:
         if not here and socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)

@@ -62,9 +62,10 @@ def _stated_world_size() -> int:
 
 def _in_a_shell() -> bool:
     """Whether the step's variables are those of an interactive shell (`srun --pty`), which names all tasks of its step
-    and is one process. It has a terminal; the tasks that srun starts have none.
+    and is one process. It has a terminal; tasks that srun starts have none, but for the first of `srun --pty`, which
+    leads a session of its own, as no command in a shell does.
     """
-    if not has_terminal():
+    if not has_terminal() or os.getsid(0) == os.getpid():
         return False
     tasks = os.environ["SLURM_STEP_NUM_TASKS"]
     if tasks != "1":
@@ -155,12 +156,17 @@ def _quotas() -> list[int]:
     return found
 
 
+def share_of_cores() -> int:
+    """This process's cores, where all of this machine's processes have as many."""
+    return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def share_cores() -> None:
     """Gives each process of this machine its share of the cores: more threads than cores stall one another."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(share_of_cores())
 
 
 def own_device() -> "torch.device":

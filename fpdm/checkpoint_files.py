@@ -119,10 +119,11 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
 
 def _load(path: Path) -> Any:
     path.open("rb").close()  # a file that is not there says so itself
+    inert = _inert_types()
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_inert_types()):
+        with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except NOT_READABLE as error:
         found = "damaged, or no checkpoint"
@@ -157,7 +158,8 @@ def _unwrap(path: Path, content: Any, weights: str) -> tuple[dict[str, Tensor], 
         if chosen in WRAPPERS[weights] and source == "tensors":
             source = weights
         elif source == "tensors" and weights == "ema":
-            _refuse_averages(path, [name for name in map(str, content) if name != chosen])
+            beside = [name for name, value in content.items() if isinstance(value, Tensor | Mapping | list)]
+            _refuse_averages(path, [str(name) for name in beside if name != chosen])
         content = content[chosen]
     if not _is_state(content):
         held = f"; it holds {', '.join(map(str, content))}" if isinstance(content, Mapping) else ""

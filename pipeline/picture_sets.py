@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.files import read_json
+from common.ranks import share_of_cores
 from common.recipe import Data, Recipe
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
@@ -25,7 +26,7 @@ from preprocess.images import to_tensor, to_uint8
 from preprocess.pictures import Pictures as Batches
 from preprocess.sources import Source, Which, fingerprint, open_source
 
-BATCH = 8  # pictures that a decoding process prepares at a time
+BATCH = 64  # pictures that a decoding process prepares at a time; neighbours may lie in one part of a parquet file
 
 Pictures = Iterator[NDArray[np.uint8]]  # each (H, W, 3)
 
@@ -153,12 +154,12 @@ def opened(pictures: PictureSet) -> Pictures:
 
 
 def _read(recipe: Recipe, source: Source, positions: Sequence[int]) -> Pictures:
-    """In order, decoded by `launch.cpus_per_process` processes. What encoding rejects is left out here too; the count
+    """In order, decoded by a process a core. What encoding rejects is left out here too; the count
     beside a distance shows it.
     """
     pictures = Batches(source, recipe.data.crop, recipe.data.resolution)
     batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
-    with decoded(pictures, batches, recipe.launch.cpus_per_process) as loaded:
+    with decoded(pictures, batches, share_of_cores()) as loaded:
         for batch in loaded:
             if batch.images is not None:
                 yield from batch.images.permute(0, 2, 3, 1).numpy()

@@ -24,6 +24,7 @@ from preprocess.sources import printable
 
 AHEAD = 4  # batches that each process may be ahead
 MAX_SECONDS = 600  # of a processor's time for one picture; the slowest of MAX_PIXELS take minutes
+CRASHES = ("SIGSEGV", "SIGABRT", "SIGFPE", "SIGILL", "SIGPROF")  # a decoder's own
 BETWEEN = -1  # the position in hand between two pictures
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 ENDING_SECONDS = 30  # a process that has closed its pipe is about to end
@@ -31,7 +32,7 @@ ENDING_SECONDS = 30  # a process that has closed its pipe is about to end
 
 @contextmanager
 def decoded(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int) -> Iterator[Iterator[Loaded]]:
-    """The batches, in their order, prepared by so many processes; pinned for its copy where there is a GPU.
+    """The batches, in their order, prepared by so many processes.
 
     The iterator raises UserError naming the picture in hand where a process has died, or was ended after MAX_SECONDS.
     """
@@ -71,8 +72,7 @@ class _Decoder:
         self.given += 1
         loaded = loaded.with_images(places)
         if loaded.images is not None:
-            images = loaded.images.pin_memory() if torch.cuda.is_available() else loaded.images.clone()
-            loaded = loaded.with_images(images)
+            loaded = loaded.with_images(loaded.images.clone())
         with suppress(ConnectionError):  # it may have nothing left to do
             self.connection.send_bytes(b"free")
         return loaded
@@ -81,16 +81,18 @@ class _Decoder:
         self.process.join(ENDING_SECONDS)
         status, position = self.process.exitcode, int(self.in_hand[0])
         by = signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"
-        where, remedy = "data.images: between two pictures", "repair or remove it"
+        where, remedy = "a decoding process", "look for the reason above"
         if position != BETWEEN:
-            where = f"data.images: {printable(self.pictures.source.entries[position].key)}"
-        what = f"its decoding process ended with {by}"
+            where = f"{printable(self.pictures.source.entries[position].key)}: its decoding process"
+        what = f"ended with {by}"
         if by == "SIGPROF":
-            what = f"not decoded within {MAX_SECONDS} seconds of computing"
-        elif by in ("SIGKILL", "SIGBUS"):
+            what = f"took more than {MAX_SECONDS} seconds of computing"
+        if by in ("SIGKILL", "SIGBUS"):
             what += ", as for lack of memory"
             remedy = "allow more memory or set a smaller launch.cpus_per_process"
-        return UserError(f"{where}: {what}; {remedy}, and run this again: what is finished is kept")
+        elif by in CRASHES and position != BETWEEN:
+            remedy = "repair or remove this image"
+        return UserError(f"{where} {what}; {remedy}, and run this again: what is finished is kept")
 
 
 def _started(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int) -> _Decoder:
@@ -112,10 +114,9 @@ def _decode(
 ) -> None:
     """What a process does. Pixels go into `places`, the rest of each batch through its pipe."""
     _end_with(parent)
-    for each in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_IGN)  # they go to all of a group: its parent knows what to do
-    for each in (signal.SIGTERM, signal.SIGPROF):
-        signal.signal(each, signal.SIG_DFL)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)  # they go to all of a group or step: its parent knows what to do
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for number, batch in enumerate(batches):
         if number >= AHEAD:
             connection.recv_bytes()  # a place is free again

@@ -73,6 +73,7 @@ def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
     """
     if images is None:
         return list
+    images = images.pin_memory() if encoder.device.type == "cuda" else images
     pixels = from_uint8(images.to(encoder.device, non_blocking=True))
     given = (pixels, pixels.flip(-1)) if flips else (pixels,)
     copies = [encoder.moments(each).half().to("cpu", non_blocking=True) for each in given]

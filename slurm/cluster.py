@@ -97,6 +97,11 @@ def refuse(cluster: str, folder: str | Path, resources: Resources) -> None:
     if cluster == "slurm":
         load_site()
         _check_folder(Path(folder))
+        if resources.signal_seconds >= 60 * resources.timeout_minutes:
+            raise ValueError(
+                f"launch.signal_seconds: {resources.signal_seconds} before the end of {resources.timeout_minutes} "
+                "minutes is when a job begins, and it would be queued again for ever; set it lower"
+            )
     if cluster != "slurm" and resources.nodes > 1:
         raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
     if cluster == "debug" and resources.processes > 1:

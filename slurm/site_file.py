@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from slurm.plain_yaml import read_yaml, settle
+from slurm.plain_yaml import SWITCHES, read_yaml, settle
 
 DEFAULT = Path(__file__).parent / "site.yaml"
 VARIABLE = "FPDM_SITE"
@@ -49,8 +49,15 @@ def _no_option(line: str) -> str:
     return line
 
 
+def _no_switch(value: str) -> str:
+    if value.lower() in SWITCHES:
+        raise ValueError("true gives the option alone, and false leaves it out; write one of them")
+    return value
+
+
 Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_in_full)]
 SetupLine = Annotated[Line, AfterValidator(_no_option)]
+Value = Annotated[Line, AfterValidator(_no_switch)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -68,7 +75,7 @@ class Site:
     scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
     # Any other option of sbatch. One that asks for GPUs (gres, gpus-per-node), as where these have types, is what every
     # job asks for then, instead of the recipe's number.
-    sbatch: dict[Option, Line | StrictBool | int] = Field(default_factory=dict)
+    sbatch: dict[Option, Value | StrictBool | int] = Field(default_factory=dict)
 
 
 def load_site(path: str | Path | None = None) -> Site:

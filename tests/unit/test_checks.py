@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.loading import parse_recipe
 from pipeline.checks import check_stages
 from pipeline.stages import select
+from slurm.cluster import Resources, refuse
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,9 +110,11 @@ def test_more_processes_than_this_machine_has_gpus(tmp_path: Path, monkeypatch: 
 
 
 def test_a_signal_before_the_job_began_is_refused() -> None:
-    with pytest.raises(UserError, match=r"launch\.signal_seconds: 120 before the end of 2 minutes"):
-        parse_recipe("name: a", ["launch.timeout_minutes=2"])
-    assert parse_recipe("name: a", ["launch.timeout_minutes=3"])
+    two, three = (Resources(timeout_minutes=minutes, signal_seconds=120) for minutes in (2, 3))
+    with pytest.raises(ValueError, match=r"launch\.signal_seconds: 120 before the end of 2 minutes"):
+        refuse("slurm", "logs", two)
+    refuse("slurm", "logs", three)
+    refuse("local", "logs", two)
 
 
 @pytest.mark.parametrize("way", [(), ("--detach",), ("--cluster", "auto")])
