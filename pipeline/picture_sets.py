@@ -1,5 +1,6 @@
 """The sets of pictures that are compared: the reference, held-out pictures, their reconstructions, and samples."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.files import read_json
-from common.ranks import own_cores
 from common.recipe import Recipe
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
@@ -161,7 +161,7 @@ def _read(recipe: Recipe, source: Source, entries: Iterable[Entry]) -> Pictures:
     distance shows it.
     """
     crop, resolution = CROPS[recipe.data.crop], recipe.data.resolution
-    workers = own_cores()
+    workers = len(os.sched_getaffinity(0))
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for entry in entries:
