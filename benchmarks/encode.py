@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 from PIL import Image
 
 import preprocess.encoding_loop
+from benchmarks.machine import show_machine
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
 from preprocess.encoder import Encoder
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    machine = show_machine()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         make_pictures(scratch / "images", arguments.pictures)
@@ -158,12 +159,8 @@ def main() -> None:
         print(f"peak memory with {count:9,} pictures listed: {peak:7.1f} MiB")
     if arguments.json:
         table = {"pictures_per_second": rates, "share": share, "aim": AIM, "peak_mib": memory}
-        machine = {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "arguments": vars(arguments) | {"json": None},
-        }
-        arguments.json.write_text(json.dumps(table | machine, indent=1) + "\n")
+        record = table | machine | {"arguments": vars(arguments) | {"json": None}}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

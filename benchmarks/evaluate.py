@@ -14,7 +14,6 @@ CPU time is this process's CPU time: the rest is the machine's other load.
 import argparse
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -30,6 +29,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from benchmarks.machine import show_machine
 from common.loading import load_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import build_denoiser, rng
@@ -180,6 +180,7 @@ def main() -> None:
     if arguments.samples <= BATCH:
         parser.error(f"--samples: {arguments.samples}; the larger set needs more than the smaller one's {BATCH}")
     torch.set_num_threads(arguments.threads)
+    machine = show_machine()
     print(f"{'':44} {'against':12} {'ours':>12} {'theirs':>12} {'ratio':>7}  aim", flush=True)
     distance, difference = measure_distance(arguments.dimensions, max(1, arguments.rounds // 2))
     print(distance, flush=True)
@@ -187,9 +188,8 @@ def main() -> None:
     overhead = measure_overhead(arguments.samples, arguments.rounds)
     print(overhead, flush=True)
     if arguments.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": arguments.threads}
         rows = [asdict(distance) | {"relative_difference": difference}, asdict(overhead)]
-        arguments.json.write_text(json.dumps({"torch": torch.__version__, **machine, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**machine, "threads": arguments.threads, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ synthetic latents.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.machine import show_machine
 from common.files import sha256_file
 from fpdm import rng
 from preprocess import beton
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    machine = show_machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make(folder, arguments.samples)
@@ -256,7 +257,6 @@ def main() -> None:
         f"{opened['import_seconds']:.2f}), {opened['memory_mib']:.0f} MiB at most (aim: under 300)"
     )
     if arguments.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
         record = {**machine, "samples": arguments.samples, "rows": [asdict(row) for row in rows], "opening": opened}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 

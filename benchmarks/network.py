@@ -18,7 +18,6 @@ Memory is the peak of the tensors allocated: of activations during the forward p
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import show_machine
 from fpdm import SIZES, Denoiser, DenoiserConfig, build_denoiser
 from fpdm.blocks import Attention, Block, unpatchify
 from fpdm.linear import linear
@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    machine = show_machine()
     found: list[dict[str, object]] = []
     for size in arguments.sizes:
         print(f"\n{size}/2, batch {BATCH[size]}, float32, {arguments.device}, {arguments.threads} threads")
@@ -321,8 +322,7 @@ def main() -> None:
                 print(row, flush=True)
                 found.append({"size": size, "batch": BATCH[size], **asdict(row)})
     if arguments.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "device": arguments.device}
-        record = {"torch": torch.__version__, "threads": arguments.threads, **machine, "rows": found}
+        record = {**machine, "device": arguments.device, "threads": arguments.threads, "rows": found}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -27,6 +27,7 @@ import fsspec
 import numpy as np
 import torch
 
+from benchmarks.machine import show_machine
 from common.loading import parse_recipe
 from common.recipe import Recipe, diffusion
 from pipeline.data import Stream, open_latents
@@ -188,6 +189,7 @@ def main() -> None:
         rank, folder = arguments.one_rank
         print(json.dumps(first_batch(Path(folder), arguments.ranks, int(rank))))
         return
+    machine = show_machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shard_bytes = make(folder, arguments.samples, arguments.shard_samples)
@@ -207,7 +209,7 @@ def main() -> None:
     }
     show(found)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(machine | found, indent=1) + "\n")
 
 
 def show(found: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ On one thread, in CPU time of this process: the rest is the machine's other load
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 
+from benchmarks.machine import show_machine
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
@@ -156,14 +156,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)  # of the bare loop alone
-    machine = f"{platform.machine()}, one thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    print(f"torch {torch.__version__}, {machine}")
+    machine = show_machine()
     print(f"{'measurement':36} {'ours':>10} {'theirs':>10} {'unit':10} {'ratio':>7}  aim")
     rows = measure(arguments.size, arguments.batch, arguments.rounds)
     for row in rows:
         print(row)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ line where the command was asked to stop and has saved its work.
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,20 +19,22 @@ def run_command(
     work: Callable[[Recipe], None],
     argv: Sequence[str] | None = None,
     in_jobs: Callable[[Recipe, str, int], None] | None = None,
+    shared: bool = False,
 ) -> int:
     """Runs one stage and returns its exit status.
 
     Args:
         description: the script's docstring, shown by `--help`.
         plan: checks the recipe against this machine and says what will be done, a line each; touches nothing. A
-            generator shows what it knows before the check that fails.
+            generator shows what it knows before the check that fails. `warning: ...` is printed as it is.
         work: does it; finds what is finished and goes on from there.
         in_jobs: does it as jobs: given the recipe, `--cluster` and `--jobs`, options that only such a stage has.
+        shared: ranks share the work; all must have come before any begins.
     """
     parser = argument_parser(description)
     if in_jobs is not None:
         add_job_options(parser)
-    return guarded(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs))
+    return guarded(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs, shared))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -82,24 +83,29 @@ def _run(
     plan: Callable[[Recipe], Iterable[str]],
     work: Callable[[Recipe], None],
     in_jobs: Callable[[Recipe, str, int], None] | None,
+    shared: bool,
 ) -> None:
     from common.loading import dump_recipe, load_recipe
+    from common.meeting import meet
+    from common.ranks import rank_and_world_size
     from common.recipe import describe_network
 
     cluster, jobs = getattr(arguments, "cluster", None), getattr(arguments, "jobs", None)
     if jobs is not None and (cluster is None or jobs < 1):
         raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:
         print(dump_recipe(recipe))
         print(f"plan: {describe_network(recipe)}")
     for line in plan(recipe):
         if first:
-            print(f"plan: {line}", flush=True)
+            print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
     if arguments.dry_run:
         return
     if cluster is not None and in_jobs is not None:
         in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
     else:
+        if shared:
+            meet()
         work(recipe)

@@ -17,6 +17,7 @@ import submitit
 
 from common.errors import Interrupted, UserError
 from common.loading import dump_recipe, parse_recipe
+from common.meeting import meet
 from common.recipe import Recipe
 from slurm import controller
 from slurm.site_file import SCRATCH_VARIABLE
@@ -68,6 +69,7 @@ class Job(submitit.helpers.Checkpointable):
     def _work(self) -> None:
         function = getattr(importlib.import_module(self.module), self.function)
         try:
+            meet()
             function(parse_recipe(self.recipe), **self.arguments)
         except Interrupted as interruption:
             print(f"interrupted: {interruption}", file=sys.stderr, flush=True)

@@ -2,16 +2,27 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import common.recipe
 from common.errors import UserError
-from common.recipe import Recipe, Train, denoiser_config, diffusion, latent_shape
+from common.recipe import Place, Recipe, Train, denoiser_config, diffusion, latent_shape
+from slurm.plain_yaml import NULLS, members, read_yaml, settle
+
+VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*)|\{)")
+SHORT = reprlib.Repr()  # of what a recipe has in a wrong place
+SHORT.maxstring = SHORT.maxother = 200
+SHORT.maxlevel = 3
+
+FIELDS_OF = ("webdataset", "parquet", "imagenet")  # data.source whose samples have fields of which one may be named
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -34,6 +45,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     settings = _parse_yaml(text, path)
     for override in overrides:
         _apply(settings, override)
+    for section, prefix, field in _places(settings):
+        section[field] = expanded(f"{prefix}{field}", section[field])
     try:
         recipe = TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
@@ -47,21 +60,57 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False, allow_unicode=True)
+    settings = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    for section, _, field in _places(settings):
+        if "://" not in section[field]:
+            section[field] = section[field].replace("$", "$$")
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    # PyYAML writes these as they are, and reads them as the ends of lines.
+    return yaml.safe_dump(settings, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
+
+
+def expanded(field: str, place: str) -> str:
+    """The place that `place` names: `~` is the home folder, `$NAME` and `${NAME}` are variables, `$$` is a `$`.
+
+    An address (`s3://...`) stays as it is. Raises UserError naming `field` and what is not known here.
+    """
+    if "://" in place:
+        return place
+    if not place:
+        raise UserError(f"{field}: empty; name a folder or file, . for the one that you are in")
+
+    def variable(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if found[0] == "$$":
+            return "$"
+        if name is None:
+            raise UserError(f"{field}: {place} has a ${{ without a name and }}; write ${{NAME}}, or $$ for a $")
+        if not os.environ.get(name):
+            raise UserError(f"{field}: {place} names a variable that is not set, {name}; set it, or write the path")
+        return os.environ[name]
+
+    head, slash, rest = place.partition("/")
+    if head.startswith("~"):
+        home = os.path.expanduser(head)
+        if home == head:
+            raise UserError(f"{field}: {place}: no user {head[1:]} here; write ./{head} for what is named so")
+    else:
+        home = VARIABLE.sub(variable, head)
+    return home + slash + VARIABLE.sub(variable, rest)
 
 
 def _parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        settings = settle(Recipe, read_yaml(text))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds {type(settings).__name__}, a recipe is a mapping of sections; see recipes/")
     return settings
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
-    """Sets one field from `section.field=value`; the value is YAML (`null`, `true`, `3`, `[0.9, 0.95]`)."""
+    """Sets one field from `section.field=value`: text where the field takes text, else YAML (`null`, `[0.9, 0.95]`)."""
     dotted, separator, text = override.partition("=")
     *sections, field = dotted.split(".")
     if not separator or not field or not all(sections):
@@ -73,10 +122,23 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         target = target[section]
         if not isinstance(target, dict):
             raise UserError(f"{dotted}: {section} is a value, not a section; write section.field=value")
+    hint, text = _hints(sections).get(field), text.strip()
+    if str in members(hint) and text[:1] not in ("'", '"') and text not in NULLS:
+        target[field] = text
+        return
     try:
-        target[field] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        target[field] = settle(hint, read_yaml(text))
+    except ValueError:
         raise UserError(f"{dotted}: {text!r} is not readable as a YAML value; quote it") from None
+
+
+def _places(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """What names a folder or a file: its section, the section's name with a dot after it, and its own name."""
+    for name, section in [("", settings), *settings.items()]:
+        hints = _hints([name] if name else []) if isinstance(section, dict) else {}
+        for field, hint in hints.items():
+            if hint in (Place, Place | None) and isinstance(section.get(field), str):
+                yield section, f"{name}." if name else "", field
 
 
 def _explain(error: ValidationError) -> str:
@@ -87,14 +149,31 @@ def _explain(error: ValidationError) -> str:
     others = f" (and {len(faults) - len(same)} more)" if len(faults) > len(same) else ""
     name = ".".join(path) or "recipe"
     if first["type"] in ("unexpected_keyword_argument", "dataclass_exact_type"):
-        allowed = sorted(_fields(path[:-1]))
-        near = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{name}: unknown key; {hint}{others}"
+        return f"{name}: unknown key; {_near(path)}{others}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{name}: missing; every recipe states it{others}"
     reasons = [fault["msg"].removeprefix("Input ") for fault in same]
-    return f"{name}: {' or '.join(r[0].lower() + r[1:] for r in reasons)}; found {first['input']!r}{others}"
+    wanted, found = " or ".join(r[0].lower() + r[1:] for r in reasons), first["input"]
+    return f"{name}: {wanted}; found {SHORT.repr(found)}{_in_decimal(found)}{others}"
+
+
+def _near(path: Sequence[str]) -> str:
+    """What an unknown key may have been meant to be: a field beside it, or one of its name elsewhere."""
+    *sections, key = path
+    allowed = sorted(_hints(sections))
+    near = difflib.get_close_matches(key, allowed, n=1)
+    elsewhere = {field for section in _hints([]) for field in _hints([section])}
+    if key in elsewhere or not near:
+        meant = difflib.get_close_matches(key, elsewhere, n=1)
+        near = [f"{section}.{field}" for field in meant for section in _hints([]) if field in _hints([section])]
+    return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
+
+
+def _in_decimal(found: Any) -> str:
+    """How to write a number that was written otherwise."""
+    if isinstance(found, str) and re.fullmatch(r"[-+]?[0-9_]+", found):
+        return f"; write {int(found.replace('_', ''))}"
+    return "; write a decimal number" if isinstance(found, str) and re.match(r"[-+]?\.?[0-9]", found) else ""
 
 
 def _field_path(location: tuple[int | str, ...]) -> list[str]:
@@ -103,18 +182,20 @@ def _field_path(location: tuple[int | str, ...]) -> list[str]:
     return [str(part) for part in location if isinstance(part, int) or (part.isidentifier() and part not in classes)]
 
 
-def _fields(sections: Sequence[str]) -> list[str]:
-    """The names allowed below `sections`, found in the dataclasses themselves."""
+def _hints(sections: Sequence[str]) -> dict[str, Any]:
+    """The fields below `sections` and their types, found in the dataclasses themselves; none below what is unknown."""
     kind: Any = Recipe
     for section in sections:
-        kind = get_type_hints(kind)[section]
-        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)
-    return [field.name for field in dataclasses.fields(kind)]
+        hint = get_type_hints(kind).get(section)
+        kind = next((part for part in members(hint) if dataclasses.is_dataclass(part)), None)
+        if kind is None:
+            return {}
+    return get_type_hints(kind, include_extras=True)
 
 
 def _sampler(recipe: Recipe) -> Any:
     from fpdm.allocation import allocate
-    from fpdm.sampling import build_sampler, check_guidance
+    from fpdm.sampling import build_sampler, check_guidance, guided_steps
 
     settings, latent_channels = recipe.sample, recipe.vae.latent_channels
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
@@ -124,7 +205,11 @@ def _sampler(recipe: Recipe) -> Any:
         _check_step_choices(recipe, total)
     elif settings.step_choices:
         raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
-    return build_sampler(diffusion(recipe), settings.sampler, settings.num_steps, settings.eta)
+    process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
+    sampler = build_sampler(process, settings.sampler, settings.num_steps, settings.eta)
+    if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):
+        raise ValueError(f"guidance_interval: {list(interval)} holds none of the {settings.num_steps} steps; widen it")
+    return sampler
 
 
 def _check_step_choices(recipe: Recipe, iterations: int) -> None:
@@ -155,14 +240,44 @@ def check_together(recipe: Recipe) -> None:
     if recipe.data.cache is None and (recipe.data.stage_in or "://" in recipe.data.shards):
         needs = "stage_in" if recipe.data.stage_in else f"shards: {recipe.data.shards}"
         raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
+    for field in ("image_field", "label_field"):
+        if getattr(recipe.data, field) is not None and recipe.data.source not in FIELDS_OF:
+            raise ValueError(f"data.{field}: is of {', '.join(FIELDS_OF)}, and data.source is {recipe.data.source}")
+    if recipe.data.follow_links and recipe.data.source in ("webdataset", "parquet"):
+        raise ValueError(f"data.follow_links: is of images in folders, and data.source is {recipe.data.source}")
     if recipe.train.batch_size % recipe.data.lanes:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
+    launch = recipe.launch
+    if launch.signal_seconds >= 60 * launch.timeout_minutes:
+        raise ValueError(
+            f"launch.signal_seconds: {launch.signal_seconds} before the end of {launch.timeout_minutes} minutes is "
+            "when a job begins, and it would be queued again for ever; set it lower"
+        )
     _check_training(recipe.train)
+    _check_guidance(recipe)
     for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
         try:
             build(recipe)
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    """Guidance compares a class with the null label: the network must have seen both, and they must differ."""
+    for name, scales in (("sample", (recipe.sample.guidance_scale,)), ("sweep", recipe.sweep.guidance_scale)):
+        for scale in scales:
+            if scale == 1:
+                continue
+            if recipe.train.label_dropout == 0:
+                raise ValueError(
+                    f"{name}.guidance_scale: {scale:g} with train.label_dropout 0, whose network never sees the null "
+                    "label that guidance needs; set guidance_scale to 1, or train with label_dropout above 0"
+                )
+            if recipe.model.num_classes == 1:
+                raise ValueError(
+                    f"{name}.guidance_scale: {scale:g} with model.num_classes 1: a single class says no more than the "
+                    "null label, and guidance would double the cost for nothing; set it to 1"
+                )
 
 
 def _check_training(train: Train) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from zlib import crc32
@@ -24,19 +25,59 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def export_environment() -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    Raises UserError where RANK and WORLD_SIZE are no rank and a number of ranks.
+    """
+    ranks: dict[str, int]
+    where: dict[str, str]
     if "RANK" in os.environ:  # torchrun, the deepspeed launcher
-        return
-    where: dict[str, str] = {}
-    if os.environ.get("SUBMITIT_EXECUTOR", "slurm") != "slurm":
-        ranks = _from_submitit()
-    elif "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, by submitit or by hand; a batch script alone is no rank
+        if _stated_world_size() > 1:
+            return
+        ranks, where = {}, {}
+    elif os.environ.get("SUBMITIT_EXECUTOR", "slurm") != "slurm":
+        ranks, where = _from_submitit(), {}
+    elif "SLURM_STEP_NUM_TASKS" in os.environ and not _in_a_shell():  # srun; a batch script is no rank
         ranks, where = _from_srun(), _rendezvous()
     else:
-        ranks = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        ranks, where = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}, {}
     os.environ.update({key: str(value) for key, value in ranks.items()})
     for key, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | where).items():
         os.environ.setdefault(key, value)
+
+
+def _stated_world_size() -> int:
+    stated = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    try:
+        rank, world_size = map(int, stated)
+    except ValueError:
+        rank, world_size = -1, 0
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK, WORLD_SIZE: found {stated[0]!r} and {stated[1]!r}, a rank from 0 and how many there are; launchers "
+            "set both: unset both to work alone"
+        )
+    return world_size
+
+
+def _in_a_shell() -> bool:
+    """Whether the step's variables are those of an interactive shell (`srun --pty`), which names all tasks of its step
+    and is one process. It has a terminal; the tasks that srun starts have none.
+    """
+    if not has_terminal():
+        return False
+    tasks = os.environ["SLURM_STEP_NUM_TASKS"]
+    if tasks != "1":
+        print(f"note: one process, in an interactive shell of a step of {tasks} tasks", file=sys.stderr, flush=True)
+    return True
+
+
+def has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _from_submitit() -> dict[str, int]:

@@ -6,11 +6,12 @@ Everything counted is counted in samples seen, so that another batch size or num
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -19,13 +20,23 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+
+def _is_folder(found: object) -> bool:
+    return isinstance(found, str) and re.fullmatch(r"[0-9]{12}", found) is not None
+
+
 Count = Annotated[StrictInt, Field(ge=1)]
 CountOrZero = Annotated[StrictInt, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+Number = Annotated[float, Strict()]  # no true, and no "0.1"
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+AtLeastZero = Annotated[Number, Field(ge=0)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
-Width = Annotated[float, Field(gt=0, lt=0.28)]  # of a power-function average (fpdm.ema)
+Width = Annotated[Number, Field(gt=0, lt=0.28)]  # of a power-function average (fpdm.ema)
+Place = Annotated[str, "place"]  # a folder or file; `~`, `$NAME` and `${NAME}` are put in (`common.loading.expanded`)
+# A number of samples, or the name of its folder, which has 12 digits.
+SamplesSeen = Annotated[CountOrZero, BeforeValidator(lambda found: int(found) if _is_folder(found) else found)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -41,18 +52,24 @@ class DemoPictures:
 class Data:
     """Where the pictures come from and where their latents go."""
 
-    images: str = "data/images"
-    held_out: str | None = None  # pictures that training never sees: a second figure beside the distance
+    images: Place = "data/images"
+    held_out: Place | None = None  # pictures that training never sees: a second figure beside the distance
     # folder: one sub-folder a class; webdataset: tars of key.jpg and key.cls; parquet: as Hugging Face writes it. The
     # others are data sets, in every form in which they are passed on (docs/data.md).
     source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet"] = "folder"
+    # Of webdataset and parquet, where they cannot be told (null): what holds the image, as `jpg` or a column, and what
+    # labels it, as `cls`, `json:label` or a column; "none": one class, whatever labels there are.
+    image_field: str | None = None
+    label_field: str | None = None
+    follow_links: StrictBool = False  # read what symbolic links below `images` lead to, wherever; not in archives
     # center: ADM's, for ImageNet; short_side: LSUN's; resize: Lanczos without a crop, for aligned pictures
     crop: Literal["center", "short_side", "resize"] = "center"
     resolution: Count = 256  # pixels
-    shards: str = "data/shards"  # training also reads any fsspec address (s3://bucket/folder), through `cache`
+    shards: Place = "data/shards"  # training also reads any fsspec address (s3://bucket/folder), through `cache`
     shard_samples: Count = 8192
     format: Literal["tar", "ffcv"] = "tar"  # ffcv: the one file that preprocess/beton.py makes; the same samples
-    # Copies of shards on a local disk, each proved before it is used; `$SCRATCH` and the like are put in.
+    # Copies of shards on a local disk, each proved before it is used. `~` and `$SCRATCH` are those of the machine that
+    # trains; in other places they are put in at once.
     cache: str | None = None
     cache_gb: Positive | None = None  # what was used longest ago goes; several times mixed_blocks shards are best
     stage_in: StrictBool = False  # copy all shards into `cache` before the first step, once a node
@@ -67,7 +84,7 @@ class Data:
 class VAE:
     """The autoencoder. Channels and downsampling are here too, so that a dry run needs no weights; they are checked."""
 
-    path: str = (
+    path: Place = (
         "stabilityai/sd-vae-ft-ema"  # a save_pretrained folder (./folder is never taken for a hub id), or a hub id
     )
     subfolder: str | None = None  # of path, where the VAE lies in it: "vae" in the repositories of SD3 and FLUX
@@ -115,10 +132,10 @@ class Train:
     learning_rate: Positive = 1e-4
     warmup_samples: CountOrZero = 0
     learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"  # to zero at total_samples; paper: none
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: AtLeastZero = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # of the global norm; 0: none
-    label_dropout: Fraction = 0.1
+    gradient_clipping: AtLeastZero = 1.0  # of the global norm; 0: none
+    label_dropout: Beta = 0.1
     # S-JFB: n ~ U{0..N} iterations without gradient, m ~ U{1..M} with. The paper's main models use 12 and 12; its own
     # table prefers 3-6 (FID 43.2 at 6 against 61.5 at 12), and they cost half.
     max_no_grad_iterations: CountOrZero = 6
@@ -131,12 +148,12 @@ class Train:
     offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
     activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
     compile: StrictBool = False  # each block by torch.compile: minutes at the start
-    deepspeed_config: str | None = None  # a JSON file of your own; what it leaves out comes from the recipe
+    deepspeed_config: Place | None = None  # a JSON file of your own; what it leaves out comes from the recipe
     checkpoint_samples: Count = 5_120_000
     background_saves: StrictBool = False  # true: beside the next steps; a kill costs them too
     keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
     keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
-    resume_from: str | None = None  # a checkpoint's folder to begin with, while this run has none of its own
+    resume_from: Place | None = None  # a checkpoint's folder to begin with, while this run has none of its own
     max_skipped_steps: CountOrZero = 0  # in a row, for a loss or gradient that is not finite; 0: stop at the first
     spike_deviations: Positive | None = 10.0  # a loss so many standard deviations above the last 100 is told
     log_samples: Count = 51_200
@@ -168,7 +185,7 @@ class Sample:
     num_steps: Count = 28
     # A mean of a step, or for allocation "list" one count a step, noisiest first. 28 steps of 8 with one pre and one
     # post layer are the paper's 280 blocks.
-    iterations: Count | Annotated[float, Field(ge=1)] | tuple[Count, ...] = 8
+    iterations: Count | Annotated[Number, Field(ge=1)] | tuple[Count, ...] = 8
     # "adaptive" (one residual threshold) and "calibrated" (least sum of residuals) are measured on the weights.
     allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
     # With "calibrated": further numbers of steps to try at the same blocks; the one whose samples lie nearest to
@@ -179,10 +196,10 @@ class Sample:
     # A sample whose relative residual falls to this ends its step there: the iterations are then the most it takes.
     tolerance: Positive | None = None
     calibration_samples: Count = 32  # what "adaptive" and "calibrated" are measured on
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # 1: none
+    guidance_scale: AtLeastZero = 1.0  # 1: none
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # of t / T where guidance acts; 1 is pure noise
     guidance_channels: Count | None = None  # null: all; 3 is what DiT and FPDM published
-    weights: Literal["latest"] | CountOrZero = "latest"  # or a number of samples seen
+    weights: Literal["latest"] | SamplesSeen = "latest"  # or a number of samples seen
     ema: str | None = None  # which average of the weights, as `0.9999` or `power-0.05`; null: the first that is kept
     save_images: Count = 64  # as many of each set are drawn into samples.png
 
@@ -193,12 +210,12 @@ class Evaluate:
     feature_extractor: Literal[
         "inception-v3-compat", "efficientnet-lite0", "dinov2-vit-l-14-local", "dinov2-vit-s-14-local"
     ] = "inception-v3-compat"
-    feature_extractor_weights: str | None = None  # a local file; otherwise torch-fidelity's usual download
+    feature_extractor_weights: Place | None = None  # a local file; otherwise torch-fidelity's usual download
     # null: all that the extractor and the reference give. "frechet" (FID of Inception's published weights), "spatial"
     # (sFID), "inception_score", "kid", "precision_recall".
     metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
     batch_size: Count = 64
-    reference: str | None = None  # null: the training pictures; an ADM statistics file (.npz); or another run's folder
+    reference: Place | None = None  # null: the training pictures; ADM's statistics (.npz); or another run's folder
     reference_samples: Count | None = None  # training pictures compared with, evenly spaced over all; null: all of them
     seed_ranges: Count = 1  # 3: EDM2's protocol, samples 0..N-1, N..2N-1, 2N..3N-1 measured apart; that many more drawn
     # Replicates for the standard error of the Fréchet distance; 0: none.
@@ -224,7 +241,7 @@ class Sweep:
     )
     reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
     sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
-    guidance_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+    guidance_scale: tuple[AtLeastZero, ...] = (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -245,7 +262,7 @@ class Recipe:
     """A whole experiment. `name` is its folder below `runs`."""
 
     name: Name
-    runs: str = "runs"
+    runs: Place = "runs"
     seed: Seed = 0
     demo: DemoPictures | None = None
     data: Data = Data()
@@ -288,6 +305,7 @@ def denoiser_config(recipe: Recipe) -> DenoiserConfig:
         post_depth=model.post_depth,
         pre_post_timestep_conditioning=model.pre_post_timestep_conditioning,
         num_classes=model.num_classes,
+        self_conditioned=False,  # only imported weights are
         learned_variance=recipe.objective.learned_variance,
         **chosen,
     )

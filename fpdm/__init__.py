@@ -5,17 +5,9 @@ from fpdm.calibration import Calibration, allocate_measured, calibrate, choose_r
 from fpdm.denoiser import SIZES, Denoised, Denoiser, DenoiserConfig, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
 from fpdm.fixed_point import sjfb_counts
+from fpdm.importing import ImportReport, import_checkpoint, infer_config
 from fpdm.sampling import build_sampler, guide, require_sound, sample, spaced_timesteps
-from fpdm.weights import (
-    ImportReport,
-    assemble,
-    import_checkpoint,
-    infer_config,
-    load_pretrained,
-    read_config,
-    read_extra,
-    save_pretrained,
-)
+from fpdm.weights import assemble, load_pretrained, read_config, read_extra, save_pretrained
 
 __all__ = [
     "SIZES",

@@ -16,9 +16,15 @@ NORM_EPS = 1e-6
 FREQUENCIES = 256
 
 
-def timestep_embedding(t: Tensor, width: int = FREQUENCIES, max_period: float = 10_000.0) -> Tensor:
-    """Cosines, then sines, of timesteps t (B,) at geometrically spaced frequencies: (B, width) float32, width even."""
-    frequencies = torch.exp(-math.log(max_period) / (width // 2) * torch.arange(width // 2, device=t.device))
+def timestep_embedding(
+    t: Tensor, width: int = FREQUENCIES, max_period: float = 10_000.0, *, with_slowest: bool = False
+) -> Tensor:
+    """Cosines, then sines, of timesteps t (B,) at geometrically spaced frequencies: (B, width) float32, width even.
+
+    The frequencies fall from 1 to one step above 1 / max_period, or to 1 / max_period itself `with_slowest`.
+    """
+    steps = width // 2 - with_slowest
+    frequencies = torch.exp(-math.log(max_period) / steps * torch.arange(width // 2, device=t.device))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -50,12 +56,13 @@ class PatchEmbedder(nn.Module):
 class TimestepEmbedder(nn.Module):
     """(B,) timesteps, integer or continuous -> (B, D)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, with_slowest: bool = False) -> None:
         super().__init__()
+        self.with_slowest = with_slowest
         self.mlp = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(dtype))
+        return self.mlp(timestep_embedding(t, with_slowest=self.with_slowest).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -125,6 +132,8 @@ class Modulation(NamedTuple):
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning, (B, T, D) -> (B, T, D)."""
 
+    mlp_eps = NORM_EPS
+
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.attn = Attention(width, num_heads)
@@ -139,7 +148,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, m: Modulation) -> Tensor:
         x = torch.addcmul(x, m.attn_gate, self.attn(_modulate(x, m.attn_shift, m.attn_scale)))
-        return torch.addcmul(x, m.mlp_gate, self.mlp(_modulate(x, m.mlp_shift, m.mlp_scale)))
+        return torch.addcmul(x, m.mlp_gate, self.mlp(_modulate(x, m.mlp_shift, m.mlp_scale, self.mlp_eps)))
+
+
+class SelfConditionedBlock(Block):
+    """The block of diffusers' DiTTransformer2DModel, which embeds the timestep and the label by itself."""
+
+    mlp_eps = 1e-5
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, num_classes: int) -> None:
+        super().__init__(width, num_heads, mlp_ratio)
+        self.t_embedder = TimestepEmbedder(width, with_slowest=True)
+        self.y_embedder = LabelEmbedder(num_classes, width)
 
 
 class FinalLayer(nn.Module):
@@ -155,8 +175,8 @@ class FinalLayer(nn.Module):
         return self.linear(_modulate(x, shift, 1 + scale))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:

@@ -18,6 +18,7 @@ from fpdm.blocks import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbedder,
+    SelfConditionedBlock,
     TimestepEmbedder,
     VectorEmbedder,
     position_embedding,
@@ -32,6 +33,7 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"hidden_size": 1024, "num_heads": 16, "depth": 24},
     "XL": {"hidden_size": 1152, "num_heads": 16, "depth": 28},
 }
+MAX_DEPTH = 1000  # a damaged or hostile config would take all memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class DenoiserConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     depth: int = 28  # DiT only
+    self_conditioned: bool = False  # DiT only: the network that diffusers' DiTTransformer2DModel computes
     pre_depth: int = 1  # FPDM only
     post_depth: int = 1  # FPDM only
     pre_post_timestep_conditioning: bool = False  # FPDM only; False as in the paper: only the implicit layer knows t
@@ -63,8 +66,13 @@ class DenoiserConfig:
         for field in ("pre_depth", "post_depth"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}: {getattr(self, field)} is negative; choose 0 or more")
+        for field in ("depth", "pre_depth", "post_depth"):
+            if getattr(self, field) > MAX_DEPTH:
+                raise ValueError(f"{field}: {getattr(self, field)} blocks; at most {MAX_DEPTH} are built")
         if self.condition_dim is not None and self.condition_dim <= 0:
             raise ValueError(f"condition_dim: {self.condition_dim} must be positive, or None for class labels")
+        if self.self_conditioned and (self.kind != "dit" or self.condition_dim is not None):
+            raise ValueError("self_conditioned: only a DiT with class labels is; leave it False")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size: {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
@@ -130,12 +138,13 @@ class Denoiser(nn.Module):
         self.config = config
         width = config.hidden_size
         self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder: nn.Module = (
-            LabelEmbedder(config.num_classes, width)
-            if config.condition_dim is None
-            else VectorEmbedder(config.condition_dim, width)
-        )
+        if not config.self_conditioned:
+            self.t_embedder = TimestepEmbedder(width)
+            self.y_embedder: nn.Module = (
+                LabelEmbedder(config.num_classes, width)
+                if config.condition_dim is None
+                else VectorEmbedder(config.condition_dim, width)
+            )
         self.register_buffer("pos_embed", torch.empty(1, config.num_tokens, width))
         if config.kind == "dit":
             self.blocks = self._stack(config.depth)
@@ -150,7 +159,10 @@ class Denoiser(nn.Module):
 
     def _stack(self, depth: int) -> nn.ModuleList:
         config = self.config
-        return nn.ModuleList(Block(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(depth))
+        shape = config.hidden_size, config.num_heads, config.mlp_ratio
+        if config.self_conditioned:
+            return nn.ModuleList(SelfConditionedBlock(*shape, config.num_classes) for _ in range(depth))
+        return nn.ModuleList(Block(*shape) for _ in range(depth))
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -202,6 +214,8 @@ class Denoiser(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype  # not the buffer's: DeepSpeed casts parameters alone
         call = _checkpointed if activation_checkpointing else _plain
         tokens = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)  # (B, T, D)
+        if self.config.self_conditioned:
+            return Denoised(self._self_conditioned(tokens, t, y, dtype, call), None, None)
         label = self.y_embedder(y.to(dtype) if y.is_floating_point() else y)  # (B, D)
         timed = self.t_embedder(t, dtype) + label
         if self.config.kind == "dit":
@@ -212,6 +226,14 @@ class Denoiser(nn.Module):
         solution = self._solve(tokens, timed, iterations, start, solver, tolerance, with_residuals, call)
         tokens = _run(self.blocks_post, solution.value, outer, call)
         return Denoised(self._read_out(tokens, outer), solution.value, solution.residuals)
+
+    def _self_conditioned(self, tokens: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype, call: "Caller") -> Tensor:
+        """Each block has a condition of its own; the final layer takes the first block's."""
+        blocks = [cast(SelfConditionedBlock, block) for block in self.blocks]
+        conditions = [block.t_embedder(t, dtype) + block.y_embedder(y) for block in blocks]  # (B, D) each
+        for block, condition in zip(blocks, conditions, strict=True):
+            tokens = call(block, tokens, block.modulation(condition))
+        return self._read_out(tokens, conditions[0])
 
     def _solve(
         self,

@@ -1,12 +1,13 @@
-"""Linear layers; in float32 on a CPU by oneDNN, PyTorch's own choice for 16 bits.
+"""Linear layers and GELU; in float32 on AMD's CPUs with AVX-512 by oneDNN, everywhere else by PyTorch's own layers.
 
-For float32 PyTorch calls MKL, which on AMD's processors leaves AVX-512 idle: oneDNN takes half the time there, and the
-same on Intel's. It reaches oneDNN's products by operators that have no gradient, which is therefore written here.
+For float32 PyTorch calls MKL, which takes AVX-512 on Intel's processors alone: on AMD's oneDNN takes half the time. On
+an AMD CPU with AVX2 MKL is the faster one, and on Intel's oneDNN gains nothing (docs/model.md has the measurements).
+PyTorch reaches oneDNN's products by operators that have no gradient, which is therefore written here.
 """
 
 import math
-import platform
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,27 +17,44 @@ from torch.nn import functional as F
 
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
-_onednn: Callable[..., Tensor] | None = None
-if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():  # elsewhere nothing was measured
-    _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+def prefers_onednn(capabilities: Mapping[str, Any], max_isa: str = "DEFAULT") -> bool:
+    """Whether MKL leaves this CPU's AVX-512 idle and oneDNN does not.
+
+    A stated rule rather than a measurement at the start: a run that is resumed must compute as before.
+
+    Args:
+        capabilities: what `torch.cpu.get_capabilities` says of the CPU.
+        max_isa: the value of ONEDNN_MAX_CPU_ISA, which keeps oneDNN from newer instructions.
+    """
+    is_amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
+    return is_amd and bool(capabilities.get("avx512_f")) and max_isa.startswith(("DEFAULT", "ALL", "AVX512", "AVX10"))
+
+
+_operator: Callable[..., Tensor] | None = None  # oneDNN's linear layer, where this build of PyTorch has it
+if torch.backends.mkldnn.is_available():
+    _operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older torch: none
+_uses_onednn = (
+    _operator is not None
+    and torch.backends.mkl.is_available()
+    and prefers_onednn(_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper())
+)
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> x @ weight.T + bias (..., N)."""
-    if not _suits_onednn(x, weight):
+    if not suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The tanh approximation of GELU of `linear`, (..., K) -> (..., N).
-
-    Without a graph it is applied while the product is in the cache.
-    """
-    if torch.is_grad_enabled() or not _suits_onednn(x, weight):
-        return F.gelu(linear(x, weight, bias), approximate="tanh")
-    return _product(x, weight, bias, "gelu", "tanh")
+    """The tanh approximation of GELU of `linear`, (..., K) -> (..., N)."""
+    if not torch.is_grad_enabled() and suits_onednn(x, weight):
+        return _product(x, weight, bias, "gelu", "tanh")  # while the product is in the cache
+    return _gelu_of_own(linear(x, weight, bias))
 
 
 def add_gelu(x: Tensor, term: Tensor) -> Tensor:
@@ -44,10 +62,16 @@ def add_gelu(x: Tensor, term: Tensor) -> Tensor:
 
     On a CPU without a graph it takes the place of x.
     """
-    if torch.is_grad_enabled() or not _suits_onednn(x, term):
-        return F.gelu(x + term, approximate="tanh")
-    x.add_(term)
-    # x (1 + tanh(u / 2)) / 2 is x sigmoid(u), and on a CPU torch's sigmoid takes an eighth of its tanh's time.
+    return _gelu_of_own(x + term if torch.is_grad_enabled() or x.device.type != "cpu" else x.add_(term))
+
+
+def _gelu_of_own(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU; in float32 on a CPU without a graph it takes the place of x.
+
+    x (1 + tanh(u / 2)) / 2 is x sigmoid(u), and on a CPU torch's sigmoid takes an eighth of its tanh's time.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or _is_exporting():
+        return F.gelu(x, approximate="tanh")
     u = x.square().mul_(0.044715 * GELU_SLOPE).add_(GELU_SLOPE).mul_(x)
     return x.mul_(u.sigmoid_())
 
@@ -59,9 +83,9 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Not for what has no rows, nor in a program that is exported, which is to run elsewhere too."""
-    if _onednn is None or _is_exporting():
+    if not _uses_onednn or _is_exporting():
         return False
     floats: bool = x.dtype == weight.dtype == torch.float32
     return floats and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0
@@ -71,7 +95,7 @@ def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", approximation: str = ""
 ) -> Tensor:
     bias = None if bias is None else bias.contiguous()  # it would be read as if it were
-    call = _opaque if torch.compiler.is_compiling() else _onednn
+    call = _opaque if torch.compiler.is_compiling() else _operator
     assert call is not None
     return call(_dense(x), _dense(weight), bias, activation, [], approximation)
 
@@ -86,8 +110,8 @@ def _opaque(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, scalars: list[float], approximation: str
 ) -> Tensor:
     """For torch.compile, which by itself takes oneDNN's operator for frozen weights alone."""
-    assert _onednn is not None
-    return _onednn(x, weight, bias, activation, scalars, approximation)
+    assert _operator is not None
+    return _operator(x, weight, bias, activation, scalars, approximation)
 
 
 @_opaque.register_fake

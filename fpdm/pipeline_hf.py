@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL, AutoencoderTiny
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
@@ -24,11 +24,14 @@ from fpdm.weights import load_pretrained, read_extra, save_pretrained
 
 
 class FPDMTransformer2DModel(ModelMixin):
-    """A denoiser and the diffusion it was trained for, as a component of diffusers' pipelines."""
+    """A denoiser and the diffusion it was trained for, as a component of diffusers' pipelines.
 
-    def __init__(self, denoiser: Denoiser, diffusion: Diffusion) -> None:
+    `label_dropout` is how often training replaced labels by the null label; None where that is not known.
+    """
+
+    def __init__(self, denoiser: Denoiser, diffusion: Diffusion, label_dropout: float | None = None) -> None:
         super().__init__()
-        self.denoiser, self.diffusion = denoiser, diffusion
+        self.denoiser, self.diffusion, self.label_dropout = denoiser, diffusion, label_dropout
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -38,25 +41,31 @@ class FPDMTransformer2DModel(ModelMixin):
 
         Raises ValueError where the folder does not say what the weights predict, or holds other tensors than it says.
         """
-        objective = read_extra(folder).get("objective")
-        if objective is None:
+        extra = read_extra(folder)
+        if (objective := extra.get("objective")) is None:
             raise ValueError(
                 f"{folder}: config.json has no extra.objective, what the weights predict; export them again"
             )
         denoiser = load_pretrained(folder).to(torch_dtype or torch.float32).eval()
-        return cls(denoiser, Diffusion(**objective))
+        return cls(denoiser, Diffusion(**objective), extra.get("label_dropout"))
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
         """Weights, config and what they predict, as `fpdm.save_pretrained` writes them."""
         state = dict(self.denoiser.named_parameters())
-        save_pretrained(state, self.denoiser.config, save_directory, {"objective": vars(self.diffusion)})
+        known = {} if self.label_dropout is None else {"label_dropout": self.label_dropout}
+        extra = {"objective": vars(self.diffusion), **known}
+        save_pretrained(state, self.denoiser.config, save_directory, extra)
 
 
 class FPDMPipeline(DiffusionPipeline):
-    """Class labels to pictures."""
+    """Class labels to pictures. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
 
-    def __init__(self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny) -> None:
+    def __init__(
+        self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC
+    ) -> None:
         super().__init__()
+        if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+            raise ValueError("vae: scales each channel by itself (latents_mean, latents_std), which is not done here")
         self.register_modules(transformer=transformer, vae=vae)
 
     @torch.no_grad()
@@ -86,9 +95,15 @@ class FPDMPipeline(DiffusionPipeline):
             output_type: "pil", "np" or "pt".
 
         Raises:
-            ValueError: as `fpdm.sample` and `fpdm.allocate`.
+            ValueError: as `fpdm.sample` and `fpdm.allocate`; and for guidance by a network that never saw the null
+                label.
         """
         transformer, vae = cast(FPDMTransformer2DModel, self.transformer), cast(AutoencoderKL, self.vae)
+        if guidance_scale != 1 and transformer.label_dropout == 0:
+            raise ValueError(
+                f"guidance_scale: {guidance_scale:g}, but these weights were trained with label_dropout 0 and never "
+                "saw the null label that guidance needs; leave it at 1"
+            )
         config = transformer.denoiser.config
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         index = torch.arange(first_index, first_index + len(labels), device=labels.device)
@@ -106,6 +121,6 @@ class FPDMPipeline(DiffusionPipeline):
             reuse=reuse,
             guidance_scale=guidance_scale,
         )  # (B, C, h, w)
-        latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+        latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
         images = vae.decode(latents.to(vae.dtype)).sample.float()  # (B, 3, H, W)
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type))

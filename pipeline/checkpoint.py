@@ -25,6 +25,7 @@ from common.files import (
     write_json,
 )
 from common.recipe import Recipe, denoiser_config
+from fpdm.denoiser import DenoiserConfig
 from fpdm.weights import save_pretrained
 from pipeline.averages import Averages
 from pipeline.run_folder import ema_names, weights_folder
@@ -127,13 +128,20 @@ def export_weights(
     samples_seen: int,
     identity: dict[str, Any] | None = None,
     ema: str | None = None,
+    config: DenoiserConfig | None = None,
     **notes: Any,
 ) -> None:
-    """Writes averaged weights in diffusers' layout: what sampling reads. `identity`: of the run they come from."""
+    """Writes averaged weights in diffusers' layout: what sampling reads.
+
+    `identity`: of the run they come from; `config`: of their network, if it is none that a recipe describes.
+    """
     with atomic_folder(weights_folder(recipe, samples_seen, ema)) as folder:
         # The objective goes with the weights: a v-predicting network sampled as if it predicted noise still draws.
-        extra: dict[str, object] = {"objective": asdict(recipe.objective), "run": identity, **notes}
-        save_pretrained(weights, denoiser_config(recipe), folder, extra)
+        # So does how often it saw the null label: never, and there is no guidance.
+        dropout = (identity or {}).get("train.label_dropout", recipe.train.label_dropout)
+        known = {"objective": asdict(recipe.objective), "label_dropout": dropout}
+        extra: dict[str, object] = {**known, "run": identity, **notes}
+        save_pretrained(weights, config or denoiser_config(recipe), folder, extra)
 
 
 def complete_checkpoints(recipe: Recipe) -> list[Path]:

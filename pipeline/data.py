@@ -5,7 +5,6 @@ contiguous part of each step's positions. Which sample comes at p is `pipeline/o
 epoch, and a step may span two epochs.
 """
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.loading import expanded
 from common.recipe import Recipe, latent_shape
 from fpdm import rng
 from fpdm.diffusion import Diffusion
@@ -35,9 +35,7 @@ def open_latents(recipe: Recipe) -> LatentShards:
             raise UserError(f"data.format: {address} has no {INDEX}; run preprocess/beton.py, or set data.format=tar")
     if data.cache is None:
         return LatentShards(address)
-    folder = os.path.expandvars(data.cache)
-    if "$" in folder:
-        raise UserError(f"data.cache: {data.cache} names a variable that is not set; set it, or name the folder")
+    folder = expanded("data.cache", data.cache)
     return LatentShards(address, Cache(Path(folder), None if data.cache_gb is None else int(data.cache_gb * 1e9)))
 
 

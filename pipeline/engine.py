@@ -1,5 +1,7 @@
 """The optimiser under DeepSpeed: settings, learning rate, and an update that is left out where it would harm."""
 
+import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.errors import UserError
-from common.files import read_json
 from common.recipe import Recipe
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
@@ -27,28 +28,31 @@ HARM = "a gradient that is not finite would ruin the weights"
 REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: what alone is allowed, and why
     "optimizer": {EVERY: (None, OURS)},
     "scheduler": {EVERY: (None, OURS)},
-    "amp": {"enabled": (False, "train.precision says it")},
     "torch_autocast": {"enabled": (False, "train.precision says it")},
+    "tensor_parallel": {EVERY: (None, "ranks share the batch, not the network")},
     "data_types": {"grad_accum_dtype": (None, "the fp32 parameters would lie where no checkpoint finds them")},
     "bf16": {"check_grad_overflow": (True, HARM)},
     "zero_optimization": {"compute_grad_norm": (True, HARM)},
 }
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> dict[str, Any]:
     """DeepSpeed's own settings: generated, or the user's own file checked against the recipe and completed from it.
 
-    `micro_batch_size` must be resolved (`with_world_size`). Raises UserError for what DeepSpeed cannot do, or for a
+    `micro_batch_size` must be resolved (`with_world_size`). `on_gpu`: whether training sees GPUs; None: as here.
+    Raises UserError for what DeepSpeed cannot do, or for a
     file that contradicts the recipe.
     """
-    from deepspeed.accelerator import get_accelerator
-
     settings = recipe.train
     assert settings.micro_batch_size is not None
-    chosen = precision(recipe)
-    if chosen == "fp16" and not get_accelerator().is_fp16_supported():
-        raise UserError("train.precision: fp16 needs a GPU, and this machine has none; use fp32, or bf16 to try it")
-    stage = zero_stage(recipe, world_size)
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    chosen = precision(recipe, on_gpu)
+    if chosen == "fp16" and not on_gpu:  # DeepSpeed takes some CPUs; a rule that holds on every one is better
+        raise UserError(
+            "train.precision: fp16 needs a GPU, and training sees none (launch.gpus_per_process says how many a job "
+            "asks for); use fp32, or bf16 to try it"
+        )
+    stage = zero_stage(recipe, world_size, on_gpu)
     zero: dict[str, Any] = {"stage": stage}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -70,19 +74,19 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return config
 
 
-def zero_stage(recipe: Recipe, world_size: int) -> int:
+def zero_stage(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> int:
     """The stage that is used: a single rank in fp32 has nothing to share, and sharing costs a tenth of its speed.
 
     Whoever brings DeepSpeed settings of their own, or offloads, gets what they ask for.
     """
     settings = recipe.train
-    alone = world_size == 1 and precision(recipe) == "fp32"
+    alone = world_size == 1 and precision(recipe, on_gpu) == "fp32"
     return 0 if alone and not (settings.offload_optimizer or settings.deepspeed_config) else settings.zero_stage
 
 
 def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
     """The user's file; what the recipe states too must agree, and is filled in where the file leaves it out."""
-    given = read_json(Path(path))
+    given = _without_auto(_read(path))
     if not isinstance(given, dict):
         raise UserError(f"train.deepspeed_config: {path} holds no JSON object; see deepspeed.json in a run's folder")
     for section, values in given.items():
@@ -94,25 +98,68 @@ def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
                 name = section if field == EVERY else f"{section}.{field}"
                 raise UserError(f"train.deepspeed_config: {path} has {name} {found!r}; {reason}: remove it")
     for target in ("offload_optimizer", "offload_param"):
-        device = given.get("zero_optimization", {}).get(target, {}).get("device", "none")
+        section = given.get("zero_optimization", {}).get(target) or {}
+        if not isinstance(section, dict):
+            raise UserError(
+                f"train.deepspeed_config: {path} has zero_optimization.{target} {section!r}; DeepSpeed takes an object "
+                "there"
+            )
+        device = section.get("device", "none")
         if device not in ("none", "cpu"):
             raise UserError(
                 f"train.deepspeed_config: {path} has zero_optimization.{target}.device {device!r}, where no checkpoint "
                 "finds the numbers; use 'cpu', or leave it out"
             )
-    stated = [(name, given.get(name, "auto"), generated[name]) for name in ARITHMETIC]
+    stated = [(name, given.get(name, generated[name]), generated[name]) for name in ARITHMETIC]
     stated += [
-        (f"{section}.{field}", given.get(section, {}).get(field, "auto"), generated[section][field])
+        (f"{section}.{field}", given.get(section, {}).get(field, generated[section][field]), generated[section][field])
         for section, field in STATED.items()
     ]
     for name, found, expected in stated:
-        if found not in (expected, "auto"):
+        if found != expected:
             raise UserError(
-                f"train.deepspeed_config: {path} has {name} {found}, the recipe and the ranks make it {expected}; "
+                f"train.deepspeed_config: {path} has {name} {found!r}, the recipe and the ranks make it {expected!r}; "
                 "correct one of the two, or leave it out there"
             )
     sections = {name: {**given.get(name, {}), field: generated[name][field]} for name, field in STATED.items()}
-    return {**generated, **given, **{name: generated[name] for name in ARITHMETIC}, **sections}
+    config = {**generated, **given, **{name: generated[name] for name in ARITHMETIC}, **sections}
+    _ask_deepspeed(path, config)
+    return config
+
+
+def _read(path: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice")
+        return found
+
+    try:
+        return json.loads(Path(path).read_text(), object_pairs_hook=once)
+    except OSError as error:
+        raise UserError(f"train.deepspeed_config: {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"train.deepspeed_config: {path} is not readable as JSON ({error}); correct it there") from None
+
+
+def _without_auto(given: Any) -> Any:
+    """ "auto" is what others' programs put numbers of their own for: the recipe's stand there, or DeepSpeed's."""
+    if not isinstance(given, dict):
+        return given
+    return {name: _without_auto(value) for name, value in given.items() if value != "auto"}
+
+
+def _ask_deepspeed(path: str, config: dict[str, Any]) -> None:
+    """Raises UserError with DeepSpeed's own words for what it does not take, or no longer."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    alone = {name: value for name, value in copy.deepcopy(config).items() if name != "train_batch_size"}
+    try:
+        DeepSpeedConfig(alone)  # of one rank, unless there are more already
+    except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        said = " ".join(str(error).split())[:400]
+        raise UserError(f"train.deepspeed_config: DeepSpeed does not take {path}: {said}") from None
 
 
 def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any:

@@ -106,4 +106,4 @@ def extract_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, evaluate, in_jobs=in_jobs))
+    sys.exit(run_command(__doc__, plan, evaluate, in_jobs=in_jobs, shared=True))

@@ -3,12 +3,13 @@
 python pipeline/import_weights.py --config recipes/imagenet256.yaml --checkpoint DiT-XL-2-256x256.pt \\
     name=dit-xl-2 model.kind=dit objective.prediction=epsilon objective.zero_terminal_snr=false
 
+--checkpoint is a file, or a folder of diffusers' such as facebook/DiT-XL-2-256's.
 The recipe says what the file cannot: what the network predicts. What it says of the network is compared with the
 tensors. --weights model takes a training checkpoint's raw weights instead of its average.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from common.recipe import Recipe, denoiser_config, describe_network
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pt or .safetensors (needed)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help=".pt, .safetensors, or a folder of diffusers' (needed)"
+    )
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint (ema)")
     arguments = parser.parse_intermixed_args()
 
@@ -44,7 +47,7 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
 
     Raises UserError where the file is no checkpoint, or another network's than the recipe's.
     """
-    from fpdm.weights import import_checkpoint
+    from fpdm.importing import import_checkpoint
     from pipeline.checkpoint import export_weights
 
     wanted = denoiser_config(recipe)
@@ -58,11 +61,12 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
         raise UserError(f"--checkpoint: {error}") from None
     unused = ("pre_depth", "post_depth", "pre_post_timestep_conditioning") if wanted.kind == "dit" else ("depth",)
     for name, value in asdict(wanted).items():
-        if name not in unused and (found := getattr(model.config, name)) != value:
+        if name not in (*unused, "self_conditioned") and (found := getattr(model.config, name)) != value:
             raise UserError(f"--checkpoint: {path} has {name} {found}, the recipe makes it {value}; change the recipe")
+    config = replace(wanted, self_conditioned=model.config.self_conditioned)
     with disk_faults_told(recipe.folder):
         parameters = {name: value.detach() for name, value in model.named_parameters()}
-        export_weights(recipe, parameters, recipe.train.total_samples, imported_from=path.name)
+        export_weights(recipe, parameters, recipe.train.total_samples, config=config, imported_from=path.name)
     print(f"{report}; next: python pipeline/sample.py with the same recipe and overrides")
 
 

@@ -1,10 +1,6 @@
 """The sets of pictures that are compared: the reference, held-out pictures, their reconstructions, and samples."""
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -16,18 +12,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.files import read_json
-from common.recipe import Recipe
+from common.recipe import Data, Recipe
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
 from pipeline.run_folder import Weights
 from pipeline.sample_features import extract_missing, features_folder, read_features
 from pipeline.samples import sample_set, vae_settings
 from pipeline.summaries import Summary, summarise
+from preprocess.decoding import decoded
 from preprocess.encoder import Encoder, draw_latents
-from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
-from preprocess.sources import SOURCES, Entry, Source, fingerprint
+from preprocess.images import to_tensor, to_uint8
+from preprocess.pictures import Pictures as Batches
+from preprocess.sources import Source, Which, fingerprint, open_source
 
-AHEAD = 8  # pictures that each decoding thread may be ahead
+BATCH = 8  # pictures that a decoding process prepares at a time
 
 Pictures = Iterator[NDArray[np.uint8]]  # each (H, W, 3)
 
@@ -98,13 +96,12 @@ class SampleRanges:
 
 def training_pictures(recipe: Recipe) -> PictureSet:
     """The training pictures through the crop rule of encoding; `evaluate.reference_samples` of them, or all."""
-    return _source_set(recipe, "reference", recipe.data.images, recipe.evaluate.reference_samples)
+    return _source_set(recipe, "reference", "images", recipe.evaluate.reference_samples)
 
 
 def held_out(recipe: Recipe) -> PictureSet:
     """Pictures that training never saw, at most as many as samples, so that both distances have the same bias."""
-    assert recipe.data.held_out is not None
-    return _source_set(recipe, "held_out", recipe.data.held_out, recipe.sample.num_samples)
+    return _source_set(recipe, "held_out", "held_out", recipe.sample.num_samples)
 
 
 def reconstruction(recipe: Recipe) -> PictureSet:
@@ -121,22 +118,22 @@ def reconstruction(recipe: Recipe) -> PictureSet:
 
 def by_class(recipe: Recipe, label: int, count: int) -> tuple[str, list[NDArray[np.uint8]]]:
     """The name of a class, and its first pictures of the reference."""
-    source = SOURCES[recipe.data.source](recipe.data.images, "data.images")
-    entries = [entry for entry in source.entries if entry.label == label]
-    return source.class_names[label], list(islice(_read(recipe, source, entries), count))
+    source = open_source(recipe.data)
+    positions = [position for position, entry in enumerate(source.entries) if entry.label == label]
+    return source.class_names[label], list(islice(_read(recipe, source, positions), count))
 
 
-def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> PictureSet:
+def _source_set(recipe: Recipe, name: str, which: Which, limit: int | None) -> PictureSet:
     """At most `limit` pictures of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     data = recipe.data
-    source, made_of = _listed(data.source, path, "data.images" if name == "reference" else "data.held_out")
+    source, made_of = _listed(data, which)
     found = len(source.entries)
     size = min(limit or found, found)
-    chosen = [source.entries[place * found // size] for place in range(size)]
+    chosen = [place * found // size for place in range(size)]
     how_many = f"{size:,} of {found:,}" if size < found else f"{size:,}"
     return PictureSet(
         name=name,
-        label=f"{how_many} pictures of {path} ({data.crop}, {data.resolution} pixels)",
+        label=f"{how_many} pictures of {getattr(data, which)} ({data.crop}, {data.resolution} pixels)",
         content={"source": made_of, "crop": data.crop, "resolution": data.resolution, "chosen": size},
         size=size,
         open=lambda: _read(recipe, source, chosen),
@@ -144,9 +141,9 @@ def _source_set(recipe: Recipe, name: str, path: str, limit: int | None) -> Pict
 
 
 @lru_cache(maxsize=2)
-def _listed(kind: str, path: str, field: str) -> tuple[Source, str]:
+def _listed(data: Data, which: Which) -> tuple[Source, str]:
     """A source and its fingerprint. Once a process: each point of a sweep asks, and a million names take seconds."""
-    source = SOURCES[kind](path, field)
+    source = open_source(data, which)
     return source, fingerprint(source)
 
 
@@ -155,25 +152,16 @@ def opened(pictures: PictureSet) -> Pictures:
     return pictures.open()
 
 
-def _read(recipe: Recipe, source: Source, entries: Iterable[Entry]) -> Pictures:
-    """In order; read one after another, as a source may hold one file open, and decoded by a thread a core (Pillow
-    leaves Python's lock while it decodes and resizes). What encoding rejects is left out here too; the count beside a
-    distance shows it.
+def _read(recipe: Recipe, source: Source, positions: Sequence[int]) -> Pictures:
+    """In order, decoded by `launch.cpus_per_process` processes. What encoding rejects is left out here too; the count
+    beside a distance shows it.
     """
-    crop, resolution = CROPS[recipe.data.crop], recipe.data.resolution
-    workers = len(os.sched_getaffinity(0))
-    waiting: deque[Future[NDArray[np.uint8]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for entry in entries:
-            with suppress(Rejected):
-                data = source.open(entry)
-                waiting.append(pool.submit(lambda data: np.asarray(crop(decode(data), resolution)), data))
-            if len(waiting) > AHEAD * workers:
-                with suppress(Rejected):
-                    yield waiting.popleft().result()
-        for future in waiting:
-            with suppress(Rejected):
-                yield future.result()
+    pictures = Batches(source, recipe.data.crop, recipe.data.resolution)
+    batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
+    with decoded(pictures, batches, recipe.launch.cpus_per_process) as loaded:
+        for batch in loaded:
+            if batch.images is not None:
+                yield from batch.images.permute(0, 2, 3, 1).numpy()
 
 
 def _reconstruct(recipe: Recipe, pictures: Pictures) -> Pictures:

@@ -43,6 +43,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import dump_recipe, load_recipe
+    from pipeline.checks import check_stages
     from pipeline.foreground import plan, run_stage
     from pipeline.stages import select
     from slurm.cluster import resolve
@@ -52,6 +53,7 @@ def main() -> None:
     if arguments.snapshot and not arguments.detach:
         raise UserError("--snapshot: without --detach stages start at once; leave it out, or add --detach")
     if arguments.detach:
+        check_stages(recipe, stages, "slurm")
         detach(recipe, stages, arguments)
         return
     try:
@@ -60,6 +62,8 @@ def main() -> None:
         raise UserError(str(error)) from None
     if arguments.dry_run:
         print(dump_recipe(recipe))
+    check_stages(recipe, stages, cluster)
+    if arguments.dry_run:
         print("\n".join(f"plan: {line}" for line in plan(recipe, stages, cluster)))
         return
     # Ending this process must end the job it waits for, which lives in processes of its own.

@@ -44,12 +44,12 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def precision(recipe: Recipe) -> str:
-    """`train.precision`, with "auto" resolved for this machine."""
+def precision(recipe: Recipe, on_gpu: bool | None = None) -> str:
+    """`train.precision`, with "auto" resolved: for this machine, or by whether training sees a GPU."""
     import torch
 
     if recipe.train.precision == "auto":
-        return "bf16" if torch.cuda.is_available() else "fp32"
+        return "bf16" if (torch.cuda.is_available() if on_gpu is None else on_gpu) else "fp32"
     return recipe.train.precision
 
 

@@ -51,4 +51,4 @@ def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, work, in_jobs=in_jobs))
+    sys.exit(run_command(__doc__, plan, work, in_jobs=in_jobs, shared=True))

@@ -206,13 +206,20 @@ def _network_settings(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The network that the weights belong to. Raises UserError where the recipe means another network or objective."""
     try:
         found = asdict(read_config(folder))
-        trained_for = read_extra(folder).get("objective", {})
+        extra = read_extra(folder)
     except ValueError as error:
         raise UserError(f"{error}; delete the folder and run python pipeline/train.py again") from None
-    for there, wanted in ((found, denoiser_config(recipe)), (trained_for, recipe.objective)):
+    del found["self_conditioned"]  # its tensors have other names, so that their hash tells it
+    for there, wanted in ((found, denoiser_config(recipe)), (extra.get("objective", {}), recipe.objective)):
         for name, value in asdict(wanted).items():
-            if there.get(name) != value:
+            if name != "self_conditioned" and there.get(name) != value:
                 raise UserError(f"{folder}: weights with {name} {there.get(name)}, the recipe has {value}; set that")
+    scale = recipe.sample.guidance_scale
+    if scale != 1 and extra.get("label_dropout") == 0:
+        raise UserError(
+            f"sample.guidance_scale: {scale:g}, but {folder} was trained with label_dropout 0 and never saw the null "
+            "label that guidance needs; set it to 1, or take other weights"
+        )
     return found
 
 

@@ -18,7 +18,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.recipe import with_world_size
     from pipeline.checkpoint import complete_checkpoints
     from pipeline.data import open_shards
-    from pipeline.engine import zero_stage
+    from pipeline.engine import deepspeed_config
     from pipeline.run_identity import total_samples
     from pipeline.trainer import finished
 
@@ -28,15 +28,13 @@ def plan(recipe: Recipe) -> Iterator[str]:
         yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
     _, world_size = rank_and_world_size()
     try:
-        micro_batch_size = with_world_size(recipe, world_size).train.micro_batch_size
+        config = deepspeed_config(with_world_size(recipe, world_size), world_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    assert micro_batch_size is not None
-    accumulations = train.batch_size // (world_size * micro_batch_size)
-    stage = zero_stage(recipe, world_size)
+    micro_batch_size, accumulations = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     yield (
-        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: "
-        f"{world_size} ranks x {micro_batch_size} x {accumulations} accumulations, ZeRO {stage}"
+        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
+        f"{micro_batch_size} x {accumulations} accumulations, ZeRO {config['zero_optimization']['stage']}"
     )
     checkpoints = complete_checkpoints(recipe)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
@@ -52,4 +50,4 @@ def work(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, work))
+    sys.exit(run_command(__doc__, plan, work, shared=True))

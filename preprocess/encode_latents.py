@@ -51,6 +51,8 @@ def encode(recipe: Recipe) -> None:
     if ranks == 1 or all_there(encoding):
         merge_shards(encoding)
         complete(encoding)
+    else:
+        print(f"rank {rank} of {ranks}: its shards are made; the last rank to end makes the index of all", flush=True)
 
 
 def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
@@ -75,4 +77,4 @@ def complete(encoding: "Encoding") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, encode, in_jobs=encode_in_jobs))
+    sys.exit(run_command(__doc__, plan, encode, in_jobs=encode_in_jobs, shared=True))

@@ -3,7 +3,7 @@
 The latents' scaling has its one home here.
 """
 
-import inspect
+import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -16,11 +16,14 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import sha256_file
 from common.recipe import VAE
+from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
 
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What is read, and what its configuration calls the encoder's stages. SDXL's, SD3's and FLUX's are the first kind.
-KINDS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
+# What is read, and what its configuration calls the encoder's stages, of which all but the first halve the side.
+KINDS = {
+    "AutoencoderKL": "block_out_channels",
+    "AutoencoderTiny": "encoder_block_out_channels",
+    "AutoencoderDC": "encoder_block_out_channels",
+}
 # Of one pass on a CPU, of one or two threads: more leave its caches, and each takes up to 1.6 times as long.
 CPU_PIXELS = 2**16
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,83 +88,112 @@ def fetch_vae(settings: VAE) -> Path:
         reason = " ".join(str(error).split())
         raise UserError(
             f"vae.path: {settings.path} is no folder here, and the hub does not give it; download "
-            f"{settings.subfolder + '/' if settings.subfolder else ''}{CONFIG} and {WEIGHTS} from "
+            f"{settings.subfolder + '/' if settings.subfolder else ''}{CONFIG_NAME} and {WEIGHTS_NAME} from "
             f"https://huggingface.co/{settings.path} into a folder and name that. The hub: {reason}"
         ) from None
 
 
 def _checked(parent: Path, settings: VAE) -> Path:
     folder = parent / (settings.subfolder or "")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"vae.path: {folder} has no {name}; give a folder written by a VAE's save_pretrained")
+    if not (folder / CONFIG_NAME).is_file():
+        if (folder / PIPELINE_NAME).is_file():
+            raise UserError(f"vae.path: {folder} is a whole pipeline; set vae.subfolder, usually to vae")
+        raise UserError(f"vae.path: {folder} has no {CONFIG_NAME}; give a folder written by a VAE's save_pretrained")
+    _weights(folder)
     return folder
+
+
+def _weights(folder: Path) -> tuple[list[Path], str | None]:
+    try:
+        return weight_files(folder)
+    except ValueError as error:
+        raise UserError(f"vae.path: {error}") from None
 
 
 def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
     """The repository's folder in the hub's cache, which may hold only a part of it where nothing may be downloaded.
 
-    Raises OSError with the hub's own words.
+    Other files of weights, shards or a variant, are asked for where the usual one is not there. Raises OSError with the
+    hub's own words.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
     prefix = f"{settings.subfolder}/" if settings.subfolder else ""
-    try:
-        folder = snapshot_download(
-            settings.path,
-            revision=settings.revision,
-            allow_patterns=[prefix + CONFIG, prefix + WEIGHTS],
-            local_files_only=local_files_only,
-        )
-    except (ValueError, HTTPError) as error:  # no name that the hub could have; a connection that broke
-        raise OSError(str(error)) from None
+    for weights in (WEIGHTS_NAME, f"{STEM}*.safetensors*"):
+        try:
+            folder = snapshot_download(
+                settings.path,
+                revision=settings.revision,
+                allow_patterns=[prefix + CONFIG_NAME, prefix + PIPELINE_NAME, prefix + weights],
+                local_files_only=local_files_only,
+            )
+        except (ValueError, HTTPError) as error:  # no name that the hub could have; a connection that broke
+            raise OSError(str(error)) from None
+        if not (Path(folder) / prefix / CONFIG_NAME).is_file() or (Path(folder) / prefix / WEIGHTS_NAME).is_file():
+            break
     return Path(folder)
 
 
 def identify(folder: Path, settings: VAE) -> Identity:
     """Checks a VAE's configuration against the recipe, without loading the network.
 
-    Raises UserError for a kind that is none of KINDS, and where latent channels or downsampling differ from
-    `vae.latent_channels` and `vae.downsampling`.
+    Raises UserError for a kind that is none of KINDS, where latent channels or downsampling differ from
+    `vae.latent_channels` and `vae.downsampling`, and for a scaling that is none or is not read.
     """
-    kind, config = _configuration(folder)
-    stages = config[KINDS[kind.__name__]]
-    found = {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
-    for name, value in found.items():
+    config = _configuration(folder)[1]
+    for name, value in _sizes(folder, config).items():
         if value != getattr(settings, name):
             raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {value}; set that")
     return Identity(
-        config_sha256=sha256_file(folder / CONFIG),
-        weights_sha256=sha256_file(folder / WEIGHTS),
-        scaling_factor=config["scaling_factor"],
-        shift_factor=config.get("shift_factor") or 0.0,
+        config_sha256=sha256_file(folder / CONFIG_NAME),
+        weights_sha256=_sha256(_weights(folder)[0]),
+        scaling_factor=_number(folder, config, "scaling_factor"),
+        shift_factor=0.0 if config.get("shift_factor") is None else _number(folder, config, "shift_factor"),
     )
 
 
 def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """A VAE's class in diffusers, and all arguments that diffusers builds it with: those that its file leaves out too.
-
-    The published config.json of Stable Diffusion's autoencoders, for one, leaves out the scaling factor.
-    """
-    from diffusers import models  # seconds to import
-
+    """A VAE's class in diffusers, and all arguments that diffusers builds it with."""
     try:
-        stated = models.AutoencoderKL.load_config(folder)
-    except OSError:
-        raise UserError(f"vae.path: {folder / CONFIG} is not readable as JSON; get it again") from None
-    name = stated.get("_class_name", "AutoencoderKL") if isinstance(stated, dict) else None
-    if name not in KINDS:
-        raise UserError(f"vae.path: {folder} is an {name}; of diffusers' autoencoders {' and '.join(KINDS)} are read")
-    kind = getattr(models, name)
-    defaults = {argument: each.default for argument, each in inspect.signature(kind).parameters.items()}
-    return kind, defaults | kind.extract_init_dict(stated)[0]
+        kind, config = read_configuration(folder, tuple(KINDS))
+    except ValueError as error:
+        raise UserError(f"vae.path: {error}") from None
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise UserError(
+                f"vae.path: {folder} scales each channel by itself ({name} in {CONFIG_NAME}), which is not done here; "
+                "choose a VAE that has a scaling_factor alone"
+            )
+    return kind, config
+
+
+def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    stages = next(config[name] for name in KINDS.values() if name in config)
+    if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not isinstance(stages, list | tuple):
+        raise UserError(f"vae.path: {folder} is no VAE of colour images: see in_channels and stages in {CONFIG_NAME}")
+    return {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
+
+
+def _number(folder: Path, config: dict[str, Any], name: str) -> float:
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"vae.path: {folder} has {name} {value!r} in its {CONFIG_NAME}, which is no number; correct it")
+    if name == "scaling_factor" and value <= 0:
+        raise UserError(f"vae.path: {folder} has {name} {value!r} in its {CONFIG_NAME}; above 0 is allowed: correct it")
+    return float(value)
+
+
+def _sha256(files: list[Path]) -> str:
+    """Of the one file's bytes, or of the several files' hashes."""
+    hashes = [sha256_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Encoder:
     """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and pictures are float32.
 
-    An AutoencoderTiny gives one latent a picture, no distribution: its standard deviation is 0.
+    AutoencoderTiny and AutoencoderDC give one latent a picture, no distribution: its standard deviation is 0.
     """
 
     def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
@@ -188,10 +220,11 @@ class Encoder:
 
     def _moments(self, images: Tensor) -> Tensor:
         output = self.network.encode(self._prepare(images))
-        if hasattr(output, "latents"):
-            mean, std = output.latents, torch.zeros_like(output.latents)
-        else:
+        if hasattr(output, "latent_dist"):
             mean, std = output.latent_dist.mean, output.latent_dist.std
+        else:
+            mean = output[0]
+            std = torch.zeros_like(mean)
         return torch.cat([mean, std], dim=1).float()  # (B, 2C, h, w)
 
     @torch.no_grad()
@@ -232,10 +265,28 @@ class Encoder:
 
 
 def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """One of KINDS, from the folder that `fetch_vae` gives. Raises UserError where it does not load."""
+    """One of KINDS, from the folder that `fetch_vae` gives. Raises UserError where it does not load.
+
+    diffusers fills a tensor that the file lacks with random numbers; here it is refused.
+    """
     kind, _ = _configuration(folder)
+    variant = _weights(folder)[1]
     try:
-        return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        network, found = kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"vae.path: {folder} does not load as an {kind.__name__}: {reason}") from None
+    for fault in ("missing_keys", "unexpected_keys"):
+        if names := sorted(found[fault]):
+            raise UserError(
+                f"vae.path: {folder} does not load as an {kind.__name__}: {len(names)} tensors are "
+                f"{fault.removesuffix('_keys')}, {names[0]} first; get {CONFIG_NAME} and the weights of one VAE"
+            )
+    return network

@@ -30,9 +30,10 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
-from preprocess.sources import SOURCES, Source, fingerprint, printable
+from preprocess.sources import Source, fingerprint, open_source, printable, warnings
 
-SHOWN_REJECTIONS = 5
+SHOWN = 5  # of many names, reasons or rejected images
+ONE_CLASS = {"ffhq", "celebahq", "lsun"}  # sources without labels
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Encoding:
         """Positions in the source list, a range a shard."""
         found, size = len(self.source.entries), self.recipe.data.shard_samples
         return [range(start, min(start + size, found)) for start in range(0, found, size)]
+
+    @property
+    def warnings(self) -> list[str]:
+        return warnings(self.recipe.data.source, self.source)
 
     @property
     def is_finished(self) -> bool:
@@ -79,13 +84,8 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     data, vae = recipe.data, recipe.vae
     if "://" in data.shards:
         raise UserError(f"data.shards: {data.shards} is read by training; encode to a local folder, and copy it there")
-    source = SOURCES[data.source](data.images, "data.images")
-    classes = len(source.class_names)
-    if classes != recipe.model.num_classes:
-        raise UserError(
-            f"model.num_classes: {recipe.model.num_classes}, but {data.images} has {classes} "
-            f"({', '.join(source.class_names[:5])}{', ...' if classes > 5 else ''}); set model.num_classes={classes}"
-        )
+    source = open_source(data)
+    _check_classes(recipe, source.class_names)
     folder = fetch_vae(vae) if download else find_vae(vae)
     settings = {
         "source": data.source,
@@ -100,6 +100,32 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     encoding = Encoding(recipe, source, settings)
     _check_settings(encoding)
     return encoding
+
+
+def _check_classes(recipe: Recipe, names: list[str]) -> None:
+    """Raises UserError for another number than `model.num_classes`; its advice is the number only where it is meant."""
+    data, wanted, found = recipe.data, recipe.model.num_classes, len(names)
+    if found == wanted:
+        return
+    remedy = f"set model.num_classes={found}"
+    if found == 1 and data.source not in ONE_CLASS:
+        remedy = (
+            "without labels all images are alike to a class-conditional model: name a folder of one folder a class, or "
+            "labelled archives; model.num_classes=1 is for training without classes"
+        )
+    elif data.source == "imagenet":
+        remedy = f"name all 1,000, or {remedy} to train on this part of ImageNet"
+    elif data.source not in ONE_CLASS:
+        remedy = f"if these are the classes that you mean, {remedy}"
+    raise UserError(
+        f"model.num_classes: {wanted}, but {data.images} has {found} {'class' if found == 1 else 'classes'} "
+        f"({_some(names)}); {remedy}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    first = [printable(name) for name in names[:SHOWN]]
+    return ", ".join(first) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 def _check_settings(encoding: Encoding) -> None:
@@ -140,13 +166,29 @@ def describe_plan(encoding: Encoding) -> list[str]:
     missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
     flips = " and its mirror image" if data.flips else ""
     return [
-        f"pictures: {len(source.entries):,} in {len(source.class_names)} classes below {data.images}",
-        *(f"left out: {count:,} files, {reason}" for reason, count in source.left_out.most_common()),
+        *encoding.warnings,
+        f"images: {len(source.entries):,} in {_classes(source.class_names)} below {data.images}",
+        *_left_out(source),
         f"latents: {data.crop} to {data.resolution} px, each picture{flips} as {shape} by {vae}",
         f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
         f"{len(records) - records.count(None)} there already",
         f"to do: {missing:,} pictures, {check_disk(encoding, missing)}",
     ]
+
+
+def _classes(names: list[str]) -> str:
+    return f"1 class ({printable(names[0])})" if len(names) == 1 else f"{len(names):,} classes ({_some(names)})"
+
+
+def _left_out(source: Source) -> list[str]:
+    """A line for each of the most common reasons."""
+    reasons = source.left_out.most_common()
+    lines = [f"left out: {count:,} files, {printable(reason)}" for reason, count in reasons[:SHOWN]]
+    if more := sum(count for _, count in reasons[SHOWN:]):
+        lines.append(
+            f"left out: {more:,} files more, for {len(reasons) - SHOWN} other reasons (all of them: index.json)"
+        )
+    return lines
 
 
 def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
@@ -210,10 +252,10 @@ def merge_shards(encoding: Encoding) -> None:
     found = _records(encoding)
     missing = [number for number, record in enumerate(found) if record is None]
     if missing:
-        names = ", ".join(shard_name(number) for number in missing[:SHOWN_REJECTIONS])
+        names = ", ".join(shard_name(number) for number in missing[:SHOWN])
         raise UserError(
             f"data.shards: {encoding.folder} has {len(found) - len(missing)} of {len(found)} shards, not {names}"
-            f"{', ...' if len(missing) > SHOWN_REJECTIONS else ''}; run preprocess/encode_latents.py again"
+            f"{', ...' if len(missing) > SHOWN else ''}; run preprocess/encode_latents.py again"
         )
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
@@ -223,7 +265,7 @@ def merge_shards(encoding: Encoding) -> None:
         alone_in(encoding.folder, ".merging", wait=True),
     ):
         shape, source = (2 * channels, height, width), encoding.source
-        write_index(encoding.folder, records, shape, source.class_names, source.left_out)
+        write_index(encoding.folder, records, shape, source.class_names, source.left_out, encoding.warnings)
 
 
 def all_there(encoding: Encoding) -> bool:
@@ -247,10 +289,8 @@ def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
 
 def describe(rejected: Sequence[dict[str, str]]) -> str:
     """The first few rejected pictures with their reasons, one line."""
-    first = "; ".join(
-        f"{printable(rejection['key'])}: {rejection['reason']}" for rejection in rejected[:SHOWN_REJECTIONS]
-    )
-    more = len(rejected) - SHOWN_REJECTIONS
+    first = "; ".join(f"{printable(rejection['key'])}: {rejection['reason']}" for rejection in rejected[:SHOWN])
+    more = len(rejected) - SHOWN
     return first + (f"; and {more} more" if more > 0 else "")
 
 
@@ -264,5 +304,7 @@ def summarise(encoding: Encoding) -> None:
     scaling = index["settings"]["vae"]["scaling_factor"]
     for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
         print(f"  {channel:7} {mean:8.3f}  {std:9.3f}  {std * scaling:6.3f}")
+    for line in [*_left_out(encoding.source), *encoding.warnings]:
+        print(line)
     if index["rejected"]:
         print(f"{len(index['rejected']):,} rejected: {describe(index['rejected'])} (all of them: index.json)")

@@ -13,20 +13,13 @@ from common.recipe import Recipe
 
 @contextmanager
 def memory_faults_told(recipe: Recipe) -> Iterator[None]:
-    """Makes a UserError of a GPU without room for a batch, and of the death of a decoding process."""
+    """Makes a UserError of a GPU without room for a batch."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
             f"vae.batch_size: the device has no memory for {recipe.vae.batch_size} pictures of "
             f"{recipe.data.resolution} px at once; set fewer"
-        ) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"launch.cpus_per_process: {str(error).splitlines()[0].rstrip('. ')}: decoding had too little memory, or a "
-            "picture ends its decoder; allow more memory or fewer processes, run this again: what is finished is kept"
         ) from None
 
 

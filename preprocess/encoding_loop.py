@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
+from preprocess.decoding import decoded
 from preprocess.encoder import Encoder
 from preprocess.images import from_uint8
-from preprocess.pictures import Loaded, Pictures, load_pictures
+from preprocess.pictures import Loaded, Pictures
 from preprocess.shards import Rejection, Sample
 from preprocess.sources import Source
 
@@ -31,9 +32,11 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
     pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
-    loaded = iter(load_pictures(pictures, every, recipe.launch.cpus_per_process))
     total, others = sum(map(len, every)), rank_and_world_size()[0] > 0  # one rank's bar stands for all
-    with tqdm(total=total, unit="picture", desc="encode", disable=others) as bar:
+    with (
+        decoded(pictures, every, recipe.launch.cpus_per_process) as loaded,
+        tqdm(total=total, unit="picture", desc="encode", disable=others) as bar,
+    ):
         started = time.monotonic()
         for number, of_shard in batches.items():
             outcomes: list[Outcome] = []

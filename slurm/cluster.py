@@ -16,7 +16,7 @@ from unittest.mock import patch
 import submitit
 
 from slurm import controller
-from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
+from slurm.site_file import Site, asks_for_gpus, load_site, sbatch_options, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
@@ -58,7 +58,7 @@ def executor(
     """
     if submits:
         cluster = resolve(cluster)
-        _check_size(cluster, resources)
+    refuse(cluster, folder, resources)
     site = load_site() if cluster == "slurm" else Site()
     with nullcontext() if submits else _on_paper():
         made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
@@ -69,10 +69,10 @@ def executor(
         cpus_per_task=resources.cpus_per_process,
         timeout_min=resources.timeout_minutes if cluster == "slurm" else WITHOUT_LIMIT,
     )
-    if resources.gpus_per_process or cluster != "slurm":  # a cluster without GPUs refuses even none of them
+    # A cluster without GPUs refuses even none of them.
+    if cluster != "slurm" or (resources.gpus_per_process and not asks_for_gpus(site)):
         made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     if cluster == "slurm":
-        _check_folder(Path(folder))
         made.update_parameters(**_slurm_parameters(site, resources, after, code))
     return made
 
@@ -90,7 +90,13 @@ def resolve(cluster: str) -> str:
     return cluster
 
 
-def _check_size(cluster: str, resources: Resources) -> None:
+def refuse(cluster: str, folder: str | Path, resources: Resources) -> None:
+    """Raises ValueError where `cluster` cannot give what `resources` asks for, for a folder that SLURM cannot be given,
+    and for a faulty site file.
+    """
+    if cluster == "slurm":
+        load_site()
+        _check_folder(Path(folder))
     if cluster != "slurm" and resources.nodes > 1:
         raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
     if cluster == "debug" and resources.processes > 1:
@@ -213,9 +219,10 @@ def submit(
         try:
             return made.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
-            words = [line for line in str(error).splitlines() if "error" in line.lower()]
+            words = [line for line in str(error).splitlines() if "error" in line.lower() or "sbatch:" in line]
+            said = "; ".join(words) or " ".join(str(error).split())
             raise ValueError(
-                f"SLURM refuses the job: {'; '.join(words) or error}; slurm/site.yaml, or the file that FPDM_SITE "
+                f"SLURM refuses the job: {said}; slurm/site.yaml, or the file that FPDM_SITE "
                 "names, says partition and account, the recipe's launch section the rest"
             ) from None
 

@@ -7,9 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from slurm.plain_yaml import read_yaml, settle
 
 DEFAULT = Path(__file__).parent / "site.yaml"
 VARIABLE = "FPDM_SITE"
@@ -20,18 +21,36 @@ VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
 
-# What the recipe's `launch` section says, and what jobs find one another by.
-OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "nodes", "ntasks",
-        "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time")  # fmt: skip
+# What the recipe's `launch` section says, what jobs find one another by, and what would keep sbatch from submitting.
+OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "help", "job-name", "kill-on-invalid-dep",
+        "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "quiet", "requeue",
+        "signal", "test-only", "time", "usage", "version", "wait", "wrap")  # fmt: skip
+# Each asks for GPUs; the first ones where their value names some (`lscratch:100` does not).
+GENERIC = ("gres", "tres-per-job", "tres-per-node", "tres-per-socket", "tres-per-task")
+GPUS = ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task")
+FIELDS = ("account", "constraint", "exclusive", "mem", "partition", "qos")  # of Site, by sbatch's names
+GPU_WORDS = re.compile(r"\b(gpu|mps|shard)\b")
 
 
-def _not_ours(option: str) -> str:
-    if option.replace("_", "-") in OURS:
+def _in_full(option: str) -> str:
+    """sbatch takes any beginning of an option's name for the whole; two of a kind would be refused, or not be seen."""
+    if option in OURS:
         raise ValueError(f"{option} is not the site's to say: the recipe's launch section does, or the project itself")
+    known = (*OURS, *GENERIC, *GPUS, *FIELDS)
+    whole = next((name for name in known if name.startswith(option)), None)
+    if whole is not None and option not in known:
+        raise ValueError(f"{option} is the beginning of {whole}; write options of sbatch in full")
     return option
 
 
-Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_not_ours)]
+def _no_option(line: str) -> str:
+    if line.lstrip().startswith("#SBATCH"):
+        raise ValueError("a line that sbatch reads as options; write them under sbatch")
+    return line
+
+
+Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_in_full)]
+SetupLine = Annotated[Line, AfterValidator(_no_option)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -44,10 +63,11 @@ class Site:
     constraint: Word | None = None
     memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node; jobs of fewer processes ask for their share
     exclusive: StrictBool = False
-    setup: tuple[Line, ...] = ()  # shell lines before a job's command: modules, variables
+    setup: tuple[SetupLine, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
     scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
-    # Any other option of sbatch, such as gpus-per-node where GPUs have types.
+    # Any other option of sbatch. One that asks for GPUs (gres, gpus-per-node), as where these have types, is what every
+    # job asks for then, instead of the recipe's number.
     sbatch: dict[Option, Line | StrictBool | int] = Field(default_factory=dict)
 
 
@@ -63,10 +83,11 @@ def load_site(path: str | Path | None = None) -> Site:
             raise ValueError(f"{file}: no such file; {VARIABLE} names it (slurm/site.example.yaml is one)")
         return Site()
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        return TypeAdapter(Site).validate_python(settings)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+        settings = settle(Site, read_yaml(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as YAML: {error}") from None
+    try:
+        return TypeAdapter(Site).validate_python(settings or {})
     except ValidationError as error:
         raise ValueError(f"{file}: {_first_fault(error)}") from None
 
@@ -91,6 +112,14 @@ def submission_parameters(site: Site) -> dict[str, Any]:
         "slurm_setup": [*site.setup, *lines] or None,
     }
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def asks_for_gpus(site: Site) -> bool:
+    """Whether an option of the site's does; sbatch refuses some of them beside another, and adds others up."""
+    return any(
+        value is not False and (option in GPUS or (option in GENERIC and GPU_WORDS.search(str(value)) is not None))
+        for option, value in site.sbatch.items()
+    )
 
 
 def sbatch_options(site: Site) -> dict[str, str | bool | int]:

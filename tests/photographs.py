@@ -11,6 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.recipe import Data
+from preprocess.sources import Source, open_source
+
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg", "camera.png")
 
 
@@ -39,6 +42,11 @@ def encoded(image: Image.Image, suffix: str = "png", **options: object) -> bytes
 
 def photographs(count: int, suffix: str = "jpeg", side: tuple[int, int] = (96, 72)) -> list[bytes]:
     return [encoded(photograph(number, *side), suffix) for number in range(count)]
+
+
+def source_of(kind: str, path: object, **options: object) -> Source:
+    """What a recipe opens with `data.source` and `data.images` so, and further fields of `data`."""
+    return open_source(Data(source=kind, images=str(path), **options))
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from common.files import sha256_file
 from preprocess.shards.format import (
     INDEX,
@@ -50,7 +52,8 @@ class Part:
 def verify(folder: str | Path, processes: int = 1) -> Iterator[str]:
     """Yields one line a fault, nothing if the folder is whole. Reads every byte; a process works on a shard at a time.
 
-    Raises UserError for an index that cannot be read, or that names files elsewhere: there is nothing to compare with.
+    Raises UserError for an index that cannot be read, or that names files elsewhere: there is nothing to compare with;
+    and where a process is killed.
     """
     folder = Path(folder)
     index = read_sealed(folder / INDEX)
@@ -65,9 +68,15 @@ def verify(folder: str | Path, processes: int = 1) -> Iterator[str]:
         for part in parts:
             yield from shard_faults(part)
         return
-    with ProcessPoolExecutor(processes) as pool:
-        for faults in pool.map(shard_faults, parts):
-            yield from faults
+    try:
+        with ProcessPoolExecutor(processes) as pool:
+            for faults in pool.map(shard_faults, parts):
+                yield from faults
+    except BrokenProcessPool:
+        raise UserError(
+            f"{folder}: one of {processes} processes that prove it was killed, as for lack of memory; "
+            "allow more memory or set a smaller --processes"
+        ) from None
 
 
 def _index_faults(folder: Path, index: Record) -> Iterator[str]:

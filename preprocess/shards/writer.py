@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -133,10 +133,12 @@ def write_index(
     shape: tuple[int, int, int],
     class_names: list[str],
     left_out: Mapping[str, int] = MappingProxyType({}),
+    warnings: Sequence[str] = (),
 ) -> None:
     """Merges the shards' records into samples.npy and index.json; for one at a time.
 
-    `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason.
+    `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason; `warnings` is what
+    is unlike the data set that it should be.
     """
     for name in (SAMPLES, INDEX):
         for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
@@ -163,6 +165,7 @@ def write_index(
         "accepted": accepted,
         "rejected": rejected,
         "left_out": dict(sorted(left_out.items())),
+        "warnings": list(warnings),
         "samples_sha256": sha256_file(folder / SAMPLES),
         "latents": _statistics(records, accepted * shape[1] * shape[2]),
     }

@@ -1,58 +1,91 @@
 """Where pictures come from. A source lists its pictures in a stable order without reading one, and opens any of them.
 
-`SOURCES` maps `data.source` to what opens `data.images`; each finds out by itself in which form the data set is there.
+`open_source` opens what the recipe's section `data` names; each kind finds out by itself in which form the data set is
+there.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from preprocess.sources.archives import ZipSource
+from common.recipe import Data
 from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint, printable
-from preprocess.sources.folders import FolderSource, OneClassFolder
-from preprocess.sources.imagenet import ImageNetFolder, ImageNetParquet, ImageNetTar
-from preprocess.sources.lsun import DATA, LmdbSource
+from preprocess.sources.folders import list_folder
+from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
+from preprocess.sources.known import warnings
+from preprocess.sources.layouts import class_folders
+from preprocess.sources.listing import ListedSource, Listing
+from preprocess.sources.lmdbs import LmdbSource
+from preprocess.sources.lsun import find_lmdb, scene
+from preprocess.sources.one_class import faces
 from preprocess.sources.parquet import ParquetSource
 from preprocess.sources.webdataset import WebDatasetSource
+from preprocess.sources.zips import find_zip, list_zip
 
-__all__ = ["SOURCES", "Entries", "Entry", "FolderSource", "Source", "fingerprint", "printable"]
+__all__ = ["Entries", "Entry", "Source", "Which", "fingerprint", "open_source", "printable", "warnings"]
 
-
-def _folder(path: str, field: str) -> Source:
-    return ZipSource(path, field) if _is_zip(path) else FolderSource(path, field)
-
-
-def _imagenet(path: str, field: str) -> Source:
-    if path.endswith(".parquet") or any(Path(path).glob("*.parquet")):
-        return ImageNetParquet(path, field)
-    return ImageNetTar(path, field) if path.endswith(".tar") else ImageNetFolder(path, field)
+Which = Literal["images", "held_out"]
+HUB_PARQUET = ("*.parquet", "data/*.parquet", "*/train/*.parquet")  # where a clone of the hub's repository has them
 
 
-def _faces(path: str, field: str) -> Source:
+def open_source(data: Data, which: Which = "images") -> Source:
+    """The pictures that `data.images` names, or `data.held_out`, which is of the same kind.
+
+    Raises UserError that begins with the field's name.
+    """
+    path = getattr(data, which)
+    assert path is not None
+    return _OPENERS[data.source](path, f"data.{which}", data)
+
+
+def _folder(path: str, field: str, data: Data) -> Source:
+    listing = _listing(path, field, data)
+    return ListedSource(listing, class_folders(listing))
+
+
+def _imagenet(path: str, field: str, data: Data) -> Source:
+    if path.endswith(".parquet") or any(any(Path(path).glob(form)) for form in HUB_PARQUET):
+        return ImageNetParquet(path, field, data.image_field, data.label_field)
+    if path.endswith(".tar"):
+        return ImageNetTar(path, field)
+    listing = _listing(path, field, data)
+    return ListedSource(listing, wnid_folders(listing))
+
+
+def _faces(path: str, field: str, data: Data) -> Source:
     """FFHQ (a tree of thousands, or flat) and CelebA-HQ (JPG, PNG or NPY), in a folder or a zip."""
-    suffixes = PICTURE_SUFFIXES | {".npy"}
-    source = ZipSource if _is_zip(path) else OneClassFolder
-    return source(path, field, "face", suffixes)
+    listing = _listing(path, field, data, PICTURE_SUFFIXES | {".npy"})
+    return ListedSource(listing, faces(listing))
 
 
-def _lsun(path: str, field: str) -> Source:
+def _lsun(path: str, field: str, data: Data) -> Source:
     """A category: its LMDB, or its pictures in a folder or a zip; the class is named as that is."""
-    name = Path(path).resolve().stem.removesuffix("_lmdb")
-    if _is_zip(path):
-        return ZipSource(path, field, name)
-    is_lmdb = path.endswith(".mdb") or (Path(path) / DATA).exists()
-    return LmdbSource(path, field, name) if is_lmdb else OneClassFolder(path, field, name)
+    if database := find_lmdb(path, field):
+        return LmdbSource(database, field, follow_links=data.follow_links)
+    listing = _listing(path, field, data)
+    return ListedSource(listing, scene(listing))
 
 
-def _is_zip(path: str) -> bool:
-    return path.lower().endswith(".zip")
+def _listing(path: str, field: str, data: Data, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> Listing:
+    if found := find_zip(path):
+        return list_zip(*found, field, suffixes)
+    return list_folder(path, field, suffixes, follow_links=data.follow_links)
 
 
-SOURCES: dict[str, Callable[[str, str], Source]] = {
+def _webdataset(path: str, field: str, data: Data) -> Source:
+    return WebDatasetSource(path, field, data.image_field, data.label_field)
+
+
+def _parquet(path: str, field: str, data: Data) -> Source:
+    return ParquetSource(path, field, data.image_field, data.label_field)
+
+
+_OPENERS: dict[str, Callable[[str, str, Data], Source]] = {
     "folder": _folder,
     "imagenet": _imagenet,
     "ffhq": _faces,
     "celebahq": _faces,
     "lsun": _lsun,
-    "webdataset": WebDatasetSource,
-    "parquet": ParquetSource,
+    "webdataset": _webdataset,
+    "parquet": _parquet,
 }

@@ -2,17 +2,39 @@
 
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 from preprocess.images import Rejected
 
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PICTURE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+UNREAD = {  # suffixes of images that are not read, and how they are encoded
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
+    **dict.fromkeys((".avif", ".avifs"), "AVIF"),
+    ".jxl": "JPEG XL",
+    **dict.fromkeys((".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "JPEG 2000"),
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), "a camera's raw data"),
+    **dict.fromkeys((".exr", ".hdr"), "floating-point pixels"),
+    ".tga": "TGA",
+    ".psd": "PSD",
+    ".svg": "SVG",
+}
+ENCODED_AS = "encoded as"  # how reasons for files of UNREAD begin
+HIDDEN = "hidden"
+SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Python and an old tar keep for themselves
+    r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
+)
 MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
 MAX_CLASSES = 1_000_000  # a label above is taken for damage
 
@@ -47,6 +69,11 @@ class Entries:
         key = self._keys[self._ends[position] : self._ends[position + 1]].decode(errors="surrogateescape")
         label, size, *place = self._columns[position].tolist()
         return Entry(key, label, size, (place[0], place[1]))
+
+    def labelled(self, labels: NDArray[np.int64]) -> "Entries":
+        """The same entries with other labels, (N,)."""
+        self._columns[:, 0] = labels
+        return self
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[position] for position in range(len(self)))
@@ -103,18 +130,50 @@ def printable(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """Why a file that is no picture by its name is left out: its suffix, as a reason for `Source.left_out`."""
-    return f"no picture: {os.path.splitext(name)[1].lower() or 'no suffix'}"
+    if is_hidden(name):
+        return HIDDEN
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in UNREAD:
+        return f"{ENCODED_AS} {UNREAD[suffix]}, which is not read; convert to PNG or JPEG"
+    if len(suffix) > 12 or not suffix[1:].isalnum():  # no kind, but part of a name
+        suffix = ""
+    return f"no picture: {suffix or 'no suffix'}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether some part of a path begins with a dot, or it is macOS's own part of a zip."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Whether some part of a path begins with a dot, or is a folder that a system keeps for itself."""
+    return any(part.startswith(".") or SYSTEMS_OWN.fullmatch(part) for part in name.split("/"))
 
 
-def check_member(field: str, archive: object, name: str) -> None:
-    """Refuses a member whose name would leave the folder it were unpacked in."""
+def member_name(field: str, archive: object, name: str) -> str:
+    """A member's name as a path has it: `./a//b.jpg`, which `tar -C folder -cf x.tar .` writes, is `a/b.jpg`.
+
+    Raises UserError for a name that would leave the folder it were unpacked in.
+    """
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise UserError(
-            f"{field}: {archive} has a member {name!r}, a path that leads out of it; "
-            "no data set has one: get the archive anew, or pack it again"
+            f"{field}: {archive} has a member {name!r}, a path that leads out of it; no data set has one: pack it again"
         )
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+@contextmanager
+def faults_told(kind: type[Exception], message: str) -> Iterator[None]:
+    """Whatever a library raises over a file's content becomes `kind`: `message`, then its own words on the same line.
+
+    What already is a UserError or Rejected passes. Hostile files make parsers raise nearly anything (RecursionError,
+    struct.error, MemoryError, AttributeError): lists of them are never complete.
+    """
+    try:
+        yield
+    except (UserError, Rejected):
+        raise
+    except Exception as error:  # noqa: BLE001
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise kind(f"{message} ({words})") from None
+
+
+def refuse_lfs_pointer(path: object, field: str, start: bytes) -> None:
+    """Raises UserError for the note that a clone without Git LFS has in place of a file, by its first bytes."""
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{field}: {path} is only Git LFS's note of a file; get the file itself: git lfs pull")

@@ -1,110 +1,106 @@
-"""Pictures in folders."""
+"""Lists a folder: every file below it, each symbolic link by the recipe's rule."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, is_picture, kind_of, read_whole
+from preprocess.sources.entries import HIDDEN, PICTURE_SUFFIXES, Entry, is_hidden, printable, read_whole
+from preprocess.sources.listing import Folder, Listing, Place
 
 
-class FolderSource:
-    """`<class>/**/<picture>`, or pictures alone: one class, named as the folder.
+def list_folder(
+    path: str | Path, field: str, suffixes: frozenset[str] = PICTURE_SUFFIXES, *, follow_links: bool = False
+) -> Listing:
+    """Everything below a folder; inodes are read of symbolic links alone, or with `follow_links` of folders too.
 
-    Classes are numbered in the order of their names. Entries are ordered by class, then by key, which is the path below
-    the folder. Names that begin with a dot are not looked at; files without a picture's suffix count in `left_out`.
-
-    Raises UserError for a folder that is missing, empty or mixed, for a class without pictures, for symbolic links to
-    folders or to files outside, and for pipes and devices.
+    Raises UserError for a folder that is missing or cannot be listed, for pipes and devices, and for symbolic links:
+    without `follow_links` to folders and to files outside; with it to what is not there, and to a folder that is below
+    `path` by another way, so that none is listed for ever, or twice.
     """
-
-    def __init__(self, path: str | Path, field: str = "data.images") -> None:
-        """`field` is what of the recipe names the folder; errors begin with it."""
-        self.path, self.left_out = Path(path), Counter[str]()
-        tree = Tree(self.path, field)
-        items = tree.scan("")
-        self.class_names = [item.name for item in items if item.is_dir()]
-        alone = [item.name for item in items if not item.is_dir() and is_picture(item.name)]
-        if self.class_names and alone:
-            raise UserError(f"{field}: {path} holds both pictures ({alone[0]}) and folders; move them into classes")
-        self.left_out.update(kind_of(item.name) for item in items if not item.is_dir() and not is_picture(item.name))
-        folders = self.class_names or [""]
-        self.entries = Entries(
-            entry for label, name in enumerate(folders) for entry in self._entries(tree, name, label)
-        )
-        self.class_names = self.class_names or [self.path.resolve().name]
-
-    def open(self, entry: Entry) -> bytes:
-        return read_whole(self.path / entry.key, entry.size)
-
-    def _entries(self, tree: "Tree", folder: str, label: int) -> list[Entry]:
-        files = sorted(tree.files(folder))
-        if folder:
-            self.left_out.update(kind_of(key) for key, _ in files if not is_picture(key))
-        return tree.pictures(files, label, folder)
+    path = Path(path)
+    if not path.is_dir():
+        found = "is not there" if not path.exists() else "is not a folder"
+        raise UserError(f"{field}: {path} {found}; docs/data.md lists in what forms each data.source is read")
+    listing = Listing(path, field, Folder(), partial(_locate, path, field), partial(_open, path))
+    _Walk(listing, suffixes, follow_links).run()
+    return listing
 
 
-class OneClassFolder:
-    """Every picture below a folder, at any depth, as one class; entries are ordered by path."""
-
-    def __init__(
-        self, path: str | Path, field: str, class_name: str, suffixes: frozenset[str] = PICTURE_SUFFIXES
-    ) -> None:
-        self.path, self.class_names = Path(path), [class_name]
-        tree = Tree(self.path, field, suffixes)
-        files = sorted(tree.files(""))
-        self.entries = Entries(tree.pictures(files, 0))
-        self.left_out = Counter(kind_of(key) for key, _ in files if not is_picture(key, suffixes))
-
-    def open(self, entry: Entry) -> bytes:
-        return read_whole(self.path / entry.key, entry.size)
+def _open(path: Path, entry: Entry) -> bytes:
+    return read_whole(path / entry.key, entry.size)
 
 
-class Tree:
-    """The visible files below a folder, in the order of their names."""
+def _locate(path: Path, field: str, key: str) -> Place:
+    try:
+        return os.stat(f"{path}/{key}").st_size, (0, 0)
+    except OSError as error:
+        raise UserError(
+            f"{field}: {path}/{printable(key)} cannot be read: {error.strerror}; is the folder in use?"
+        ) from None
 
-    def __init__(self, path: Path, field: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> None:
-        self.path, self.field, self.suffixes = path, field, suffixes
-        if not path.is_dir():
-            raise UserError(
-                f"{field}: {path} is not a folder; docs/data.md lists in what forms each data.source is read"
-            )
 
-    def pictures(self, files: list[tuple[str, int]], label: int, folder: str = "") -> list[Entry]:
-        """Those of (key, size) that are pictures by their name. Raises UserError where `folder` has none."""
-        entries = [Entry(key, label, size) for key, size in files if is_picture(key, self.suffixes)]
-        if not entries:
-            raise UserError(f"{self.field}: {self.path / folder} holds no pictures; fill it or remove it")
-        return entries
+class _Walk:
+    def __init__(self, listing: Listing, suffixes: frozenset[str], follow_links: bool) -> None:
+        self.listing, self.suffixes, self.follow_links = listing, suffixes, follow_links
+        self.real = os.path.realpath(listing.path)
+        self.met: dict[tuple[int, int], str] = {}  # device and inode of each folder, where links are followed
+        self.waiting = [(listing.root, False)]  # folders, and whether they are hidden: counted, not looked at
 
-    def files(self, folder: str) -> Iterator[tuple[str, int]]:
-        """(key, size) of every file below a folder of this tree."""
-        for item in self.scan(folder):
-            key = f"{folder}/{item.name}" if folder else item.name
-            if item.is_dir():
-                yield from self.files(key)
-            elif item.is_file():
-                yield key, item.stat().st_size
-            else:  # reading a pipe would wait for ever
-                raise UserError(f"{self.field}: {item.path} is no plain file, but a pipe, socket or device; remove it")
+    def run(self) -> None:
+        while self.waiting:
+            folder, hidden = self.waiting.pop()
+            try:
+                with os.scandir(self.listing.path / folder.key) as items:
+                    self._list(folder, hidden, items)
+            except OSError as error:
+                if not hidden:
+                    text = f"cannot be listed: {error.strerror}; make it readable or move it away"
+                    raise self.listing.refusal(folder, text) from None
+                folder.others[f"{HIDDEN}, a folder that cannot be listed"] += 1
 
-    def scan(self, folder: str) -> list[os.DirEntry[str]]:
-        """The visible members of a folder, by name; reads no inode but those of symbolic links."""
-        try:
-            with os.scandir(self.path / folder) as items:
-                visible = sorted((item for item in items if not item.name.startswith(".")), key=lambda item: item.name)
-        except PermissionError as error:
-            raise UserError(f"{self.field}: {error.filename} cannot be listed; make it readable or remove it") from None
-        for item in visible:
+    def _list(self, folder: Folder, hidden: bool, items: "os._ScandirIterator[str]") -> None:
+        if self.follow_links and not hidden:
+            self._meet(folder)
+        for item in items:
+            if hidden or is_hidden(item.name):
+                if item.is_dir(follow_symlinks=False):
+                    self.waiting.append((folder.folder(item.name), True))
+                else:
+                    folder.others[HIDDEN] += 1
+                continue
             if item.is_symlink():
-                self._check_link(Path(item.path))
-        return visible
+                self._check_link(item)
+            if item.is_dir():
+                self.waiting.append((folder.folder(item.name), False))
+            elif item.is_file():
+                folder.add(item.name, self.suffixes)
+            else:  # reading a pipe would wait for ever
+                raise self._refusal(item, "is no plain file, but a pipe, socket or device; move it away")
 
-    def _check_link(self, link: Path) -> None:
-        target = Path(os.path.realpath(link))
-        if not target.is_file() or not target.is_relative_to(os.path.realpath(self.path)):
-            raise UserError(
-                f"{self.field}: {link} is a symbolic link to {target}, which is no file inside {self.path}; "
-                "copy the pictures, or name the folder they are in"
+    def _meet(self, folder: Folder) -> None:
+        """Raises UserError where this folder was met before: a loop of links, or images that would count twice."""
+        status = os.stat(self.listing.path / folder.key)
+        first = self.met.setdefault((status.st_dev, status.st_ino), folder.key)
+        if first != folder.key:
+            where = f"{self.listing.path}/{first}" if first else self.listing.path
+            raise self.listing.refusal(folder, f"is by a symbolic link the same folder as {where}; remove the link")
+
+    def _check_link(self, item: "os.DirEntry[str]") -> None:
+        target = os.path.realpath(item.path)
+        if self.follow_links:
+            try:
+                os.stat(item.path)
+            except OSError as error:
+                raise self._refusal(
+                    item, f"is a symbolic link to {target}, which cannot be opened: {error.strerror}; remove or mend it"
+                ) from None
+        elif not os.path.isfile(target) or not Path(target).is_relative_to(self.real):
+            raise self._refusal(
+                item,
+                f"is a symbolic link to {target}, which is no file inside {self.listing.path}; set "
+                "data.follow_links=true to read what links lead to, or name the folder that holds the images",
             )
+
+    def _refusal(self, item: "os.DirEntry[str]", text: str) -> UserError:
+        return UserError(f"{self.listing.field}: {printable(f'{item.path} {text}')}")

@@ -1,50 +1,64 @@
 """ImageNet-1k as people have it. Class indices are those of everybody: the wnids in the order of their names."""
 
-import re
+import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from common.errors import UserError
-from preprocess.sources.archives import TarMember, tar_members
-from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
-from preprocess.sources.folders import FolderSource
+from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, printable, read_at
+from preprocess.sources.layouts import check_classes, check_not_empty
+from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource
+from preprocess.sources.tars import TarMember, Window, tar_members
 
-WNID = re.compile(r"n\d{8}")
+if TYPE_CHECKING:
+    from timm.data.imagenet_info import ImageNetInfo
 
 
 def class_names(wnids: list[str]) -> list[str]:
     """`n01440764 tench, Tinca tinca`: the wnid, because two of the thousand names are the same (crane)."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    information = ImageNetInfo("imagenet-1k")
-    return [f"{wnid} {information.label_name_to_description(wnid, detailed=False)}".strip() for wnid in wnids]
+    return [f"{wnid} {_information().label_name_to_description(wnid, detailed=False)}".strip() for wnid in wnids]
 
 
 def all_wnids() -> list[str]:
+    return list(_information().label_names())
+
+
+@cache
+def _information() -> "ImageNetInfo":
     from timm.data.imagenet_info import ImageNetInfo
 
-    return list(ImageNetInfo("imagenet-1k").label_names())
+    return ImageNetInfo("imagenet-1k")
 
 
-def check_wnids(names: list[str], path: Path, field: str) -> None:
+def check_wnids(names: list[str], path: object, field: str) -> None:
     known = set(all_wnids())
     strange = next((name for name in names if name not in known), None)
     if strange is not None:
         raise UserError(
-            f"{field}: {path} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids (n01440764, ...); "
-            "name the folder or tar of the training pictures, or set data.source=folder"
+            f"{field}: {printable(str(path))} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids "
+            "(n01440764, ...); name the folder or tar of the training pictures, or set data.source=folder"
         )
 
 
-class ImageNetFolder(FolderSource):
-    """`n01440764/n01440764_10026.JPEG`: one folder a wnid; a part of the wnids numbers them from 0."""
+def wnid_folders(listing: Listing) -> Layout:
+    """`n01440764/n01440764_10026.JPEG`: one folder a wnid; a part of the wnids numbers them from 0.
 
-    def __init__(self, path: str | Path, field: str) -> None:
-        super().__init__(path, field)
-        check_wnids(self.class_names, self.path, field)
-        self.class_names = class_names(self.class_names)
+    Raises UserError for images in no such folder, and, naming them, for such folders further down beside others.
+    """
+    check_not_empty(listing)
+    known, root = set(all_wnids()), listing.root
+    homes = [folder for folder in root.walk() if not known.isdisjoint(folder.with_images())] or [root]
+    home, found = homes[0], homes[0].with_images()
+    if len(homes) > 1 or (home is not root and home.count() < root.count()):
+        where = some([listing.where(folder) for folder in homes])
+        raise listing.refusal(root, f"holds ImageNet's folders of wnids further down; name the one meant: {where}")
+    check_wnids([*found, *map(base, home.images[:1])], listing.where(home), listing.field)
+    check_classes(listing, home, known.intersection(home.folders))
+    return Layout(class_names(list(found)), [folder.keys() for folder in found.values()], Counter())
 
 
 class ImageNetTar:
@@ -52,28 +66,29 @@ class ImageNetTar:
 
     def __init__(self, path: str | Path, field: str) -> None:
         self.path, self.left_out = Path(path), Counter[str]()
-        try:
-            with open(self.path, "rb") as file:
-                classes = sorted(tar_members(self.path, field, file))
-        except OSError as error:
-            raise UserError(f"{field}: {path} cannot be opened: {error.strerror}") from None
-        wnids = [member.name.removesuffix(".tar") for member in classes]
-        check_wnids(wnids, self.path, field)
-        self.entries = Entries(self._entries(classes, field))
+        with faults_told(UserError, f"{field}: {path} cannot be read"):
+            file = open(self.path, "rb")  # noqa: SIM115
+        with file:
+            members = sorted(tar_members(self.path, field, Window(file, 0, os.stat(path).st_size), self.left_out))
+            classes = [member for member in members if member.name.endswith(".tar")]
+            self.left_out.update(kind_of(member.name) for member in members if member not in classes)
+            wnids = [member.name.removesuffix(".tar") for member in classes]
+            if not wnids:
+                raise UserError(f"{field}: {path} holds no tars of wnids, as n01440764.tar; set data.source=webdataset")
+            check_wnids(wnids, self.path, field)
+            self.entries = Entries(self._entries(classes, field, file))
         self.class_names = class_names(wnids)
 
     def open(self, entry: Entry) -> bytes:
         return read_at(self.path, entry.place[0], entry.size)
 
-    def _entries(self, classes: list[TarMember], field: str) -> Iterator[Entry]:
+    def _entries(self, classes: list[TarMember], field: str, file: BinaryIO) -> Iterator[Entry]:
         for label, inner in enumerate(classes):
             inside = Path(f"{self.path}/{inner.name}")
-            with open(self.path, "rb") as file:
-                file.seek(inner.offset)
-                members = sorted(tar_members(inside, field, file))
-            if not members or members[-1].offset + members[-1].size > inner.offset + inner.size:
-                raise UserError(f"{field}: {inside} is empty or reaches beyond its end; get {self.path} anew")
+            members = sorted(tar_members(inside, field, Window(file, inner.offset, inner.size), self.left_out))
             pictures = [member for member in members if is_picture(member.name)]
+            if not pictures:
+                raise UserError(f"{field}: {inside} holds no images; complete {self.path}, or pack it without that one")
             self.left_out.update(kind_of(member.name) for member in members if not is_picture(member.name))
             for member in pictures:
                 yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0))
@@ -82,9 +97,15 @@ class ImageNetTar:
 class ImageNetParquet(ParquetSource):
     """Parquet files as Hugging Face has them; their labels are the standard indices."""
 
-    def __init__(self, path: str | Path, field: str) -> None:
-        super().__init__(path, field)
+    def __init__(
+        self, path: str | Path, field: str, image_field: str | None = None, label_field: str | None = None
+    ) -> None:
+        super().__init__(path, field, image_field, label_field)
         wnids = all_wnids()
+        if self.labels is None:
+            raise UserError(f"{field}: {path} has no labels that are read; set data.label_field to the column of them")
+        if self.named_by_labels:
+            check_wnids(self.class_names, self.path, field)
         if len(self.class_names) != len(wnids):
             raise UserError(
                 f"{field}: {path} has {len(self.class_names)} classes, ImageNet-1k has {len(wnids)}; "

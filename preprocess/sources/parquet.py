@@ -1,7 +1,6 @@
-"""Parquet files of pictures, as Hugging Face's `datasets` writes them: a column `image`, whose `bytes` are those of a
-picture's file, or which is of such bytes itself, and a column `label`."""
+"""Parquet files of images, as Hugging Face's `datasets` and others write them: a column of encoded images (bytes, or a
+structure with `bytes`), and one of labels."""
 
-import glob
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -12,108 +11,67 @@ import numpy as np
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources.entries import MAX_CLASSES, Entries, Entry
+from preprocess.sources.data_files import common_folder, data_files
+from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, faults_told, refuse_lfs_pointer
+from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 
-IMAGE, LABEL = "image", "label"
+IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # usual names of the images' column
 
 
 class ParquetSource:
-    """The files of one split: a folder of `*.parquet`, one file, or a pattern such as `data/train-*.parquet`.
+    """The files of one split: a folder, one file, or a pattern such as `data/train-*.parquet`.
 
-    Entries are in the order of files and rows; a key is `<file>/<row>`. Class names are those of the files' own
-    metadata. The pictures' sizes are not known without reading them: an entry has its file's.
+    The images' column is `image_field`, or the only one that can be it, or that of a usual name; labels: see
+    `labels.Candidates`. Class names are those of the files' own metadata. Entries are in the order of files and rows; a
+    key is `<file>/<row>`. The images' sizes are not known without reading them: an entry has its file's.
     """
 
-    def __init__(self, path: str | Path, field: str) -> None:
-        self.path, self.field, self.left_out = Path(path), field, Counter[str]()
-        self.files = self._find(str(path))
-        self._names: list[str] | None = None
-        self.entries = Entries(self._entries())
-        self.class_names = self._names or [str(label) for label in range(self._largest + 1)]
-        if self._largest >= len(self.class_names):
-            raise UserError(f"{field}: {path} has the label {self._largest} and {len(self.class_names)} class names")
+    def __init__(
+        self, path: str | Path, field: str, image_field: str | None = None, label_field: str | None = None
+    ) -> None:
+        self.path, self.field = Path(path), field
+        self.files, self.left_out = data_files(str(path), field, ".parquet")
+        tables = [_describe(file, field) for file in self.files]
+        self.image = _image_column(tables, field, image_field)
+        candidates = Candidates(self.path, field, label_field)
+        columns = _label_columns(tables, field, candidates, self.image)
+        self.entries = Entries(self._entries(candidates, columns))
+        if not len(self.entries):
+            raise UserError(f"{field}: {path} holds no rows; name files of images")
+        labels = candidates.decide(lambda position: self.entries[position].key)
+        self.class_names, self.labels = ["0"], labels and labels.field
+        self.named_by_labels = labels is not None and labels.by_name
+        if labels is not None:
+            self.entries = self.entries.labelled(labels.indices)
+            self.class_names = labels.class_names(_names(tables, field, labels.field), self.path, field)
+        others = [name for name in tables[0].schema.names if name not in (self.image, *columns)]
+        if others:
+            self.left_out[f"in part: columns not read are {', '.join(others)[:200]}"] = len(self.files)
         self._group: RowGroup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}
 
     def open(self, entry: Entry) -> bytes:
-        """Reads the row group that holds the picture, and keeps it: the next picture is most likely in it too."""
-        import pyarrow
-
+        """Reads the row group that holds the image, and keeps it: the next image is most likely in it too."""
         number, row = entry.place
-        try:
-            picture = self._row(number, row)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise Rejected(f"cannot be read: {str(error).splitlines()[0]}") from None
-        data = picture["bytes"] if isinstance(picture, dict) else picture
+        with faults_told(Rejected, "cannot be read"):
+            image = self._row(number, row)
+        data = image["bytes"] if isinstance(image, dict) else image
         if data is None:
-            raise Rejected("no bytes in its row")
+            path = isinstance(image, dict) and image.get("path")
+            raise Rejected(f"no bytes in its row, only the path {str(path)[:100]!r}" if path else "no bytes in its row")
+        if len(data) > MAX_ENCODED:
+            raise Rejected(f"{len(data):,} bytes, above {MAX_ENCODED:,}: too many for a picture")
         return data
 
-    def _find(self, path: str) -> list[Path]:
-        pattern = f"{glob.escape(path)}/*.parquet" if Path(path).is_dir() else path
-        files = sorted(Path(file) for file in ([path] if Path(path).is_file() else glob.glob(pattern)))
-        splits = sorted({file.name.partition("-")[0] for file in files})
-        if not files:
-            raise UserError(f"{self.field}: {path} is no parquet file and holds none")
-        if len(splits) > 1 and all("-of-" in file.name for file in files):
-            example = f"{files[0].parent}/{splits[-1]}-*.parquet"
-            raise UserError(f"{self.field}: {path} holds the splits {', '.join(splits)}; name one, as {example}")
-        return files
-
-    def _entries(self) -> Iterator[Entry]:
-        self._largest = 0
+    def _entries(self, candidates: Candidates, columns: list[str]) -> Iterator[Entry]:
+        root = common_folder(self.files)
         for number, file in enumerate(self.files):
-            labels = self._labels(file)
-            strange = np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))
-            if len(strange):
-                row = int(strange[0])
-                raise UserError(f"{self.field}: {file}, row {row}, has the label {labels[row]}; name a labelled split")
-            self._largest = max(self._largest, int(labels.max(initial=0)))
-            size = file.stat().st_size
-            for row, label in enumerate(labels.tolist()):
-                yield Entry(f"{file.name}/{row:06d}", label, size, (number, row))
-
-    def _labels(self, file: Path) -> np.ndarray:
-        """(rows,) int64, zeros where the file has no labels; notes the class names on its way."""
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(file) as opened:
-                schema, rows = opened.schema_arrow, opened.metadata.num_rows
-                columns = opened.read(columns=[LABEL]) if LABEL in schema.names else None
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.field}: {file} is not a whole parquet file ({reason}); get it anew") from None
-        if IMAGE not in schema.names:
-            raise UserError(f"{self.field}: {file} has no column {IMAGE!r}, only {', '.join(schema.names)}")
-        if not _holds_bytes(schema.field(IMAGE).type):
-            raise UserError(
-                f"{self.field}: {file}: column {IMAGE!r} is of {schema.field(IMAGE).type}, encoded pictures are read "
-                "(bytes, or a structure with `bytes`); write it with `datasets`"
-            )
-        self._note_names(file, schema.metadata or {})
-        if columns is None:
-            return np.zeros(rows, np.int64)
-        column = columns[LABEL]
-        if column.null_count or not pyarrow.types.is_integer(column.type):
-            raise UserError(f"{self.field}: {file} has labels that are no class indices; name a labelled split")
-        return column.to_numpy().astype(np.int64)
-
-    def _note_names(self, file: Path, metadata: dict[bytes, bytes]) -> None:
-        try:
-            features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-            names = features.get(LABEL, {}).get("names")
-            names = None if names is None else [str(name) for name in names]
-        except (ValueError, AttributeError, TypeError):  # no JSON, or of another structure
-            raise UserError(f"{self.field}: {file} has metadata that `datasets` does not write; get it anew") from None
-        if file != self.files[0] and names != self._names:
-            raise UserError(
-                f"{self.field}: {file} has other class names than {self.files[0]}; name files of one data set"
-            )
-        self._names = names
+            name, size = file.absolute().relative_to(root), file.stat().st_size
+            for row, found in enumerate(_labels(file, self.field, columns)):
+                candidates.add(found)
+                yield Entry(f"{name}/{row:06d}", 0, size, (number, row))
 
     def _row(self, number: int, row: int) -> dict[str, bytes | None] | bytes | None:
         if self._group is None or self._group.file != number or row not in self._group.rows:
@@ -127,8 +85,82 @@ class ParquetSource:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             ends = np.cumsum(sizes)
             group = int(np.searchsorted(ends, row, side="right"))
-            column = file.read_row_group(group, columns=[IMAGE])[IMAGE]
+            column = file.read_row_group(group, columns=[self.image])[self.image]
         return RowGroup(number, range(int(ends[group]) - sizes[group], int(ends[group])), column)
+
+
+class RowGroup(NamedTuple):
+    """The images that a parquet file keeps together."""
+
+    file: int
+    rows: range
+    column: Any
+
+
+class Table(NamedTuple):
+    """What a file says of its columns."""
+
+    file: Path
+    schema: Any
+    features: dict[str, dict[str, Any]]  # of `datasets`, a column; empty where something else wrote the file
+
+
+def _describe(file: Path, field: str) -> Table:
+    """Raises UserError for a file that is no parquet, and for two columns of one name."""
+    from pyarrow import parquet
+
+    with faults_told(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+        with open(file, "rb") as start:
+            refuse_lfs_pointer(file, field, start.read(40))
+        schema = parquet.read_schema(file)
+    twice = next((name for name, count in Counter(schema.names).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{field}: {file} has two columns {twice!r}; write it with one of them")
+    with faults_told(UserError, f"{field}: {file} has metadata that `datasets` does not write; write it again"):
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        return Table(file, schema, {name: dict(feature) for name, feature in features.items()})
+
+
+def _image_column(tables: list[Table], field: str, wanted: str | None) -> str:
+    """The name of the images' column in all files. Raises UserError where it cannot be told or holds no bytes."""
+    first = tables[0]
+    usual = [name for name in first.schema.names if name.lower() in IMAGES]
+    fit = [name for name in usual or first.schema.names if _holds_bytes(first.schema.field(name).type)]
+    candidates = [wanted] if wanted is not None else fit if len(fit) == 1 else usual
+    types = ", ".join(f"{name} ({str(first.schema.field(name).type)[:60]})" for name in first.schema.names[:20])
+    if len(candidates) != 1:
+        what = f"several columns that may hold the images: {', '.join(fit)}" if fit else "no column of encoded images"
+        raise UserError(f"{field}: {first.file} has {what}; set data.image_field to the one that does, of {types}")
+    (name,) = candidates
+    for table in tables:
+        if name not in table.schema.names:
+            raise UserError(f"{field}: {table.file} has no column {name!r}, only {', '.join(table.schema.names)[:200]}")
+        kind = table.schema.field(name).type
+        if not _holds_bytes(kind):
+            raise UserError(
+                f"{field}: {table.file}: column {name!r} is of {str(kind)[:100]}, encoded images are read (bytes, or a "
+                "structure with `bytes`), not their paths or pixels; write it with `datasets`, or set data.image_field"
+            )
+    _check_embedded(first.file, field, name)
+    return name
+
+
+def _check_embedded(file: Path, field: str, name: str) -> None:
+    """Raises UserError where the file's own statistics say that it has paths in place of all images."""
+    from pyarrow import parquet
+
+    with faults_told(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+        metadata = parquet.read_metadata(file)
+        places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in (name, f"{name}.bytes")]
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        statistics = [group.column(place).statistics for group in groups for place in places]
+        nulls = sum(each.null_count or 0 for each in statistics if each is not None)
+    if 0 < metadata.num_rows == nulls:
+        raise UserError(
+            f"{field}: {file}: column {name!r} has only paths, and no bytes in any row: the images were not embedded; "
+            "write it again with them (`datasets` does on push_to_hub), or name the folder of the images"
+        )
 
 
 def _holds_bytes(column: Any) -> bool:
@@ -139,9 +171,49 @@ def _holds_bytes(column: Any) -> bool:
     return types.is_binary(column) or types.is_large_binary(column)
 
 
-class RowGroup(NamedTuple):
-    """The pictures that a parquet file keeps together."""
+def _label_columns(tables: list[Table], field: str, candidates: Candidates, image: str) -> list[str]:
+    """The columns that may be labels: by their names, or because `datasets` says so. All files have the same."""
+    found = [_labels_of(table, candidates, image) for table in tables]
+    first, shown = found[0], [", ".join(columns) or "none" for columns in found]
+    if candidates.wanted not in (None, NONE) and not first:
+        raise UserError(
+            f"data.label_field: {candidates.wanted} is no column of {tables[0].file}, which has "
+            f"{', '.join(tables[0].schema.names)[:200]}"
+        )
+    other = next((number for number, columns in enumerate(found) if columns != first), None)
+    if other:
+        raise UserError(
+            f"{field}: {tables[other].file} has other columns of labels ({shown[other]}) than {tables[0].file} "
+            f"({shown[0]}); name files of one data set, or {REMEDY}"
+        )
+    return first
 
-    file: int
-    rows: range
-    column: Any
+
+def _labels_of(table: Table, candidates: Candidates, image: str) -> list[str]:
+    names = [name for name in table.schema.names if name != image]
+    known = [name for name in names if table.features.get(name, {}).get("_type") == "ClassLabel"]
+    return sorted({*candidates.among(names), *(known if candidates.wanted is None else ())})
+
+
+def _labels(file: Path, field: str, columns: list[str]) -> Iterator[dict[str, Value]]:
+    """What each row has in these columns."""
+    from pyarrow import parquet
+
+    with faults_told(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+        with parquet.ParquetFile(file) as opened:
+            rows = opened.metadata.num_rows
+            table = opened.read(columns=columns) if columns else None
+        lists = [table[name].to_pylist() for name in columns] if table else []
+    for row in range(rows):
+        with faults_told(UserError, f"{field}: {file}, row {row}, has no label that is read; {REMEDY}"):
+            found = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
+        yield found
+
+
+def _names(tables: list[Table], field: str, label: str) -> list[str] | None:
+    """The class names that `datasets` keeps for a column."""
+    first, *others = (table.features.get(label, {}).get("names") for table in tables)
+    other = next((table.file for table, names in zip(tables[1:], others, strict=True) if names != first), None)
+    if other:
+        raise UserError(f"{field}: {other} has other class names than {tables[0].file}; name files of one data set")
+    return None if first is None else list(map(str, first))

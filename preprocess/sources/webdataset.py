@@ -1,95 +1,218 @@
-"""WebDatasets of pictures: tars of `key.jpg` with `key.cls`, read where they lie."""
+"""WebDatasets of images: tars of `key.jpg` with `key.cls` or `key.json`, read where they lie."""
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from common.errors import UserError
-from preprocess.sources.archives import TarMember, tar_members
-from preprocess.sources.entries import MAX_CLASSES, Entries, Entry, is_picture, kind_of, read_at
+from preprocess.sources.data_files import common_folder, data_files
+from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, read_at
+from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
+from preprocess.sources.tars import TarMember, Window, tar_members
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of an address; no plain path that is meant begins so
+MAX_TEXT, MAX_JSON = 1000, 2**24  # bytes of a label, of a sample's description
+DEPTH = 3  # of objects in a description that are searched for labels
+PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
+NAMES_FILE = "classnames.txt"
 
 
 class WebDatasetSource:
     """A tar, a folder of tars, or a pattern such as `train-{000000..000146}.tar`; plain paths only.
 
-    A sample is what shares a name up to its first dot: one picture and, in all samples or in none, its class index as
-    text in `.cls`. Entries are in the order of tars and of members; a key is `<tar>/<name of the picture>`.
+    A sample is what shares a name up to its first dot, and the rest is the member's field (`jpg`, `seg.png`). Its image
+    is the member of a simple field (`.jpg`, not `.seg.png`), or that of `image_field`; images beside it are left out.
+    `label_field`: see `labels.Candidates`; fields of JSON are named `json:label`. Without any label all are one class.
+
+    Entries are in the order of tars and of members; a key is `<tar>/<name of the image>`.
     """
 
-    def __init__(self, path: str | Path, field: str) -> None:
-        self.path, self.field, self.left_out = Path(path), field, Counter[str]()
-        self.tars = self._find(str(path))
-        labels: set[int | None] = set()
-        self.entries = Entries(self._labelled(labels))
-        if None in labels and len(labels) > 1:
-            raise UserError(f"{field}: {path} has samples with and without a class (.cls); label all of them or none")
-        if not labels:
-            raise UserError(f"{field}: {path} holds no pictures")
-        indices = [label for label in labels if label is not None]
-        self.class_names = [str(label) for label in range(max(indices) + 1)] if indices else [self.path.stem]
+    def __init__(
+        self, path: str | Path, field: str, image_field: str | None = None, label_field: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.tars, others = data_files(str(path), field, ".tar")
+        root = common_folder(self.tars)
+        listing = Listing(self.path, field, image_field, label_field)
+        self.entries = Entries(listing.read(self.tars, root))
+        if not len(self.entries) and len(listing.fields) == 1:  # all of them `key.image.jpg`
+            (image_field,) = listing.fields
+            listing = Listing(self.path, field, image_field, label_field)
+            self.entries = Entries(listing.read(self.tars, root))
+        listing.check_found(len(self.entries))
+        labels = listing.candidates.decide(lambda position: self.entries[position].key)
+        if labels is None:
+            listing.check_unlabelled()
+            self.class_names = [self.path.stem]
+        else:
+            self.entries = self.entries.labelled(labels.indices)
+            self.class_names = labels.class_names(_names_beside(root, field), self.path, field)
+        self.left_out = others + listing.left_out
 
     def open(self, entry: Entry) -> bytes:
         number, offset = entry.place
         return read_at(self.tars[number], offset, entry.size)
 
-    def _find(self, path: str) -> list[Path]:
-        from braceexpand import braceexpand
 
-        if SCHEME.match(path):
-            raise UserError(f"{self.field}: {path} begins with a scheme; only plain paths are read: download it first")
-        if os.path.isdir(path):
-            tars = sorted(Path(path).glob("*.tar"))
-        else:
-            try:
-                tars = [Path(name) for name in braceexpand(path)]
-            except ValueError:
-                raise UserError(f"{self.field}: {path} has unbalanced braces") from None
-        missing = next((tar for tar in tars if not tar.is_file()), None)
-        if missing or not tars:
-            raise UserError(f"{self.field}: {missing or path} is not there or holds no .tar; name tars that are")
-        names = [tar.name for tar in tars]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise UserError(f"{self.field}: {path} names {twice} twice; rename one of them")
-        return tars
+class Member(NamedTuple):
+    field: str  # of its sample, in lower case: what follows the first dot of its name
+    member: TarMember
 
-    def _labelled(self, labels: set[int | None]) -> Iterator[Entry]:
-        """All entries; gathers the labels met on the way."""
-        for number, tar in enumerate(self.tars):
-            with open(tar, "rb") as file:
-                members = list(tar_members(tar, self.field, file))
-                for picture, label in self._samples(tar, members, file):
-                    labels.add(label)
-                    yield Entry(f"{tar.name}/{picture.name}", label or 0, picture.size, (number, picture.offset))
 
-    def _samples(self, tar: Path, members: list[TarMember], file: BinaryIO) -> Iterator[tuple[TarMember, int | None]]:
-        pictures: dict[str, TarMember] = {}
-        classes: dict[str, int] = {}
-        for member in members:
+class Listing:
+    """A walk over all tars: the images, and what may label them."""
+
+    def __init__(self, path: Path, field: str, image_field: str | None, label_field: str | None) -> None:
+        self.path, self.field, self.image_field = path, field, image_field and image_field.lower()
+        self.candidates = Candidates(path, field, label_field)
+        self.left_out = Counter[str]()
+        self.fields = Counter[str]()  # of images in samples that have none of a simple field
+        self.alone = ""  # such an image
+        self.unread: dict[str, str] = {}  # fields that are no label by their name: the first one's text
+
+    def read(self, tars: list[Path], root: Path) -> Iterator[Entry]:
+        for number, tar in enumerate(tars):
+            name = tar.absolute().relative_to(root)
+            with faults_told(UserError, f"{self.field}: {tar} cannot be read"):
+                file = open(tar, "rb")  # noqa: SIM115
+            with file:
+                for image, found in self._samples(tar, file):
+                    self.candidates.add(found)
+                    yield Entry(f"{name}/{image.name}", 0, image.size, (number, image.offset))
+
+    def _samples(self, tar: Path, file: BinaryIO) -> Iterator[tuple[TarMember, dict[str, Value]]]:
+        samples: dict[str, list[Member]] = {}
+        for member in tar_members(tar, self.field, Window(file, 0, os.fstat(file.fileno()).st_size), self.left_out):
             folder, _, name = member.name.rpartition("/")
-            key = f"{folder}/{name.partition('.')[0]}"
-            if is_picture(member.name):
-                if key in pictures:
-                    raise UserError(
-                        f"{self.field}: {tar} has two pictures of one sample, {pictures[key].name!r} and "
-                        f"{member.name!r}; keep one of them"
-                    )
-                pictures[key] = member
-            elif name.partition(".")[2] == "cls":
-                classes[key] = self._class(tar, member, file)
+            key, _, field = name.partition(".")
+            samples.setdefault(f"{folder}/{key}", []).append(Member(field.lower(), member))
+        for members in samples.values():
+            image = self._image(tar, members)
+            others = [each for each in members if each.member is not image]
+            if image is None:
+                for each in others:
+                    self.left_out[f"in a sample without an image: .{each.field.rpartition('.')[2]}"] += 1
             else:
-                self.left_out[kind_of(member.name)] += 1
-        for key, picture in pictures.items():
-            yield picture, classes.get(key)
+                yield image, self._labels(tar, file, others)
 
-    def _class(self, tar: Path, member: TarMember, file: BinaryIO) -> int:
-        file.seek(member.offset)
-        text = file.read(min(member.size, 20)).decode(errors="replace").strip()
-        if not (text.isascii() and text.isdigit()) or int(text) >= MAX_CLASSES:
-            raise UserError(f"{self.field}: {tar}: {member.name} holds {text!r}, no class index")
-        return int(text)
+    def _image(self, tar: Path, members: list[Member]) -> TarMember | None:
+        images = [each for each in members if is_picture(each.member.name)]
+        if self.image_field is None:
+            own = [each for each in images if "." not in each.field]
+        else:
+            own = [each for each in members if each.field == self.image_field]
+        if len(own) > 1:
+            first, second = own[:2]
+            raise UserError(
+                f"{self.field}: {tar} has two images of one sample, {first.member.name!r} and {second.member.name!r} "
+                f"(a sample's name ends at its first dot); set data.image_field={first.field}, or pack it without one"
+            )
+        if not own and images and self.image_field is None:
+            self.fields.update({each.field: 1 for each in images} if len(self.fields) < 100 else {})
+            self.alone = self.alone or f"{tar}: {images[0].member.name}"
+        return own[0].member if own else None
+
+    def _labels(self, tar: Path, file: BinaryIO, members: list[Member]) -> dict[str, Value]:
+        """Whatever of a sample may be its label, by its field; counts the rest."""
+        found: dict[str, Value] = {}
+        for field, member in members:
+            before = len(found)
+            if is_picture(member.name):
+                self.left_out[f"image beside the sample's own (.{field[-40:]})"] += 1
+                continue
+            if field.rpartition(".")[2] == "json":
+                found |= self._json_labels(tar, file, member, field)
+            elif self.candidates.among([field]):
+                found[field] = self._text_label(tar, file, member)
+            if len(found) == before:
+                self._leave_out(file, field, member)
+        return found
+
+    def _text_label(self, tar: Path, file: BinaryIO, member: TarMember) -> Value:
+        data = _content(file, member, MAX_TEXT)
+        with faults_told(UserError, f"{self.field}: {tar}: {member.name} is no label; mend it, or {REMEDY}"):
+            return as_label(data.decode())
+
+    def _json_labels(self, tar: Path, file: BinaryIO, member: TarMember, field: str) -> dict[str, Value]:
+        wanted, place = self.candidates.wanted, f"{self.field}: {tar}: {member.name}"
+        if wanted is not None and not wanted.startswith(f"{field}:"):
+            return {}
+        if member.size > MAX_JSON:
+            raise UserError(f"{place} has {member.size:,} bytes, too many for a sample's description; {REMEDY}")
+        with faults_told(UserError, f"{place} is no JSON that is read; mend it, or {REMEDY}"):
+            content = json.loads(_content(file, member, MAX_JSON), object_pairs_hook=_unique)
+            if not isinstance(content, dict):
+                raise ValueError(f"{str(content)[:50]!r} in place of an object")
+            values = {f"{field}:{name}": value for name, value in _leaves(content, DEPTH)}
+            return {name: as_label(values[name]) for name in self.candidates.among(values)}
+
+    def _leave_out(self, file: BinaryIO, field: str, member: TarMember) -> None:
+        """Counts a member that is neither image nor label, and keeps the first one's text of each field."""
+        kind = field.rpartition(".")[2]
+        if field not in self.unread and len(self.unread) < 100:
+            self.unread[field] = _content(file, member, 20).decode(errors="replace").strip() if member.size < 20 else ""
+        if kind == "json":
+            reason = "description without a label that is read (.json)"
+        else:
+            reason = "caption (.txt)" if kind == "txt" else kind_of(member.name)
+        self.left_out[reason] += 1
+
+    def check_found(self, count: int) -> None:
+        """Raises UserError where no sample, or not every one of those that hold images, has an image of its own."""
+        fields = ", ".join(sorted(self.fields)[:5]) + (", ..." if len(self.fields) > 5 else "")
+        if self.alone:
+            raise UserError(
+                f"{self.field}: {self.alone} is an image without a simple field as .jpg (a sample's name ends at its "
+                f"first dot); set data.image_field to the one that holds the images: {fields}"
+            )
+        if not count:
+            what = f"no images of data.image_field={self.image_field}" if self.image_field else "no images"
+            there = ", ".join(f"{number:,} {reason}" for reason, number in self.left_out.most_common(3))
+            raise UserError(f"{self.field}: {self.path} holds {what}{f', but {there}' if there else ''}")
+
+    def check_unlabelled(self) -> None:
+        """Raises UserError where something that is not read for labels may be them after all."""
+        if self.candidates.wanted == NONE:
+            return
+        if self.candidates.wanted:
+            raise UserError(f"{self.field}: {self.path} has no {self.candidates.wanted} in its samples; {REMEDY}")
+        for field, text in self.unread.items():
+            is_pickle = field.rpartition(".")[2] in PICKLES
+            if is_pickle or re.fullmatch(r"-?\d+", text) or self.candidates.among([field.partition(".")[0]]):
+                what = "a pickle, which is never read" if is_pickle else repr(text) if text.isdigit() else "not read"
+                raise UserError(
+                    f"{self.field}: {self.path} has no label that is read, but .{field} ({what}) may be one; {REMEDY}"
+                )
+
+
+def _content(file: BinaryIO, member: TarMember, limit: int) -> bytes:
+    file.seek(member.offset)
+    return file.read(min(member.size, limit + 1))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("an object with a key twice")
+    return dict(pairs)
+
+
+def _leaves(content: dict[str, Any], depth: int, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a description by its dotted name; what lies deeper than `depth` stays as it is."""
+    for name, value in content.items():
+        if isinstance(value, dict) and depth > 1:
+            yield from _leaves(value, depth - 1, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _names_beside(root: Path, field: str) -> list[str] | None:
+    """The class names of a file that lies beside the tars, or one folder above, a line a class."""
+    file = next((file for file in (root / NAMES_FILE, root.parent / NAMES_FILE) if file.is_file()), None)
+    if file is None:
+        return None
+    with faults_told(UserError, f"{field}: {file} is no list of class names; mend it or move it away"):
+        names = file.read_text().splitlines()
+    return [name.strip() for name in names]

@@ -101,9 +101,12 @@ def an_older_listing() -> None:
 
 
 def fp16_on_a_cpu() -> None:
-    """DeepSpeed refuses fp16 on CPUs for being slow there."""
+    """Training, and DeepSpeed on most of them, refuse fp16 on CPUs."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+    from pipeline import engine, trainer
+
+    engine.deepspeed_config = trainer.deepspeed_config = functools.partial(engine.deepspeed_config, on_gpu=True)
     CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]
 
 

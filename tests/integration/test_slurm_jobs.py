@@ -1,5 +1,9 @@
 """Jobs on a real SLURM that has no sacct: what fails is told, what is interrupted comes back, what is asked arrives."""
 
+import contextlib
+import os
+import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -84,6 +88,55 @@ def test_a_rank_sees_the_gpus_of_its_job_on_its_node(slurm: Cluster, tmp_path: P
     asked = Resources(nodes=2, processes=2, gpus_per_process=gpus, timeout_minutes=5)
     run(made(tmp_path, asked), job("gpus", folder=str(tmp_path / "seen")), failed=failed)
     assert {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()} == dict.fromkeys("0123", seen)
+
+
+@pytest.mark.parametrize(
+    ("option", "seen"),
+    [("gres: 'gpu:a100:4'", "0,1,2,3"), ("gpus-per-node: 'a100:3'", "0,1,2"), ("gpus: 5", "0,1,2,3,4")],
+)
+def test_gpus_that_the_site_asks_for_take_the_place_of_the_recipes(
+    option: str, seen: str, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "site.yaml").write_text(f"sbatch: {{{option}}}")
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    asked = Resources(processes=2, gpus_per_process=1, timeout_minutes=5)
+    run(made(tmp_path, asked), job("gpus", folder=str(tmp_path / "seen")), failed=failed)
+    assert {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()} == dict.fromkeys("01", seen)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("no-such-option: 1", "unrecognized"), ("ntasks-per-gpu: 1", "exclusive")]
+)
+def test_an_option_that_sbatch_does_not_take_is_told_in_its_words(
+    option: str, said: str, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.yaml").write_text(f"sbatch: {{{option}}}")
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    with pytest.raises(ValueError, match=f"SLURM refuses the job: .*{said}") as raised:
+        submit(made(tmp_path), [job("mistake")])
+    assert "\n" not in str(raised.value)
+
+
+def test_the_shell_of_an_interactive_step_is_one_process_and_what_it_launches_are_ranks(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    told = "from common.ranks import rank_and_world_size; print('told', *rank_and_world_size(), flush=True)"
+    python = shlex.join([sys.executable, "-c", told])
+    inside = f"cd {ROOT}; {python}; nohup {python} </dev/null 2>&1 | cat; srun --overlap --ntasks=3 {python}"
+    terminal, other_end = pty.openpty()
+    step = subprocess.Popen(
+        ["srun", "--ntasks=3", "--pty", "bash", "-c", inside],
+        stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True,
+    )  # fmt: skip
+    os.close(other_end)
+    output = b""
+    with contextlib.suppress(OSError):  # the end, as Linux tells it
+        while read := os.read(terminal, 4096):
+            output += read
+    assert step.wait(60) == 0
+    assert sorted(re.findall(r"told (\d \d)", output.decode())) == ["0 1", "0 1", "0 3", "1 3", "2 3"]
+    assert output.count(b"note: one process, in an interactive shell of a step of 3 tasks") == 2
 
 
 def test_a_full_queue_is_waited_in(slurm: Cluster, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ PartitionName=main Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 PartitionName=high PriorityTier=10 PreemptMode=OFF
 """
 # Distinct host names behind one address: distinct addresses break srun inside jobs.
-NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=16000 Gres=gpu:8"
+NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=16000 Gres=gpu:a100:8"
 # HOST COMMAND ...: runs it as on a host of its own, with a name, /proc and /etc/slurm, all names at 127.0.0.1.
 AS_HOST = """\
 hostname "$1" && mount --bind "$SLURM_TEST/etc/hosts" /etc/hosts && mkdir -p /etc/slurm &&
@@ -136,7 +136,7 @@ def configure(folder: Path, nodes: int) -> Cluster:
     lines = [NODE.format(name=name, port=cluster.port + 1 + number) for number, name in enumerate(cluster.names)]
     texts = {
         "hosts": "".join(f"127.0.0.1 {name}\n" for name in ("localhost", platform.node(), CONTROLLER, *cluster.names)),
-        "gres.conf": f"AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu File={folder}/dev/nvidia[0-7]\n",
+        "gres.conf": f"AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu Type=a100 File={folder}/dev/nvidia[0-7]\n",
         "slurm.conf": SLURM_CONF.format(
             controller=CONTROLLER,
             user=user_name(),

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from preprocess.sources import SOURCES, Source, fingerprint
-from tests.photographs import photographs, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
+from preprocess.sources import Source, fingerprint
+from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
 
-FIELD = "data.images"
 WNIDS = ("n01440764", "n01443537", "n15075141")
 NAMES = ["n01440764 tench, Tinca tinca", "n01443537 goldfish, Carassius auratus"]
 IMAGENET = {f"{wnid}/{wnid}_{number}.JPEG": label for label, wnid in enumerate(WNIDS) for number in (2, 10, 7)}
@@ -51,7 +50,7 @@ def test_imagenets_folder_and_its_tar_of_tars_are_the_same_list(tmp_path: Path, 
     expected = imagenet(pictures)
     folder = write_folder(tmp_path / "train", {key: data for key, (_, data) in expected.items()})
     tar = imagenet_tar(tmp_path / "ILSVRC2012_img_train.tar", expected)
-    sources = [SOURCES["imagenet"](str(path), FIELD) for path in (folder, tar)]
+    sources = [source_of("imagenet", path) for path in (folder, tar)]
     for source in sources:
         check(source, expected)
         assert source.class_names[:2] == NAMES
@@ -64,7 +63,7 @@ def test_imagenets_parquet_has_the_standard_indices_and_names(tmp_path: Path, pi
     for number in range(2):
         share = slice(3 * number, 3 * number + 3)
         write_parquet(tmp_path / f"data/train-0000{number}-of-00002.parquet", pictures[share], labels[share], names)
-    source = SOURCES["imagenet"](str(tmp_path / "data"), FIELD)
+    source = source_of("imagenet", tmp_path / "data")
     keys = [f"train-0000{number // 3}-of-00002.parquet/00000{number % 3}" for number in range(6)]
     assert [(entry.key, entry.label) for entry in source.entries] == list(zip(keys, labels, strict=True))
     for each in (source, pickle.loads(pickle.dumps(source))):  # noqa: S301 - made a moment ago
@@ -76,11 +75,11 @@ def test_imagenets_parquet_has_the_standard_indices_and_names(tmp_path: Path, pi
 
 def test_a_parquet_data_set_has_its_own_class_names(tmp_path: Path, pictures: list[bytes]) -> None:
     write_parquet(tmp_path / "train.parquet", pictures, [number % 2 for number in range(12)], ["cat", "dog"])
-    source = SOURCES["parquet"](str(tmp_path / "train.parquet"), FIELD)
+    source = source_of("parquet", tmp_path / "train.parquet")
     assert source.class_names == ["cat", "dog"]
     assert all(source.open(entry) == pictures[number] for number, entry in enumerate(source.entries))
     with pytest.raises(UserError, match=r"has 2 classes, ImageNet-1k has 1000; set data\.source=parquet"):
-        SOURCES["imagenet"](str(tmp_path / "train.parquet"), FIELD)
+        source_of("imagenet", tmp_path / "train.parquet")
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary"])
@@ -90,7 +89,7 @@ def test_a_parquet_column_may_be_of_the_bytes_themselves(tmp_path: Path, picture
 
     table = pyarrow.table({"image": pyarrow.array(pictures, kind), "label": [0] * 12})
     parquet.write_table(table, tmp_path / "x.parquet")
-    source = SOURCES["parquet"](str(tmp_path / "x.parquet"), FIELD)
+    source = source_of("parquet", tmp_path / "x.parquet")
     assert [source.open(entry) for entry in source.entries] == pictures
 
 
@@ -114,9 +113,10 @@ def test_faces_are_one_class_in_a_tree_flat_or_in_a_zip(
     else:
         method = zipfile.ZIP_STORED if form == "stored zip" else zipfile.ZIP_DEFLATED
         path = write_zip(tmp_path / "faces.zip", {**extra, **files}, method)
-    source = SOURCES[layout.partition("-")[0]](str(path), FIELD)
+    source = source_of(layout.partition("-")[0], path)
     check(source, {key: (0, data) for key, data in files.items()})
-    assert (source.class_names, source.left_out) == (["face"], {"no picture: .txt": 1})
+    assert (source.class_names, source.left_out["no picture: .txt"]) == (["face"], 1)
+    assert source.left_out["hidden"] == (form != "folder")
 
 
 @pytest.mark.parametrize("form", ["lmdb", "mdb", "folder", "zip"])
@@ -130,10 +130,9 @@ def test_lsun_is_one_class_named_as_its_category(tmp_path: Path, form: str) -> N
         files = {f"{name}.webp": data for name, data in files.items()}
         folder = tmp_path / "church_outdoor_train"
         path = write_folder(folder, files) if form == "folder" else write_zip(folder.with_suffix(".zip"), files)
-    source = SOURCES["lsun"](str(path), FIELD)
+    source = source_of("lsun", path)
     check(source, {key: (0, data) for key, data in files.items()})
-    if form != "mdb":
-        assert source.class_names == ["church_outdoor_train"]
+    assert source.class_names == ["church_outdoor_train"]
 
 
 def test_a_folder_of_classes_is_the_same_list_in_a_zip(tmp_path: Path, pictures: list[bytes]) -> None:
@@ -143,7 +142,7 @@ def test_a_folder_of_classes_is_the_same_list_in_a_zip(tmp_path: Path, pictures:
     }
     files = {key: data for key, (_, data) in expected.items()}
     sources = [
-        SOURCES["folder"](str(path), FIELD)
+        source_of("folder", path)
         for path in (write_folder(tmp_path / "pictures", files), write_zip(tmp_path / "pictures.zip", files))
     ]
     for source in sources:
@@ -162,7 +161,7 @@ def test_a_webdataset_is_labelled_by_its_cls_members(tmp_path: Path, pictures: l
             if not pattern or "{" in pattern or shard == 0:
                 expected[f"train-00000{shard}.tar/{key}.jpg"] = (label, data)
         (tmp_path / f"train-00000{shard}.tar").write_bytes(tar_bytes(files))
-    source = SOURCES["webdataset"](str(tmp_path / pattern), FIELD)
+    source = source_of("webdataset", tmp_path / pattern)
     assert {entry.key: (entry.label, source.open(entry)) for entry in source.entries} == expected
     assert [entry.key for entry in source.entries] == list(expected)
     assert source.class_names == ["0", "1", "2", "3"] if len(expected) > 3 else source.class_names[0] == "0"

@@ -114,7 +114,7 @@ def test_a_recipe_without_the_section_is_refused() -> None:
 
 
 def test_the_four_classes_are_composed_and_readable_as_a_source(tmp_path: Path) -> None:
-    from preprocess.sources import FolderSource
+    from tests.photographs import source_of
 
     compose(
         Recipe(
@@ -123,7 +123,7 @@ def test_the_four_classes_are_composed_and_readable_as_a_source(tmp_path: Path) 
             data=Data(images=str(tmp_path / "images"), held_out=None, resolution=16),
         )
     )
-    source = FolderSource(tmp_path / "images")
+    source = source_of("folder", tmp_path / "images")
     assert source.class_names == sorted(CLASSES)
-    assert (len(source.entries), source.left_out.total()) == (8, 0)
+    assert (len(source.entries), source.left_out) == (8, {"hidden": 1})
     assert np.asarray(Image.open(tmp_path / "images" / source.entries[0].key)).shape == (16, 16, 3)

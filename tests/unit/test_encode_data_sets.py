@@ -169,7 +169,7 @@ def test_other_precisions_are_near_to_fp32(tiny_vae: Path, precision: str, toler
 
 def test_a_kind_of_autoencoder_that_is_not_read_is_named(tmp_path: Path, tiny_vae: Path) -> None:
     folder = write_folder(tmp_path / "vae", {path.name: path.read_bytes() for path in tiny_vae.iterdir()})
-    config = (folder / "config.json").read_text().replace("AutoencoderKL", "AutoencoderDC")
+    config = (folder / "config.json").read_text().replace("AutoencoderKL", "AutoencoderOobleck")
     (folder / "config.json").write_text(config)
     Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
     recipe = Recipe(
@@ -178,5 +178,5 @@ def test_a_kind_of_autoencoder_that_is_not_read_is_named(tmp_path: Path, tiny_va
         vae=VAE(path=str(folder), downsampling=4),
         model=Model(num_classes=1),
     )
-    with pytest.raises(UserError, match=r"vae\.path: .* is an AutoencoderDC; .*KL and .*Tiny are read"):
+    with pytest.raises(UserError, match=r"vae\.path: .* is an AutoencoderOobleck; .*KL, .*Tiny and .*DC can be read"):
         plan(recipe)

@@ -19,9 +19,9 @@ from common.errors import UserError
 from common.files import alone_in
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
+from preprocess.decoding import _end_with
 from preprocess.encode_latents import encode, encode_in_jobs
 from preprocess.encoding import encode_part, merge, resolve
-from preprocess.pictures import _end_with
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 from tests.photographs import photographs, write_folder
 
@@ -101,7 +101,7 @@ def test_a_decoding_process_whose_parent_was_killed_at_once_ends() -> None:
     """It would else stay for ever: it was born with another parent than the one that is gone."""
     context = multiprocessing.get_context("fork")
     for parent, status in ((os.getpid(), 0), (os.getpid() + 1, 1)):
-        process = context.Process(target=_end_with, args=(parent, 0))
+        process = context.Process(target=_end_with, args=(parent,))
         process.start()
         process.join(30)
         assert process.exitcode == status

@@ -45,6 +45,15 @@ def test_the_generated_settings_add_up() -> None:
             "has zero_optimization.offload_optimizer.dev",
         ),
         ({"zero_optimization": 2}, "has zero_optimization 2; DeepSpeed takes an object there"),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            "has zero_optimization.offload_optimizer 'cpu'; DeepSpeed",
+        ),
+        ({"zero_optimization": {"reduce_bucket": 5}}, "DeepSpeed does not take .*reduce_bucket Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "DeepSpeed does not take .*reduce_bucket_size"),
+        ({"elasticity": {"enabled": True}}, "DeepSpeed does not take .*removed"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "has tensor_parallel .*; ranks share the batch, not the network"),
+        ({"fp16": {"enabled": "true"}}, "has fp16.enabled 'true', the recipe and the ranks make it False"),
         ([1, 2], "holds no JSON object"),
     ],
 )
@@ -55,6 +64,48 @@ def test_a_users_own_settings_that_contradict_the_recipe_are_refused(
     path.write_text(json.dumps(given))
     with pytest.raises(UserError, match=expected):
         deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [('{"a": 1,}', "not readable as JSON"), ("// c", "not readable as JSON"), ("", "not readable as JSON"),
+     ('{"bf16": {}, "bf16": {}}', r"\(bf16 stands twice\)"), ("[" * 100_000, "not readable as JSON")],
+)  # fmt: skip
+def test_a_file_that_is_no_json_is_told_and_not_to_be_deleted(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected) as raised:
+        deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    assert "delete" not in str(raised.value)
+
+
+def test_settings_as_they_are_published_for_another_trainer_are_taken(tmp_path: Path) -> None:
+    """All but optimizer and scheduler, which are refused by name: "auto" stands for what the recipe says."""
+    path = tmp_path / "own.json"
+    own = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "auto_cast": "auto"},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": "auto",
+            "offload_optimizer": None,
+            "overlap_comm": True,
+            "reduce_bucket_size": "auto",
+            "allgather_bucket_size": 2e8,
+            "stage3_prefetch_bucket_size": "auto",
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
+    }
+    path.write_text(json.dumps(own))
+    made = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    assert "auto" not in json.dumps(made).replace("auto_cast", "")
+    assert made["zero_optimization"]["stage"] == 2
+    assert made["zero_optimization"]["allgather_bucket_size"] == 2e8
+    assert made["fp16"] == {"enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2}
+    assert (made["gradient_accumulation_steps"], made["gradient_clipping"]) == (4, 1.0)
 
 
 def test_a_users_own_settings_replace_the_generated_ones(tmp_path: Path) -> None:
@@ -68,10 +119,17 @@ def test_a_users_own_settings_replace_the_generated_ones(tmp_path: Path) -> None
     assert made["train_micro_batch_size_per_gpu"] == 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds without a GPU")
-def test_fp16_without_a_gpu_is_refused() -> None:
+@pytest.mark.parametrize("can", [True, False])
+def test_fp16_without_a_gpu_is_refused_whatever_the_cpu_can(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: can)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
         deepspeed_config(recipe_with("train.precision=fp16"), 2)
+    assert deepspeed_config(recipe_with("train.precision=fp16"), 2, on_gpu=True)["fp16"] == {"enabled": True}
+    auto = recipe_with("train.precision=auto")
+    assert [deepspeed_config(auto, 2, on_gpu)["bf16"]["enabled"] for on_gpu in (True, False, None)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from common.recipe import VAE, Data, Model, Recipe
 from preprocess.encode_latents import encode
 from preprocess.images import Rejected
 from preprocess.shards import LatentShards, verify
-from preprocess.sources import SOURCES
-from tests.photographs import photographs, write_folder, write_parquet, write_zip
+from tests.photographs import photographs, source_of, write_folder, write_parquet, write_zip
 from tests.planted import ACCEPTED_PICTURES, JPEG, REJECTED_PICTURES
 
 NAMES = (b"caf\xe9.jpg", b"two\nlines.jpg", b"\x1b[2J.jpg")  # Latin-1, a line's end, a terminal's command
@@ -129,7 +128,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a parquet with a label of 60 bits": (
         lambda f: parquet_of_a_label(f / "x.parquet"),
         "parquet",
-        "row 1, has the label 1152921504606846976",
+        "x.parquet/000001 has the label 1152921504606846976",
     ),
     "a parquet with metadata that are no JSON": (
         lambda f: parquet_of_other_metadata(f / "x.parquet"),
@@ -139,7 +138,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a parquet of names in place of pictures": (
         lambda f: parquet_of_names(f / "x.parquet"),
         "parquet",
-        "column 'image' is of string, encoded pictures are read",
+        "column 'image' is of string, encoded images are read",
     ),
 }
 
@@ -148,7 +147,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
 def test_numbers_that_lie_are_refused_before_memory_is_taken_for_them(case: str, tmp_path: Path) -> None:
     make, source, reason = HOSTILE[case]
     with pytest.raises(UserError, match=reason) as found:
-        SOURCES[source](str(make(tmp_path)), "data.images")
+        source_of(source, make(tmp_path))
     assert "\n" not in str(found.value)
 
 
@@ -158,7 +157,7 @@ def test_damage_anywhere_in_a_parquet_file_is_told_on_one_line(tmp_path: Path) -
     for position in range(len(data) - 600, len(data), 20):  # metadata, where all else is described
         path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
         try:
-            source = SOURCES["parquet"](str(path), "data.images")
+            source = source_of("parquet", path)
             for entry in source.entries:
                 source.open(entry)
         except (UserError, Rejected) as error:
@@ -186,9 +185,9 @@ def test_pictures_and_folders_without_permission_are_named() -> None:
         for path in (images, images / "a", images / "b"):
             path.chmod(0o755)
         (images / "a/0.jpg").chmod(0)
-        source = SOURCES["folder"](name, "data.images")
+        source = source_of("folder", name)
         with as_nobody(), pytest.raises(Rejected, match="cannot be opened: Permission denied"):
             source.open(source.entries[0])
         (images / "b").chmod(0)
-        with as_nobody(), pytest.raises(UserError, match=r"/b cannot be listed; make it readable or remove it"):
-            SOURCES["folder"](name, "data.images")
+        with as_nobody(), pytest.raises(UserError, match=r"/b cannot be listed: Permission denied; make it readable"):
+            source_of("folder", name)

@@ -13,7 +13,7 @@ from PIL import Image
 from preprocess.images import CROPS, Rejected, decode, to_tensor, to_uint8
 from preprocess.pictures import Pictures
 from preprocess.shards import Rejection
-from preprocess.sources import FolderSource
+from tests.photographs import source_of
 
 RESOLUTION = 16
 
@@ -119,7 +119,7 @@ def test_every_crop_gives_a_square_of_the_resolution(rule: str, size: tuple[int,
 def test_a_strip_that_would_be_resized_to_a_bomb_is_rejected_by_name(tmp_path: Path) -> None:
     Image.new("RGB", (1, 40_000)).save(tmp_path / "strip.png")  # 256 x 10,240,000 on the way to 256 x 256
     noise(8, 9).save(tmp_path / "whole.png")
-    pictures = Pictures(FolderSource(tmp_path), "center", 256)
+    pictures = Pictures(source_of("folder", tmp_path), "center", 256)
     loaded = pictures[[0, 1]]
     assert loaded.rejected == [
         Rejection("strip.png", "1 x 40000 pixels: too long a strip to be resized to 256"),

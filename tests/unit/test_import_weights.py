@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 from common.command import guarded
 from common.loading import dump_recipe
@@ -37,6 +38,24 @@ def test_imported_weights_draw_the_same_pictures(command, tiny_recipe: Recipe) -
     assert command("name=imported") == 0
     expected, found = (load_samples(samples.generate(recipe, "latest"), 10) for recipe in (tiny_recipe, imported))
     assert all((one == other).all() for one, other in zip(expected, found, strict=True))
+
+
+def test_a_network_of_diffusers_is_imported_and_sampled_as_any_other(
+    command, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of its blocks embeds the timestep by itself, which no recipe can say: the weights' folder does."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=4, num_embeds_ada_norm=3
+    )
+    model.save_pretrained(tmp_path / "dit")
+    options = ("name=dit", "model.kind=dit", "model.depth=2")
+    assert command(*options, checkpoint=tmp_path / "dit") == 0
+    assert "computed as diffusers computes it; next: " in capsys.readouterr().out
+    recipe = replace(tiny_recipe, name="dit", model=replace(tiny_recipe.model, kind="dit", depth=2))
+    imported = load_pretrained(weights_folder(recipe, recipe.train.total_samples))
+    assert imported.config.self_conditioned
+    images, _ = load_samples(samples.generate(recipe, "latest"), 10)
+    assert images.shape == (10, 16, 16, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """A process finds out who it is under every launcher, and a job is asked for what its recipe says."""
 
 import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,10 +57,11 @@ def test_every_launcher_tells_rank_and_world_size(
     assert tuple(exported(given, monkeypatch)[name] for name in names) == expected
 
 
-def exported(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def exported(given: dict[str, str], monkeypatch: pytest.MonkeyPatch, terminal: bool = False) -> dict[str, str]:
     """The environment after `export_environment`, of a process that is launched with `given`."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     with monkeypatch.context() as patch:
+        patch.setattr(ranks, "has_terminal", lambda: terminal)
         patch.setattr(
             os, "environ", {name: value for name, value in os.environ.items() if name not in launcher} | given
         )
@@ -76,6 +80,49 @@ def test_the_tasks_of_a_step_meet_on_its_first_node_at_a_port_of_their_own(monke
     assert all(10_000 <= int(port) < 20_000 for port in ports)
     assert exported(given | {"MASTER_PORT": "4000"}, monkeypatch)["MASTER_PORT"] == "4000"
     assert exported(given | {"SLURM_STEP_NUM_NODES": "1"}, monkeypatch)["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_an_interactive_shell_of_a_step_is_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`srun --ntasks=8 --pty bash` gives its shell the variables of the first of eight tasks, and a terminal."""
+    given = LAUNCHERS["srun"][0] | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    found = exported(given, monkeypatch, terminal=True)
+    assert [found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "1", "0", "1"]
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+    assert capsys.readouterr().err == "note: one process, in an interactive shell of a step of 8 tasks\n"
+    torchrun = LAUNCHERS["torchrun"][0]
+    assert exported(given | torchrun, monkeypatch, terminal=True)["WORLD_SIZE"] == "4"  # in such a shell
+
+
+def test_a_terminal_is_told_from_none() -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os._exit(0 if ranks.has_terminal() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
+    code = "import sys; from common.ranks import has_terminal; sys.exit(has_terminal())"
+    assert subprocess.run([sys.executable, "-c", code], start_new_session=True, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size"), [("0", None), ("0", ""), ("x", "2"), ("2", "2"), ("-1", "4"), ("0", "0")]
+)
+def test_variables_that_are_no_rank_are_refused(
+    rank: str, world_size: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"RANK": rank} | ({} if world_size is None else {"WORLD_SIZE": world_size})
+    if world_size is None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=f"^RANK, WORLD_SIZE: found '{rank}' and '{world_size or ''}'"):
+        exported(given, monkeypatch)
+
+
+def test_one_rank_needs_no_other_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put before a command in a shell whose variables name more."""
+    found = exported(LAUNCHERS["srun"][0] | {"RANK": "0", "WORLD_SIZE": "1"}, monkeypatch)
+    assert (found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "127.0.0.1")
+    assert int(found["MASTER_PORT"])
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_was_given() -> None:

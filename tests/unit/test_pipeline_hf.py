@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers.models import AutoencoderKL, AutoencoderTiny
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from common.recipe import Recipe
 from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
@@ -29,16 +29,49 @@ def test_the_pipeline_draws_the_same_pictures_as_the_command(tiny_recipe: Recipe
     assert (pictures == images[3:7]).mean() > 0.99
 
 
-def test_a_run_of_a_tiny_autoencoder_is_exported_too(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def tiny() -> AutoencoderTiny:
     channels = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
-    blocks = {"num_encoder_blocks": (1,) * 3, "num_decoder_blocks": (1,) * 3}
-    AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "taesd")
-    recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "taesd")))
+    return AutoencoderTiny(**channels, num_encoder_blocks=(1,) * 3, num_decoder_blocks=(1,) * 3)
+
+
+def deep() -> AutoencoderDC:
+    channels = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
+    layers = {"encoder_layers_per_block": (1,) * 3, "decoder_layers_per_block": (1,) * 3}
+    kinds = {"encoder_block_types": ("ResBlock",) * 3, "decoder_block_types": ("ResBlock",) * 3}
+    scales = {"encoder_qkv_multiscales": ((),) * 3, "decoder_qkv_multiscales": ((),) * 3}
+    return AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **channels, **layers, **kinds, **scales)
+
+
+@pytest.mark.parametrize("autoencoder", [tiny, deep])
+def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recipe, tmp_path: Path, autoencoder) -> None:
+    autoencoder().save_pretrained(tmp_path / "vae")
+    recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "vae")))
     images, labels = load_samples(samples.generate(recipe, "latest"), 10)
     export.export(recipe)
     found = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
     pictures = np.stack([np.asarray(image) for image in found.images])
     assert np.abs(pictures.astype(int) - images).max() <= 1
+
+
+def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_after_an_export(
+    tiny_recipe: Recipe,
+) -> None:
+    config = weights_folder(tiny_recipe, 64) / "config.json"
+    stated = json.loads(config.read_text())
+    stated["extra"]["label_dropout"] = 0
+    config.write_text(json.dumps(stated))
+    export.export(tiny_recipe)
+    loaded = FPDMPipeline.from_pretrained(export.folder_of(tiny_recipe))
+    with pytest.raises(ValueError, match=r"guidance_scale: 1\.5, but .* never saw the null label"):
+        loaded([0], num_inference_steps=2, iterations=1, guidance_scale=1.5)
+    assert loaded([0], num_inference_steps=2, iterations=1).images
+
+
+def test_an_autoencoder_that_scales_by_channel_is_refused(tiny_recipe: Recipe) -> None:
+    transformer = FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64))
+    vae = AutoencoderKL.from_pretrained(tiny_recipe.vae.path, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(ValueError, match="vae: scales each channel by itself"):
+        FPDMPipeline(transformer, vae)
 
 
 def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:

@@ -14,6 +14,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("name: a\ndata: {label_field: cls}", "data.label_field: is of webdataset, parquet, imagenet, and"),
+        (
+            "name: a\ndata: {source: ffhq, image_field: jpg}",
+            "data.image_field: is of webdataset, parquet, imagenet, and data.source is ffhq",
+        ),
+        (
+            "name: a\ndata: {source: parquet, follow_links: true}",
+            "data.follow_links: is of images in folders, and data.source is parquet",
+        ),
         ("name: a\ntrain: {batch_szie: 4}", "train.batch_szie: unknown key; did you mean batch_size?"),
         ("name: a\nfoo: 1", "foo: unknown key; allowed: data, demo, "),
         ("name: a\ntrain: {batch_size: 64.5}", "train.batch_size: should be a valid integer; found 64.5"),
@@ -54,6 +63,7 @@ ROOT = Path(__file__).parents[2]
             "name: a\nobjective: {schedule: flow, prediction: flow, zero_terminal_snr: false, learned_variance: false}",
             "sample.sampler: 'ddpm' does not fit prediction 'flow'",
         ),
+        ("name: a\ntrain: {label_dropout: 1}", "train.label_dropout: should be less than 1"),
         ("- a list", "holds list, a recipe is a mapping"),
         ("a: [", "not readable as YAML"),
     ],
@@ -90,6 +100,35 @@ def test_overrides_replace_single_fields_in_order() -> None:
 def test_a_wrong_override_is_explained(override: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         parse_recipe("name: a", [override])
+
+
+NULL_LABEL = "guidance_scale: {} with train.label_dropout 0, whose network never sees the null label"
+ONE_CLASS = "guidance_scale: {} with model.num_classes 1: a single class says no more than the null label"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.label_dropout=0", "sample.guidance_scale=4"), f"sample.{NULL_LABEL.format(4)}"),
+        (("train.label_dropout=0.0", "sample.guidance_scale=0"), f"sample.{NULL_LABEL.format(0)}"),
+        (("train.label_dropout=0", "sweep.guidance_scale=[1, 1.5]"), f"sweep.{NULL_LABEL.format(1.5)}"),
+        (("model.num_classes=1", "sample.guidance_scale=2"), f"sample.{ONE_CLASS.format(2)}"),
+        (("model.num_classes=1", "sweep.guidance_scale=[3]"), f"sweep.{ONE_CLASS.format(3)}"),
+        (
+            ("sample.guidance_scale=2", "sample.guidance_interval=[0.5, 0.5]"),
+            "sample.guidance_interval: [0.5, 0.5] holds none of the 28 steps",
+        ),
+    ],
+)
+def test_guidance_that_the_network_cannot_give_is_refused(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_recipe("name: a", overrides)
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize("others", [("model.num_classes=1",), ("train.label_dropout=0",), ("sample.guidance_scale=2",)])
+def test_guidance_is_refused_for_nothing_else(others: tuple[str, ...]) -> None:
+    assert parse_recipe("name: a", others)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -191,6 +191,24 @@ def test_defect_c7_weights_of_another_network_are_refused(recipe: Recipe) -> Non
         samples.generate(other, "latest")
 
 
+def test_guidance_of_weights_that_never_saw_the_null_label_is_refused(recipe: Recipe) -> None:
+    """Whatever the recipe says now of how they were trained."""
+    weights = load_pretrained(weights_folder(recipe, 64)).state_dict()
+    weights.pop("pos_embed")
+    blind = replace(recipe, name="blind", train=replace(recipe.train, label_dropout=0.0))
+    export_weights(blind, weights, 64)
+    asked = changed(replace(recipe, name="blind"), guidance_scale=4.0)
+    with pytest.raises(UserError, match=r"sample\.guidance_scale: 4, but .* was trained with label_dropout 0"):
+        samples.sample_set(asked, "latest")
+    assert samples.sample_set(changed(asked, guidance_scale=1.0), "latest").samples_seen == 64
+    assert samples.sample_set(changed(recipe, guidance_scale=4.0), "latest").samples_seen == 64
+    # An average that is made later, by a recipe that no longer says it.
+    run = {"train.label_dropout": 0.0}
+    export_weights(replace(recipe, name="later"), weights, 64, run)
+    with pytest.raises(UserError, match="was trained with label_dropout 0"):
+        samples.sample_set(changed(replace(recipe, name="later"), guidance_scale=4.0), "latest")
+
+
 def test_cut_weights_are_named(recipe: Recipe) -> None:
     folder = weights_folder(recipe, 64)
     path = folder / WEIGHTS_NAME

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -367,6 +368,12 @@ def test_verify_lists_every_fault_there_is(folder: Path) -> None:
     ]
     assert ["sample 11" in faults[1], "sample 16" in faults[2]] == [True, True]
     assert list(verify(folder, processes=2)) == faults
+
+
+def test_verify_tells_that_one_of_its_processes_was_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preprocess.shards.verification._sample_faults", lambda _: os.kill(os.getpid(), 9))
+    with pytest.raises(UserError, match=r"one of 2 processes that prove it was killed.*smaller --processes"):
+        list(verify(folder, processes=2))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The site file: every fault is one line that names file and field; nothing of it is needed."""
 
+import re
 import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from common.jobs import Job
 from common.recipe import Recipe
+from slurm.cluster import Resources, executor, submission_script
 from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,16 @@ def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.Monkey
             "sbatch: {output: x}",
             "sbatch: output is not the site's to say: the recipe's launch section does",
         ),
+        ("sbatch: {wrap: 'true'}", "sbatch: wrap is not the site's to say"),
+        ("sbatch: {parsable: true}", "sbatch: parsable is not the site's to say"),
+        ("sbatch: {cpus-per-task: 4}", "sbatch: cpus-per-task is not the site's to say"),
+        ("sbatch: {outp: x}", "sbatch: outp is the beginning of output; write options of sbatch in full"),
+        ("sbatch: {o: x}", "sbatch: o is the beginning of open-mode"),
+        ("sbatch: {ntasks-per: 2}", "sbatch: ntasks-per is the beginning of ntasks-per-node"),
+        ("sbatch: {gre: 'gpu:8'}", "sbatch: gre is the beginning of gres"),
+        ("sbatch: {gpus-per-n: 8}", "sbatch: gpus-per-n is the beginning of gpus-per-node"),
+        ("sbatch: {part: gpu}", "sbatch: part is the beginning of partition"),
+        ("setup: ['#SBATCH --gres=gpu:8']", "setup: a line that sbatch reads as options"),
         ("sbatch: {'a b': x}", "sbatch: String should match pattern"),
         ("- gpu", "site: Input should be a dictionary or an instance of Site"),
         ("a: [", "not readable as YAML"),
@@ -58,6 +71,35 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
 def test_the_sites_options_take_the_place_of_ours() -> None:
     options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5}))
     assert options == {"requeue": True, "gpus_per_node": "a100:8", "nice": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "--gpus-per-node=2"),
+        ({"gres": "gpu:a100:8"}, "--gres=gpu:a100:8"),
+        ({"gres": "lscratch:100,gpu:2"}, "--gres=lscratch:100,gpu:2"),
+        ({"gres": "mps:50"}, "--gres=mps:50"),
+        ({"gpus-per-node": "a100:8"}, "--gpus-per-node=a100:8"),
+        ({"gpus-per-task": 1}, "--gpus-per-task=1"),
+        ({"gpus-per-socket": "2"}, "--gpus-per-socket=2"),
+        ({"gpus": 4}, "--gpus=4"),
+        ({"tres-per-task": "gres/gpu:h100:1"}, "--tres-per-task=gres/gpu:h100:1"),
+        ({"gres": "lscratch:100", "gpu-bind": "closest"}, "--gpus-per-node=2"),
+        ({"gres": False}, "--gpus-per-node=2"),
+    ],
+)
+def test_a_job_asks_for_gpus_in_one_way_and_the_sites_comes_first(
+    options: dict[str, object], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"sbatch": options}))
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    resources = Resources(processes=2, gpus_per_process=1)
+    script = submission_script(executor("slurm", tmp_path, "name", resources, submits=False))
+    asked = [
+        line.removeprefix("#SBATCH ") for line in script.splitlines() if re.search("(gpus|gres|tres-)[^ ]*=", line)
+    ]
+    assert [line for line in asked if not re.match("--gres=lscratch:100$", line)] == [expected]
 
 
 def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Which files a path means: those of one split of a data set, and never two splits or configurations merged."""
+
+import glob
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import UserError
+from preprocess.sources.entries import kind_of
+
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of an address; no plain path that is meant begins so
+NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)-of-(\d+)(?:-[0-9a-f]+)?")  # name, part and parts, as the hub names files
+SPLITS = {  # as the hub tells them, between anything but letters
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+UNFINISHED = "gz|bz2|xz|zst|lz4|part|partial|incomplete|crdownload|aria2|tmp"
+PACKED_TARS = r"|.*\.(tgz|tbz2?|txz)"
+MAX_FILES = 1_000_000
+
+
+def data_files(path: str, field: str, suffix: str) -> tuple[list[Path], Counter[str]]:
+    """The files of `suffix` that `path` means, in order, and how many others lie in the folder, by reason.
+
+    A folder means all that are below it, a pattern all that it matches (`*`, `**`), and they must be of one split and
+    one configuration, with no part missing; braces (`{train,extra}-*.tar`, `x-{000..146}.tar`) list what is meant
+    together, each alternative on its own.
+
+    Raises UserError for addresses, what is not there, packed or unfinished files, and for sets that must not merge.
+    """
+    left_out = Counter[str]()
+    if SCHEME.match(path):
+        raise UserError(f"{field}: {path} begins with a scheme; only plain paths are read: download it first")
+    if os.path.isdir(path):
+        files = sorted(_below(Path(path), suffix, field, left_out))
+        _check_one_set(files, field, path)
+    elif os.path.isfile(path):
+        files = [Path(path)]
+    else:
+        files = [file for pattern in _alternatives(path, field) for file in _matching(pattern, field, suffix, left_out)]
+    if not files:
+        there = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(3))
+        raise UserError(f"{field}: {path} holds no {suffix}{f' ({there})' if there else ''}; name where they are")
+    twice = next((file for file, count in Counter(files).items() if count > 1), None)
+    if twice:
+        raise UserError(f"{field}: {path} names {twice} twice; name each file once")
+    return files, left_out
+
+
+def common_folder(files: list[Path]) -> Path:
+    """The deepest folder that all of them are in."""
+    return Path(os.path.commonpath([file.absolute().parent for file in files]))
+
+
+def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{field}: {error.filename} cannot be listed: {error.strerror}; make it readable")
+
+    unfinished = re.compile(rf".*{re.escape(suffix)}\.({UNFINISHED}){PACKED_TARS if suffix == '.tar' else ''}", re.I)
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        link = next((name for name in folders if os.path.islink(os.path.join(parent, name))), None)
+        if link:
+            raise UserError(f"{field}: {parent}/{link} is a symbolic link to a folder; name that folder")
+        for name in names:
+            below = (Path(parent) / name).relative_to(folder)
+            if unfinished.fullmatch(name) and not kind_of(str(below)) == "hidden":
+                raise UserError(f"{field}: {parent}/{name} is packed or unfinished, no {suffix}; unpack or remove it")
+            if name.lower().endswith(suffix) and kind_of(str(below)) != "hidden":
+                yield Path(parent) / name
+            else:
+                left_out[kind_of(str(below))] += 1
+
+
+def _alternatives(path: str, field: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_FILES:
+        raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
+    try:
+        return list(braceexpand(path))
+    except ValueError:
+        raise UserError(f"{field}: {path} has unbalanced braces; close them") from None
+
+
+def _matching(pattern: str, field: str, suffix: str, left_out: Counter[str]) -> list[Path]:
+    if os.path.isfile(pattern):
+        return [Path(pattern)]
+    matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
+    files = [file for file in matches if file.suffix.lower() == suffix]
+    left_out.update(kind_of(file.name) for file in matches if file.suffix.lower() != suffix)
+    if not files:
+        raise UserError(f"{field}: {pattern} is not there or holds no {suffix}; name files that are")
+    _check_one_set(files, field, pattern)
+    return files
+
+
+def _check_one_set(files: list[Path], field: str, path: str) -> None:
+    """Refuses files of several splits or configurations, and splits that lack parts by their names."""
+    sets: dict[tuple[str, ...], list[Path]] = {}
+    root = common_folder(files) if files else Path()
+    for file in files:
+        sets.setdefault(_set_of(file.absolute().relative_to(root)), []).append(file)
+    if len(sets) > 1:
+        patterns = {key: _pattern(members[0]) for key, members in sets.items()}
+        _, chosen = min(("train" not in key, pattern) for key, pattern in patterns.items())
+        shown = ", ".join(os.path.relpath(pattern, root) for pattern in list(patterns.values())[:5])
+        shown += ", ..." if len(patterns) > 5 else ""
+        raise UserError(
+            f"{field}: {path} holds {len(sets)} sets of files that must not merge unnoticed, splits or configurations: "
+            f"{shown}; list in braces what is meant together, or name one, as {chosen}"
+        )
+    numbered = [match for file in files if (match := NUMBERED.fullmatch(file.stem))]
+    counts = Counter(int(match[2]) for match in numbered)
+    wanted = range(min(int(numbered[0][3]), MAX_FILES)) if numbered else range(0)
+    wrong = next((number for number in sorted({*wanted, *counts}) if counts[number] != 1), None)
+    if wrong is not None:
+        raise UserError(
+            f"{field}: {path} has {counts[wrong]} files of part {wrong} of {numbered[0][3]}, and each should be there "
+            "once; get what is missing, or list in braces the files that are meant"
+        )
+
+
+def _set_of(file: Path) -> tuple[str, ...]:
+    """What the files of one set have in common: their folder, the split, and its number of parts."""
+    folder = str(file.parent)
+    numbered = NUMBERED.fullmatch(file.stem)
+    if numbered:
+        return folder, numbered[1], numbered[3]
+    words = (split for split, names in SPLITS.items() if re.search(rf"(?<![a-z])({names})(?![a-z])", file.stem, re.I))
+    return folder, "+".join(words)
+
+
+def _pattern(file: Path) -> Path:
+    """A pattern for the files of this one's set."""
+    stem = re.sub(r"\d+(-of-\d+)-[0-9a-f]+$", r"*\1*", file.stem)  # with the hub's older fingerprint
+    return file.with_name(re.sub(r"\d+(-of-\d+)?$", r"*\1", stem) + file.suffix)

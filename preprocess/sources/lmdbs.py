@@ -1,0 +1,155 @@
+"""LMDBs of encoded images, read where they lie: LSUN's own (WebP under hashes), and those with numbers for keys."""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from preprocess.images import Rejected
+from preprocess.sources.entries import Entries, Entry
+from preprocess.sources.folders import list_folder
+
+DATA = "data.mdb"
+NO_IMAGES = frozenset({b"length", b"num-samples", b"__len__", b"__keys__", b"__meta__", b"meta", b"metadata"})  # keys
+OF_A_SIDE = re.compile(rb"(\d{2,4})-\d{5,}")  # a key of StyleGAN2's: 256-00000
+STARTS = re.compile(rb"\xff\xd8|\x89PNG|GIF8|BM|II\*\0|MM\0\*|P[4-6]\s|\x93NUMPY|RIFF....WEBP", re.S)  # of images
+PICKLED = re.compile(rb"\x80[\2-\5]")
+LOOKED_AT = 8  # first values; all of them are read only when they are decoded
+NAMED_DATABASE = 48  # bytes of its record, which is a value of the main database
+
+
+class LmdbSource:
+    """The images in an LMDB as one class, named as its folder, in the order of keys.
+
+    Left out are values that are no images by their keys (`length`) and, of keys that begin with several resolutions
+    (`256-00000`), all but the largest. Raises UserError where the database is empty, damaged or cut off (reading past
+    its end would end the process), holds named databases, or its first values are no encoded images.
+    """
+
+    def __init__(self, file: Path, field: str, *, follow_links: bool = False) -> None:
+        self.file, self.field, self.left_out = file, field, Counter[str]()
+        named_as = file.resolve()
+        if file.name == DATA:
+            beside = list_folder(file.parent, field, follow_links=follow_links).root
+            self.left_out = beside.reasons() + Counter({"beside the LMDB, which is read": beside.count()})
+            self.left_out.subtract([f"no picture: {file.suffix}"])  # itself
+            self.left_out = +self.left_out
+            named_as = named_as.parent
+        self.class_names = [re.sub(r"(\.lmdb|\.mdb|_lmdb)$", "", named_as.name)]
+        self._check_size()
+        self.entries = Entries(self._entries())
+        if not len(self.entries):
+            raise UserError(f"{field}: {file} is an LMDB without images; name another")
+
+    def open(self, entry: Entry) -> bytes:
+        import lmdb
+
+        try:
+            with self._environment().begin() as transaction:
+                value = transaction.get(entry.key.encode(errors="surrogateescape"))
+        except lmdb.Error as error:
+            raise Rejected(f"cannot be read: {error}") from None
+        if value is None:
+            raise Rejected("no longer in its LMDB")
+        return value
+
+    def _entries(self) -> Iterator[Entry]:
+        import lmdb
+
+        try:
+            with self._environment().begin(buffers=True) as transaction:  # buffers: values are not read
+                self._check_values(transaction)
+                side = self._largest_side(transaction)
+                previous = None
+                for key, value in transaction.cursor():
+                    name = bytes(key)
+                    if name == previous:
+                        raise UserError(
+                            f"{self.field}: {self.file} has two values of the key {name!r}; keep one of them"
+                        )
+                    previous = name
+                    if name in NO_IMAGES:
+                        self.left_out["no picture: what an LMDB tells of itself"] += 1
+                    elif side and not name.startswith(side):
+                        self.left_out["of a smaller resolution"] += 1
+                    else:
+                        yield Entry(name.decode(errors="surrogateescape"), 0, len(value))
+        except lmdb.Error as error:
+            raise UserError(f"{self.field}: {self.file} is damaged ({error}); get it anew") from None
+
+    def _check_values(self, transaction: Any) -> None:
+        """Raises UserError where none of the first values is an encoded image."""
+        values = ((bytes(key), value) for key, value in transaction.cursor())
+        first = [(key, value) for key, value in islice(values, LOOKED_AT) if key not in NO_IMAGES]
+        if first and not any(STARTS.match(value) for _, value in first):
+            key, value = first[0]
+            raise UserError(
+                f"{self.field}: {self.file} has {_what(value)} under its key {key.decode(errors='replace')!r}; encoded "
+                "images are read (JPEG, PNG, WebP, ...): encode them, or name another LMDB"
+            )
+
+    def _largest_side(self, transaction: Any) -> bytes | None:
+        """How the keys of the largest images begin, where all begin with a resolution."""
+        cursor = transaction.cursor()
+        if not cursor.first() or not OF_A_SIDE.fullmatch(cursor.key()):
+            return None
+        keys = [bytes(key) for key in cursor.iternext(values=False)]
+        matches = [OF_A_SIDE.fullmatch(key) for key in keys if key not in NO_IMAGES]
+        sides = {match[1] for match in matches if match}
+        return max(sides, key=int) + b"-" if all(matches) else None
+
+    def _check_size(self) -> None:
+        environment = self._environment()
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if self.file.stat().st_size < needed:
+            raise UserError(f"{self.field}: {self.file} has not the {needed:,} bytes it says: cut off; get it anew")
+
+    def _environment(self) -> Any:
+        import lmdb
+
+        try:
+            return _environment(os.path.realpath(self.file))
+        except lmdb.Error as error:
+            raise UserError(
+                f"{self.field}: {self.file} is not an LMDB that can be read ({error}); name another, or get it "
+                "anew where it is damaged"
+            ) from None
+
+
+def _what(value: memoryview) -> str:
+    """What a value that is no image looks like."""
+    size = len(value)
+    if size == NAMED_DATABASE:
+        return "a named database"
+    if PICKLED.match(value):
+        return f"a pickle ({size:,} bytes), which is never opened,"
+    for colours in (3, 1, 4):
+        side = math.isqrt(size // colours)
+        if side >= 8 and colours * side**2 == size:
+            return f"raw pixels ({size:,} bytes = {side} x {side} x {colours})"
+    return f"{size:,} bytes that begin {bytes(value[:8])!r}"
+
+
+_opened: dict[str, Any] = {}  # an LMDB must not be opened twice in a process
+
+
+def _environment(path: str) -> Any:
+    import lmdb
+
+    if path not in _opened:
+        _opened[path] = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+    return _opened[path]
+
+
+def _close_all() -> None:
+    """An LMDB must not be carried over a fork either: parent and child open theirs when they read the next picture."""
+    while _opened:
+        _opened.popitem()[1].close()
+
+
+os.register_at_fork(before=_close_all)
