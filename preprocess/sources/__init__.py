@@ -61,7 +61,7 @@ def _faces(path: str, field: str, data: Data) -> Source:
 def _lsun(path: str, field: str, data: Data) -> Source:
     """A category: its LMDB, or its pictures in a folder or a zip; the class is named as that is."""
     if database := find_lmdb(path, field):
-        return LmdbSource(database, field, follow_links=data.follow_links)
+        return LmdbSource(database, field)
     listing = _listing(path, field, data)
     return ListedSource(listing, scene(listing))
 

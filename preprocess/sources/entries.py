@@ -32,6 +32,7 @@ UNREAD = {  # suffixes of images that are not read, and how they are encoded
 }
 ENCODED_AS = "encoded as"  # how reasons for files of UNREAD begin
 HIDDEN = "hidden"
+HIDDEN_FOLDER = "hidden folder, not looked into"  # however much is in it, it counts as one
 SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Python and an old tar keep for themselves
     r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
 )

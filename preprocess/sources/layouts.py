@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from common.errors import UserError
 from preprocess.sources.dataset_json import labelled
-from preprocess.sources.entries import ENCODED_AS, is_hidden
+from preprocess.sources.entries import ENCODED_AS
 from preprocess.sources.listing import Folder, Layout, Listing, base, some, what_it_holds
 
 SPLIT = re.compile(
@@ -45,7 +45,7 @@ def class_folders(listing: Listing) -> Layout:
     if top.images:  # one class, however deep its images lie
         top, found = root, root.with_images()
     check_splits(listing, top, found)
-    check_classes(listing, top, [name for name in top.folders if not is_hidden(name)])
+    check_classes(listing, top, top.folders)
     return Layout(list(found), [folder.keys() for folder in found.values()], Counter())
 
 

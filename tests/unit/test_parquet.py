@@ -1,6 +1,7 @@
 """Parquet files give every image under its label, whatever their columns are called, or say which is to be named."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,39 @@ def test_one_split_is_read_from_the_folder_of_the_whole_clone(tmp_path: Path, ro
     write_folder(tmp_path, beside)
     source = source_of("parquet", tmp_path)
     assert [entry.key for entry in source.entries][3:5] == ["0000.parquet/000003", "0001.parquet/000000"]
-    assert source.left_out == {"no picture: .md": 1, "no picture: .json": 1, "hidden": 2}
+    assert source.left_out == {"no picture: .md": 1, "no picture: .json": 1, "hidden": 1} | {
+        "hidden folder, not looked into": 1
+    }
+
+
+@pytest.mark.parametrize("hidden", ["lost+found", ".venv", "@eaDir"])
+def test_hidden_folders_stop_nothing(tmp_path: Path, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data/0.parquet", {"image": STRUCTS, "label": LABELS})
+    write_folder(tmp_path / "data" / hidden, {"1.parquet": b"", "2.parquet.part": b"", "lib/3.parquet": b""})
+    (tmp_path / "data" / hidden / "lib64").symlink_to("lib")
+    original = os.scandir
+
+    def scandir(path: object) -> object:
+        if hidden in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    source = source_of("parquet", tmp_path)
+    check(source)
+    assert source.left_out == {"hidden folder, not looked into": 1}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_parts_are_numbered_from_0_or_from_1_and_none_may_be_missing(tmp_path: Path, first: int) -> None:
+    for number in range(first, first + 3):
+        write(tmp_path / f"x-0000{number}-of-00003.parquet", {"image": STRUCTS, "label": LABELS})
+    assert len(source_of("parquet", tmp_path).entries) == 12
+    (tmp_path / "x-00001-of-00003.parquet").unlink()
+    assert f"has 0 files of part 1 of 00003, and each of {first} to {first + 2}" in refused(tmp_path)
+    for number in (0, 1, 3):
+        write(tmp_path / f"x-0000{number}-of-00003.parquet", {"image": STRUCTS, "label": LABELS})
+    assert "has 1 files of part 3 of 00003, and each of 0 to 2" in refused(tmp_path)
 
 
 def test_imagenets_parquet_is_found_in_a_clone_and_has_its_own_order(tmp_path: Path) -> None:
