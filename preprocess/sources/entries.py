@@ -81,7 +81,7 @@ class Entries:
 
 
 class Source(Protocol):
-    """A data set as people have it. Opening one reads names and labels, no pixels; picklable."""
+    """A data set as people have it. Opening one reads names and labels, no pixels."""
 
     class_names: list[str]
     entries: Entries

@@ -82,7 +82,7 @@ def _check(listing: Listing, folder: Folder, names: list[str]) -> None:
 
 
 def _sides(names: list[str]) -> dict[str, str]:
-    """What resolution names of folders tell. A mere number tells none where another one is no side: part-31, part-32."""
+    """What resolution names of folders tell. A mere number tells none beside one that is no side: part-31, part-32."""
     matches = {name: match for name in names if (match := SIDE.fullmatch(name))}
     counted = {match["before"] for name in names if name not in matches and (match := NUMBER.fullmatch(name))}
     return {

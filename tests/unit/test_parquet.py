@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources import Source
+from preprocess.sources import Source, warnings
 from tests.photographs import source_of, write_folder
 from tests.planted import JPEG, PNG
 
@@ -104,22 +104,24 @@ def test_of_several_labels_one_is_to_be_named(tmp_path: Path) -> None:
     assert "set data.label_field" in message
     fine = source_of("parquet", path, label_field="fine_label")
     check(fine)
-    assert (fine.class_names, fine.left_out) == (["a", "b", "c"], {"in part: columns not read are coarse_label": 1})
+    assert (fine.class_names, fine.left_out, warnings("parquet", fine)) == (["a", "b", "c"], {}, [])
     coarse = source_of("parquet", path, label_field="coarse_label")
     check(coarse, TWO["coarse"])
     none = source_of("parquet", path, label_field="none")
     check(none, [0] * 4)
-    assert none.left_out == {"in part: columns not read are fine_label, coarse_label": 1}
+    assert (none.left_out, warnings("parquet", none)) == ({}, [])
     assert "data.label_field: nowhere is no column of" in refused(path, label_field="nowhere")
 
 
-def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+def test_columns_that_may_be_labels_and_are_not_read_are_named_in_a_warning(tmp_path: Path) -> None:
     columns = {"image": STRUCTS, "identity": LABELS, "caption": list("abcd")}
     for number in range(2):
         write(tmp_path / f"{number}.parquet", columns)
     source = source_of("parquet", tmp_path)
     assert (labels(source), source.class_names) == ([0] * 8, ["0"])
-    assert source.left_out == {"in part: columns not read are identity, caption": 2}
+    (warning,) = warnings("parquet", source)
+    assert "all images are one class; columns that are not read: identity, caption; set data.label_field" in warning
+    assert source.left_out == {}  # files, and these are read
     check(source_of("parquet", tmp_path / "0.parquet", label_field="identity"))
     assert source_of("parquet", tmp_path / "0.parquet", label_field="caption").class_names == list("abcd")
 
@@ -157,7 +159,6 @@ def test_the_images_column_is_found_by_its_name_or_its_type(tmp_path: Path, name
     columns = {"image.path": list("abcd"), name: column, "label": LABELS}
     source = source_of("parquet", write(tmp_path / "x.parquet", columns))
     check(source)
-    assert source.left_out == {"in part: columns not read are image.path": 1}
 
 
 def test_of_several_columns_of_images_the_usual_one_is_taken_or_one_is_to_be_named(tmp_path: Path) -> None:
@@ -165,7 +166,6 @@ def test_of_several_columns_of_images_the_usual_one_is_taken_or_one_is_to_be_nam
     path = write(tmp_path / "x.parquet", {"mask": masks, "image": STRUCTS, "label": LABELS})
     source = source_of("parquet", path)
     check(source)
-    assert source.left_out == {"in part: columns not read are mask": 1}
     assert source_of("parquet", path, image_field="mask").open(source.entries[0]) == b"mask"
     for other in ("scan", "photo"):
         path = write(tmp_path / "y.parquet", {"picture" if other == "photo" else "plan": masks, other: STRUCTS})
