@@ -85,7 +85,7 @@ class Source(Protocol):
 
     class_names: list[str]
     entries: Entries
-    left_out: Counter[str]  # files that are not taken, by reason: taken + left out = every file below the source
+    left_out: Counter[str]  # files not taken, by reason: with those taken every one; a hidden folder counts as one
 
     def open(self, entry: Entry) -> bytes:
         """A picture's encoded bytes. Raises Rejected where they cannot be read."""
