@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import common.recipe
 from common.errors import UserError
-from common.recipe import Place, Recipe, Train, denoiser_config, diffusion, latent_shape
+from common.recipe import Data, Place, Recipe, Train, denoiser_config, diffusion, latent_shape
 from slurm.plain_yaml import NULLS, members, read_yaml, settle
 
 VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*)|\{)")
@@ -240,9 +240,7 @@ def check_together(recipe: Recipe) -> None:
     if recipe.data.cache is None and (recipe.data.stage_in or "://" in recipe.data.shards):
         needs = "stage_in" if recipe.data.stage_in else f"shards: {recipe.data.shards}"
         raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
-    for field in ("image_field", "label_field"):
-        if getattr(recipe.data, field) is not None and recipe.data.source not in FIELDS_OF:
-            raise ValueError(f"data.{field}: is of {', '.join(FIELDS_OF)}, and data.source is {recipe.data.source}")
+    _check_fields(recipe.data)
     if recipe.data.follow_links and recipe.data.source in ("webdataset", "parquet"):
         raise ValueError(f"data.follow_links: is of images in folders, and data.source is {recipe.data.source}")
     if recipe.train.batch_size % recipe.data.lanes:
@@ -254,6 +252,15 @@ def check_together(recipe: Recipe) -> None:
             build(recipe)
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None
+
+
+def _check_fields(data: Data) -> None:
+    """Folders have no fields, but their images may be said to have no labels."""
+    of_folder = ", which has none alone: all images are one class" if data.source == "folder" else ""
+    for field, value in (("image_field", data.image_field), ("label_field", data.label_field)):
+        more = of_folder if field == "label_field" else ""
+        if value is not None and data.source not in FIELDS_OF and not (more and value == "none"):
+            raise ValueError(f"data.{field}: is of {', '.join(FIELDS_OF)}, and data.source is {data.source}{more}")
 
 
 def _check_guidance(recipe: Recipe) -> None:

@@ -117,6 +117,7 @@ def _check_classes(recipe: Recipe, names: list[str]) -> None:
         remedy = f"name all 1,000, or {remedy} to train on this part of ImageNet"
     elif data.source not in ONE_CLASS:
         remedy = f"if these are the classes that you mean, {remedy}"
+        remedy += "; if all images are one class, data.label_field=none" if wanted == 1 else ""
     raise UserError(
         f"model.num_classes: {wanted}, but {data.images} has {found} {'class' if found == 1 else 'classes'} "
         f"({_some(names)}); {remedy}"

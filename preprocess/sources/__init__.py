@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
 from common.recipe import Data
 from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint, printable
 from preprocess.sources.folders import list_folder
 from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
 from preprocess.sources.known import warnings
-from preprocess.sources.layouts import class_folders
+from preprocess.sources.labels import NONE
+from preprocess.sources.layouts import all_as_one_class, class_folders
 from preprocess.sources.listing import ListedSource, Listing
 from preprocess.sources.lmdbs import LmdbSource
 from preprocess.sources.lsun import find_lmdb, scene
@@ -40,12 +42,17 @@ def open_source(data: Data, which: Which = "images") -> Source:
 
 def _folder(path: str, field: str, data: Data) -> Source:
     listing = _listing(path, field, data)
-    return ListedSource(listing, class_folders(listing))
+    return ListedSource(listing, all_as_one_class(listing) if data.label_field == NONE else class_folders(listing))
 
 
 def _imagenet(path: str, field: str, data: Data) -> Source:
     if path.endswith(".parquet") or any(any(Path(path).glob(form)) for form in HUB_PARQUET):
         return ImageNetParquet(path, field, data.image_field, data.label_field)
+    for name in ("image_field", "label_field"):
+        if (named := getattr(data, name)) is not None:
+            raise UserError(
+                f"data.{name}: {named} would be a column of parquet files, and {path} is none; leave it out"
+            )
     if path.endswith(".tar"):
         return ImageNetTar(path, field)
     listing = _listing(path, field, data)
@@ -61,7 +68,7 @@ def _faces(path: str, field: str, data: Data) -> Source:
 def _lsun(path: str, field: str, data: Data) -> Source:
     """A category: its LMDB, or its pictures in a folder or a zip; the class is named as that is."""
     if database := find_lmdb(path, field):
-        return LmdbSource(database, field, follow_links=data.follow_links)
+        return LmdbSource(database, field)
     listing = _listing(path, field, data)
     return ListedSource(listing, scene(listing))
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import kind_of
+from preprocess.sources.entries import is_hidden, kind_of
+from preprocess.sources.folders import walk_visible
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of an address; no plain path that is meant begins so
 NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)-of-(\d+)(?:-[0-9a-f]+)?")  # name, part and parts, as the hub names files
@@ -57,22 +58,18 @@ def common_folder(files: list[Path]) -> Path:
 
 
 def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{field}: {error.filename} cannot be listed: {error.strerror}; make it readable")
-
     unfinished = re.compile(rf".*{re.escape(suffix)}\.({UNFINISHED}){PACKED_TARS if suffix == '.tar' else ''}", re.I)
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        link = next((name for name in folders if os.path.islink(os.path.join(parent, name))), None)
+    for parent, folders, names in walk_visible(folder, field, left_out):
+        link = next((name for name in folders if (parent / name).is_symlink()), None)
         if link:
             raise UserError(f"{field}: {parent}/{link} is a symbolic link to a folder; name that folder")
         for name in names:
-            below = (Path(parent) / name).relative_to(folder)
-            if unfinished.fullmatch(name) and not kind_of(str(below)) == "hidden":
+            if unfinished.fullmatch(name) and not is_hidden(name):
                 raise UserError(f"{field}: {parent}/{name} is packed or unfinished, no {suffix}; unpack or remove it")
-            if name.lower().endswith(suffix) and kind_of(str(below)) != "hidden":
-                yield Path(parent) / name
+            if name.lower().endswith(suffix) and not is_hidden(name):
+                yield parent / name
             else:
-                left_out[kind_of(str(below))] += 1
+                left_out[kind_of(name)] += 1
 
 
 def _alternatives(path: str, field: str) -> list[str]:
@@ -116,12 +113,14 @@ def _check_one_set(files: list[Path], field: str, path: str) -> None:
         )
     numbered = [match for file in files if (match := NUMBERED.fullmatch(file.stem))]
     counts = Counter(int(match[2]) for match in numbered)
-    wanted = range(min(int(numbered[0][3]), MAX_FILES)) if numbered else range(0)
-    wrong = next((number for number in sorted({*wanted, *counts}) if counts[number] != 1), None)
+    parts = min(int(numbered[0][3]), MAX_FILES) if numbered else 0
+    first = int(counts[parts] > counts[0])  # numbered from 0, as the hub has them, or from 1
+    wanted = range(first, first + parts)
+    wrong = next((number for number in sorted({*wanted, *counts}) if counts[number] != (number in wanted)), None)
     if wrong is not None:
         raise UserError(
-            f"{field}: {path} has {counts[wrong]} files of part {wrong} of {numbered[0][3]}, and each should be there "
-            "once; get what is missing, or list in braces the files that are meant"
+            f"{field}: {path} has {counts[wrong]} files of part {wrong} of {numbered[0][3]}, and each of {first} to "
+            f"{wanted[-1]} should be there once; get what is missing, or list in braces the files that are meant"
         )
 
 

@@ -32,6 +32,7 @@ UNREAD = {  # suffixes of images that are not read, and how they are encoded
 }
 ENCODED_AS = "encoded as"  # how reasons for files of UNREAD begin
 HIDDEN = "hidden"
+HIDDEN_FOLDER = "hidden folder, not looked into"  # however much is in it, it counts as one
 SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Python and an old tar keep for themselves
     r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
 )
@@ -80,11 +81,11 @@ class Entries:
 
 
 class Source(Protocol):
-    """A data set as people have it. Opening one reads names and labels, no pixels; picklable."""
+    """A data set as people have it. Opening one reads names and labels, no pixels."""
 
     class_names: list[str]
     entries: Entries
-    left_out: Counter[str]  # files that are not taken, by reason: taken + left out = every file below the source
+    left_out: Counter[str]  # files not taken, by reason: with those taken every one; a hidden folder counts as one
 
     def open(self, entry: Entry) -> bytes:
         """A picture's encoded bytes. Raises Rejected where they cannot be read."""

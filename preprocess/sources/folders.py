@@ -1,11 +1,21 @@
 """Lists a folder: every file below it, each symbolic link by the recipe's rule."""
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import HIDDEN, PICTURE_SUFFIXES, Entry, is_hidden, printable, read_whole
+from preprocess.sources.entries import (
+    HIDDEN,
+    HIDDEN_FOLDER,
+    PICTURE_SUFFIXES,
+    Entry,
+    is_hidden,
+    printable,
+    read_whole,
+)
 from preprocess.sources.listing import Folder, Listing, Place
 
 
@@ -27,6 +37,18 @@ def list_folder(
     return listing
 
 
+def walk_visible(folder: Path, field: str, left_out: Counter[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As os.walk, but for hidden folders, which are counted alone. Raises UserError for one that cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{field}: {error.filename} cannot be listed: {error.strerror}; make it readable")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        left_out.update(HIDDEN_FOLDER for name in folders if is_hidden(name))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield Path(parent), folders, names
+
+
 def _open(path: Path, entry: Entry) -> bytes:
     return read_whole(path / entry.key, entry.size)
 
@@ -45,34 +67,29 @@ class _Walk:
         self.listing, self.suffixes, self.follow_links = listing, suffixes, follow_links
         self.real = os.path.realpath(listing.path)
         self.met: dict[tuple[int, int], str] = {}  # device and inode of each folder, where links are followed
-        self.waiting = [(listing.root, False)]  # folders, and whether they are hidden: counted, not looked at
+        self.waiting = [listing.root]
 
     def run(self) -> None:
         while self.waiting:
-            folder, hidden = self.waiting.pop()
+            folder = self.waiting.pop()
             try:
                 with os.scandir(self.listing.path / folder.key) as items:
-                    self._list(folder, hidden, items)
+                    self._list(folder, items)
             except OSError as error:
-                if not hidden:
-                    text = f"cannot be listed: {error.strerror}; make it readable or move it away"
-                    raise self.listing.refusal(folder, text) from None
-                folder.others[f"{HIDDEN}, a folder that cannot be listed"] += 1
+                text = f"cannot be listed: {error.strerror}; make it readable or move it away"
+                raise self.listing.refusal(folder, text) from None
 
-    def _list(self, folder: Folder, hidden: bool, items: "os._ScandirIterator[str]") -> None:
-        if self.follow_links and not hidden:
+    def _list(self, folder: Folder, items: "os._ScandirIterator[str]") -> None:
+        if self.follow_links:
             self._meet(folder)
         for item in items:
-            if hidden or is_hidden(item.name):
-                if item.is_dir(follow_symlinks=False):
-                    self.waiting.append((folder.folder(item.name), True))
-                else:
-                    folder.others[HIDDEN] += 1
+            if is_hidden(item.name):
+                folder.others[HIDDEN_FOLDER if item.is_dir(follow_symlinks=False) else HIDDEN] += 1
                 continue
             if item.is_symlink():
                 self._check_link(item)
             if item.is_dir():
-                self.waiting.append((folder.folder(item.name), False))
+                self.waiting.append(folder.folder(item.name))
             elif item.is_file():
                 folder.add(item.name, self.suffixes)
             else:  # reading a pipe would wait for ever

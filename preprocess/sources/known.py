@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from preprocess.sources.entries import ENCODED_AS, Source
+from preprocess.sources.entries import ENCODED_AS, Source, printable
+from preprocess.sources.labels import NONE
+from preprocess.sources.parquet import ParquetSource
 
 LSUN = {  # images to train with of each scene; 300 are for validation
     "bedroom": 3_033_042,
@@ -52,6 +54,12 @@ def warnings(kind: str, source: Source) -> list[str]:
         told.append(f"warning: {known.name} has {known.images:,} images, here are {found:,}{_what(known, found)}")
     if kind == "imagenet" and len(source.class_names) != 1000:
         told.append(f"warning: ImageNet-1k has 1,000 classes, here are {len(source.class_names):,}")
+    if isinstance(source, ParquetSource) and source.unread:
+        columns = printable(", ".join(source.unread)[:200])
+        told.append(
+            f"warning: no labels were found, and all images are one class; columns that are not read: {columns}; set "
+            f"data.label_field to one that labels the images, or to {NONE}"
+        )
     if unread := sum(count for reason, count in left_out.items() if reason.startswith(ENCODED_AS)):
         told.append(f"warning: {unread:,} images are in formats that are not read, and left out")
     unnamed = sum(count for reason, count in left_out.items() if reason.startswith("no picture"))

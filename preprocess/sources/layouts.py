@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from common.errors import UserError
 from preprocess.sources.dataset_json import labelled
-from preprocess.sources.entries import ENCODED_AS, is_hidden
+from preprocess.sources.entries import ENCODED_AS
 from preprocess.sources.listing import Folder, Layout, Listing, base, some, what_it_holds
 
 SPLIT = re.compile(
@@ -44,9 +44,17 @@ def class_folders(listing: Listing) -> Layout:
         return Layout([listing.name], [root.keys()], Counter())
     if top.images:  # one class, however deep its images lie
         top, found = root, root.with_images()
-    check_splits(listing, top, found)
-    check_classes(listing, top, [name for name in top.folders if not is_hidden(name)])
+    check_splits(listing, top, found, "rename them if they are classes, or ")
+    check_classes(listing, top, top.folders)
     return Layout(list(found), [folder.keys() for folder in found.values()], Counter())
+
+
+def all_as_one_class(listing: Listing) -> Layout:
+    """All images, whatever the folders. Raises UserError for splits side by side."""
+    check_not_empty(listing)
+    for folder in listing.root.walk():
+        check_splits(listing, folder, folder.with_images())
+    return Layout([listing.name], [listing.root.keys()], Counter())
 
 
 def way_down(listing: Listing) -> list[Folder]:
@@ -67,16 +75,16 @@ def splits_in(names: Iterable[str]) -> list[str]:
     return next((list(names) for names in splits.values() if len(set(names.values())) > 1), [])
 
 
-def check_splits(listing: Listing, folder: Folder, names: Iterable[str]) -> None:
+def check_splits(listing: Listing, folder: Folder, names: Iterable[str], advice: str = "") -> None:
     """Raises UserError where the folders `names` in `folder` are splits: neither classes nor one data set."""
     if splits := splits_in(names):
-        raise name_one(listing, folder, f"the splits {some(splits)}", splits)
+        raise name_one(listing, folder, f"the splits {some(splits)}", splits, advice)
 
 
-def name_one(listing: Listing, folder: Folder, found: str, names: list[str]) -> UserError:
+def name_one(listing: Listing, folder: Folder, found: str, names: list[str], advice: str = "") -> UserError:
     """Of several folders in `folder` one is meant, and only the user knows which."""
     example = listing.where(folder.folders[names[0]])
-    return listing.refusal(folder, f"holds {found}, side by side; name the one that is meant, as {example}")
+    return listing.refusal(folder, f"holds {found}, side by side; {advice}name the one that is meant, as {example}")
 
 
 def check_classes(listing: Listing, top: Folder, names: Iterable[str]) -> None:

@@ -84,7 +84,7 @@ class Listing:
     field: str  # of the recipe; errors begin with it
     root: Folder
     locate: Callable[[str], Place]
-    open: Callable[[Entry], bytes]  # picklable
+    open: Callable[[Entry], bytes]
 
     def refusal(self, folder: Folder, text: str) -> UserError:
         return UserError(f"{self.field}: {printable(f'{self.where(folder)} {text}')}")

@@ -11,8 +11,8 @@ from typing import Any
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources.entries import Entries, Entry
-from preprocess.sources.folders import list_folder
+from preprocess.sources.entries import Entries, Entry, is_picture, kind_of
+from preprocess.sources.folders import walk_visible
 
 DATA = "data.mdb"
 NO_IMAGES = frozenset({b"length", b"num-samples", b"__len__", b"__keys__", b"__meta__", b"meta", b"metadata"})  # keys
@@ -31,15 +31,12 @@ class LmdbSource:
     its end would end the process), holds named databases, or its first values are no encoded images.
     """
 
-    def __init__(self, file: Path, field: str, *, follow_links: bool = False) -> None:
+    def __init__(self, file: Path, field: str) -> None:
         self.file, self.field, self.left_out = file, field, Counter[str]()
-        named_as = file.resolve()
+        named_as = file
         if file.name == DATA:
-            beside = list_folder(file.parent, field, follow_links=follow_links).root
-            self.left_out = beside.reasons() + Counter({"beside the LMDB, which is read": beside.count()})
-            self.left_out.subtract([f"no picture: {file.suffix}"])  # itself
-            self.left_out = +self.left_out
-            named_as = named_as.parent
+            self._count_beside()
+            named_as = file.parent.resolve()
         self.class_names = [re.sub(r"(\.lmdb|\.mdb|_lmdb)$", "", named_as.name)]
         self._check_size()
         self.entries = Entries(self._entries())
@@ -57,6 +54,15 @@ class LmdbSource:
         if value is None:
             raise Rejected("no longer in its LMDB")
         return value
+
+    def _count_beside(self) -> None:
+        """Counts what else is in its folder, which is not opened: links lead anywhere, and a pipe stops nothing."""
+        for parent, folders, names in walk_visible(self.file.parent, self.field, self.left_out):
+            links = [name for name in folders if (parent / name).is_symlink()]
+            others = [name for name in names + links if parent / name != self.file]
+            self.left_out.update(
+                "beside the LMDB, which is read" if is_picture(name) else kind_of(name) for name in others
+            )
 
     def _entries(self) -> Iterator[Entry]:
         import lmdb

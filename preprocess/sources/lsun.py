@@ -15,7 +15,7 @@ def find_lmdb(path: str, field: str) -> Path | None:
     """The LMDB's file that `path` names or holds. Raises UserError where they lie further down: the user names one."""
     if path.lower().endswith((".mdb", ".lmdb")) and os.path.isfile(path):
         return Path(path)
-    if os.path.exists(f"{path}/{DATA}"):
+    if os.path.isfile(f"{path}/{DATA}"):
         return Path(path) / DATA
     below = [str(file.parent) for form in (f"*/{DATA}", f"*/*/{DATA}") for file in sorted(Path(path).glob(form))]
     below += [str(file) for file in sorted(Path(path).glob("*.lmdb")) if file.is_file()]

@@ -28,7 +28,11 @@ MADE_OF_FACES = {  # reasons, and the names of folders
 MASK = re.compile(  # of a part of a face, as CelebAMask-HQ names them: 00000_l_eye.png
     r"\d+_(?:skin|nose|eye_g|[lr]_(?:eye|brow|ear)|mouth|[ul]_lip|hair|hat|ear_r|neck(?:_l)?|cloth|mask)\.\w+"
 )
-SIDE = re.compile(r"(?:.*\D)?(?:(\d{2,4})[x×]\1|(32|64|128|256|512|1024|2048)(?:px|p)?)", re.I)  # pixels, in a name
+SIDE = re.compile(  # pixels, in a name: 256x256, 256px, celeba_hq_256
+    r"(?P<before>.*?\D)??(?:(?P<square>\d{2,4})[x×](?P=square)|(?P<side>32|64|128|256|512|1024|2048)(?P<unit>px|p)?)",
+    re.I,
+)
+NUMBER = re.compile(r"(?P<before>.*\D)?\d+")
 
 
 def faces(listing: Listing) -> Layout:
@@ -72,9 +76,20 @@ def _check(listing: Listing, folder: Folder, names: list[str]) -> None:
             f"folders, as {listing.where(folder.folders[names[0]])}, or move the images away",
         )
     check_splits(listing, folder, names)
-    sides = {name: match[1] or match[2] for name in names if (match := SIDE.fullmatch(name))}
+    sides = _sides(names)
     if len(set(sides.values())) > 1:
         raise name_one(listing, folder, f"several resolutions ({some(list(sides))})", list(sides))
+
+
+def _sides(names: list[str]) -> dict[str, str]:
+    """What resolution names of folders tell. A mere number tells none beside one that is no side: part-31, part-32."""
+    matches = {name: match for name in names if (match := SIDE.fullmatch(name))}
+    counted = {match["before"] for name in names if name not in matches and (match := NUMBER.fullmatch(name))}
+    return {
+        name: match["square"] or match["side"]
+        for name, match in matches.items()
+        if match["square"] or match["unit"] or match["before"] not in counted
+    }
 
 
 def _check_names(listing: Listing, keys: list[str]) -> None:

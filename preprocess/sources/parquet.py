@@ -45,12 +45,8 @@ class ParquetSource:
             self.entries = self.entries.labelled(labels.indices)
             self.class_names = labels.class_names(_names(tables, field, labels.field), self.path, field)
         others = [name for name in tables[0].schema.names if name not in (self.image, *columns)]
-        if others:
-            self.left_out[f"in part: columns not read are {', '.join(others)[:200]}"] = len(self.files)
+        self.unread = others if labels is None and label_field != NONE else []  # columns that may yet be labels
         self._group: RowGroup | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None}
 
     def open(self, entry: Entry) -> bytes:
         """Reads the row group that holds the image, and keeps it: the next image is most likely in it too."""

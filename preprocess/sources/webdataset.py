@@ -36,21 +36,21 @@ class WebDatasetSource:
         self.path = Path(path)
         self.tars, others = data_files(str(path), field, ".tar")
         root = common_folder(self.tars)
-        listing = Listing(self.path, field, image_field, label_field)
-        self.entries = Entries(listing.read(self.tars, root))
-        if not len(self.entries) and len(listing.fields) == 1:  # all of them `key.image.jpg`
-            (image_field,) = listing.fields
-            listing = Listing(self.path, field, image_field, label_field)
-            self.entries = Entries(listing.read(self.tars, root))
-        listing.check_found(len(self.entries))
-        labels = listing.candidates.decide(lambda position: self.entries[position].key)
+        samples = Samples(self.path, field, image_field, label_field)
+        self.entries = Entries(samples.read(self.tars, root))
+        if not len(self.entries) and len(samples.fields) == 1:  # all of them `key.image.jpg`
+            (image_field,) = samples.fields
+            samples = Samples(self.path, field, image_field, label_field)
+            self.entries = Entries(samples.read(self.tars, root))
+        samples.check_found(len(self.entries))
+        labels = samples.candidates.decide(lambda position: self.entries[position].key)
         if labels is None:
-            listing.check_unlabelled()
+            samples.check_unlabelled()
             self.class_names = [self.path.stem]
         else:
             self.entries = self.entries.labelled(labels.indices)
             self.class_names = labels.class_names(_names_beside(root, field), self.path, field)
-        self.left_out = others + listing.left_out
+        self.left_out = others + samples.left_out
 
     def open(self, entry: Entry) -> bytes:
         number, offset = entry.place
@@ -62,7 +62,7 @@ class Member(NamedTuple):
     member: TarMember
 
 
-class Listing:
+class Samples:
     """A walk over all tars: the images, and what may label them."""
 
     def __init__(self, path: Path, field: str, image_field: str | None, label_field: str | None) -> None:

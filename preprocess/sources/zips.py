@@ -11,6 +11,7 @@ from pathlib import Path
 from common.errors import UserError
 from preprocess.images import Rejected
 from preprocess.sources.entries import (
+    HIDDEN_FOLDER,
     MAX_ENCODED,
     PICTURE_SUFFIXES,
     Entry,
@@ -48,12 +49,15 @@ def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = 
         tops = sorted({name.partition("/")[0] for name in members if "/" in name})
         raise UserError(f"{field}: {archive} has no folder {inside!r}; it has {', '.join(tops) or 'none'}")
     root = Folder()
-    for name in places:
-        *parents, last = name.split("/")
+    for name in dict.fromkeys(map(_visible, places)):
+        *parents, last = name.removesuffix("/").split("/")
         folder = root
         for parent in parents:
             folder = folder.folder(parent)
-        folder.add(".hidden" if any(map(is_hidden, parents)) else last, suffixes)
+        if name.endswith("/"):
+            folder.others[HIDDEN_FOLDER] += 1
+        else:
+            folder.add(last, suffixes)
     for folder in root.walk():
         folder.images.sort()
 
@@ -62,6 +66,13 @@ def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = 
         return info.file_size, (info.header_offset, info.CRC)
 
     return Listing(path, field, root, locate, partial(_open, archive))
+
+
+def _visible(name: str) -> str:
+    """A file's path; where it lies in a hidden folder, that folder's, which ends with `/`."""
+    parts = name.split("/")
+    hidden = next((count for count, part in enumerate(parts[:-1], 1) if is_hidden(part)), None)
+    return f"{'/'.join(parts[:hidden])}/" if hidden else name
 
 
 def _open(archive: Path, entry: Entry) -> bytes:

@@ -151,6 +151,12 @@ ADVICE = {
         3,
         r"3, but .*other has 2 classes \(cat, dog\); if these are the classes that you mean, set model\.num_classes=2$",
     ),
+    "classes that are one": (
+        "folder",
+        {"cat/1.png": b"", "dog/1.png": b""},
+        1,
+        r"set model\.num_classes=2; if all images are one class, data\.label_field=none$",
+    ),
     "no classes": ("folder", {"cat/1.png": b""}, 1000, r"has 1 class \(cat\); without labels all images are alike"),
     "a part of ImageNet": (
         "imagenet",

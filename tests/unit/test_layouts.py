@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.loading import parse_recipe
 from preprocess.sources import Source
 from tests.photographs import source_of, write_folder, write_zip
 
 
-def layout(path: Path, keys: list[str], kind: str = "folder", form: str = "folder") -> Source:
+def layout(path: Path, keys: list[str], kind: str = "folder", form: str = "folder", **options: object) -> Source:
     files = {key: key.encode() for key in keys}
     made = write_folder(path / "x", files) if form == "folder" else write_zip(path / "x.zip", files)
-    return source_of(kind, made)
+    return source_of(kind, made, **options)
 
 
 def labels(source: Source) -> dict[str, str]:
@@ -71,6 +72,58 @@ REFUSED = {
     "a class of HEIC": (["a/1.png", "b/1.heic"], r"/b holds no images .*1 encoded as HEIC.*; convert them, or move"),
     "a class of hidden files": (["a/1.png", "b/1.png", "c/.1.png"], r"/c holds no images but other files \(1 hidden\)"),
 }  # fmt: skip
+
+
+ONE_CLASS = {
+    "nested folders": ["images/all/a/1.jpg", "images/all/b/2.jpg"],
+    "images beside folders": ["1.jpg", "a/2.jpg", "a/b/3.jpg", "notes/1.txt"],
+    "labels of dataset_tool": ["00000/1.jpg", "dataset.json"],
+    "classes": ["cat/1.jpg", "dog/1.jpg", "32/1.jpg", "64/1.jpg"],
+}
+
+
+@FORMS
+@pytest.mark.parametrize("case", ONE_CLASS)
+def test_all_images_are_one_class_where_the_recipe_says_so(tmp_path: Path, case: str, form: str) -> None:
+    recipe = parse_recipe("name: a", ["data.source=folder", "data.label_field=none"])
+    source = layout(tmp_path, ONE_CLASS[case], form=form, label_field=recipe.data.label_field)
+    images = [key for key in ONE_CLASS[case] if key.endswith(".jpg")]
+    assert labels(source) == dict.fromkeys(images, "x")
+    assert len(source.entries) + source.left_out.total() == len(ONE_CLASS[case])
+
+
+@pytest.mark.parametrize("keys", [["train/1.jpg", "val/2.jpg"], ["a/train/1.jpg", "a/val/2.jpg", "b/3.jpg"]])
+def test_splits_are_not_one_class(tmp_path: Path, keys: list[str]) -> None:
+    with pytest.raises(UserError, match="holds the splits train, val, side by side; name the one that is meant"):
+        layout(tmp_path, keys, label_field="none")
+
+
+def test_splits_that_may_be_classes_are_to_be_renamed(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="the splits test, train, side by side; rename them if they are classes, or name"
+    ):
+        layout(tmp_path, ["train/1.jpg", "test/2.jpg", "bus/3.jpg"])
+
+
+def test_splits_are_read_together_through_links_of_other_names(tmp_path: Path) -> None:
+    """CelebA-HQ's 30,000, which are passed on as `{train,val}/{male,female}`."""
+    keys = ["train/male/1.jpg", "train/female/2.jpg", "val/male/3.jpg", "val/female/4.jpg"]
+    write_folder(tmp_path / "celeba_hq", {key: key.encode() for key in keys})
+    (tmp_path / "whole").mkdir()
+    for link, split in (("a", "train"), ("b", "val")):
+        (tmp_path / "whole" / link).symlink_to(tmp_path / "celeba_hq" / split)
+    source = source_of("celebahq", tmp_path / "whole", follow_links=True)
+    assert sorted(source.open(entry) for entry in source.entries) == sorted(key.encode() for key in keys)
+
+
+@pytest.mark.parametrize("field", ["image_field", "label_field"])
+@pytest.mark.parametrize("form", ["folder", "zip", "tar"])
+def test_a_column_is_not_named_of_imagenets_folders_and_archives(tmp_path: Path, form: str, field: str) -> None:
+    path = write_folder(tmp_path / "x", {"n01440764/1.JPEG": b""})
+    if form != "folder":
+        path = write_zip(tmp_path / f"x.{form}", {"n01440764/1.JPEG": b""})
+    with pytest.raises(UserError, match=rf"data\.{field}: x would be a column of parquet files, and .* is none"):
+        source_of("imagenet", path, **{field: "x"})
 
 
 @FORMS
@@ -176,6 +229,9 @@ FACES = {
     "maps beside": (["images/0.jpg", "sketch/0.jpg", "seg_maps/0.png", "text/0.txt"], None),
     "by another name": (["female/1.jpg", "male/2.jpg"], {}),
     "one resolution": (["data256x256/1.jpg", "data256x256/2.jpg"], {}),
+    "numbered folders": ([f"{number}/{number}.jpg" for number in range(70)], {}),
+    "numbered parts": ([f"images/part-{number}/{number}.jpg" for number in range(140)], {}),
+    "numbered parts of one resolution": ([f"data256x256/part{number}/{number}.jpg" for number in range(33, 65)], {}),
 }  # fmt: skip
 
 
@@ -197,6 +253,11 @@ SEVERAL_FACES = {
         r"several resolutions \(data1024x1024, data128x128, data256x256\), side by side; name .*/data1024x1024$",
     ),
     "resolutions as numbers": (faces("256/{}.jpg", "512/{}.jpg"), r"several resolutions \(256, 512\)"),
+    "resolutions beside numbered folders": (
+        [*faces("0/{}.jpg"), *faces("32x32/{}.jpg", number=9), *faces("64px/{}.jpg", number=20)],
+        r"several resolutions \(32x32, 64px\)",
+    ),
+    "resolutions of one data set": (faces("celeba_hq_256/{}.jpg", "celeba_hq_1024/{}.jpg"), "several resolutions"),
     "resolutions as suffixes": (faces("celeba-256/{}.jpg", "celeba-64px/{}.jpg"), "several resolutions"),
     "resolutions of other images": (
         [*faces("a_128/{}.jpg"), *faces("a_256/{}.jpg", number=9)],

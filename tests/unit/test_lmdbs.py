@@ -1,5 +1,6 @@
 """LMDBs of encoded images are read under any keys; one that holds something else is refused by what it looks like."""
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,41 @@ def test_files_beside_an_lmdb_are_counted(tmp_path: Path, webps: list[bytes]) ->
     write_folder(path, {"README.md": b"", "preview/1.png": b"", ".cache/2": b""})
     source = source_of("lsun", path)
     assert len(source.entries) == 1
-    beside = {"beside the LMDB, which is read": 1, "no picture: .md": 1, "hidden": 1, "no picture: .mdb": 1}
-    assert source.left_out == beside
+    beside = {"beside the LMDB, which is read": 1, "no picture: .md": 1, "no picture: .mdb": 1}
+    assert source.left_out == beside | {"hidden folder, not looked into": 1}
+
+
+@pytest.mark.parametrize("target", ["store/1234", "store/data.mdb"])
+def test_an_lmdb_that_a_symbolic_link_leads_to_is_named_as_the_links_folder(
+    tmp_path: Path, webps: list[bytes], target: str
+) -> None:
+    (tmp_path / "store").mkdir()
+    (write_lmdb(tmp_path / "made", {"0": webps[0]}) / "data.mdb").rename(tmp_path / target)
+    link = tmp_path / "church_outdoor_train_lmdb/data.mdb"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / target)
+    source = source_of("lsun", link.parent)
+    assert (read(source), source.class_names, source.left_out) == ({"0": webps[0]}, ["church_outdoor_train"], {})
+    (tmp_path / "tower_val.lmdb").symlink_to(tmp_path / target)
+    assert source_of("lsun", tmp_path / "tower_val.lmdb").class_names == ["tower_val"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to a folder", "link outside"])
+def test_what_lies_beside_an_lmdb_is_counted_and_not_opened(tmp_path: Path, webps: list[bytes], kind: str) -> None:
+    path = write_lmdb(tmp_path / "x", {"0": webps[0]})
+    (path / "lock.mdb").unlink()
+    if kind == "pipe":
+        os.mkfifo(path / "other")
+    else:
+        targets = {"link to nothing": "nowhere", "link to a folder": "..", "link outside": "/etc/passwd"}
+        (path / "other").symlink_to(targets[kind])
+    assert source_of("lsun", path).left_out == {"no picture: no suffix": 1}
+
+
+def test_a_pipe_in_place_of_an_lmdb_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.mdb")
+    with pytest.raises(UserError, match=r"data\.mdb is no plain file"):
+        source_of("lsun", tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["lmdb", "mdb"])

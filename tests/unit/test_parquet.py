@@ -1,6 +1,7 @@
 """Parquet files give every image under its label, whatever their columns are called, or say which is to be named."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pyarrow import parquet
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources import Source
+from preprocess.sources import Source, warnings
 from tests.photographs import source_of, write_folder
 from tests.planted import JPEG, PNG
 
@@ -103,22 +104,24 @@ def test_of_several_labels_one_is_to_be_named(tmp_path: Path) -> None:
     assert "set data.label_field" in message
     fine = source_of("parquet", path, label_field="fine_label")
     check(fine)
-    assert (fine.class_names, fine.left_out) == (["a", "b", "c"], {"in part: columns not read are coarse_label": 1})
+    assert (fine.class_names, fine.left_out, warnings("parquet", fine)) == (["a", "b", "c"], {}, [])
     coarse = source_of("parquet", path, label_field="coarse_label")
     check(coarse, TWO["coarse"])
     none = source_of("parquet", path, label_field="none")
     check(none, [0] * 4)
-    assert none.left_out == {"in part: columns not read are fine_label, coarse_label": 1}
+    assert (none.left_out, warnings("parquet", none)) == ({}, [])
     assert "data.label_field: nowhere is no column of" in refused(path, label_field="nowhere")
 
 
-def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+def test_columns_that_may_be_labels_and_are_not_read_are_named_in_a_warning(tmp_path: Path) -> None:
     columns = {"image": STRUCTS, "identity": LABELS, "caption": list("abcd")}
     for number in range(2):
         write(tmp_path / f"{number}.parquet", columns)
     source = source_of("parquet", tmp_path)
     assert (labels(source), source.class_names) == ([0] * 8, ["0"])
-    assert source.left_out == {"in part: columns not read are identity, caption": 2}
+    (warning,) = warnings("parquet", source)
+    assert "all images are one class; columns that are not read: identity, caption; set data.label_field" in warning
+    assert source.left_out == {}  # files, and these are read
     check(source_of("parquet", tmp_path / "0.parquet", label_field="identity"))
     assert source_of("parquet", tmp_path / "0.parquet", label_field="caption").class_names == list("abcd")
 
@@ -156,7 +159,6 @@ def test_the_images_column_is_found_by_its_name_or_its_type(tmp_path: Path, name
     columns = {"image.path": list("abcd"), name: column, "label": LABELS}
     source = source_of("parquet", write(tmp_path / "x.parquet", columns))
     check(source)
-    assert source.left_out == {"in part: columns not read are image.path": 1}
 
 
 def test_of_several_columns_of_images_the_usual_one_is_taken_or_one_is_to_be_named(tmp_path: Path) -> None:
@@ -164,7 +166,6 @@ def test_of_several_columns_of_images_the_usual_one_is_taken_or_one_is_to_be_nam
     path = write(tmp_path / "x.parquet", {"mask": masks, "image": STRUCTS, "label": LABELS})
     source = source_of("parquet", path)
     check(source)
-    assert source.left_out == {"in part: columns not read are mask": 1}
     assert source_of("parquet", path, image_field="mask").open(source.entries[0]) == b"mask"
     for other in ("scan", "photo"):
         path = write(tmp_path / "y.parquet", {"picture" if other == "photo" else "plan": masks, other: STRUCTS})
@@ -318,7 +319,39 @@ def test_one_split_is_read_from_the_folder_of_the_whole_clone(tmp_path: Path, ro
     write_folder(tmp_path, beside)
     source = source_of("parquet", tmp_path)
     assert [entry.key for entry in source.entries][3:5] == ["0000.parquet/000003", "0001.parquet/000000"]
-    assert source.left_out == {"no picture: .md": 1, "no picture: .json": 1, "hidden": 2}
+    assert source.left_out == {"no picture: .md": 1, "no picture: .json": 1, "hidden": 1} | {
+        "hidden folder, not looked into": 1
+    }
+
+
+@pytest.mark.parametrize("hidden", ["lost+found", ".venv", "@eaDir"])
+def test_hidden_folders_stop_nothing(tmp_path: Path, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data/0.parquet", {"image": STRUCTS, "label": LABELS})
+    write_folder(tmp_path / "data" / hidden, {"1.parquet": b"", "2.parquet.part": b"", "lib/3.parquet": b""})
+    (tmp_path / "data" / hidden / "lib64").symlink_to("lib")
+    original = os.scandir
+
+    def scandir(path: object) -> object:
+        if hidden in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    source = source_of("parquet", tmp_path)
+    check(source)
+    assert source.left_out == {"hidden folder, not looked into": 1}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_parts_are_numbered_from_0_or_from_1_and_none_may_be_missing(tmp_path: Path, first: int) -> None:
+    for number in range(first, first + 3):
+        write(tmp_path / f"x-0000{number}-of-00003.parquet", {"image": STRUCTS, "label": LABELS})
+    assert len(source_of("parquet", tmp_path).entries) == 12
+    (tmp_path / "x-00001-of-00003.parquet").unlink()
+    assert f"has 0 files of part 1 of 00003, and each of {first} to {first + 2}" in refused(tmp_path)
+    for number in (0, 1, 3):
+        write(tmp_path / f"x-0000{number}-of-00003.parquet", {"image": STRUCTS, "label": LABELS})
+    assert "has 1 files of part 3 of 00003, and each of 0 to 2" in refused(tmp_path)
 
 
 def test_imagenets_parquet_is_found_in_a_clone_and_has_its_own_order(tmp_path: Path) -> None:

@@ -16,6 +16,18 @@ ROOT = Path(__file__).parents[2]
     [
         ("name: a\ndata: {label_field: cls}", "data.label_field: is of webdataset, parquet, imagenet, and"),
         (
+            "name: a\ndata: {source: folder, label_field: cls}",
+            "data.label_field: is of webdataset, parquet, imagenet, and data.source is folder, which has none alone",
+        ),
+        (
+            "name: a\ndata: {source: lsun, label_field: none}",
+            "data.label_field: is of webdataset, parquet, imagenet, and",
+        ),
+        (
+            "name: a\ndata: {source: folder, image_field: none}",
+            "data.image_field: is of webdataset, parquet, imagenet, and",
+        ),
+        (
             "name: a\ndata: {source: ffhq, image_field: jpg}",
             "data.image_field: is of webdataset, parquet, imagenet, and data.source is ffhq",
         ),

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,6 @@ LEFT_OUT = {
     ".marker.json": "hidden",
     "a/.x.png": "hidden",
     "a/.DS_Store": "hidden",
-    ".git/objects/ab/1.png": "hidden",
-    "__MACOSX/a/._x.png": "hidden",
-    "__MACOSX/a/x.png": "hidden",
-    "a/@eaDir/x.jpeg/SYNOPHOTO_THUMB_M.jpg": "hidden",
-    "$RECYCLE.BIN/1.png": "hidden",
     "a/x.HEIC": "encoded as HEIC, which is not read; convert to PNG or JPEG",
     "a/x.heif": "encoded as HEIC, which is not read; convert to PNG or JPEG",
     "a/x.avif": "encoded as AVIF, which is not read; convert to PNG or JPEG",
@@ -75,12 +71,19 @@ LEFT_OUT = {
 }
 
 
+HIDDEN_FOLDERS = dict.fromkeys(  # each counts as one, however much is in it
+    [".git", ".zfs", "__MACOSX", "a/@eaDir", "b/.thumbnails", "$RECYCLE.BIN", "lost+found"],
+    "hidden folder, not looked into",
+)
+
+
 @pytest.mark.parametrize("form", ["folder", "zip"])
 def test_every_file_that_is_not_taken_is_counted_by_its_reason(tmp_path: Path, form: str) -> None:
-    files = {key: key.encode() for key in [*KEYS, *LEFT_OUT]}
+    in_hidden = [f"{folder}/{name}" for folder in HIDDEN_FOLDERS for name in ("1.png", "._x", ".b/2.png", "c/d/3.png")]
+    files = {key: key.encode() for key in [*KEYS, *LEFT_OUT, *in_hidden]}
     path = write_folder(tmp_path / "x", files) if form == "folder" else write_zip(tmp_path / "x.zip", files)
     source = source_of("folder", path)
-    expected = list(LEFT_OUT.values())
+    expected = [*LEFT_OUT.values(), *HIDDEN_FOLDERS.values()]
     assert source.left_out == {reason: expected.count(reason) for reason in expected}
     assert sorted(entry.key for entry in source.entries) == sorted(KEYS)
 
@@ -123,6 +126,24 @@ def random_tree(seed: int) -> dict[str, bytes]:
     return {key: f"{seed} {key}".encode() for key in sorted(keys)}
 
 
+def visible(key: str) -> str:
+    """The key, or the hidden folder that it lies in, which counts as one."""
+    return re.sub(r"^(.*?/)?(\.git|__MACOSX)/.*", r"\1\2", key, flags=re.S)
+
+
+def test_a_hidden_folder_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `.zfs/snapshot`, which has the data set many times, and `lost+found`, which only root may list."""
+    folder = fill(tmp_path, ["a/1.png", ".zfs/snapshot/day/a/1.png", "lost+found/2.png", "a/.git/3.png"])
+    listed: list[str] = []
+    original = os.scandir
+    monkeypatch.setattr(
+        "preprocess.sources.folders.os.scandir", lambda path: (listed.append(str(path)), original(path))[1]
+    )
+    source = source_of("folder", folder)
+    assert sorted(listed) == [str(folder), f"{folder}/a"]
+    assert (keys_of(source), source.left_out) == (["a/1.png"], {"hidden folder, not looked into": 3})
+
+
 @pytest.mark.parametrize("kind", ["folder", "imagenet", "ffhq", "celebahq", "lsun"])
 def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: Path, kind: str) -> None:
     """Random trees, in a folder and in a zip: both give the same, and opened files are those that were written."""
@@ -139,7 +160,7 @@ def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: 
                 refusals.append(str(error))
                 outcomes.append(())
                 continue
-            assert len(source.entries) + source.left_out.total() == len(files)
+            assert len(source.entries) + source.left_out.total() == len(set(map(visible, files)))
             assert all(count > 0 for count in source.left_out.values())
             assert {entry.key: source.open(entry) for entry in source.entries}.items() <= files.items()
             entries = [(entry.key, entry.label, entry.size) for entry in source.entries]

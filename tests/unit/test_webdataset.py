@@ -290,7 +290,7 @@ def test_every_member_and_every_file_is_taken_or_counted(tmp_path: Path) -> None
         "in a sample without an image: .json": 2,
         "no picture: .json": 3,
         "no picture: .idx": 1,
-        "hidden": 1,
+        "hidden folder, not looked into": 1,
     }
 
 
