@@ -84,7 +84,10 @@ class Linear(nn.Linear):
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Not for what has no rows, nor in a program that is exported, which is to run elsewhere too."""
+    """Whether `linear` takes oneDNN for x (..., K) and weight (N, K).
+
+    Not for what has no rows, nor in a program that is exported, which is to run elsewhere too.
+    """
     if not _uses_onednn or _is_exporting():
         return False
     floats: bool = x.dtype == weight.dtype == torch.float32

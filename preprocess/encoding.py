@@ -184,11 +184,9 @@ def _classes(names: list[str]) -> str:
 def _left_out(source: Source) -> list[str]:
     """A line for each of the most common reasons."""
     reasons = source.left_out.most_common()
-    lines = [f"left out: {count:,} files, {printable(reason)}" for reason, count in reasons[:SHOWN]]
+    lines = [f"left out: {count:,} ({printable(reason)})" for reason, count in reasons[:SHOWN]]
     if more := sum(count for _, count in reasons[SHOWN:]):
-        lines.append(
-            f"left out: {more:,} files more, for {len(reasons) - SHOWN} other reasons (all of them: index.json)"
-        )
+        lines.append(f"left out: {more:,} more for {len(reasons) - SHOWN} other reasons (all of them: index.json)")
     return lines
 
 

@@ -127,7 +127,7 @@ def test_warnings_and_files_left_out_are_in_the_plan_the_summary_and_the_index(
     }
     for told in (lines, summary):
         assert [line for line in told if line.startswith("warning:")] == WARNINGS
-        assert "left out: 1 files, masks and maps of faces" in told
+        assert "left out: 1 (masks and maps of faces)" in told
     assert any(line.startswith("images: 3 in 1 class (face) below ") for line in lines)
 
 
@@ -135,7 +135,7 @@ def test_of_many_reasons_the_most_common_are_in_the_plan(recipe: Recipe) -> None
     write_folder(Path(recipe.data.images), {f"{number}.x{number}": b"" for number in range(50)})
     lines = [line for line in plan(recipe) if line.startswith("left out: ")]
     assert len(lines) == 6
-    assert lines[-1] == "left out: 48 files more, for 48 other reasons (all of them: index.json)"
+    assert lines[-1] == "left out: 48 more for 48 other reasons (all of them: index.json)"
 
 
 def changed(recipe: Recipe, kind: str, files: dict[str, bytes], classes: int) -> Recipe:
