@@ -201,8 +201,6 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 
 def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
-    if part == 0:  # `pipeline/run.py` shows no plan of this stage
-        print(*encoding.warnings, sep="\n", end="\n" * bool(encoding.warnings), flush=True)
     mine = range(part, len(encoding.slices), parts)
     with (
         disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
