@@ -74,8 +74,12 @@ def test_ranks_batches_and_ten_kills_change_no_sample(recipe: Recipe, tmp_path: 
     assert len(found_images) == 24
     assert (found_labels == labels).all()
     assert np.abs(found_images.astype(int) - images).max() <= 1
-    one, two = extracted(images, recipe), extracted(found_images, recipe)
-    assert np.abs(one - two).max() <= 1e-4 * np.abs(one).max()
+    # What one grey level in every pixel does to the features is the most that rounding may do: other batches round
+    # alike where the products do, and elsewhere a few pixels differ.
+    levels = np.random.default_rng(0).integers(-1, 2, images.shape)
+    every_pixel = np.clip(images + levels, 0, 255).astype(np.uint8)
+    one, two, three = (extracted(each, recipe) for each in (images, found_images, every_pixel))
+    assert np.abs(one - two).max() <= np.abs(one - three).max()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
