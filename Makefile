@@ -2,7 +2,7 @@
 # make demo-slurm: the same demo as jobs of a SLURM cluster that this machine plays.
 .PHONY: demo demo-slurm test test-slow check format setup clean
 RUN := .venv/bin/python
-# Where this is set, as in many containers, every process compiles what it imports again: 20 seconds, of 5.
+# Where this is set, as in many containers, every process compiles anew what it imports: three times as long.
 export PYTHONDONTWRITEBYTECODE :=
 
 demo: setup

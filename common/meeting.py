@@ -123,8 +123,9 @@ def _tell(ranks: Iterable[socket.socket], word: bytes) -> None:
 
 
 def _server(host: str, port: int) -> socket.socket:
-    # Not by the address alone: some launchers tell rank 0 `localhost`, and the others its name.
-    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and host in ("127.0.0.1", "localhost")
+    # Some launchers tell rank 0 `localhost`, and ranks on other nodes its name.
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    here = host == "127.0.0.1" or (host == "localhost" and one_node)
     try:
         if not here and socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)

@@ -1,9 +1,8 @@
 """Linear layers and GELU; in float32 on AMD's CPUs with AVX-512 by oneDNN, everywhere else by PyTorch's own layers.
 
-For float32 PyTorch calls MKL, which takes AVX-512 on Intel's processors alone: on AMD's oneDNN takes half the time. On
-an AMD CPU with AVX2 it took 0.9 to 1.2 times MKL's time forward and up to 2.2 times for gradients (2026-11-26), and on
-Intel's it gained nothing. PyTorch reaches oneDNN's products by operators that have no gradient, which is therefore
-written here.
+For float32 PyTorch calls MKL, which uses AVX-512 on Intel's processors alone: on AMD's, oneDNN takes half the time. On
+an AMD CPU with AVX2 oneDNN is the slower one, for gradients above all. PyTorch reaches its products by operators that
+have no gradient, which is therefore written here.
 """
 
 import math
@@ -55,7 +54,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The tanh approximation of GELU of `linear`, (..., K) -> (..., N)."""
     if not torch.is_grad_enabled() and suits_onednn(x, weight):
         return _product(x, weight, bias, "gelu", "tanh")  # while the product is in the cache
-    return _gelu_of_own(linear(x, weight, bias))
+    return _gelu(linear(x, weight, bias))
 
 
 def add_gelu(x: Tensor, term: Tensor) -> Tensor:
@@ -63,10 +62,10 @@ def add_gelu(x: Tensor, term: Tensor) -> Tensor:
 
     On a CPU without a graph it takes the place of x.
     """
-    return _gelu_of_own(x + term if torch.is_grad_enabled() or x.device.type != "cpu" else x.add_(term))
+    return _gelu(x + term if torch.is_grad_enabled() or x.device.type != "cpu" else x.add_(term))
 
 
-def _gelu_of_own(x: Tensor) -> Tensor:
+def _gelu(x: Tensor) -> Tensor:
     """The tanh approximation of GELU; in float32 on a CPU without a graph it takes the place of x.
 
     x (1 + tanh(u / 2)) / 2 is x sigmoid(u), and on a CPU torch's sigmoid takes an eighth of its tanh's time.

@@ -154,8 +154,8 @@ def opened(pictures: PictureSet) -> Pictures:
 
 
 def _read(recipe: Recipe, source: Source, positions: Sequence[int]) -> Pictures:
-    """In order, decoded by a process a core. What encoding rejects is left out here too; the count
-    beside a distance shows it.
+    """In order, decoded by one process a core. What encoding rejects is left out here too; the count beside a distance
+    shows it.
     """
     pictures = Batches(source, recipe.data.crop, recipe.data.resolution)
     batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]

@@ -6,7 +6,7 @@ Rebuilds the network from each file's metadata, runs every entry, and prints the
 the largest magnitude expected, beside its bound: how far another machine's float32 rounding may move it, derived on the
 way from the network itself (`rounding.py` says how). `t` marks what the timesteps' frequencies decide: exp rounds them
 differently from machine to machine, t up to 999 multiplies that by as much, and cos and sin of the angles pass it on;
-without that part the bound were less than half. Exit status 1 if a difference is above its bound, or if an entry is not
+without it the bound would be less than half. Exit status 1 if a difference is above its bound, or if an entry is not
 understood; 2 if a file cannot be used. Not covered by the files: the loss at t = 0.
 
 Layout of a file, a safetensors in float32; only what its entries need has to be there:

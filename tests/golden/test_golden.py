@@ -34,7 +34,7 @@ def few_entries(*wanted):
 
 timestep_embedding = blocks.timestep_embedding
 MISTAKES = {
-    "GELU by erf": (linear, "_gelu_of_own", F.gelu),
+    "GELU by erf": (linear, "_gelu", F.gelu),
     "a period of 10,010": (blocks, "timestep_embedding", lambda t, **_: timestep_embedding(t, max_period=10_010.0)),
 }
 
