@@ -21,6 +21,7 @@ from tests.integration.conftest import ROOT, Experiment
 from tests.integration.ranks import finish, started
 from tests.integration.test_training import SAME_TO, losses
 
+pytestmark = pytest.mark.timeout(1200)  # thirteen trainings are the fixture's, on a machine that may be busy
 GOLDEN = ROOT / "tests/golden/losses.json"
 BF16_TO = 0.005
 RUNS = {
@@ -32,13 +33,14 @@ RUNS = {
     "zero3-fp32-checkpointed": ("train.zero_stage=3", "train.activation_checkpointing=true"),
     "zero2-fp32-offloaded": ("train.zero_stage=2", "train.offload_optimizer=true"),
 }
-# The demo's network on the experiment's smaller latents, through a warm-up and with two kinds of averages.
+# The demo's network at half its width, on the experiment's smaller latents, through a warm-up and with two kinds of
+# averages.
 SETTINGS = (
-    *("model.hidden_size=256", "model.num_heads=4", "model.patch_size=4", "objective.learned_variance=false"),
+    *("model.hidden_size=128", "model.num_heads=2", "model.patch_size=4", "objective.learned_variance=false"),
     *("train.checkpoint_samples=16", "train.keep_checkpoints=20", "train.warmup_samples=64"),
     "train.ema_widths=[0.1]",
 )
-STEPS = 10
+STEPS = 6  # of 16 samples; the warm-up ends within them
 # What a step from so many samples leaves of each average.
 DECAYS = {
     "ema-0.9": lambda before: constant_decay(0.9, 16, before, before + 16),
@@ -57,7 +59,7 @@ def train_all(recipe_path: str, runs: dict[str, tuple[str, ...]]) -> None:
     with process_group() as (rank, world_size):
         control = control_group()
         for name, overrides in runs.items():
-            for total in (80, 160):
+            for total in (8 * STEPS, 16 * STEPS):
                 given = [f"name={name}", *SETTINGS, f"train.total_samples={total}", *overrides]
                 recipe = with_world_size(load_recipe(recipe_path, given), world_size)
                 Trainer(recipe, open_shards(recipe), rank, world_size, control).run()
@@ -97,7 +99,7 @@ def curves(experiment: Experiment) -> dict[str, list[float]]:
     alone = {"one-rank": RUNS["zero0-fp32"]}
     for runs, ranks in ((RUNS, 2), (alone, 1)):
         with started(experiment.folder, train_all, str(experiment.recipe), runs, ranks=ranks) as running:
-            assert finish(running, 280).statuses == [0] * ranks, running.output
+            assert finish(running, 550).statuses == [0] * ranks, running.output
     found = {name: losses(experiment.folder / "runs" / name) for name in RUNS | alone}
     if os.environ.get("WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
@@ -108,7 +110,6 @@ def golden(name: str) -> list[float]:
     return json.loads(GOLDEN.read_text())[name]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [*RUNS, "one-rank"])
 def test_the_losses_are_the_golden_ones(curves: dict[str, list[float]], name: str) -> None:
     assert len(curves[name]) == STEPS

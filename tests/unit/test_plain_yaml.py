@@ -237,11 +237,11 @@ def test_addresses_stay_and_the_cache_is_for_the_machine_that_trains(monkeypatch
 def test_a_site_file_is_read_the_same_way(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(
-        "account: 00123\nqos: off\nexclusive: yes\nmemory_gb: 4\nsbatch: {mail-type: NO, nice: 010, hold: true}"
+        "account: 00123\nqos: off\nexclusive: yes\nmemory_gb: 4\nsbatch: {mail-type: NONE, nice: 010, hold: true}"
     )
     site = load_site(path)
     assert (site.account, site.qos, site.exclusive, site.memory_gb) == ("00123", "off", True, 4)
-    assert sbatch_options(site) == {"requeue": True, "mail_type": "NO", "nice": "010", "hold": True}
+    assert sbatch_options(site) == {"requeue": True, "mail_type": "NONE", "nice": "010", "hold": True}
     path.write_text("account: a\naccount: b")
     with pytest.raises(ValueError, match=r"site\.yaml: not readable as YAML: account stands twice"):
         load_site(path)
