@@ -175,16 +175,6 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Raises UserError where the file is missing or is no JSON."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); delete it and make it again") from None
-
-
 def content_key(value: Any) -> str:
     """Sixteen hex digits that name a JSON-able value: results made from equal settings share it, others never do."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import (
-    atomic_folder,
-    content_key,
-    disk_faults_told,
-    read_json,
-    remove_folder,
-    sha256_file,
-    write_json,
-)
+from common.files import atomic_folder, content_key, disk_faults_told, remove_folder, sha256_file, write_json
 from common.recipe import Recipe, denoiser_config
+from common.sealed import read_json
 from fpdm.denoiser import DenoiserConfig
 from fpdm.weights import save_pretrained
 from pipeline.averages import Averages

@@ -15,9 +15,10 @@ from typing import Any
 
 from common.command import run_command
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.parts import run_parts
 from common.recipe import Recipe
+from common.sealed import read_json
 
 
 def evaluate(recipe: Recipe) -> None:

@@ -10,9 +10,10 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import content_key, read_json, write_json
+from common.files import content_key, write_json
 from common.provenance import provenance
 from common.recipe import Recipe
+from common.sealed import read_json
 from pipeline import picture_sets
 from pipeline.features import (
     Extractor,

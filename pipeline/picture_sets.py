@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.files import read_json
 from common.ranks import share_of_cores
 from common.recipe import Data, Recipe
+from common.sealed import read_json
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
 from pipeline.run_folder import Weights

@@ -15,8 +15,9 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.recipe import STRICT, Recipe, denoiser_config, diffusion, latent_shape
+from common.sealed import read_json
 from fpdm import rng
 from fpdm.allocation import allocate
 from fpdm.calibration import allocate_measured, calibrate, choose_reuse

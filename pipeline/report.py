@@ -12,8 +12,9 @@ from typing import Any
 
 from common.command import run_command
 from common.errors import UserError
-from common.files import atomic_write, content_key, read_json, sha256_file
+from common.files import atomic_write, content_key, sha256_file
 from common.recipe import Recipe
+from common.sealed import read_json
 
 ROLES = {
     "trained": "this run's samples",

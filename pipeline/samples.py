@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import content_key, read_json, sha256_file, write_json
+from common.files import content_key, sha256_file, write_json
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
+from common.sealed import read_json
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
 from fpdm.weights import WEIGHTS_NAME, load_pretrained, read_config, read_extra

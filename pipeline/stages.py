@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.jobs import Job
 from common.recipe import Recipe
+from common.sealed import read_json
 from slurm.cluster import Resources
 
 

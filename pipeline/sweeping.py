@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write, read_json, write_json
+from common.files import atomic_write, write_json
 from common.loading import check_together
 from common.recipe import Recipe, denoiser_config
+from common.sealed import read_json
 from pipeline.plans import blocks_a_picture
 
 TABLE = "sweep/table.json"

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.recipe import Recipe
 from preprocess.encoder import Encoder, draw_latents
 from preprocess.encoding import Encoding, resolve
 from preprocess.images import from_uint8, to_uint8
 from preprocess.pictures import Pictures
 from preprocess.shards import LatentShards, shard_name
-from preprocess.sources import Entry, printable
+from preprocess.sources import Entry
 
 # Largest relative distance ||a - b|| / ||b|| between moments of one picture by one VAE. It allows for other machines
 # and batches, and is far below the distance between two pictures, which is about 1.

@@ -18,9 +18,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from preprocess.pictures import Loaded, Pictures
-from preprocess.sources import printable
 
 AHEAD = 4  # batches that each process may be ahead
 MAX_SECONDS = 600  # of a processor's time for one picture; the slowest of MAX_PIXELS take minutes

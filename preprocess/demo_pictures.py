@@ -18,8 +18,9 @@ from PIL import Image
 
 from common.command import run_command
 from common.errors import UserError
-from common.files import atomic_folder, content_key, read_json, write_json
+from common.files import atomic_folder, content_key, write_json
 from common.recipe import Recipe
+from common.sealed import read_json
 
 CLASSES = {"robot": "set1", "monster": "set2", "robot-head": "set3", "cat": "set4"}
 BACKGROUND = (238, 238, 238, 255)

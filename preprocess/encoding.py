@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import NOT_WRITTEN, alone_in, disk_faults_told
 from common.recipe import Recipe, latent_shape
 from preprocess.encoder import fetch_vae, find_vae, identify
@@ -30,7 +30,7 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
-from preprocess.sources import Source, fingerprint, open_source, printable, warnings
+from preprocess.sources import Source, fingerprint, open_source, warnings
 
 SHOWN = 5  # of many names, reasons or rejected images
 ONE_CLASS = {"ffhq", "celebahq", "lsun"}  # sources without labels

@@ -14,6 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from common.errors import Told
 from preprocess.file_kinds import kind_of_file
 from preprocess.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
@@ -26,7 +27,7 @@ MAX_REASON = 200  # characters
 UNREADABLE = "not readable as a picture"
 
 
-class Rejected(Exception):
+class Rejected(Told):
     """A picture that cannot be used. The message is the reason: a printable line of at most MAX_REASON characters, the
     same in every run.
     """

@@ -10,7 +10,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.recipe import Data
-from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint, printable
+from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint
 from preprocess.sources.folders import list_folder
 from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
 from preprocess.sources.known import warnings
@@ -24,7 +24,7 @@ from preprocess.sources.parquet import ParquetSource
 from preprocess.sources.webdataset import WebDatasetSource
 from preprocess.sources.zips import find_zip, list_zip
 
-__all__ = ["Entries", "Entry", "Source", "Which", "fingerprint", "open_source", "printable", "warnings"]
+__all__ = ["Entries", "Entry", "Source", "Which", "fingerprint", "open_source", "warnings"]
 
 Which = Literal["images", "held_out"]
 HUB_PARQUET = ("*.parquet", "data/*.parquet", "*/train/*.parquet")  # where a clone of the hub's repository has them

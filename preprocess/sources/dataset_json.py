@@ -4,9 +4,9 @@ import json
 from collections import Counter
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from preprocess.images import Rejected
-from preprocess.sources.entries import MAX_CLASSES, printable
+from preprocess.sources.entries import MAX_CLASSES
 from preprocess.sources.listing import LABELS, Folder, Layout, Listing
 
 

@@ -6,7 +6,6 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -124,11 +123,6 @@ def is_picture(name: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
     return os.path.splitext(name)[1].lower() in suffixes
 
 
-def printable(name: str) -> str:
-    """A key as one line for people: what no terminal shows, or no encoding has, is escaped."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
-
-
 def kind_of(name: str) -> str:
     """Why a file that is no picture by its name is left out: its suffix, as a reason for `Source.left_out`."""
     if is_hidden(name):
@@ -156,22 +150,6 @@ def member_name(field: str, archive: object, name: str) -> str:
             f"{field}: {archive} has a member {name!r}, a path that leads out of it; no data set has one: pack it again"
         )
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-@contextmanager
-def faults_told(kind: type[Exception], message: str) -> Iterator[None]:
-    """Whatever a library raises over a file's content becomes `kind`: `message`, then its own words on the same line.
-
-    What already is a UserError or Rejected passes. Hostile files make parsers raise nearly anything (RecursionError,
-    struct.error, MemoryError, AttributeError): lists of them are never complete.
-    """
-    try:
-        yield
-    except (UserError, Rejected):
-        raise
-    except Exception as error:  # noqa: BLE001
-        words = " ".join(str(error).split())[:200] or type(error).__name__
-        raise kind(f"{message} ({words})") from None
 
 
 def refuse_lfs_pointer(path: object, field: str, start: bytes) -> None:

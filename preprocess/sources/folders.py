@@ -6,16 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from common.errors import UserError
-from preprocess.sources.entries import (
-    HIDDEN,
-    HIDDEN_FOLDER,
-    PICTURE_SUFFIXES,
-    Entry,
-    is_hidden,
-    printable,
-    read_whole,
-)
+from common.errors import UserError, printable
+from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, PICTURE_SUFFIXES, Entry, is_hidden, read_whole
 from preprocess.sources.listing import Folder, Listing, Place
 
 

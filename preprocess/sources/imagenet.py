@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from common.errors import UserError
-from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, printable, read_at
+from common.errors import UserError, faults_told, printable
+from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
 from preprocess.sources.layouts import check_classes, check_not_empty
 from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from preprocess.sources.entries import ENCODED_AS, Source, printable
+from common.errors import printable
+from preprocess.sources.entries import ENCODED_AS, Source
 from preprocess.sources.labels import NONE
 from preprocess.sources.parquet import ParquetSource
 

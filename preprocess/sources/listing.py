@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError
-from preprocess.sources.entries import Entries, Entry, is_hidden, is_picture, kind_of, printable
+from common.errors import UserError, printable
+from preprocess.sources.entries import Entries, Entry, is_hidden, is_picture, kind_of
 
 LABELS = "dataset.json"  # where StyleGAN's dataset_tool keeps labels
 SHOWN = 4  # of many names or reasons, in one line

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from preprocess.images import Rejected
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, faults_told, refuse_lfs_pointer
+from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, refuse_lfs_pointer
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # usual names of the images' column

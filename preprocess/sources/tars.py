@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from common.errors import UserError
-from preprocess.sources.entries import faults_told, is_hidden, kind_of, member_name, refuse_lfs_pointer
+from common.errors import UserError, faults_told
+from preprocess.sources.entries import is_hidden, kind_of, member_name, refuse_lfs_pointer
 
 MAX_HEADER = 2**20  # bytes; what tarfile reads at once for a name or for pax headers: kilobytes
 NOT_PLAIN = {

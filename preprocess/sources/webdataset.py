@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import Entries, Entry, faults_told, is_picture, kind_of, read_at
+from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 from preprocess.sources.tars import TarMember, Window, tar_members
 

@@ -8,14 +8,13 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from preprocess.images import Rejected
 from preprocess.sources.entries import (
     HIDDEN_FOLDER,
     MAX_ENCODED,
     PICTURE_SUFFIXES,
     Entry,
-    faults_told,
     is_hidden,
     member_name,
     read_at,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from common.files import read_json
 from common.jobs import Job
 from common.loading import load_recipe
+from common.sealed import read_json
 from slurm.cluster import Resources, executor, submit
 from slurm.controller import OVER
 from tests.integration.conftest import ROOT, Experiment, environment

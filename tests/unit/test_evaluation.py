@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from common.files import read_json
 from common.loading import dump_recipe
 from common.recipe import Recipe
+from common.sealed import read_json
 from pipeline import eval_fid, features, picture_sets, references, sample, samples
 from pipeline.chunks import find_chunks, write_chunk
 from pipeline.evaluation import Evaluation

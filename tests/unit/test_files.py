@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import atomic_folder, atomic_write, content_key, read_json, write_json
+from common.files import atomic_folder, atomic_write, content_key, write_json
+from common.sealed import read_json
 
 
 def test_a_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:

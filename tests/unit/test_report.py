@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from common.files import read_json
 from common.recipe import Recipe
+from common.sealed import read_json
 from pipeline import eval_fid, evaluation, figures, picture_sets, references, report, samples, sweep
 from tests.conftest import copied, load_samples
 
