@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _make(path.parent)
     temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)  # a link of that name would be followed
     try:
         yield temporary
         sync(temporary)
@@ -46,7 +47,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     _make(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     aside = path.parent / f".{path.name}.{os.getpid()}.old.tmp"  # the one that is replaced, until the new one is there
-    shutil.rmtree(temporary, ignore_errors=True)
+    _delete(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -54,12 +55,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o666 & ~_umask)  # some libraries let nobody else read what they write
             sync(file)
-        if path.exists():
+        if os.path.lexists(path):
             path.replace(aside)
         temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # leftovers that stay are for `remove_leftovers`, and hide no other error
+            _delete(temporary)
+            _delete(aside)
     sync(path.parent)
 
 
@@ -105,7 +107,7 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: b
     does. `name`: of the lock's file.
     """
     _make(folder)
-    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = open_lock(folder / name)
     _locks.add(lock)
     try:
         _take(folder, lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -114,6 +116,18 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: b
         if lock in _locks:  # not in a forked copy of this process
             _locks.remove(lock)
             os.close(lock)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock's file, made where it is missing. Raises UserError for a link: what it leads to is no
+    lock, and would be written over.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: a symbolic link where a lock's file is needed; delete the link") from None
+        raise
 
 
 _locks: set[int] = set()  # descriptors
@@ -146,14 +160,22 @@ os.register_at_fork(after_in_child=_leave_locks)
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed `atomic_write` or `atomic_folder` left in `folder`; only for who alone writes there."""
     for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete(path)
 
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder that `atomic_folder` made; a kill in the middle leaves no part of it under its name."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     folder.replace(aside)
-    shutil.rmtree(aside)
+    _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    """Whatever is there, with what is in it; of a link only itself."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

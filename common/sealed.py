@@ -18,7 +18,7 @@ Form = TypeVar("Form")
 
 KEY = "content_key"
 REMEDY = "delete it and make it again"
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of a TypedDict: its __pydantic_config__
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # for `pydantic.with_config` of a TypedDict
 
 
 def parse_json(data: bytes | str, where: str | Path, remedy: str = REMEDY) -> Any:

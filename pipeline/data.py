@@ -88,7 +88,7 @@ class Stream:
         data, size = self.recipe.data, len(self.shards)
         if data.order == "random":
             return RandomOrder(self.recipe.seed, size)
-        block = self.shards.index["settings"]["shard_samples"]
+        block = self.shards.index["settings"].get("shard_samples", 1)
         return BlockOrder(self.recipe.seed, size, self.recipe.train.batch_size, block, data.mixed_blocks, data.lanes)
 
     def batch(self, first: int, count: int) -> Batch:
@@ -98,9 +98,8 @@ class Stream:
         indices = self.order.indices(positions).numpy()
         moments = torch.from_numpy(self.shards.gather(indices, self._flips(positions))).float()  # (B, 2C, h, w)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        vae = self.shards.index["settings"]["vae"]
         normals = rng.normal(seed, "train/posterior", positions, shape)
-        latents = draw_latents(moments, normals, vae["scaling_factor"], vae["shift_factor"])
+        latents = draw_latents(moments, normals, *self.shards.scaling)
         labels = torch.from_numpy(self.shards.labels_at(indices))
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
         return Batch(

@@ -69,6 +69,7 @@ def train(recipe: Recipe) -> None:
                 with disk_faults_told(recipe.folder):
                     open_things.enter_context(alone_in(recipe.folder))
             shards = staged(recipe, open_shards(recipe))
+            shards.prove_places(rank, world_size)
         Trainer(recipe, shards, rank, world_size, control, stop).run()
 
 

@@ -7,16 +7,18 @@ import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.files import NOT_WRITTEN, alone_in, disk_faults_told
 from common.recipe import Recipe, latent_shape
-from preprocess.encoder import fetch_vae, find_vae, identify
+from preprocess.changed_pictures import check_not_newer, check_pictures
+from preprocess.encoder import Identity, fetch_vae, find_vae, identify
 from preprocess.encoding_guards import at_work, memory_faults_told
 from preprocess.encoding_loop import encode_pictures
 from preprocess.shards import (
@@ -30,6 +32,7 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
+from preprocess.shards.forms import Autoencoder, RejectedPicture
 from preprocess.sources import Source, fingerprint, open_source, warnings
 
 SHOWN = 5  # of many names, reasons or rejected images
@@ -55,14 +58,22 @@ class Encoding:
         return [range(start, min(start + size, found)) for start in range(0, found, size)]
 
     @property
+    def stamp(self) -> str:
+        """Of all pictures."""
+        return self.source.entries.stamp(range(len(self.source.entries)))
+
+    @property
     def warnings(self) -> list[str]:
         return warnings(self.recipe.data.source, self.source)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder opens as shards of these settings; their bytes are checked when they are read."""
+        """Whether the folder opens as shards of these settings and of pictures that nobody has written since; the
+        shards' bytes are checked when they are read.
+        """
         try:
-            return LatentShards(self.folder).index["settings"] == self.settings
+            index = LatentShards(self.folder).index
+            return (index["settings"], index["stamp"]) == (self.settings, self.stamp)
         except UserError:
             return False
 
@@ -87,7 +98,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     source = open_source(data)
     _check_classes(recipe, source.class_names)
     folder = fetch_vae(vae) if download else find_vae(vae)
-    settings = {
+    settings: Settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),
         "crop": data.crop,
@@ -95,11 +106,20 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
         "flips": data.flips,
         "shard_samples": data.shard_samples,
         "precision": vae.precision,
-        "vae": asdict(identify(folder, vae)) if folder else None,
+        "vae": _autoencoder(identify(folder, vae)) if folder else None,
     }
     encoding = Encoding(recipe, source, settings)
     _check_settings(encoding)
     return encoding
+
+
+def _autoencoder(identity: Identity) -> Autoencoder:
+    return {
+        "config_sha256": identity.config_sha256,
+        "weights_sha256": identity.weights_sha256,
+        "scaling_factor": identity.scaling_factor,
+        "shift_factor": identity.shift_factor,
+    }
 
 
 def _check_classes(recipe: Recipe, names: list[str]) -> None:
@@ -142,7 +162,7 @@ def _check_settings(encoding: Encoding) -> None:
                 )
 
 
-def _flat(settings: Settings) -> Settings:
+def _flat(settings: Settings) -> dict[str, Any]:
     """The VAE's identity, where it is known, beside the other settings."""
     vae = {f"vae.{name}": value for name, value in (settings["vae"] or {}).items()}
     return {name: value for name, value in settings.items() if name != "vae"} | vae
@@ -211,6 +231,7 @@ def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
         records = _proved_records(encoding, mine)
         missing = [number for number, record in records.items() if record is None]
         finished = [record for record in records.values() if record is not None]
+        check_pictures(encoding.source, encoding.slices, encoding.folder, finished)
         check_rejected(encoding, finished)
         if missing:
             _make_missing(encoding, missing, finished)
@@ -227,12 +248,13 @@ def _proved_records(encoding: Encoding, numbers: range) -> dict[int, Record | No
 def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]) -> None:
     """A thread writes a shard while the next one is encoded."""
     slices = {number: encoding.slices[number] for number in missing}
+    stamps = {number: encoding.source.entries.stamp(positions) for number, positions in slices.items()}
     writing: Future[Record] | None = None
     with ThreadPoolExecutor(1) as writer:
         for number, outcomes in encode_pictures(encoding.recipe, encoding.source, slices):
             if writing:
                 finished.append(writing.result())
-            writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings)
+            writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings, stamps[number])
             check_rejected(encoding, finished)
     assert writing is not None
     check_rejected(encoding, [*finished, writing.result()])
@@ -258,13 +280,16 @@ def merge_shards(encoding: Encoding) -> None:
         )
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
+    check_not_newer(encoding.source, encoding.slices, encoding.folder, records)
     channels, height, width = latent_shape(encoding.recipe)
     with (
         disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
         alone_in(encoding.folder, ".merging", wait=True),
     ):
         shape, source = (2 * channels, height, width), encoding.source
-        write_index(encoding.folder, records, shape, source.class_names, source.left_out, encoding.warnings)
+        write_index(
+            encoding.folder, records, shape, source.class_names, source.left_out, encoding.warnings, encoding.stamp
+        )
 
 
 def all_there(encoding: Encoding) -> bool:
@@ -286,7 +311,7 @@ def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
         )
 
 
-def describe(rejected: Sequence[dict[str, str]]) -> str:
+def describe(rejected: Sequence[RejectedPicture]) -> str:
     """The first few rejected pictures with their reasons, one line."""
     first = "; ".join(f"{printable(rejection['key'])}: {rejection['reason']}" for rejection in rejected[:SHOWN])
     more = len(rejected) - SHOWN
@@ -295,12 +320,12 @@ def describe(rejected: Sequence[dict[str, str]]) -> str:
 
 def summarise(encoding: Encoding) -> None:
     """Prints what there is now, with the latents' statistics and what was rejected."""
-    index = LatentShards(encoding.folder).index
+    shards = LatentShards(encoding.folder)
+    index, (scaling, _) = shards.index, shards.scaling
     counts = f"{index['accepted']:,} samples of {index['found']:,} pictures"
     print(f"{encoding.folder}: {counts} in {len(index['shardlist'])} shards")
     print("latents over all pictures, unscaled; scaled for diffusion, deviations about 1 are wanted:")
     print("  channel     mean  deviation  scaled")
-    scaling = index["settings"]["vae"]["scaling_factor"]
     for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
         print(f"  {channel:7} {mean:8.3f}  {std:9.3f}  {std * scaling:6.3f}")
     for line in [*_left_out(encoding.source), *encoding.warnings]:

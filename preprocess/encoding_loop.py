@@ -92,15 +92,17 @@ def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
 def _collect(recipe: Recipe, source: Source, loaded: Loaded, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
     yield from loaded.rejected
     for number, position in enumerate(loaded.positions):
-        yield _outcome(recipe, source, position, loaded.sizes[number], [array[number] for array in moments])
+        digest, arrays = loaded.digests[number], [array[number] for array in moments]
+        yield _outcome(recipe, source, position, loaded.sizes[number], digest, arrays)
 
 
 def _outcome(
-    recipe: Recipe, source: Source, position: int, size: tuple[int, int], moments: Sequence[np.ndarray]
+    recipe: Recipe, source: Source, position: int, size: tuple[int, int], digest: str, moments: Sequence[np.ndarray]
 ) -> Outcome:
     entry = source.entries[position]
     if not all(np.isfinite(array).all() for array in moments):
         precision = recipe.vae.precision
-        return Rejection(entry.key, f"the VAE's moments are not finite in float16 (vae.precision {precision})")
+        reason = f"the VAE's moments are not finite in float16 (vae.precision {precision})"
+        return Rejection(entry.key, reason, position, digest)
     flipped = moments[1] if len(moments) > 1 else None
-    return Sample(position, entry.key, entry.label, *size, moments[0], flipped)
+    return Sample(position, entry.key, entry.label, *size, moments[0], flipped, digest)

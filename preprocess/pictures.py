@@ -1,5 +1,6 @@
 """Batches of pictures: read, decoded and cropped."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ class Loaded:
 
     positions: list[int]
     sizes: list[tuple[int, int]]  # width, height before cropping
+    digests: list[str]  # `picture_digest` of each
     images: Tensor | None  # (B, 3, resolution, resolution) uint8; None if none could be read
     rejected: list[Rejection]
 
@@ -39,26 +41,21 @@ class Pictures:
 
     def fill(self, places: np.ndarray, batch: Iterable[int]) -> Loaded:
         """Writes the pictures that can be read into the first of `places`, (B, 3, resolution, resolution) uint8."""
-        loaded = Loaded([], [], None, [])
+        loaded = Loaded([], [], [], None, [])
         for position in batch:
-            entry = self.source.entries[position]
+            entry, digest = self.source.entries[position], ""
             try:
-                image = decode(self._open(entry))
+                data = open_picture(self.source, entry)
+                digest = picture_digest(data)
+                image = decode(data)
                 places[len(loaded.positions)] = self._cropped(image)
             except Rejected as reason:
-                loaded.rejected.append(Rejection(entry.key, str(reason)))
+                loaded.rejected.append(Rejection(entry.key, str(reason), position, digest))
             else:
                 loaded.positions.append(position)
                 loaded.sizes.append(image.size)
+                loaded.digests.append(digest)
         return loaded
-
-    def _open(self, entry: Entry) -> bytes:
-        try:
-            return self.source.open(entry)
-        except Rejected:
-            raise
-        except Exception as error:  # noqa: BLE001 # what reads archives raises anything on damaged ones
-            raise unexpected("cannot be read", error) from None
 
     def _cropped(self, image: Image.Image) -> np.ndarray:
         """(3, resolution, resolution) uint8."""
@@ -68,3 +65,18 @@ class Pictures:
             raise
         except Exception as error:  # noqa: BLE001 # resizing takes memory
             raise unexpected("cannot be cropped", error) from None
+
+
+def open_picture(source: Source, entry: Entry) -> bytes:
+    """A picture's encoded bytes. Raises Rejected where they cannot be read."""
+    try:
+        return source.open(entry)
+    except Rejected:
+        raise
+    except Exception as error:  # noqa: BLE001 # what reads archives raises anything on damaged ones
+        raise unexpected("cannot be read", error) from None
+
+
+def picture_digest(data: bytes) -> str:
+    """Sixteen hex digits that name a picture's encoded bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError, printable
-from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, PICTURE_SUFFIXES, Entry, is_hidden, read_whole
+from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, PICTURE_SUFFIXES, Entry, file_stamp, is_hidden, read_whole
 from preprocess.sources.listing import Folder, Listing, Place
 
 
@@ -47,7 +47,8 @@ def _open(path: Path, entry: Entry) -> bytes:
 
 def _locate(path: Path, field: str, key: str) -> Place:
     try:
-        return os.stat(f"{path}/{key}").st_size, (0, 0)
+        status = os.stat(f"{path}/{key}")
+        return status.st_size, (0, 0), file_stamp(status)
     except OSError as error:
         raise UserError(
             f"{field}: {path}/{printable(key)} cannot be read: {error.strerror}; is the folder in use?"

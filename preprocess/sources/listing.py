@@ -12,7 +12,7 @@ from preprocess.sources.entries import Entries, Entry, is_hidden, is_picture, ki
 LABELS = "dataset.json"  # where StyleGAN's dataset_tool keeps labels
 SHOWN = 4  # of many names or reasons, in one line
 
-Place = tuple[int, tuple[int, int]]  # size and place of a file, as an Entry has them
+Place = tuple[int, tuple[int, int], int]  # size, place and stamp of a file, as an Entry has them
 
 
 class Folder:

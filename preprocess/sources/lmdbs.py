@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from preprocess.images import Rejected
-from preprocess.sources.entries import Entries, Entry, is_picture, kind_of
+from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of
 from preprocess.sources.folders import walk_visible
 
 DATA = "data.mdb"
@@ -67,6 +67,7 @@ class LmdbSource:
     def _entries(self) -> Iterator[Entry]:
         import lmdb
 
+        stamp = file_stamp(os.stat(self.file))
         try:
             with self._environment().begin(buffers=True) as transaction:  # buffers: values are not read
                 self._check_values(transaction)
@@ -84,7 +85,7 @@ class LmdbSource:
                     elif side and not name.startswith(side):
                         self.left_out["of a smaller resolution"] += 1
                     else:
-                        yield Entry(name.decode(errors="surrogateescape"), 0, len(value))
+                        yield Entry(name.decode(errors="surrogateescape"), 0, len(value), stamp=stamp)
         except lmdb.Error as error:
             raise UserError(f"{self.field}: {self.file} is damaged ({error}); get it anew") from None
 

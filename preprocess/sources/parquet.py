@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import UserError, faults_told
 from preprocess.images import Rejected
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, refuse_lfs_pointer
+from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, file_stamp, refuse_lfs_pointer
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # usual names of the images' column
@@ -64,10 +64,11 @@ class ParquetSource:
     def _entries(self, candidates: Candidates, columns: list[str]) -> Iterator[Entry]:
         root = common_folder(self.files)
         for number, file in enumerate(self.files):
-            name, size = file.absolute().relative_to(root), file.stat().st_size
+            name, status = file.absolute().relative_to(root), file.stat()
+            stamp = file_stamp(status)
             for row, found in enumerate(_labels(file, self.field, columns)):
                 candidates.add(found)
-                yield Entry(f"{name}/{row:06d}", 0, size, (number, row))
+                yield Entry(f"{name}/{row:06d}", 0, status.st_size, (number, row), stamp)
 
     def _row(self, number: int, row: int) -> dict[str, bytes | None] | bytes | None:
         if self._group is None or self._group.file != number or row not in self._group.rows:

@@ -62,7 +62,7 @@ def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = 
 
     def locate(key: str) -> Place:
         info = places[key]
-        return info.file_size, (info.header_offset, info.CRC)
+        return info.file_size, (info.header_offset, info.CRC), 0
 
     return Listing(path, field, root, locate, partial(_open, archive))
 

@@ -1,5 +1,6 @@
 """Encoding is a pure function of pictures and settings: no kill, number of workers or batch size changes it."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,80 @@ def test_a_finished_encoding_is_not_done_again(recipe: Recipe, monkeypatch: pyte
     encode(recipe)
     before = contents(recipe)
     monkeypatch.setattr("preprocess.encoding.encode_pictures", None)  # would raise where it is called
+    encode(recipe)
+    assert contents(recipe) == before
+
+
+def as_bitmaps(recipe: Recipe) -> Path:
+    """The recipe's pictures in files of one size; returns their folder."""
+    folder = Path(recipe.data.images)
+    for path in folder.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    assert len({path.stat().st_size for path in folder.rglob("*.bmp")}) == 1
+    return folder
+
+
+def exchange(first: Path, second: Path) -> None:
+    """By their names alone; all that a file says of itself stays."""
+    first.rename(first.with_suffix(".aside"))
+    second.rename(first)
+    first.with_suffix(".aside").rename(second)
+
+
+def test_pictures_of_one_size_that_were_exchanged_copied_or_written_over_are_named(recipe: Recipe) -> None:
+    folder = as_bitmaps(recipe)
+    encode(recipe)
+    assert finished(recipe)
+    before = contents(recipe)
+    first, second = folder / "cat/1.bmp", folder / "dog/7.bmp"
+    held, status = first.read_bytes(), first.stat()
+    exchange(first, second)
+    assert not finished(recipe)
+    with pytest.raises(
+        UserError, match=r"data\.images: cat/1\.bmp is another picture than the one encoded to .*-000000"
+    ):
+        encode(recipe)
+    exchange(first, second)
+    shutil.copy2(second, first)
+    with pytest.raises(UserError, match=r"cat/1\.bmp is another picture"):
+        encode(recipe)
+    first.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"cat/1\.bmp is another picture"):
+        encode(recipe)
+    assert contents(recipe) == before
+
+
+def test_the_same_pictures_in_newer_files_are_read_once_more_and_not_encoded(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a data set was copied to another disk."""
+    folder = as_bitmaps(recipe)
+    truncate(recipe, "cat/2.bmp")
+    recipe = changed(recipe, "data", max_rejected=0.2)
+    encode(recipe)
+    before = contents(recipe)
+    shutil.copytree(folder, folder.with_name("copy"))
+    moved = changed(recipe, "data", images=str(folder.with_name("copy")))
+    assert not finished(moved)
+    monkeypatch.setattr("preprocess.encoding.encode_pictures", None)  # would raise where it is called
+    encode(moved)
+    assert finished(moved)
+    assert not finished(recipe)  # whose files are others
+    after = contents(moved)
+    assert [name for name in before if before[name] != after[name]] == [
+        name for name in before if name.endswith(".json")
+    ]
+    monkeypatch.setattr("preprocess.changed_pictures.open_picture", None)
+    encode(moved)
+
+
+def test_a_shard_copied_over_another_with_its_record_is_made_again(recipe: Recipe) -> None:
+    encode(recipe)
+    before, folder = contents(recipe), Path(recipe.data.shards)
+    for suffix in (".tar", ".samples.npy", ".json"):
+        shutil.copy(folder / f"latents-000000{suffix}", folder / f"latents-000001{suffix}")
     encode(recipe)
     assert contents(recipe) == before
 

@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks.loader import IMAGENET, OPENING, synthetic_folder
 from common.errors import UserError
+from common.sealed import write_sealed
 from preprocess.shards import (
     INDEX,
     SAMPLES,
@@ -27,13 +28,13 @@ from preprocess.shards import (
     Rejection,
     Sample,
     finished_record,
+    recorded_settings,
     rows_name,
     shard_name,
     verify,
     write_index,
     write_shard,
 )
-from preprocess.shards.format import write_sealed
 
 SHAPE = (8, 4, 4)
 COUNT, SHARD = 23, 10
@@ -268,26 +269,71 @@ def test_a_changed_index_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("accepted", 10**15, "contradict each other"),
-        ("shape", [10**9, 10**9, 10**9], "contradict each other"),
-        ("shape", None, "contradict each other"),
-        ("shardlist", [{"url": "../../etc/passwd", "nsamples": 22, "filesize": 9}], "a plain file name is needed"),
-        ("shardlist", [{"url": "s3://elsewhere/x.tar", "nsamples": 22, "filesize": 9}], "a plain file name is needed"),
-        ("shardlist", [{"url": "pipe:id", "nsamples": 22, "filesize": 9}], "a plain file name is needed"),
+        ("accepted", 10**15, "accepted: Input should be less than"),
+        ("accepted", 21, "contradict each other"),
+        ("shape", [10**9, 10**9, 10**9], r"shape\.0: "),
+        ("shape", [8, 400, 400], "contradict each other"),
+        ("shape", None, "shape: "),
+        ("shardlist", [], "contradict each other"),
+        ("url", "../../etc/passwd", r"shardlist\.0\.url: "),
+        ("url", "s3://elsewhere/x.tar", r"shardlist\.0\.url: "),
+        ("url", ".hidden", r"shardlist\.0\.url: "),
+        ("url", "a.tar\n", r"shardlist\.0\.url: "),
+        ("sha256", "/home/u/my", r"shardlist\.0\.sha256: "),
+        ("nsamples", 2.0, r"shardlist\.0\.nsamples: "),
     ],
 )
-def test_an_index_of_somebody_elses_opens_no_other_file_and_takes_no_memory(
+def test_an_index_of_somebody_elses_is_refused_by_the_field_that_is_no_indexs(
     folder: Path, key: str, value: object, reason: str
 ) -> None:
     """Sealed as ours are: anyone can."""
     index = json.loads((folder / INDEX).read_text())
     del index["content_key"]
-    write_sealed(folder / INDEX, {**index, key: value})
-    with pytest.raises(UserError, match=reason):
-        LatentShards(folder)
-    if "name" in reason:
-        with pytest.raises(UserError, match=reason):
-            list(verify(folder))
+    place = index if key in index else index["shardlist"][0]
+    place[key] = value
+    write_sealed(folder / INDEX, index)
+    for reader in (LatentShards, lambda path: list(verify(path))):
+        with pytest.raises(UserError, match=rf"index\.json: .*{reason}.*get it anew"):
+            reader(folder)
+
+
+def test_shards_of_another_version_are_never_written_over(folder: Path) -> None:
+    for name in (INDEX, "latents-000001.json"):
+        value = json.loads((folder / name).read_text())
+        del value["content_key"]
+        write_sealed(folder / name, {**value, "version": 2})
+        with pytest.raises(UserError, match=rf"{name}: version 2, this reads 3; encode again elsewhere"):
+            list(recorded_settings(folder))
+        (folder / name).unlink()
+
+
+def test_exchanged_and_copied_shards_are_named_before_the_first_step(tmp_path: Path) -> None:
+    """All are of one size, and whole in themselves; the record, copied with its shard, says which one it was."""
+    parts = [[sample(position) for position in range(start, start + 5)] for start in (0, 5)]
+    records = [write_shard(tmp_path, number, part, SETTINGS) for number, part in enumerate(parts)]
+    write_index(tmp_path, records, SHAPE, CLASSES)
+    LatentShards(tmp_path).prove_places()
+    tars = [tmp_path / shard_name(number) for number in range(2)]
+    held = [tar.read_bytes() for tar in tars]
+    for contents, wrong in ((held[::-1], 0), ([held[0]] * 2, 1), ([held[1]] * 2, 0)):
+        for tar, data in zip(tars, contents, strict=True):
+            tar.write_bytes(data)
+        with pytest.raises(UserError, match=rf"latents-00000{wrong}\.tar: sample {5 * wrong} .*checksum"):
+            LatentShards(tmp_path).prove_places()
+        LatentShards(tmp_path).prove_places(part=1 - wrong, parts=2) if contents[0] == contents[1] else None
+    for suffix in (".tar", ".samples.npy", ".json"):
+        shutil.copy(tmp_path / f"latents-000000{suffix}", tmp_path / f"latents-000001{suffix}")
+    assert finished_record(tmp_path, 1, thorough=True) is None
+
+
+def test_a_label_that_is_no_class_is_named(folder: Path) -> None:
+    rows = np.load(folder / SAMPLES, allow_pickle=False)
+    rows["label"][3] = 3
+    np.save(folder / SAMPLES, rows)
+    shards = LatentShards(folder)
+    assert shards.labels_at(np.array([2, 4])).tolist() == [2, 1]
+    with pytest.raises(UserError, match=r"samples\.npy: a sample of class 3, there are 3"):
+        shards.labels_at(np.array([3]))
 
 
 @pytest.mark.parametrize("name", [shard_name(0), shard_name(2), SAMPLES])
@@ -338,7 +384,7 @@ def test_verify_finds_numbers_that_no_encoder_writes(tmp_path: Path) -> None:
     bad = sample(0).moments.copy()
     bad[0, 0, 0] = np.nan
     record = write_shard(tmp_path, 0, [Sample(0, "0.png", 0, 1, 1, bad, bad)], SETTINGS)
-    write_index(tmp_path, [record], SHAPE, ["a"])
+    write_index(tmp_path, [record | {"channel_sums": [[0.0] * 4] * 2}], SHAPE, ["a"])
     assert "not finite" in next(verify(tmp_path))
 
 
