@@ -43,14 +43,14 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
     Raises UserError where there is none.
     """
-    from pipeline.run_folder import power_name
+    from pipeline.run_folder import counted, power_name
 
     weights = recipe.folder / "weights"
     found = {
         (int(folder.parent.name), width): folder
         for width in recipe.train.ema_widths
-        for folder in sorted(weights.glob(f"[0-9]*/{power_name(width)}"))
-        if int(folder.parent.name)  # before the first step there is nothing to average
+        for folder in (samples / power_name(width) for samples in counted(weights))
+        if folder.is_dir() and int(folder.parent.name)  # before the first step there is nothing to average
     }
     if not found:
         raise UserError(

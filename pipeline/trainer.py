@@ -149,7 +149,7 @@ class Trainer:
         torch.distributed.broadcast_object_list(chosen, src=0, group=self.control)
         with told_by_all(self.control):
             if chosen[0] is not None and found is None:
-                found = checkpoint.whole_checkpoint(chosen[0], self.identity)
+                found = checkpoint.whole_checkpoint(chosen[0], self.recipe, self.identity)
         return found
 
     def _resume_at(self, found: checkpoint.Found | None) -> None:
