@@ -16,7 +16,7 @@ from common.files import content_key
 from common.sealed import KEY, checked, parse_json, read_bytes
 
 OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 @with_config(OPEN)

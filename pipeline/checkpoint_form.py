@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError, faults_told
 from common.files import sha256_file
+from common.log_lines import Count
 from common.recipe import Recipe, denoiser_config
 from common.sealed import STRICT, read_sealed
 from fpdm.weights import tensor_shapes
@@ -24,7 +25,6 @@ STATE, MARKER = "state.safetensors", "complete.json"
 FORMAT = 2  # of what is written; 1 had no number
 
 State = dict[str, Tensor]
-Count = Annotated[int, Field(ge=0)]
 Quarters = Field(min_length=QUARTILES, max_length=QUARTILES)
 
 

@@ -5,19 +5,20 @@ draws by the same plan.
 """
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import write_json
-from common.recipe import STRICT, Recipe, denoiser_config, diffusion, latent_shape
-from common.sealed import read_json
+from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import allocate
 from fpdm.calibration import allocate_measured, calibrate, choose_reuse
@@ -26,14 +27,22 @@ from fpdm.sampling import build_sampler, guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
 
 MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
+NAME = "plan.json"
+REMEDY = "delete the folder and run python pipeline/sample.py"
 REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class Plan:
     """One entry a step, noisiest first; iterations None for DiT, which has none."""
 
     iterations: list[int] | None
+    reuse: list[bool]
+
+
+@with_config(STRICT)
+class PlanForm(TypedDict):
+    iterations: list[Annotated[int, Field(ge=1)]] | None
     reuse: list[bool]
 
 
@@ -66,14 +75,65 @@ def blocks_a_picture(recipe: Recipe) -> int:
 
 
 def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
-    """The plan of the set in `folder`, from its plan.json; measured first where there is none."""
-    path = folder / "plan.json"
+    """The plan of the set in `folder`, from its plan.json; made first where there is none.
+
+    Raises UserError where that is damaged, or gone from beside samples that were drawn by it. One that is not measured
+    is a function of the recipe: it is written again, with a warning.
+    """
+    path, measured = folder / NAME, is_measured(recipe)
+    drawn = any(folder.rglob("chunk-*"))  # looked for first: whoever draws has written the plan before
     if not path.exists():
-        _write_once(path, TypeAdapter(Plan).dump_python(_make(recipe, model)))
+        if measured and drawn:
+            raise UserError(f"{path}: gone, and samples were drawn by it; {REMEDY}")
+        _write_once(path, asdict(_make(recipe, model)))
     try:
-        return TypeAdapter(Plan).validate_python(read_json(path))
-    except ValueError:
-        raise UserError(f"{path}: no plan of iterations; delete the folder and run python pipeline/sample.py") from None
+        return read_plan(recipe, folder)
+    except UserError as fault:
+        if measured:
+            raise
+        print(f"warning: {fault}; now it is written again", file=sys.stderr, flush=True)
+    write_sealed(path, asdict(_make(recipe, model)))
+    return read_plan(recipe, folder)
+
+
+def read_plan(recipe: Recipe, folder: Path) -> Plan:
+    """The plan that the set in `folder` was drawn by. Raises UserError where it is damaged, or of another recipe."""
+    path = folder / NAME
+    found = Plan(**read_sealed(path, PlanForm, REMEDY))
+    if fault := _misfit(recipe, found):
+        raise UserError(f"{path}: {fault}; {REMEDY}")
+    return found
+
+
+def is_measured(recipe: Recipe) -> bool:
+    """Whether the plan comes of the weights too, and not of the recipe alone."""
+    settings = recipe.sample
+    measured = settings.allocation in MEASURED or settings.reuse == "calibrated" or bool(settings.step_choices)
+    return recipe.model.kind == "fpdm" and measured
+
+
+def _misfit(recipe: Recipe, found: Plan) -> str | None:
+    """What no plan of this recipe has."""
+    settings = recipe.sample
+    if len(found.reuse) not in (settings.num_steps, *settings.step_choices):
+        return f"reuse: {len(found.reuse)} steps, the recipe has {settings.num_steps}"
+    if settings.reuse != "calibrated" and set(found.reuse) != {settings.reuse == "always"}:
+        return f"reuse: not {settings.reuse!r} in every step"
+    if (found.iterations is None) != (recipe.model.kind == "dit"):
+        return (
+            f"iterations: {'missing' if found.iterations is None else 'there'}, and model.kind is {recipe.model.kind}"
+        )
+    if found.iterations is None:
+        return None
+    if len(found.iterations) != len(found.reuse):
+        return f"iterations: of {len(found.iterations)} steps, and there are {len(found.reuse)}"
+    if settings.allocation not in MEASURED:
+        as_allocated = allocate(settings.allocation, settings.num_steps, settings.iterations)
+        return None if found.iterations == as_allocated else "iterations: not as sample.allocation says"
+    outer = denoiser_config(recipe).blocks(0)
+    blocks = sum(found.iterations) + outer * len(found.reuse)
+    budget = total_iterations(recipe) + outer * settings.num_steps
+    return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
 def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -146,7 +206,7 @@ def _make(recipe: Recipe, model: Denoiser) -> Plan:
 def _write_once(path: Path, value: Any) -> None:
     """The first of several processes wins; what another machine's rounding would have chosen is dropped."""
     own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    write_json(own, value)
+    write_sealed(own, value)
     try:
         os.link(own, path)
     except FileExistsError:

@@ -83,19 +83,18 @@ def write(
     width: float,
 ) -> None:
     """Adds the stored averages up in float64 and writes the sum as weights, with its factors in config.json."""
-    from fpdm.weights import load_pretrained, read_extra
     from pipeline.checkpoint import export_weights
     from pipeline.run_folder import power_name
+    from pipeline.run_weights import describe, load_network
 
     total = None
     for snapshot, factor in factors.items():
-        weights = {
-            name: factor * value.double() for name, value in load_pretrained(stored[snapshot]).named_parameters()
-        }
+        network = load_network(stored[snapshot])
+        weights = {name: factor * value.double() for name, value in network.named_parameters()}
         total = weights if total is None else {name: total[name] + weights[name] for name in total}
     assert total is not None
     notes = [{"samples": samples, "width": one, "factor": factor} for (samples, one), factor in factors.items()]
-    run = read_extra(stored[max(factors)])["run"]
+    run = describe(stored[max(factors)]).extra["run"]
     with disk_faults_told(recipe.folder):
         weights = {name: value.detach().float() for name, value in total.items()}
         export_weights(recipe, weights, end, run, power_name(width), reconstructed_from=notes)

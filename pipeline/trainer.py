@@ -1,11 +1,12 @@
 """Training under DeepSpeed: a loop counted in samples, every number of which is a function of (seed, samples seen)."""
 
-import json
 import math
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ import torch.distributed
 from torch import Tensor
 
 from common.errors import Interrupted, UserError
-from common.files import alone_in, atomic_write, disk_faults_told, remove_leftovers, write_json
-from common.loading import dump_recipe
+from common.files import alone_in, disk_faults_told, remove_leftovers, write_json
+from common.log_lines import append_line
 from common.provenance import provenance
 from common.ranks import rank_and_world_size
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
+from common.run_recipe import write_recipe
 from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
-from fpdm.weights import assemble, read_extra
+from fpdm.weights import assemble
 from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
@@ -39,8 +41,9 @@ from pipeline.engine import (
 from pipeline.feed import Feed
 from pipeline.guards import SpikeDetector, describe_fault, fault_error, spike_event
 from pipeline.previews import Previews
-from pipeline.run_folder import ema_names, weights_folder
+from pipeline.run_folder import counted, ema_names, weights_folder
 from pipeline.run_identity import crosses, identity, total_samples
+from pipeline.run_weights import describe
 from pipeline.signals import StopRequest, stop_requests
 from pipeline.training_log import Progress, TrainingLog
 from pipeline.watching import Interval, Throughput, loss_sums
@@ -56,6 +59,7 @@ def train(recipe: Recipe) -> None:
     if finished(recipe):
         return
     rank, world_size = rank_and_world_size()
+    _tell_damage(recipe, rank)
     try:
         recipe = with_world_size(recipe, world_size)
     except ValueError as error:
@@ -78,8 +82,31 @@ def finished(recipe: Recipe) -> bool:
         wanted = identity(recipe, open_shards(recipe))
     except UserError:  # no shards any more; the stage before this one says so
         return False
-    folders = [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
-    return all(folder.exists() and _is_run(recipe, read_extra(folder).get("run"), wanted) for folder in folders)
+    try:
+        return all(
+            folder.exists() and _is_run(recipe, describe(folder).extra["run"], wanted) for folder in _last(recipe)
+        )
+    except UserError:  # damaged; training says so and writes them again
+        return False
+
+
+def _last(recipe: Recipe) -> list[Path]:
+    """Where the run's last weights lie."""
+    return [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
+
+
+def _tell_damage(recipe: Recipe, rank: int) -> None:
+    """Says that damaged last weights are written again, from the last checkpoint. Raises UserError where that is gone:
+    to train all of it again is nothing to begin without a word."""
+    for folder in _last(recipe):
+        try:
+            if folder.exists():
+                describe(folder)
+        except UserError as fault:
+            if not (checkpoint.folder_of(recipe) / f"{total_samples(recipe):012d}" / checkpoint.MARKER).exists():
+                raise
+            if rank == 0:
+                print(f"warning: {fault}; now they are written again", file=sys.stderr, flush=True)
 
 
 def _is_run(recipe: Recipe, found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
@@ -391,10 +418,8 @@ class Trainer:
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""
         folder = self.recipe.folder
-        for written in (folder, folder / "checkpoints", folder / "grids", *folder.glob("weights/*/")):
+        for written in (folder, folder / "checkpoints", folder / "grids", *counted(folder / "weights")):
             remove_leftovers(written)
-        with atomic_write(folder / "recipe.yaml") as file:
-            file.write_text(dump_recipe(self.recipe), encoding="utf-8")
+        write_recipe(self.recipe)
         write_json(folder / "deepspeed.json", self.config)
-        with open(folder / "provenance.jsonl", "a") as lines:
-            lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")
+        append_line(folder / "provenance.jsonl", {"stage": "train", "from_samples": self.samples_seen, **provenance()})
