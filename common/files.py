@@ -124,11 +124,14 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: b
 
 @contextmanager
 def together_in(folder: Path) -> Iterator[None]:
-    """Holds `folder` together with other processes that write there; who finds nobody deletes what killed ones left."""
+    """Holds `folder`, and the folders in it, together with other processes that write there. Who finds nobody deletes
+    what killed ones left.
+    """
     with _opened_lock(folder, ".lock") as lock:
         with suppress(BlockingIOError):
             _flock(folder, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_leftovers(folder)
+            for written in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
+                remove_leftovers(written)
         _flock(folder, lock, fcntl.LOCK_SH)
         yield
 

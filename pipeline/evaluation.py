@@ -243,6 +243,6 @@ class Evaluation:
         bar = tqdm(opened(pictures), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
         features = extract(extractor, bar, self.recipe.evaluate.batch_size)
         kept = ("pooled",) if is_reference else KEPT_LAYERS  # nobody asks for a reference's Inception Score
-        with together_in(folder):
+        with together_in(folder if is_reference else folder.parent):
             write_summary(path, summarise(features, pictures.size, kept))
         return read_summary(path, COMMAND)

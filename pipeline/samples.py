@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError, one_line
-from common.files import content_key
+from common.files import content_key, together_in
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
 from common.sealed import read_json, write_sealed
@@ -45,9 +45,10 @@ def sample(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     rank, world_size = rank_and_world_size()
     share_cores()
     for weights in wanted_weights(recipe):
-        folder = generate(recipe, weights, part * world_size + rank, parts * world_size)
-        if not missing_chunks(recipe, weights):
-            outputs.finish(recipe, folder)
+        with together_in(sample_set(recipe, weights).folder):
+            folder = generate(recipe, weights, part * world_size + rank, parts * world_size)
+            if not missing_chunks(recipe, weights):
+                outputs.finish(recipe, folder)
 
 
 def finished(recipe: Recipe) -> bool:

@@ -88,8 +88,10 @@ def told_by_files(listed: JobForm) -> str:
 def files_of(listed: JobForm, *kinds: str) -> list[Path]:
     """What submitit wrote for the tasks of a job."""
     name = re.compile(rf"{listed['job']}(_[0-9]+)+_({'|'.join(map(re.escape, kinds))})")
-    folder = Path(listed["logs"])
-    return [path for path in (folder.iterdir() if folder.is_dir() else ()) if name.fullmatch(path.name)]
+    try:
+        return [path for path in Path(listed["logs"]).iterdir() if name.fullmatch(path.name)]
+    except OSError:  # deleted
+        return []
 
 
 def job_name(task: dict[str, str]) -> str:
