@@ -77,62 +77,60 @@ def blocks_a_picture(recipe: Recipe) -> int:
 def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
     """The plan of the set in `folder`, from its plan.json; made first where there is none.
 
-    Raises UserError where that is damaged, or gone from beside samples that were drawn by it. One that is not measured
-    is a function of the recipe: it is written again, with a warning.
+    Raises UserError as `read_plan`, and where a measured one is gone from beside samples that were drawn by it.
     """
-    path, measured = folder / NAME, is_measured(recipe)
+    path, stated = folder / NAME, by_recipe(recipe)
     drawn = any(folder.rglob("chunk-*"))  # looked for first: whoever draws has written the plan before
     if not path.exists():
-        if measured and drawn:
+        if stated is None and drawn:
             raise UserError(f"{path}: gone, and samples were drawn by it; {REMEDY}")
-        _write_once(path, asdict(_make(recipe, model)))
-    try:
-        return read_plan(recipe, folder)
-    except UserError as fault:
-        if measured:
-            raise
-        print(f"warning: {fault}; now it is written again", file=sys.stderr, flush=True)
-    write_sealed(path, asdict(_make(recipe, model)))
+        _write_once(path, asdict(stated or _measure(recipe, model)))
     return read_plan(recipe, folder)
 
 
 def read_plan(recipe: Recipe, folder: Path) -> Plan:
-    """The plan that the set in `folder` was drawn by. Raises UserError where it is damaged, or of another recipe."""
-    path = folder / NAME
-    found = Plan(**read_sealed(path, PlanForm, REMEDY))
-    if fault := _misfit(recipe, found):
-        raise UserError(f"{path}: {fault}; {REMEDY}")
+    """The plan that the set in `folder` was drawn by.
+
+    Raises UserError where it is damaged, or none of this recipe. What the recipe alone says is written again instead,
+    with a warning.
+    """
+    path, stated = folder / NAME, by_recipe(recipe)
+    try:
+        found = Plan(**read_sealed(path, PlanForm, REMEDY))
+        if fault := _misfit(recipe, found):
+            raise UserError(f"{path}: {fault}; {REMEDY}")
+    except UserError as fault_told:
+        if stated is None or not path.exists():
+            raise
+        print(f"warning: {fault_told}; now it is written again", file=sys.stderr, flush=True)
+        write_sealed(path, asdict(stated))
+        return stated
     return found
 
 
-def is_measured(recipe: Recipe) -> bool:
-    """Whether the plan comes of the weights too, and not of the recipe alone."""
+def by_recipe(recipe: Recipe) -> Plan | None:
+    """The plan where it is a function of the recipe alone; None where it is measured on the weights."""
     settings = recipe.sample
-    measured = settings.allocation in MEASURED or settings.reuse == "calibrated" or bool(settings.step_choices)
-    return recipe.model.kind == "fpdm" and measured
+    always = [settings.reuse == "always"] * settings.num_steps
+    if recipe.model.kind == "dit":
+        return Plan(None, always)
+    if settings.allocation in MEASURED or settings.reuse == "calibrated":
+        return None
+    return Plan(allocate(settings.allocation, settings.num_steps, settings.iterations), always)
 
 
 def _misfit(recipe: Recipe, found: Plan) -> str | None:
     """What no plan of this recipe has."""
-    settings = recipe.sample
-    if len(found.reuse) not in (settings.num_steps, *settings.step_choices):
-        return f"reuse: {len(found.reuse)} steps, the recipe has {settings.num_steps}"
+    settings, stated = recipe.sample, by_recipe(recipe)
+    if stated is not None:
+        return None if found == stated else "not the plan that the recipe says"
+    steps, counts = len(found.reuse), found.iterations
+    if steps not in (settings.num_steps, *settings.step_choices) or counts is None or len(counts) != steps:
+        return f"iterations and reuse of {len(counts or ())} and {steps} steps, the recipe has {settings.num_steps}"
     if settings.reuse != "calibrated" and set(found.reuse) != {settings.reuse == "always"}:
         return f"reuse: not {settings.reuse!r} in every step"
-    if (found.iterations is None) != (recipe.model.kind == "dit"):
-        return (
-            f"iterations: {'missing' if found.iterations is None else 'there'}, and model.kind is {recipe.model.kind}"
-        )
-    if found.iterations is None:
-        return None
-    if len(found.iterations) != len(found.reuse):
-        return f"iterations: of {len(found.iterations)} steps, and there are {len(found.reuse)}"
-    if settings.allocation not in MEASURED:
-        as_allocated = allocate(settings.allocation, settings.num_steps, settings.iterations)
-        return None if found.iterations == as_allocated else "iterations: not as sample.allocation says"
     outer = denoiser_config(recipe).blocks(0)
-    blocks = sum(found.iterations) + outer * len(found.reuse)
-    budget = total_iterations(recipe) + outer * settings.num_steps
+    blocks, budget = sum(counts) + outer * steps, total_iterations(recipe) + outer * settings.num_steps
     return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
@@ -167,12 +165,10 @@ def labels_of(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
     return rng.integers(recipe.seed, "sample/label", index, classes)
 
 
-def _make(recipe: Recipe, model: Denoiser) -> Plan:
+def _measure(recipe: Recipe, model: Denoiser) -> Plan:
     settings = recipe.sample
     steps = settings.num_steps
     always = [settings.reuse == "always"] * steps
-    if model.config.kind == "dit":
-        return Plan(None, always)
     index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
     drawing = draw(recipe, model, "calibrate", index)
     outer = model.config.blocks(0)

@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from common.errors import UserError, one_line
 from common.files import content_key, together_in
+from common.log_lines import OPEN
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
-from common.sealed import read_json, write_sealed
+from common.sealed import read_sealed, write_sealed
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
 from pipeline import outputs
@@ -102,6 +105,18 @@ def sample_set(recipe: Recipe, weights: Weights) -> SampleSet:
     return SampleSet(recipe.folder / "samples" / name, folder, samples_seen, settings)
 
 
+@with_config(OPEN)
+class ShardSettings(TypedDict):
+    vae: dict[str, Any]
+
+
+@with_config(OPEN)
+class IndexForm(TypedDict):
+    """`index.json` of shards: the part of it that is read here."""
+
+    settings: ShardSettings
+
+
 def vae_settings(recipe: Recipe) -> dict[str, Any]:
     """What of the autoencoder changes a picture.
 
@@ -112,7 +127,11 @@ def vae_settings(recipe: Recipe) -> dict[str, Any]:
         raise UserError(f"vae.path: {recipe.vae.path} is not here; python preprocess/encode_latents.py downloads it")
     identity = asdict(identify(folder, recipe.vae))
     index = Path(recipe.data.shards) / "index.json"
-    trained = read_json(index).get("settings", {}).get("vae", {}) if index.exists() else {}
+    trained = (
+        read_sealed(index, IndexForm, "run preprocess/encode_latents.py again")["settings"]["vae"]
+        if index.exists()
+        else {}
+    )
     for name in ("scaling_factor", "shift_factor"):  # decoders of one encoder may differ, as sd-vae-ft-mse and -ema do
         if name in trained and trained[name] != identity[name]:
             raise UserError(

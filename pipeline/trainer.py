@@ -1,12 +1,10 @@
 """Training under DeepSpeed: a loop counted in samples, every number of which is a function of (seed, samples seen)."""
 
 import math
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +39,10 @@ from pipeline.engine import (
 from pipeline.feed import Feed
 from pipeline.guards import SpikeDetector, describe_fault, fault_error, spike_event
 from pipeline.previews import Previews
-from pipeline.run_folder import counted, ema_names, weights_folder
+from pipeline.run_folder import counted, ema_names
 from pipeline.run_identity import crosses, identity, total_samples
-from pipeline.run_weights import describe
 from pipeline.signals import StopRequest, stop_requests
+from pipeline.trained import finished, tell_damage
 from pipeline.training_log import Progress, TrainingLog
 from pipeline.watching import Interval, Throughput, loss_sums
 from pipeline.zero import gather, parameter_shards, start_moments
@@ -59,7 +57,7 @@ def train(recipe: Recipe) -> None:
     if finished(recipe):
         return
     rank, world_size = rank_and_world_size()
-    _tell_damage(recipe, rank)
+    tell_damage(recipe, rank)
     try:
         recipe = with_world_size(recipe, world_size)
     except ValueError as error:
@@ -74,45 +72,6 @@ def train(recipe: Recipe) -> None:
                     open_things.enter_context(alone_in(recipe.folder))
             shards = staged(recipe, open_shards(recipe))
         Trainer(recipe, shards, rank, world_size, control, stop).run()
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether this recipe's averaged weights after its last sample are there."""
-    try:
-        wanted = identity(recipe, open_shards(recipe))
-    except UserError:  # no shards any more; the stage before this one says so
-        return False
-    try:
-        return all(
-            folder.exists() and _is_run(recipe, describe(folder).extra["run"], wanted) for folder in _last(recipe)
-        )
-    except UserError:  # damaged; training says so and writes them again
-        return False
-
-
-def _last(recipe: Recipe) -> list[Path]:
-    """Where the run's last weights lie."""
-    return [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
-
-
-def _tell_damage(recipe: Recipe, rank: int) -> None:
-    """Says that damaged last weights are written again, from the last checkpoint. Raises UserError where that is gone:
-    to train all of it again is nothing to begin without a word."""
-    for folder in _last(recipe):
-        try:
-            if folder.exists():
-                describe(folder)
-        except UserError as fault:
-            if not (checkpoint.folder_of(recipe) / f"{total_samples(recipe):012d}" / checkpoint.MARKER).exists():
-                raise
-            if rank == 0:
-                print(f"warning: {fault}; now they are written again", file=sys.stderr, flush=True)
-
-
-def _is_run(recipe: Recipe, found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
-    """Whatever "auto" was on the machine that trained: a cluster's login node has no GPU."""
-    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
-    return found is not None and found | free == wanted | free
 
 
 @dataclass(frozen=True)

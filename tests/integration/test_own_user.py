@@ -48,7 +48,7 @@ def test_a_training_whose_logs_are_deleted_meanwhile_is_finished(experiment: Exp
     assert "train: done in" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])  # SIGTERM: test_run.py
 def test_a_run_that_is_ended_ends_its_job(experiment: Experiment, number: signal.Signals) -> None:
     name = f"ended-by-{number.name.lower()}"
     folder = experiment.folder / "runs" / name

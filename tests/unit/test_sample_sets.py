@@ -270,7 +270,7 @@ def test_a_chunk_of_another_autoencoder_is_refused(recipe: Recipe, tmp_path: Pat
 def test_an_autoencoder_that_scales_otherwise_than_the_latents_were_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
-    (shards / "index.json").write_text(json.dumps({"settings": {"vae": {"scaling_factor": 0.18215}}}))
+    write_sealed(shards / "index.json", {"settings": {"vae": {"scaling_factor": 0.18215}}})
     mixed = replace(recipe, data=replace(recipe.data, shards=str(shards)))
     with pytest.raises(UserError, match=r"vae\.path: .* has scaling_factor 1\.0, the latents in .* with 0\.18215"):
         samples.generate(mixed, "latest")

@@ -105,13 +105,13 @@ def test_an_edited_field_under_a_new_seal_is_one_line_or_a_value_of_its_form(
     path = find(recipe)
     whole = {field: value for field, value in json.loads(path.read_text()).items() if field != "content_key"}
     expected, _ = tried(reader, recipe, capsys)
-    refused = 0
+    told = 0
     for edited in edits(whole, np.random.default_rng(0), 150):
         resealed(path, lambda _, edited=edited: edited)
         found, said = tried(reader, recipe, capsys)
-        refused += not found
+        told += str(path) in said
         assert str(path) in said or type(found) is type(expected)
-    assert refused > 20
+    assert told > 20
 
 
 def test_a_digit_changed_in_a_measurement_or_in_metrics_is_measured_again(
@@ -137,13 +137,12 @@ def test_an_edited_plan_is_written_again_and_a_measured_one_refused(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, whole = drawn_in(recipe) / "plan.json", plan_of(recipe)
-    min(drawn_in(recipe).glob("chunk-*")).unlink()
     for change in (lambda plan: plan.update(iterations=[1, 1, 4]), lambda plan: plan.update(reuse=[False] * 3)):
         resealed(path, change)
-        samples.generate(recipe, "latest")
-        assert plan_of(recipe) == whole
-        assert f"warning: {path}: " in capsys.readouterr().err
         min(drawn_in(recipe).glob("chunk-*")).unlink()
+        samples.generate(recipe, "latest")
+        assert f"warning: {path}: not the plan that the recipe says" in capsys.readouterr().err
+        assert plan_of(recipe) == whole
     measured = replace(recipe, sample=replace(recipe.sample, allocation="adaptive", calibration_samples=2))
     folder = samples.generate(measured, "latest")
     min(folder.glob("chunk-*")).unlink()
