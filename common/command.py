@@ -6,8 +6,12 @@ line where the command was asked to stop and has saved its work.
 
 import argparse
 import io
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from common.errors import INTERRUPTED, Interrupted, UserError
 from common.recipe import Recipe
@@ -69,7 +73,33 @@ def guarded(work: Callable[[], None]) -> int:
     except Interrupted as interruption:
         _say(f"interrupted: {interruption}")
         return INTERRUPTED
+    except KeyboardInterrupt:
+        _say("interrupted: by Ctrl-C; the same command again goes on from what is finished")
+        return 128 + signal.SIGINT
     return 0
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and a closed terminal raise, as Ctrl-C does: jobs that live in processes of their own, or on a
+    cluster, are ended by whoever waits for them.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if not outlived(number)]
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def outlived(number: int) -> bool:
+    """Whether this process was told to outlive its terminal (`nohup`)."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _say(line: str) -> None:
@@ -107,6 +137,7 @@ def _run(
     if arguments.dry_run:
         return
     if cluster is not None and in_jobs is not None:
-        in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
+        with ended_by_signals():
+            in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
     else:
         work(recipe)

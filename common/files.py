@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from common.errors import UserError
+from common.errors import UserError, printable
 
 _umask = os.umask(0)  # it is read by setting it
 os.umask(_umask)
@@ -30,7 +31,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _make(path.parent)
     temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
-    temporary.unlink(missing_ok=True)  # a link of that name would be followed
+    _discard(temporary)
     try:
         yield temporary
         sync(temporary)
@@ -42,12 +43,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """As `atomic_write`, for a folder: it is filled under a temporary name and takes the place of `path` at the end."""
+    """As `atomic_write`, for a folder: it is filled under a temporary name and takes the place of `path` at the end.
+
+    Of either, a link at `path` is replaced; what it leads to stays as it is.
+    """
     path = Path(path)
     _make(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     aside = path.parent / f".{path.name}.{os.getpid()}.old.tmp"  # the one that is replaced, until the new one is there
-    _delete(temporary)
+    _discard(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -55,14 +59,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o666 & ~_umask)  # some libraries let nobody else read what they write
             sync(file)
-        if os.path.lexists(path):
+        if path.exists() or path.is_symlink():
             path.replace(aside)
         temporary.replace(path)
     finally:
-        with suppress(OSError):  # leftovers that stay are for `remove_leftovers`, and hide no other error
-            _delete(temporary)
-            _delete(aside)
+        _discard(temporary)
+        _discard(aside)
     sync(path.parent)
+
+
+def _discard(path: Path) -> None:
+    """Deletes a file, a folder or a link, as far as that can be done; never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _make(folder: Path) -> None:
@@ -106,12 +117,33 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: b
     `shared`: holds it together with others that hold it so, and against all that do not. `wait`: until nobody else
     does. `name`: of the lock's file.
     """
+    with _opened_lock(folder, name) as lock:
+        _take(folder, lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
+def together_in(folder: Path) -> Iterator[None]:
+    """Holds `folder`, and the folders in it, together with other processes that write there. Who finds nobody deletes
+    what killed ones left.
+    """
+    with _opened_lock(folder, ".lock") as lock:
+        with suppress(BlockingIOError):
+            _flock(folder, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for written in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
+                remove_leftovers(written)
+        _flock(folder, lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _opened_lock(folder: Path, name: str) -> Iterator[int]:
+    """A descriptor of the lock's file."""
     _make(folder)
     lock = open_lock(folder / name)
     _locks.add(lock)
     try:
-        _take(folder, lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        yield
+        yield lock
     finally:
         if lock in _locks:  # not in a forked copy of this process
             _locks.remove(lock)
@@ -135,17 +167,25 @@ _locks: set[int] = set()  # descriptors
 
 def _take(folder: Path, lock: int, how: int) -> None:
     try:
+        _flock(folder, lock, how)
+    except BlockingIOError:
+        holder = printable(os.pread(lock, 1000, 0).decode(errors="replace"))
+        raise UserError(f"{folder}: {holder} is at work in it; wait for it or end it") from None
+    os.truncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def _flock(folder: Path, lock: int, how: int) -> None:
+    """Raises BlockingIOError where it is held, and UserError where there are no locks."""
+    try:
         fcntl.flock(lock, how)
     except BlockingIOError:
-        holder = os.pread(lock, 1000, 0).decode(errors="replace")
-        raise UserError(f"{folder}: {holder} is at work in it; wait for it or end it") from None
+        raise
     except OSError as error:
         raise UserError(
             f"{folder}: no file locks on its file system ({error.strerror}); mount it with them (Lustre: -o flock), "
             "or choose another folder"
         ) from None
-    os.truncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
 def _leave_locks() -> None:
@@ -160,22 +200,18 @@ os.register_at_fork(after_in_child=_leave_locks)
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed `atomic_write` or `atomic_folder` left in `folder`; only for who alone writes there."""
     for path in folder.glob(".*.tmp"):
-        _delete(path)
+        if _LEFTOVER.fullmatch(path.name):
+            _discard(path)
+
+
+_LEFTOVER = re.compile(r"\..+\.[0-9]+(\.old)?\.tmp")
 
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder that `atomic_folder` made; a kill in the middle leaves no part of it under its name."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     folder.replace(aside)
-    _delete(aside)
-
-
-def _delete(path: Path) -> None:
-    """Whatever is there, with what is in it; of a link only itself."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    _discard(aside)
 
 
 def sync(path: Path) -> None:

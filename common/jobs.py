@@ -51,6 +51,17 @@ class Job(submitit.helpers.Checkpointable):
         started = time.monotonic()
         _forget_result()
         try:
+            return self._told(started)
+        finally:
+            _make_folder()
+
+    def checkpoint(self, *arguments: Any, **named: Any) -> submitit.helpers.DelayedSubmission:
+        """As submitit is to queue it again."""
+        _make_folder()
+        return super().checkpoint(*arguments, **named)
+
+    def _told(self, started: float) -> dict[str, Any]:
+        try:
             _use_scratch()
             self._work()
         except UserError as error:
@@ -107,6 +118,12 @@ def _forget_result() -> None:
     """A job that is queued again keeps its number, and so does the file of what it raised before."""
     if _cluster() in ("local", "slurm"):
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
+
+
+def _make_folder() -> None:
+    """Of the logs, where submitit writes the result: who deleted it meanwhile did not mean to fail the work."""
+    if _cluster() in ("local", "slurm"):
+        submitit.JobEnvironment().paths.folder.mkdir(parents=True, exist_ok=True)
 
 
 def _fail_in_the_queue_too(line: str) -> None:

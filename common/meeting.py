@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from common.command import outlived
 from common.errors import Interrupted, UserError
 from common.ranks import rank_and_world_size
 
@@ -166,15 +167,15 @@ def _join(host: str, port: int, patience: _Patience) -> None:
 
 @contextlib.contextmanager
 def _interruptible(patience: _Patience) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise Interrupted, where nobody else has a handler for them."""
+    """Inside, Ctrl-C, SIGTERM and a closed terminal raise Interrupted, where nobody else has a handler for them."""
 
     def stop(number: int, _frame: FrameType | None) -> NoReturn:
         name = signal.Signals(number).name
         raise Interrupted(f"{name} while {patience.missing()}; nothing was done")
 
     unheard = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = [number for number, handler in before.items() if handler in unheard]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ours = [number for number, handler in before.items() if handler in unheard and not outlived(number)]
     for number in ours:
         signal.signal(number, stop)
     try:

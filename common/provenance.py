@@ -8,13 +8,29 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from common.sealed import STRICT
 
 COMMIT_FILE = "COMMIT"  # in a copy of the code, which is no checkout
 PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "torch-fidelity", "timm", "safetensors", "submitit")
 
 
-def provenance() -> dict[str, Any]:
+@with_config(STRICT)
+class Provenance(TypedDict):
+    time: str
+    command: str
+    git: str | None
+    python: str
+    packages: dict[str, str | None]
+    machine: str
+    device: str | None
+    host: str
+
+
+def provenance() -> Provenance:
     """A JSON-able record. `git` is as `git_commit` says."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

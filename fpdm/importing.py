@@ -14,7 +14,7 @@ from fpdm import diffusers_dit
 from fpdm.blocks import position_embedding
 from fpdm.checkpoint_files import Checkpoint, read_checkpoint
 from fpdm.denoiser import SIZES, Denoiser, DenoiserConfig, build_denoiser
-from fpdm.weights import CLASS_NAME, assemble, read_class, read_config, tensor_shapes
+from fpdm.weights import CLASS_NAME, assemble, check_seal, read_class, read_config, tensor_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,8 @@ def _with_stated(path: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -
         stated["pre_post_timestep_conditioning"] = bool(conditioned)
     if checkpoint.folder is not None and (path.is_dir() or diffusers_dit.is_named_so(checkpoint.tensors)):
         if read_class(checkpoint.folder) == CLASS_NAME:
+            if path.is_dir():
+                check_seal(checkpoint.folder)
             config = read_config(checkpoint.folder)
             traceless = ("num_heads", "input_size", "pre_post_timestep_conditioning")
             stated |= {name: getattr(config, name) for name in traceless}

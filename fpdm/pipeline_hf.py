@@ -47,7 +47,10 @@ class FPDMTransformer2DModel(ModelMixin):
                 f"{folder}: config.json has no extra.objective, what the weights predict; export them again"
             )
         denoiser = load_pretrained(folder).to(torch_dtype or torch.float32).eval()
-        return cls(denoiser, Diffusion(**objective), extra.get("label_dropout"))
+        try:
+            return cls(denoiser, Diffusion(**objective), extra.get("label_dropout"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: config.json: extra.objective: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
         """Weights, config and what they predict, as `fpdm.save_pretrained` writes them."""

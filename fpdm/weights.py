@@ -1,5 +1,10 @@
-"""Weights on disk in diffusers' folder layout: config.json and safetensors."""
+"""Weights on disk in diffusers' folder layout: config.json and safetensors.
 
+config.json seals both: it has the sha256 of the weights and a key of its own content. What was changed since is not
+loaded; folders that others wrote have neither, and load as they are.
+"""
+
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +21,7 @@ from fpdm.denoiser import Denoiser, DenoiserConfig
 from fpdm.diffusers_folders import CONFIG_NAME, WEIGHTS_NAME
 
 CLASS_NAME = "FPDMTransformer2DModel"
+WEIGHTS_SHA256, CONTENT_KEY = SEAL = ("weights_sha256", "content_key")  # fields of config.json
 
 
 def save_pretrained(
@@ -40,7 +45,9 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _write_whole(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps({"_class_name": CLASS_NAME, **asdict(config), "extra": extra or {}}, indent=2) + "\n"
+    values = {"_class_name": CLASS_NAME, **asdict(config), "extra": extra or {}}
+    values[WEIGHTS_SHA256] = _sha256(folder / WEIGHTS_NAME)
+    text = json.dumps({**values, CONTENT_KEY: _key(values)}, indent=2) + "\n"
     _write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text))
 
 
@@ -50,11 +57,19 @@ def load_pretrained(folder: str | Path) -> Denoiser:
     Raises:
         ValueError: naming the damaged file, the config's field, or the tensor that is missing, unknown or misshapen.
     """
-    config = read_config(folder)
+    config, path = read_config(folder), Path(folder) / WEIGHTS_NAME
+    check_seal(folder)
     try:
-        return assemble(load_file(Path(folder) / WEIGHTS_NAME), config)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{Path(folder) / WEIGHTS_NAME}: {error}") from error
+        return assemble(load_file(path), config)
+    except Exception as error:
+        raise ValueError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def check_seal(folder: str | Path) -> None:
+    """Raises ValueError where the weights are not those that config.json was written with."""
+    sealed, path = weights_sha256(folder), Path(folder) / WEIGHTS_NAME
+    if sealed is not None and (not path.is_file() or _sha256(path) != sealed):
+        raise ValueError(f"{path}: {'changed after it was written' if path.is_file() else 'no such file'}")
 
 
 def assemble(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> Denoiser:
@@ -74,15 +89,25 @@ def assemble(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> Denoiser:
 def read_config(folder: str | Path) -> DenoiserConfig:
     """The config of a folder written by `save_pretrained`; a ValueError names what is wrong with it."""
     path, values = Path(folder) / CONFIG_NAME, _read_json(folder)
-    values.pop("extra", None)
+    for name in ("extra", *SEAL):
+        values.pop(name, None)
     known = {field.name for field in fields(DenoiserConfig)}
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
     if unknown:
         raise ValueError(f"{path}: unknown field {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
     try:
+        for name in known & values.keys():
+            _check_type(name, values[name])
         return DenoiserConfig(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_type(name: str, value: Any) -> None:
+    default = getattr(DenoiserConfig, name)
+    allowed = {"condition_dim": (int, type(None)), "mlp_ratio": (int, float)}.get(name, (type(default),))
+    if type(value) not in allowed:
+        raise ValueError(f"{name}: {str(value)[:100]!r} is a {type(value).__name__}; write one such as {default!r}")
 
 
 def read_class(folder: str | Path) -> str | None:
@@ -92,18 +117,42 @@ def read_class(folder: str | Path) -> str | None:
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What was passed as `extra` to `save_pretrained`; a ValueError where the file is damaged."""
-    return _read_json(folder).get("extra", {})
+    extra = _read_json(folder).get("extra", {})
+    if not isinstance(extra, dict):
+        raise ValueError(f"{Path(folder) / CONFIG_NAME}: extra: no JSON object")
+    return extra
+
+
+def weights_sha256(folder: str | Path) -> str | None:
+    """Of the weights, as config.json has it; None in a folder that `save_pretrained` did not write. ValueError as
+    `read_config`."""
+    return _read_json(folder).get(WEIGHTS_SHA256)
 
 
 def _read_json(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        values = json.loads(path.read_bytes().decode())
+        sealed = [values.get(name) for name in SEAL] if isinstance(values, dict) else []
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
-    if not isinstance(values, dict):
+    if not sealed:
         raise ValueError(f"{path}: no JSON object")
+    content = {name: value for name, value in values.items() if name != CONTENT_KEY}
+    if sealed != [None, None] and not (isinstance(sealed[0], str) and sealed[1] == _key(content)):
+        raise ValueError(f"{path}: changed after it was written")
     return values
+
+
+def _key(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> None:

@@ -1,31 +1,42 @@
-"""Arrays on disk: npz files that appear whole, hold no pickle, and are checked when they are read."""
+"""Arrays on disk: npz files that appear whole, hold no pickle, and are sealed by a key of all they hold."""
 
-import zipfile
-import zlib
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from common.files import atomic_write
+from common.sealed import KEY
 
-# What numpy and zipfile raise on damaged files, found by flipping every bit and cutting at every byte.
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+Arrays = dict[str, NDArray]
 
 
 def write_arrays(path: Path, **arrays: NDArray | int | str) -> None:
-    """Stored, not compressed; zip keeps a crc32 of each array."""
+    """Stored, not compressed."""
+    made = {name: np.asarray(value) for name, value in arrays.items()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, allow_pickle=False, **made, **{KEY: np.asarray(_key(made))})
 
 
-def read_arrays(path: Path, command: str) -> dict[str, NDArray]:
-    """All arrays by name, each checked against its crc32. Raises UserError that names the file and `command`, which
-    makes it again.
+def read_arrays(path: Path, command: str) -> Arrays:
+    """All arrays by name, as they were written. Raises UserError that names the file and `command`, which makes it
+    again.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except DAMAGE as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run {command} again") from None
+    remedy = f"delete it and run {command} again"
+    with faults_told(UserError, f"{path}: damaged; {remedy}"), np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+        whole = str(arrays.pop(KEY, None)) == _key(arrays)
+    if not whole:
+        raise UserError(f"{path}: damaged, or not written by this version; {remedy}")
+    return arrays
+
+
+def _key(arrays: Arrays) -> str:
+    """Of names, types, shapes and numbers."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()

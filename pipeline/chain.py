@@ -3,7 +3,6 @@
 `jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
 """
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,11 @@ from pathlib import Path
 import submitit
 
 from common.errors import UserError
-from common.files import alone_in, content_key, write_json
+from common.files import alone_in, content_key
+from common.job_listing import LISTING, ListingForm
 from common.loading import dump_recipe
 from common.recipe import Recipe
+from common.sealed import read_sealed, write_sealed
 from pipeline.stages import Stage, Step, steps
 from slurm import cluster, controller
 
@@ -52,7 +53,7 @@ def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> 
                 after = on_their_way[-1].job if on_their_way else None
                 alive[step.name] = _submit(recipe, step, after, code, key)
                 listed.append(alive[step.name])
-                write_json(recipe.folder / "jobs.json", [asdict(one) for one in listed])
+                write_sealed(recipe.folder / LISTING, {"jobs": [asdict(one) for one in listed]})
             on_their_way.append(alive[step.name])
         return on_their_way
 
@@ -67,13 +68,11 @@ def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | Non
 
 
 def listed_jobs(folder: Path) -> list[Submitted]:
-    path = folder / "jobs.json"
-    try:
-        return [Submitted(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); end what is on its way of this run's jobs (squeue --me), and delete it"
-        ) from None
+    path = folder / LISTING
+    if not path.exists():
+        return []
+    found = read_sealed(path, ListingForm, "end what is on its way of this run's jobs (squeue --me), and delete it")
+    return [Submitted(**entry) for entry in found["jobs"]]
 
 
 def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:

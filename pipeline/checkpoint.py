@@ -7,37 +7,21 @@ pickle; the networks of this project are small enough for that (XL/2: 1.4 GB).
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from common.errors import UserError
-from common.files import atomic_folder, content_key, disk_faults_told, remove_folder, sha256_file, write_json
+from common.files import atomic_folder, disk_faults_told, remove_folder, sha256_file
 from common.recipe import Recipe, denoiser_config
-from common.sealed import read_json
+from common.sealed import write_sealed
 from fpdm.denoiser import DenoiserConfig
 from fpdm.weights import save_pretrained
 from pipeline.averages import Averages
-from pipeline.run_folder import ema_names, weights_folder
-from pipeline.run_identity import changes, total_samples
+from pipeline.checkpoint_form import FORMAT, MARKER, STATE, Found, State, not_finite, part, read
+from pipeline.run_folder import counted, ema_names, weights_folder
+from pipeline.run_identity import total_samples
 from pipeline.zero import MOMENTS, gather, moment_shards, parameter_shards, scatter, start_moments
-
-STATE, MARKER = "state.safetensors", "complete.json"
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Found:
-    """A whole checkpoint. `progress`: the loop's own numbers (`Trainer`), `state` the tensors."""
-
-    folder: Path
-    samples_seen: int
-    progress: dict[str, Any]
-    state: State
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -85,26 +69,27 @@ def _write_folder(folder: Path, state: State, marker: dict[str, Any]) -> None:
 
     with atomic_folder(folder) as temporary:
         save_file(state, temporary / STATE)
-        marker = {**marker, "sha256": sha256_file(temporary / STATE)}
-        write_json(temporary / MARKER, {"marker": marker, "key": content_key(marker)})
+        write_sealed(temporary / MARKER, {"format": FORMAT, **marker, "sha256": sha256_file(temporary / STATE)})
 
 
 def prune(recipe: Recipe) -> None:
-    """Deletes all checkpoints but the last ones, and those that `train.keep_checkpoint_samples` keeps for good."""
+    """Deletes all checkpoints but the last ones, and those that `train.keep_checkpoint_samples` keeps for good.
+
+    One that a person has put elsewhere and linked is that person's to delete.
+    """
     settings = recipe.train
-    for folder in complete_checkpoints(recipe)[: -settings.keep_checkpoints]:
+    for folder in [one for one in complete_checkpoints(recipe) if not one.is_symlink()][: -settings.keep_checkpoints]:
         every = settings.keep_checkpoint_samples
         if not every or int(folder.name) % every >= settings.batch_size:  # the first step at or after a multiple stays
             remove_folder(folder)
 
 
 def _refuse_non_finite(recipe: Recipe, state: State, samples_seen: int) -> None:
-    for name, tensor in state.items():
-        if not torch.stack(tensor.aminmax()).isfinite().all():  # a NaN is both; a tenth of the time of isfinite
-            raise UserError(
-                f"train.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of this; "
-                f"lower it from {recipe.train.learning_rate}"
-            )
+    if name := not_finite(state):
+        raise UserError(
+            f"train.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of this; "
+            f"lower it from {recipe.train.learning_rate}"
+        )
 
 
 def export_averages(
@@ -138,8 +123,8 @@ def export_weights(
 
 
 def complete_checkpoints(recipe: Recipe) -> list[Path]:
-    """Oldest first. A folder under a temporary name, or without its marker, is none."""
-    return sorted(path.parent for path in folder_of(recipe).glob(f"[0-9]*/{MARKER}"))
+    """Oldest first. A folder under another name than `write` gives it, or without its marker, is none."""
+    return [path for path in counted(folder_of(recipe)) if (path / MARKER).is_file()]
 
 
 def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Found | None:
@@ -150,57 +135,29 @@ def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Found | None:
     """
     folders = complete_checkpoints(recipe)
     for folder in reversed(folders):
-        found = _read(folder, identity)
+        found = read(folder, recipe, identity, samples_seen=int(folder.name))
         if isinstance(found, Found):
             return found
         print(f"warning: {found}; taking the checkpoint before it", file=sys.stderr, flush=True)
     if folders:
         raise UserError(
-            f"{folder_of(recipe)}: none of its {len(folders)} checkpoints is whole; delete it to start again"
+            f"{folder_of(recipe)}: none of its {len(folders)} checkpoints is whole and of this version; delete it to "
+            "start again"
         )
     if recipe.train.resume_from is None:
         return None
-    found = _read(Path(recipe.train.resume_from), identity)
+    found = read(Path(recipe.train.resume_from), recipe, identity)
     if isinstance(found, str):
         raise UserError(f"train.resume_from: {found}; give a folder below a run's checkpoints/")
     return found
 
 
-def whole_checkpoint(folder: Path, identity: dict[str, Any]) -> Found:
+def whole_checkpoint(folder: Path, recipe: Recipe, identity: dict[str, Any]) -> Found:
     """The checkpoint in a folder. Raises UserError where it is damaged, or another run's."""
-    found = _read(folder, identity)
+    found = read(folder, recipe, identity)
     if isinstance(found, str):
         raise UserError(f"{found}, though rank 0 could read it; look at the disks of {platform.node()}, and run again")
     return found
-
-
-def _read(folder: Path, identity: dict[str, Any]) -> Found | str:
-    """The checkpoint in a folder, or which file in it is not as it was written, and why."""
-    from safetensors.torch import load_file
-
-    marker = _read_marker(folder)
-    if marker is None:
-        return f"{folder / MARKER}: {'damaged' if (folder / MARKER).exists() else 'missing'}"
-    try:
-        if sha256_file(folder / STATE) != marker["sha256"]:
-            return f"{folder / STATE}: damaged (its checksum differs)"
-    except OSError as error:
-        return f"{folder / STATE}: not readable ({error.strerror})"
-    changed = changes(marker["identity"], identity)
-    if changed:
-        raise UserError(f"{folder}: belongs to a run with another {changed}; set it back, or choose another name")
-    return Found(folder, marker["samples_seen"], marker["progress"], load_file(folder / STATE))
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """The marker of a checkpoint; None where it is not as it was written."""
-    try:
-        sealed = read_json(folder / MARKER)
-    except (UserError, OSError):
-        return None
-    if not isinstance(sealed, dict) or sealed.get("key") != content_key(sealed.get("marker")):
-        return None
-    return sealed["marker"]
 
 
 def restore(engine: Any, averages: Averages, state: State, updates: int) -> None:
@@ -214,8 +171,3 @@ def restore(engine: Any, averages: Averages, state: State, updates: int) -> None
         scatter(engine, part(state, f"ema-{name}"), shards)
     for moment in MOMENTS:
         scatter(engine, part(state, moment), moment_shards(engine, moment))
-
-
-def part(state: State, name: str) -> State:
-    """The tensors of one part of a state ("model", "ema-0.9999", a moment) by parameter name."""
-    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

@@ -4,8 +4,8 @@ A set's folder is named `...-<key>`, the key being of all that changes its conte
 that one drawn with other weights or another autoencoder is refused wherever it lies. Where chunks of different sizes
 overlap they hold the same samples, and each sample is counted once.
 
-A tar is a WebDataset: `<index>.png`, `.cls`, and `.json` with the sha256 of the pixels. An npz holds arrays, each with
-zip's crc32.
+A tar is a WebDataset: `<index>.png`, `.cls`, and `.json`, sealed, with the sha256 of the pixels and the label. An npz
+holds arrays under one seal.
 """
 
 import hashlib
@@ -19,15 +19,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import with_config
+from typing_extensions import TypedDict
 
-from common.errors import UserError
-from common.files import atomic_write
+from common.errors import UserError, faults_told, one_line
+from common.files import atomic_write, content_key
+from common.sealed import KEY, STRICT, unseal
 from pipeline.arrays import read_arrays, write_arrays
 
-CHUNK_NAME = re.compile(r"chunk-(\d+)-(\d+)\.(npz|tar)")
+CHUNK_NAME = re.compile(r"chunk-([0-9]{8,})-([0-9]{8,})\.(npz|tar)")
 COMMAND = "python pipeline/sample.py"
 
 Span = tuple[int, int]  # first, end
+KINDS = {"images": ("u", 4), "labels": ("i", 1)}  # numpy's kind and the dimensions; of features ("f", 2)
 Chunk = dict[str, NDArray]  # by name, each with a row a sample: images (N, H, W, 3) uint8, labels (N,), or features
 
 
@@ -41,7 +45,9 @@ def chunk_path(folder: Path, span: Span, suffix: str = "npz") -> Path:
 
 
 def find_chunks(folder: Path) -> dict[Span, Path]:
-    return {_span(path): path for path in sorted(folder.glob("chunk-*")) if CHUNK_NAME.fullmatch(path.name)}
+    """By their span; what somebody copied beside them under another name is none."""
+    found = (path for path in sorted(folder.glob("chunk-*")) if CHUNK_NAME.fullmatch(path.name))
+    return {_span(path): path for path in found if chunk_path(folder, _span(path), path.suffix[1:]).name == path.name}
 
 
 def cover_gap(folder: Path, span: Span) -> Span | None:
@@ -88,17 +94,25 @@ def read_chunk(path: Path) -> Chunk:
     """Raises UserError naming the file where it is damaged, not what its name says, or of other settings."""
     first, end = _span(path)
     arrays = _read_tar(path) if path.suffix == ".tar" else read_arrays(path, COMMAND)
-    found_first, key, names = (arrays.pop(name, None) for name in ("first", "key", "names"))
-    counts = {name: len(rows) for name, rows in arrays.items()}
-    if found_first != first or str(names) != _names(arrays) or set(counts.values()) != {end - first}:
+    found_first, key, names = (one_line(str(arrays.pop(name, None)), 100) for name in ("first", "key", "names"))
+    shapes = {name: rows.shape for name, rows in arrays.items()}
+    if (
+        found_first != str(first)
+        or names != _names(arrays)
+        or not all(shape[:1] == (end - first,) for shape in shapes.values())
+    ):
         raise UserError(
-            f"{path}: holds {counts} from {found_first}, not the samples of its name; delete it and run {COMMAND} again"
+            f"{path}: holds {shapes} from {found_first}, not the samples of its name; delete it and run {COMMAND} again"
         )
-    if str(key) != _key(path):
+    if key != _key(path):
         raise UserError(
             f"{path}: made with other settings ({key}) than its folder's ({_key(path)}): other weights, another "
             f"autoencoder, sampler or extractor; delete it and run {COMMAND} again"
         )
+    for name, rows in arrays.items():
+        kind, dimensions = KINDS.get(name, ("f", 2))
+        if rows.dtype.kind != kind or rows.ndim != dimensions or (name == "images" and rows.shape[3] != 3):
+            raise _damaged(path, f"{name} are {rows.dtype} {rows.shape}")
     return arrays
 
 
@@ -122,38 +136,48 @@ def _write_tar(path: Path, rows: Chunk) -> None:
         for index, (image, label) in enumerate(zip(rows["images"], rows["labels"], strict=True), _span(path)[0]):
             png = io.BytesIO()
             Image.fromarray(image).save(png, format="PNG")
-            facts = {"index": index, "key": _key(path), "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
-            members = {"png": png.getvalue(), "cls": b"%d" % label, "json": json.dumps(facts).encode()}
+            sha256 = hashlib.sha256(image.tobytes()).hexdigest()
+            facts = {"index": index, "key": _key(path), "label": int(label), "sha256": sha256}
+            sealed = json.dumps({**facts, KEY: content_key(facts)})
+            members = {"png": png.getvalue(), "cls": b"%d" % label, "json": sealed.encode()}
             for suffix, content in members.items():
                 member = tarfile.TarInfo(f"{index:08d}.{suffix}")  # of owner and date 0: equal samples, equal bytes
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
+@with_config(STRICT)
+class Facts(TypedDict):
+    """Of a sample, beside it in a tar."""
+
+    index: int
+    key: str
+    label: int
+    sha256: str  # of the pixels
+
+
 def _read_tar(path: Path) -> Chunk:
     """As an npz of the same samples is read. Raises UserError naming the sample that is damaged."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = {member.name: _content(tar, member) for member in tar}
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from None
+    with faults_told(UserError, f"{path}: damaged; {_REMEDY}"), tarfile.open(path, "r:") as tar:
+        members = {member.name: _content(tar, member) for member in tar}
     first, end = _span(path)
     keys, images, labels = set(), [], []
     for index in range(first, end):
-        try:
-            facts = json.loads(members[f"{index:08d}.json"])
+        with faults_told(UserError, f"{path}: damaged: sample {index}; {_REMEDY}"):
+            facts = unseal(members[f"{index:08d}.json"], f"{path}: sample {index}", Facts, _REMEDY)
             image = np.asarray(Image.open(io.BytesIO(members[f"{index:08d}.png"])))
-            labels.append(int(members[f"{index:08d}.cls"]))
-            keys.add(str(facts["key"]))
-            whole = facts["index"] == index and facts["sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
-        except (OSError, ValueError, SyntaxError, KeyError, TypeError) as error:
-            raise _damaged(path, f"sample {index}: {type(error).__name__} {error}") from None
+            told = (facts["index"], facts["label"], facts["sha256"])
+            label = int(members[f"{index:08d}.cls"])
+            whole = told == (index, label, hashlib.sha256(image.tobytes()).hexdigest()) and image.ndim == 3
         if not whole:
-            raise _damaged(path, f"sample {index} does not match its sha256")
+            raise _damaged(path, f"sample {index} is not the one that was written")
+        keys.add(facts["key"])
         images.append(image)
+        labels.append(label)
     if len(keys) > 1:
         raise _damaged(path, "samples of several settings")
-    rows = {"images": np.stack(images), "labels": np.array(labels)}
+    with faults_told(UserError, f"{path}: damaged; {_REMEDY}"):
+        rows = {"images": np.stack(images), "labels": np.array(labels, dtype=np.int64)}
     return rows | {"key": np.array(keys.pop()), "first": np.array(first), "names": np.array(_names(rows))}
 
 
@@ -164,5 +188,8 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
+_REMEDY = f"delete it and run {COMMAND} again"
+
+
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: damaged ({' '.join(reason.split())}); delete it and run {COMMAND} again")
+    return UserError(f"{path}: damaged ({one_line(reason, 200)}); {_REMEDY}")

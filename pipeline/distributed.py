@@ -32,7 +32,7 @@ def process_group() -> Iterator[tuple[int, int]]:
     try:
         yield rank, world_size
     finally:
-        torch.distributed.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own record of it
 
 
 def any_rank(asked: bool, error: UserError | None, group: Any) -> bool:

@@ -11,14 +11,17 @@ reconstructions (what the autoencoder alone costs). What is measured already is 
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common.command import run_command
 from common.errors import UserError
-from common.files import write_json
 from common.parts import run_parts
 from common.recipe import Recipe
-from common.sealed import read_json
+from common.sealed import read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from pipeline.evaluation import Evaluation, Measurement, Metrics, NumberForm
+    from pipeline.picture_sets import PictureSet, SampleRanges
 
 
 def evaluate(recipe: Recipe) -> None:
@@ -32,7 +35,7 @@ def evaluate(recipe: Recipe) -> None:
     rank, world_size = rank_and_world_size()
     share_cores()
     evaluation = Evaluation(recipe)
-    missing = [pictures for pictures in evaluation.compared if not evaluation.path_of(pictures).exists()]
+    missing = [pictures for pictures in evaluation.compared if not _measured(evaluation, pictures)]
     asked = [samples for samples in evaluation.samples if samples in missing]
     for samples in asked:
         samples.check()  # what is not there is named now, not after minutes of work on the others
@@ -44,12 +47,23 @@ def evaluate(recipe: Recipe) -> None:
     for pictures in missing:
         evaluation.measure(pictures)
     metrics = evaluation.metrics()
-    write_json(recipe.folder / "metrics.json", metrics)
+    write_sealed(recipe.folder / "metrics.json", metrics)
     for line in summary(metrics["measurements"]):
         print(line)
 
 
-def summary(measurements: list[dict[str, Any]]) -> Iterator[str]:
+def _measured(evaluation: "Evaluation", pictures: "SampleRanges | PictureSet") -> bool:
+    """Whether it is there; what is damaged is told, and no measurement."""
+    try:
+        evaluation.measured(pictures)
+    except UserError as fault:
+        if evaluation.path_of(pictures).exists():
+            print(f"warning: {fault}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def summary(measurements: list["Measurement"]) -> Iterator[str]:
     """The numbers of each set, and what they were measured from."""
     for found in measurements:
         spread = found["numbers"]["frechet"]["spread"]
@@ -63,7 +77,7 @@ def summary(measurements: list[dict[str, Any]]) -> Iterator[str]:
         yield from (f"  note: {note}" for note in found["notes"])
 
 
-def _short(number: dict[str, Any]) -> str:
+def _short(number: "NumberForm") -> str:
     """Without the extractor, which the line above names."""
     spread = f" ± {number['spread']:.2g}" if number["spread"] is not None else ""
     return f"{number['name'].partition(' (')[0]} {number['value']:.4g}{spread}"
@@ -73,9 +87,16 @@ def finished(recipe: Recipe) -> bool:
     from pipeline.evaluation import Evaluation
 
     try:
-        return read_json(recipe.folder / "metrics.json") == Evaluation(recipe).metrics()
-    except UserError:  # something is missing; the stage says what
+        return read_metrics(recipe) == Evaluation(recipe).metrics()
+    except UserError:  # something is missing or damaged; the stage says what
         return False
+
+
+def read_metrics(recipe: Recipe) -> "Metrics":
+    """`metrics.json`. Raises UserError where it is missing or not as it was written."""
+    from pipeline.evaluation import REMEDY, Metrics
+
+    return read_sealed(recipe.folder / "metrics.json", Metrics, REMEDY)
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
@@ -88,7 +109,8 @@ def plan(recipe: Recipe) -> Iterator[str]:
     yield f"reference: {evaluation.reference.label}"
     for pictures in evaluation.compared:
         path = evaluation.path_of(pictures)
-        yield f"{pictures.name}: {pictures.label}; " + (f"measured in {path}" if path.exists() else "to be measured")
+        there = _measured(evaluation, pictures)
+        yield f"{pictures.name}: {pictures.label}; " + (f"measured in {path}" if there else "to be measured")
 
 
 def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:

@@ -1,19 +1,23 @@
 """What an evaluation compares, and where it keeps what it measured."""
 
+import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter, with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import content_key, write_json
-from common.provenance import provenance
+from common.files import content_key, together_in
+from common.log_lines import Count
+from common.provenance import Provenance, provenance
 from common.recipe import Recipe
-from common.sealed import read_json
+from common.sealed import STRICT, read_sealed, write_sealed
 from pipeline import picture_sets
 from pipeline.features import (
     Extractor,
@@ -26,10 +30,66 @@ from pipeline.features import (
 )
 from pipeline.metrics import bootstrap_error
 from pipeline.picture_sets import PictureSet, SampleRanges, opened
+from pipeline.plans import PlanForm
 from pipeline.references import reference
 from pipeline.summaries import KEPT_LAYERS, Summary, measure, possible, read_summary, summarise, write_summary
 
 COMMAND = "python pipeline/eval_fid.py"
+REMEDY = f"{COMMAND} measures it again"
+
+
+@with_config(STRICT)
+class NumberForm(TypedDict):
+    name: str  # as it is printed
+    value: float
+    spread: Annotated[float, Field(ge=0)] | None
+
+
+@with_config(STRICT)
+class ReferenceForm(TypedDict):
+    label: str
+    count: Count | None
+    content: dict[str, Any]
+
+
+@with_config(STRICT)
+class ExtractorForm(TypedDict):
+    name: str
+    weights_sha256: str
+
+
+@with_config(STRICT)
+class Measurement(TypedDict):
+    """The numbers of one set, and all that they are made of."""
+
+    name: str
+    label: str
+    distance: str
+    value: float
+    numbers: dict[str, NumberForm]
+    ranges: Annotated[list[float], Field(min_length=1)]
+    count: Count
+    notes: list[str]
+    content: dict[str, Any]
+    plan: PlanForm | None
+    reference: ReferenceForm
+    extractor: ExtractorForm
+    recipe: dict[str, Any]
+    provenance: Provenance
+
+
+@with_config(STRICT)
+class Metrics(TypedDict):
+    """`metrics.json`."""
+
+    distance: str
+    distances: dict[str, float]
+    measurements: Annotated[list[Measurement], Field(min_length=1)]
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from a file."""
+    return json.loads(json.dumps(value))
 
 
 @dataclass(frozen=True)
@@ -69,9 +129,22 @@ class Evaluation:
         key = content_key([*made_of, settings.bootstrap])
         return self.recipe.folder / "eval" / f"{pictures.name}-{key}.json"
 
-    def metrics(self) -> dict[str, Any]:
+    def measured(self, pictures: SampleRanges | PictureSet) -> Measurement:
+        """Raises UserError where it is not measured yet, or the file is not as it was written, or of another set."""
+        path = self.path_of(pictures)
+        found = read_sealed(path, Measurement, REMEDY)
+        stated = (found["name"], found["distance"], found["content"], found["reference"]["content"])
+        meant = (pictures.name, self.weights.distance_name, pictures.content, self.reference.content)
+        if as_json(stated) != as_json(meant):
+            raise UserError(f"{path}: measured of another set; {REMEDY}")
+        distance, mean = found["numbers"].get("frechet"), float(np.mean(found["ranges"]))
+        if distance is None or distance["value"] != found["value"] or not np.isclose(mean, found["value"]):
+            raise UserError(f"{path}: value: {found['value']} is not the distance among its numbers; {REMEDY}")
+        return found
+
+    def metrics(self) -> Metrics:
         """What `metrics.json` holds. Raises UserError where something is not measured yet."""
-        measurements = [read_json(self.path_of(pictures)) for pictures in self.compared]
+        measurements = [self.measured(pictures) for pictures in self.compared]
         distances = {found["name"]: found["value"] for found in measurements}
         return {"distance": self.weights.distance_name, "distances": distances, "measurements": measurements}
 
@@ -84,6 +157,11 @@ class Evaluation:
             ranges.append(self._numbers(summary, against))
             counts.append(summary.statistics["pooled"].count)
         numbers = {name: float(np.mean([found[name] for found in ranges])) for name in ranges[0]}
+        for name, value in numbers.items():
+            if not np.isfinite(value):
+                raise UserError(
+                    f"{pictures.name}: {name} comes out as {value}; look at the pictures, and the reference"
+                )
         found = {
             "name": pictures.name,
             "label": pictures.label,
@@ -108,7 +186,8 @@ class Evaluation:
             "recipe": TypeAdapter(Recipe).dump_python(self.recipe, mode="json"),
             "provenance": provenance(),
         }
-        write_json(self.path_of(pictures), found)
+        with together_in(self.path_of(pictures).parent):
+            write_sealed(self.path_of(pictures), found)
 
     def measure_reference(self) -> None:
         """Once, where many measurements would do it at the same time."""
@@ -155,10 +234,15 @@ class Evaluation:
         is_reference = pictures.name == "reference"
         folder = Path(self.recipe.runs) / ".references" if is_reference else self.recipe.folder / "eval" / "statistics"
         path = folder / f"{pictures.name}-{key}.npz"
-        if not path.exists():
-            extractor = self.extractor
-            bar = tqdm(opened(pictures), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
-            features = extract(extractor, bar, self.recipe.evaluate.batch_size)
-            kept = ("pooled",) if is_reference else KEPT_LAYERS  # nobody asks for a reference's Inception Score
+        try:
+            if path.exists():
+                return read_summary(path, COMMAND)
+        except UserError as fault:
+            print(f"warning: {fault}; now it is made again", file=sys.stderr, flush=True)
+        extractor = self.extractor
+        bar = tqdm(opened(pictures), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
+        features = extract(extractor, bar, self.recipe.evaluate.batch_size)
+        kept = ("pooled",) if is_reference else KEPT_LAYERS  # nobody asks for a reference's Inception Score
+        with together_in(folder if is_reference else folder.parent):
             write_summary(path, summarise(features, pictures.size, kept))
         return read_summary(path, COMMAND)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.command import run_command
+from common.errors import UserError
 from common.recipe import Recipe
 
 
@@ -29,10 +30,14 @@ def export(recipe: Recipe) -> None:
     """Replaces what was exported before."""
     from common.files import atomic_folder
     from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
+    from pipeline.run_weights import REMEDY
     from pipeline.samples import sample_set
     from preprocess.encoder import fetch_vae, load_vae
 
-    transformer = FPDMTransformer2DModel.from_pretrained(sample_set(recipe, recipe.sample.weights).weights)
+    try:
+        transformer = FPDMTransformer2DModel.from_pretrained(sample_set(recipe, recipe.sample.weights).weights)
+    except ValueError as error:
+        raise UserError(f"{error}; {REMEDY}") from None
     with atomic_folder(folder_of(recipe)) as folder:
         FPDMPipeline(transformer, load_vae(fetch_vae(recipe.vae))).save_pretrained(folder)
     print(f"pipeline: {folder_of(recipe)}")

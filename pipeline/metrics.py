@@ -34,6 +34,26 @@ class Statistics:
         return self.count is not None and self.count <= self.mean.size
 
 
+def fault_of(fitted: Statistics, precision: float = float(np.finfo(np.float64).eps)) -> str | None:
+    """Why these are not a mean and a covariance; `precision`: of the numbers as they were stored."""
+    mean, covariance, width = fitted.mean, fitted.covariance, fitted.mean.size
+    if mean.shape != (width,) or covariance.shape != (width, width) or not width:
+        return f"shapes {mean.shape} and {covariance.shape}"
+    with np.errstate(all="ignore"):
+        # Of numbers whose squares are not finite the distance is not either.
+        if not (np.isfinite(mean @ mean) and np.isfinite(np.vdot(covariance, covariance))):
+            return "not finite, or too large"
+    if not np.allclose(covariance, covariance.T, rtol=max(1e-5, precision)):
+        return "not symmetric"
+    try:
+        np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:  # singular, or worse
+        values = np.linalg.eigvalsh(covariance)
+        if values[0] < -min(1e-2, 100 * width * precision) * max(values[-1], 0):
+            return f"not positive semi-definite (an eigenvalue of {values[0]:.3g}, the largest is {values[-1]:.3g})"
+    return None
+
+
 class Accumulator:
     """Sums of features, in float64 and in one pass: no set is held in memory."""
 

@@ -1,7 +1,7 @@
 """The sets of pictures that are compared: the reference, held-out pictures, their reconstructions, and samples."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -13,9 +13,9 @@ from PIL import Image
 
 from common.ranks import share_of_cores
 from common.recipe import Data, Recipe
-from common.sealed import read_json
 from pipeline.chunks import Span, cover_gap, iterate
 from pipeline.metrics import Statistics
+from pipeline.plans import read_plan
 from pipeline.run_folder import Weights
 from pipeline.sample_features import extract_missing, features_folder, read_features
 from pipeline.samples import sample_set, vae_settings
@@ -71,7 +71,7 @@ class SampleRanges:
     @property
     def plan(self) -> dict[str, Any]:
         """Iterations and reuse of each step, measured ones too."""
-        return read_json(sample_set(self.recipe, self.weights).folder / "plan.json")
+        return asdict(read_plan(self.recipe, sample_set(self.recipe, self.weights).folder))
 
     def check(self) -> None:
         """Raises UserError naming the samples that are missing."""

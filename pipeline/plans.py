@@ -5,19 +5,20 @@ draws by the same plan.
 """
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import write_json
-from common.recipe import STRICT, Recipe, denoiser_config, diffusion, latent_shape
-from common.sealed import read_json
+from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import allocate
 from fpdm.calibration import allocate_measured, calibrate, choose_reuse
@@ -26,14 +27,22 @@ from fpdm.sampling import build_sampler, guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
 
 MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
+NAME = "plan.json"
+REMEDY = "delete the folder and run python pipeline/sample.py"
 REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class Plan:
     """One entry a step, noisiest first; iterations None for DiT, which has none."""
 
     iterations: list[int] | None
+    reuse: list[bool]
+
+
+@with_config(STRICT)
+class PlanForm(TypedDict):
+    iterations: list[Annotated[int, Field(ge=1)]] | None
     reuse: list[bool]
 
 
@@ -66,14 +75,63 @@ def blocks_a_picture(recipe: Recipe) -> int:
 
 
 def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
-    """The plan of the set in `folder`, from its plan.json; measured first where there is none."""
-    path = folder / "plan.json"
+    """The plan of the set in `folder`, from its plan.json; made first where there is none.
+
+    Raises UserError as `read_plan`, and where a measured one is gone from beside samples that were drawn by it.
+    """
+    path, stated = folder / NAME, by_recipe(recipe)
+    drawn = any(folder.rglob("chunk-*"))  # looked for first: whoever draws has written the plan before
     if not path.exists():
-        _write_once(path, TypeAdapter(Plan).dump_python(_make(recipe, model)))
+        if stated is None and drawn:
+            raise UserError(f"{path}: gone, and samples were drawn by it; {REMEDY}")
+        _write_once(path, asdict(stated or _measure(recipe, model)))
+    return read_plan(recipe, folder)
+
+
+def read_plan(recipe: Recipe, folder: Path) -> Plan:
+    """The plan that the set in `folder` was drawn by.
+
+    Raises UserError where it is damaged, or none of this recipe. What the recipe alone says is written again instead,
+    with a warning.
+    """
+    path, stated = folder / NAME, by_recipe(recipe)
     try:
-        return TypeAdapter(Plan).validate_python(read_json(path))
-    except ValueError:
-        raise UserError(f"{path}: no plan of iterations; delete the folder and run python pipeline/sample.py") from None
+        found = Plan(**read_sealed(path, PlanForm, REMEDY))
+        if fault := _misfit(recipe, found):
+            raise UserError(f"{path}: {fault}; {REMEDY}")
+    except UserError as fault_told:
+        if stated is None or not path.exists():
+            raise
+        print(f"warning: {fault_told}; now it is written again", file=sys.stderr, flush=True)
+        write_sealed(path, asdict(stated))
+        return stated
+    return found
+
+
+def by_recipe(recipe: Recipe) -> Plan | None:
+    """The plan where it is a function of the recipe alone; None where it is measured on the weights."""
+    settings = recipe.sample
+    always = [settings.reuse == "always"] * settings.num_steps
+    if recipe.model.kind == "dit":
+        return Plan(None, always)
+    if settings.allocation in MEASURED or settings.reuse == "calibrated":
+        return None
+    return Plan(allocate(settings.allocation, settings.num_steps, settings.iterations), always)
+
+
+def _misfit(recipe: Recipe, found: Plan) -> str | None:
+    """What no plan of this recipe has."""
+    settings, stated = recipe.sample, by_recipe(recipe)
+    if stated is not None:
+        return None if found == stated else "not the plan that the recipe says"
+    steps, counts = len(found.reuse), found.iterations
+    if steps not in (settings.num_steps, *settings.step_choices) or counts is None or len(counts) != steps:
+        return f"iterations and reuse of {len(counts or ())} and {steps} steps, the recipe has {settings.num_steps}"
+    if settings.reuse != "calibrated" and set(found.reuse) != {settings.reuse == "always"}:
+        return f"reuse: not {settings.reuse!r} in every step"
+    outer = denoiser_config(recipe).blocks(0)
+    blocks, budget = sum(counts) + outer * steps, total_iterations(recipe) + outer * settings.num_steps
+    return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
 def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -107,12 +165,10 @@ def labels_of(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
     return rng.integers(recipe.seed, "sample/label", index, classes)
 
 
-def _make(recipe: Recipe, model: Denoiser) -> Plan:
+def _measure(recipe: Recipe, model: Denoiser) -> Plan:
     settings = recipe.sample
     steps = settings.num_steps
     always = [settings.reuse == "always"] * steps
-    if model.config.kind == "dit":
-        return Plan(None, always)
     index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
     drawing = draw(recipe, model, "calibrate", index)
     outer = model.config.blocks(0)
@@ -146,7 +202,7 @@ def _make(recipe: Recipe, model: Denoiser) -> Plan:
 def _write_once(path: Path, value: Any) -> None:
     """The first of several processes wins; what another machine's rounding would have chosen is dropped."""
     own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    write_json(own, value)
+    write_sealed(own, value)
     try:
         os.link(own, path)
     except FileExistsError:

@@ -43,14 +43,14 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
     Raises UserError where there is none.
     """
-    from pipeline.run_folder import power_name
+    from pipeline.run_folder import counted, power_name
 
     weights = recipe.folder / "weights"
     found = {
         (int(folder.parent.name), width): folder
         for width in recipe.train.ema_widths
-        for folder in sorted(weights.glob(f"[0-9]*/{power_name(width)}"))
-        if int(folder.parent.name)  # before the first step there is nothing to average
+        for folder in (samples / power_name(width) for samples in counted(weights))
+        if folder.is_dir() and int(folder.parent.name)  # before the first step there is nothing to average
     }
     if not found:
         raise UserError(
@@ -83,19 +83,18 @@ def write(
     width: float,
 ) -> None:
     """Adds the stored averages up in float64 and writes the sum as weights, with its factors in config.json."""
-    from fpdm.weights import load_pretrained, read_extra
     from pipeline.checkpoint import export_weights
     from pipeline.run_folder import power_name
+    from pipeline.run_weights import describe, load_network
 
     total = None
     for snapshot, factor in factors.items():
-        weights = {
-            name: factor * value.double() for name, value in load_pretrained(stored[snapshot]).named_parameters()
-        }
+        network = load_network(stored[snapshot])
+        weights = {name: factor * value.double() for name, value in network.named_parameters()}
         total = weights if total is None else {name: total[name] + weights[name] for name in total}
     assert total is not None
     notes = [{"samples": samples, "width": one, "factor": factor} for (samples, one), factor in factors.items()]
-    run = read_extra(stored[max(factors)])["run"]
+    run = describe(stored[max(factors)]).extra["run"]
     with disk_faults_told(recipe.folder):
         weights = {name: value.detach().float() for name, value in total.items()}
         export_weights(recipe, weights, end, run, power_name(width), reconstructed_from=notes)

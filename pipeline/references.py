@@ -3,22 +3,21 @@
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from common.files import sha256_file
-from common.loading import load_recipe
 from common.recipe import Recipe
-from pipeline.arrays import DAMAGE
+from common.run_recipe import RECIPE, read_recipe
 from pipeline.chunks import iterate
 from pipeline.features import WIDTHS, layers_of
-from pipeline.metrics import Statistics
+from pipeline.metrics import Statistics, fault_of
 from pipeline.picture_sets import PictureSet, training_pictures
 from pipeline.samples import sample_set
 
@@ -31,7 +30,7 @@ def reference(recipe: Recipe) -> PictureSet:
     named = recipe.evaluate.reference
     if named is None:
         return training_pictures(recipe)
-    if (Path(named) / "recipe.yaml").is_file():
+    if (Path(named) / RECIPE).is_file():
         return _run(recipe, Path(named))
     if Path(named).is_file():
         return _file(recipe, Path(named))
@@ -72,7 +71,7 @@ def _file(recipe: Recipe, path: Path) -> PictureSet:
 
 def _run(recipe: Recipe, folder: Path) -> PictureSet:
     """The samples of another run, as its own recipe draws them."""
-    other = replace(load_recipe(folder / "recipe.yaml"), name=folder.name, runs=str(folder.parent))
+    other = read_recipe(folder)
     _check_resolution(recipe, folder, other.data.resolution)
     found, count = sample_set(other, other.sample.weights), other.sample.num_samples
 
@@ -107,12 +106,8 @@ class Header:
         return f"{self.dtype} {self.shape}"
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DAMAGE as error:
-        raise UserError(f"evaluate.reference: {path} is not readable as an npz file ({error}); get it again") from None
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return faults_told(UserError, f"evaluate.reference: {path} is not readable as an npz file; get it again")
 
 
 def _headers(path: Path) -> dict[str, Header]:
@@ -160,12 +155,12 @@ def _statistics(path: Path, layers: Sequence[str]) -> dict[str, Statistics]:
     found = {}
     for layer in layers:
         with _readable(path), np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = (arrays[name].astype(np.float64) for name in ADM_STATISTICS[layer])
-        finite = np.isfinite(mean).all() and np.isfinite(covariance).all()
-        if not (finite and np.allclose(covariance, covariance.T) and (np.diag(covariance) >= 0).all()):
+            read = [arrays[name] for name in ADM_STATISTICS[layer]]
+        fitted = Statistics(read[0].astype(np.float64), read[1].astype(np.float64), count=None)
+        if fault := fault_of(fitted, float(np.finfo(read[1].dtype).eps)):
             names = " and ".join(ADM_STATISTICS[layer])
-            raise UserError(f"evaluate.reference: {path}: {names} are no mean and covariance; get it again")
-        found[layer] = Statistics(mean, covariance, count=None)
+            raise UserError(f"evaluate.reference: {path}: {names} are no mean and covariance: {fault}; get it again")
+        found[layer] = fitted
     return found
 
 

@@ -3,18 +3,20 @@
 python pipeline/report.py --config recipes/demo.yaml
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
 from common.command import run_command
 from common.errors import UserError
 from common.files import atomic_write, content_key, sha256_file
+from common.log_lines import OPEN, read_log
 from common.recipe import Recipe
-from common.sealed import read_json
 
 ROLES = {
     "trained": "this run's samples",
@@ -24,13 +26,20 @@ ROLES = {
 }
 
 
+@with_config(OPEN)
+class Started(TypedDict):
+    """A line of `provenance.jsonl`; all of it is shown."""
+
+    stage: str
+
+
 def report(recipe: Recipe) -> None:
     """The stage: draws the pictures and the curve, fills the template. Raises UserError where a stage is missing."""
     from pipeline.figures import class_panels, contact_sheet, loss_curve
 
     inputs = _inputs(recipe)
     panels, log = class_panels(recipe), recipe.folder / "metrics.jsonl"
-    losses = [line for line in _json_lines(log) if line.get("loss") is not None]  # null: it was not finite
+    losses = [line for line in read_log(log) if line.get("loss") is not None and "step" in line]  # null: not finite
     if not losses:
         raise UserError(f"{log}: no line has a loss; run python pipeline/train.py with this recipe")
     with atomic_write(recipe.folder / "samples.png") as temporary:
@@ -45,7 +54,7 @@ def finished(recipe: Recipe) -> bool:
     page = recipe.folder / "report.html"
     if not page.exists() or not (recipe.folder / "samples.png").exists():
         return False
-    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8"))
+    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8", errors="replace"))
     try:
         return made_from is not None and made_from[1] == _inputs(recipe)
     except UserError:  # a stage before this one is missing
@@ -69,11 +78,13 @@ def context(recipe: Recipe) -> dict[str, Any]:
     from common.loading import dump_recipe
     from common.recipe import denoiser_config, latent_shape
     from fpdm.denoiser import count_parameters
+    from pipeline.eval_fid import read_metrics
     from pipeline.plans import blocks_a_picture
+    from pipeline.stages import read_times
 
-    metrics = read_json(recipe.folder / "metrics.json")
-    stages = recipe.folder / "stages.json"
-    trainings = [line for line in _json_lines(recipe.folder / "provenance.jsonl") if line["stage"] == "train"]
+    metrics = read_metrics(recipe)
+    started = [line for line in read_log(recipe.folder / "provenance.jsonl", Started) if line["stage"] == "train"]
+    provenance = [("training", line) for line in started[-1:]]
     return {
         "recipe": recipe,
         "recipe_yaml": dump_recipe(recipe),
@@ -84,19 +95,20 @@ def context(recipe: Recipe) -> dict[str, Any]:
         "measurements": metrics["measurements"],
         "roles": ROLES,
         "sweep": _sweep(recipe),
-        "stages": read_json(stages) if stages.exists() else [],
-        "provenance": [("training", trainings[-1]), ("evaluation", metrics["measurements"][0]["provenance"])],
+        "stages": [{"stage": stage, "seconds": seconds} for stage, seconds in read_times(recipe).items()],
+        "provenance": [*provenance, ("evaluation", metrics["measurements"][0]["provenance"])],
     }
 
 
 def _sweep(recipe: Recipe) -> dict[str, Any] | None:
     """The table and the picture of the run's sweep, if there was one."""
-    from pipeline.sweeping import TABLE, table
+    from pipeline.figures import sweep_picture
+    from pipeline.sweeping import TABLE, read_table, table
 
-    path = recipe.folder / TABLE
-    if not path.exists():
+    if not (recipe.folder / TABLE).exists():
         return None
-    return {"table": table(read_json(path)), "picture": (path.parent / "distances.png").read_bytes()}
+    rows = read_table(recipe)
+    return {"table": table(rows), "picture": sweep_picture(rows)}
 
 
 def _inputs(recipe: Recipe) -> str:
@@ -119,11 +131,6 @@ def _inputs(recipe: Recipe) -> str:
     files.pop()  # says when and where, which is nothing new to show
     files += [path for path in [recipe.folder / TABLE] if path.exists()]
     return content_key([dump_recipe(recipe), *(sha256_file(path) for path in files)])
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    whole = path.read_text().rpartition("\n")[0]  # the last line may still be written
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def plan(recipe: Recipe) -> Iterator[str]:

@@ -10,12 +10,11 @@ Run it again to go on: finished stages are recognised and skipped.
 import argparse
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import argument_parser, guarded
+from common.command import argument_parser, ended_by_signals, guarded
 from common.errors import UserError
 from common.recipe import Recipe
 
@@ -66,10 +65,9 @@ def main() -> None:
     if arguments.dry_run:
         print("\n".join(f"plan: {line}" for line in plan(recipe, stages, cluster)))
         return
-    # Ending this process must end the job it waits for, which lives in processes of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for number, stage in enumerate(stages, 1):
-        run_stage(stage, recipe, cluster, f"[{number}/{len(stages)}] {stage.name}")
+    with ended_by_signals():
+        for number, stage in enumerate(stages, 1):
+            run_stage(stage, recipe, cluster, f"[{number}/{len(stages)}] {stage.name}")
     say_where(recipe)
 
 

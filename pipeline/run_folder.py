@@ -5,6 +5,7 @@ checkpoints/<samples seen>/, weights/<samples seen>/<average>/, grids/<samples s
 samples/<samples seen>-<settings key>/, eval/, metrics.json, samples.png, report.html
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,16 @@ def power_name(width: float) -> str:
     return f"power-{width:g}"
 
 
+def counted(folder: Path) -> list[Path]:
+    """The folders in it that are named by a number of samples as this project writes it, by that number.
+
+    `000000000160.bak`, a copy that somebody keeps beside them, is none.
+    """
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = [path for path in found if re.fullmatch(r"[0-9]{12}|[1-9][0-9]{12,}", path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: int(path.name))
+
+
 def weights_folder(recipe: Recipe, samples_seen: int, ema: str | None = None) -> Path:
     """Holds averaged weights after `samples_seen` training samples, in diffusers' layout; `ema`: the run's first."""
     return recipe.folder / "weights" / f"{samples_seen:012d}" / (ema or ema_names(recipe)[0])
@@ -36,9 +47,10 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
     """
     name = ema or ema_names(recipe)[0]
     # A folder appears by renaming, so that one which exists is whole.
-    found = sorted(int(path.parent.name) for path in (recipe.folder / "weights").glob(f"[0-9]*/{name}"))
+    folders = counted(recipe.folder / "weights")
+    found = [int(folder.name) for folder in folders if (folder / name).is_dir()]
     if not found:
-        averages = sorted({path.name for path in (recipe.folder / "weights").glob("[0-9]*/[!.]*")})
+        averages = sorted({path.name for folder in folders for path in folder.glob("[!.]*")})
         if averages:
             raise UserError(
                 f"sample.ema: no average {name} in {recipe.folder / 'weights'}; there are {', '.join(averages)} "

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.files import content_key
+from common.files import content_key, together_in
 from common.recipe import Recipe
 from pipeline.chunks import Chunk, Span, chunk_path, chunk_spans, cover_gap, iterate, write_chunk
 from pipeline.features import Extractor, extract, find_weights, load_extractor, wanted_layers
@@ -45,9 +45,12 @@ def extract_missing(recipe: Recipe, weights: Weights, part: int = 0, parts: int 
     """Features of the chunks of this part that have none: chunk k belongs to part k % parts."""
     folder = sample_set(recipe, weights).folder
     write = FeatureWriter(recipe, folder)
-    for span in chunk_spans(total_samples(recipe), recipe.sample.chunk_samples)[part::parts]:
-        if cover_gap(write.folder, span):
-            write(span, np.concatenate([rows["images"] for rows in iterate(folder, span)]))
+    spans = chunk_spans(total_samples(recipe), recipe.sample.chunk_samples)[part::parts]
+    spans = [span for span in spans if cover_gap(write.folder, span)]
+    if spans:
+        with together_in(folder):
+            for span in spans:
+                write(span, np.concatenate([rows["images"] for rows in iterate(folder, span)]))
 
 
 def read_features(recipe: Recipe, weights: Weights, span: Span) -> Chunk:

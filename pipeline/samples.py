@@ -14,22 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from pydantic import with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
-from common.errors import UserError
-from common.files import content_key, sha256_file, write_json
+from common.errors import UserError, one_line
+from common.files import content_key, together_in
+from common.log_lines import OPEN
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
-from common.sealed import read_json
+from common.sealed import read_sealed, write_sealed
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
-from fpdm.weights import WEIGHTS_NAME, load_pretrained, read_config, read_extra
 from pipeline import outputs
 from pipeline.chunks import Chunk, Span, chunk_spans
 from pipeline.distributed import float32_throughout
 from pipeline.plans import Plan, draw, labels_of, plan
 from pipeline.run_folder import Weights, find_weights
+from pipeline.run_weights import Description, describe, load_network
 from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images import to_uint8
 
@@ -46,9 +48,10 @@ def sample(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     rank, world_size = rank_and_world_size()
     share_cores()
     for weights in wanted_weights(recipe):
-        folder = generate(recipe, weights, part * world_size + rank, parts * world_size)
-        if not missing_chunks(recipe, weights):
-            outputs.finish(recipe, folder)
+        with together_in(sample_set(recipe, weights).folder):
+            folder = generate(recipe, weights, part * world_size + rank, parts * world_size)
+            if not missing_chunks(recipe, weights):
+                outputs.finish(recipe, folder)
 
 
 def finished(recipe: Recipe) -> bool:
@@ -88,9 +91,10 @@ def sample_set(recipe: Recipe, weights: Weights) -> SampleSet:
     Raises UserError where there are none, or where they are another network's than the recipe's.
     """
     samples_seen, folder = find_weights(recipe, weights, recipe.sample.ema)
+    described = describe(folder)
     settings = {
-        "weights_sha256": sha256_file(folder / WEIGHTS_NAME),
-        "network": _network_settings(recipe, folder),
+        "weights_sha256": described.sha256,
+        "network": _network_settings(recipe, folder, described),
         "seed": recipe.seed,
         "sample": {name: value for name, value in asdict(recipe.sample).items() if name not in NOT_OF_THE_PICTURE},
         "objective": asdict(recipe.objective),
@@ -99,6 +103,18 @@ def sample_set(recipe: Recipe, weights: Weights) -> SampleSet:
     }
     name = f"{samples_seen:012d}-{content_key(settings)}"
     return SampleSet(recipe.folder / "samples" / name, folder, samples_seen, settings)
+
+
+@with_config(OPEN)
+class ShardSettings(TypedDict):
+    vae: dict[str, Any]
+
+
+@with_config(OPEN)
+class IndexForm(TypedDict):
+    """`index.json` of shards: the part of it that is read here."""
+
+    settings: ShardSettings
 
 
 def vae_settings(recipe: Recipe) -> dict[str, Any]:
@@ -111,7 +127,11 @@ def vae_settings(recipe: Recipe) -> dict[str, Any]:
         raise UserError(f"vae.path: {recipe.vae.path} is not here; python preprocess/encode_latents.py downloads it")
     identity = asdict(identify(folder, recipe.vae))
     index = Path(recipe.data.shards) / "index.json"
-    trained = read_json(index).get("settings", {}).get("vae", {}) if index.exists() else {}
+    trained = (
+        read_sealed(index, IndexForm, "run preprocess/encode_latents.py again")["settings"]["vae"]
+        if index.exists()
+        else {}
+    )
     for name in ("scaling_factor", "shift_factor"):  # decoders of one encoder may differ, as sd-vae-ft-mse and -ema do
         if name in trained and trained[name] != identity[name]:
             raise UserError(
@@ -146,7 +166,7 @@ def generate(recipe: Recipe, weights: Weights, rank: int = 0, world_size: int = 
     spans = [span for span in spans if _absent(recipe, wanted.folder, span)]
     if not spans:
         return wanted.folder
-    write_json(wanted.folder / "settings.json", wanted.settings)
+    write_sealed(wanted.folder / "settings.json", wanted.settings)
     device = own_device()
     float32_throughout()
     model = load_network(wanted.weights).to(device)
@@ -195,28 +215,19 @@ def _in_the_background() -> Iterator[Callable[[Callable[[], None]], None]]:
             future.result()
 
 
-def load_network(folder: Path) -> Denoiser:
-    """In float32. Raises UserError where the weights are damaged."""
-    try:
-        return load_pretrained(folder).float().eval()
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged ({error}); delete it and run python pipeline/train.py again") from None
-
-
-def _network_settings(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _network_settings(recipe: Recipe, folder: Path, weights: Description) -> dict[str, Any]:
     """The network that the weights belong to. Raises UserError where the recipe means another network or objective."""
-    try:
-        found = asdict(read_config(folder))
-        extra = read_extra(folder)
-    except ValueError as error:
-        raise UserError(f"{error}; delete the folder and run python pipeline/train.py again") from None
+    found, extra = asdict(weights.config), weights.extra
     del found["self_conditioned"]  # its tensors have other names, so that their hash tells it
-    for there, wanted in ((found, denoiser_config(recipe)), (extra.get("objective", {}), recipe.objective)):
+    for there, wanted in ((found, denoiser_config(recipe)), (extra["objective"], recipe.objective)):
         for name, value in asdict(wanted).items():
             if name != "self_conditioned" and there.get(name) != value:
-                raise UserError(f"{folder}: weights with {name} {there.get(name)}, the recipe has {value}; set that")
+                raise UserError(
+                    f"{folder}: weights with {name} {one_line(str(there.get(name)), 100)}, the recipe has {value}; "
+                    "set that"
+                )
     scale = recipe.sample.guidance_scale
-    if scale != 1 and extra.get("label_dropout") == 0:
+    if scale != 1 and extra["label_dropout"] == 0:
         raise UserError(
             f"sample.guidance_scale: {scale:g}, but {folder} was trained with label_dropout 0 and never saw the null "
             "label that guidance needs; set it to 1, or take other weights"

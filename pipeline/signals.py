@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SLURM's end of time and of preemption, submitit's, a launcher's, and a person's Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+from common.command import outlived
+
+# SLURM's end of time and of preemption, submitit's, a launcher's, a person's Ctrl-C, and a terminal that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0  # one request often comes twice: from the launcher, and to the whole group
 
 
@@ -35,9 +37,12 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, stop signals set the request that it yields; afterwards the handlers are those of before."""
+    """Inside, stop signals set the request that it yields; afterwards the handlers are those of before.
+
+    What `nohup` had this process ignore stays ignored.
+    """
     request = StopRequest()
-    before = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS if not outlived(number)}
     try:
         yield request
     finally:

@@ -1,5 +1,6 @@
 """The code as it is now, for jobs that start later."""
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,8 @@ PACKAGES = ("common", "fpdm", "pipeline", "preprocess", "slurm")
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copies the packages to `folder/<key of their content>` and returns that; what is there already stays.
+    """Copies the packages to `folder/<key of their content>` and returns that; what is there already stays, if it is
+    what it was.
 
     The commit is written down beside them: the clone may have moved on when a job asks for it.
     """
@@ -21,11 +23,15 @@ def take_snapshot(folder: Path) -> Path:
         for package in PACKAGES:
             shutil.copytree(ROOT / package, copied / package, ignore=shutil.ignore_patterns("__pycache__"))
         (copied / COMMIT_FILE).write_text(git_commit() or "")
-        files = sorted(path for path in copied.rglob("*") if path.is_file())
-        listing = "".join(f"{path.relative_to(copied)} {sha256_file(path)}\n" for path in files)
-        (copied / "FILES").write_text(listing, encoding="utf-8")
-        target = folder / sha256_file(copied / "FILES")[:16]
-        if not target.exists():
+        listing = _listing(copied)
+        target = folder / hashlib.sha256(listing.encode()).hexdigest()[:16]
+        if not target.is_dir() or _listing(target) != listing:
             with atomic_folder(target) as made:
                 shutil.copytree(copied, made, dirs_exist_ok=True)
     return target
+
+
+def _listing(folder: Path) -> str:
+    """Every file and its sha256, but what Python has compiled."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return "".join(f"{path.relative_to(folder)} {sha256_file(path)}\n" for path in files)

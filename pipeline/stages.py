@@ -2,16 +2,23 @@
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import disk_faults_told
 from common.jobs import Job
 from common.recipe import Recipe
-from common.sealed import read_json
+from common.sealed import STRICT, read_sealed, write_sealed
 from slurm.cluster import Resources
+
+TIMES = "stages.json"
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,31 @@ def work(recipe: Recipe, *, stage: str, call: str, **arguments: int) -> None:
         keep_time(recipe, stage, round(time.monotonic() - started, 1))
 
 
+@with_config(STRICT)
+class TimesForm(TypedDict):
+    """`stages.json`: seconds by stage, of its last run."""
+
+    seconds: dict[str, Annotated[float, Field(ge=0)]]
+
+
 def keep_time(recipe: Recipe, stage: str, seconds: float) -> None:
-    """Notes in `stages.json` how long a stage took when it was last run."""
-    path = recipe.folder / "stages.json"
-    times = {entry["stage"]: entry["seconds"] for entry in read_json(path)} if path.exists() else {}
-    times[stage] = seconds
-    write_json(path, [{"stage": one.name, "seconds": times[one.name]} for one in STAGES if one.name in times])
+    """Notes how long a stage took. Where it cannot be noted that is told, and fails no stage: it is finished."""
+    times = read_times(recipe) | {stage: seconds}
+    try:
+        with disk_faults_told(recipe.folder / TIMES):
+            write_sealed(recipe.folder / TIMES, {"seconds": times})
+    except UserError as fault:
+        print(f"warning: {fault}", file=sys.stderr, flush=True)
+
+
+def read_times(recipe: Recipe) -> dict[str, float]:
+    """Seconds by stage, in the order of the stages; none, with a warning, where the file is damaged."""
+    path = recipe.folder / TIMES
+    if not path.exists():
+        return {}
+    try:
+        seconds = read_sealed(path, TimesForm, "the times of stages before are lost")["seconds"]
+    except UserError as fault:
+        print(f"warning: {fault}", file=sys.stderr, flush=True)
+        return {}
+    return {one.name: seconds[one.name] for one in STAGES if one.name in seconds}

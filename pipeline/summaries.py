@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from pipeline.arrays import read_arrays, write_arrays
 from pipeline.chunks import Chunk
 from pipeline.features import Features
@@ -16,6 +16,7 @@ from pipeline.metrics import (
     NEIGHBOURHOOD,
     Accumulator,
     Statistics,
+    fault_of,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -66,15 +67,20 @@ def write_summary(path: Path, summary: Summary) -> None:
 
 
 def read_summary(path: Path, command: str) -> Summary:
+    """Raises UserError naming the file, and `command`, which makes it again, where it is no summary."""
     arrays = read_arrays(path, command)
-    layers = [layer for layer in FITTED if f"mean_{layer}" in arrays]
-    return Summary(
-        {
+    with faults_told(UserError, f"{path}: no summary of features; delete it and run {command} again"):
+        layers = [layer for layer in FITTED if f"mean_{layer}" in arrays]
+        statistics = {
             layer: Statistics(arrays[f"mean_{layer}"], arrays[f"covariance_{layer}"], int(arrays["count"]))
             for layer in layers
-        },
-        {layer: arrays[f"rows_{layer}"] for layer in KEPT_LAYERS if f"rows_{layer}" in arrays},
-    )
+        }
+        rows = {layer: arrays[f"rows_{layer}"] for layer in KEPT_LAYERS if f"rows_{layer}" in arrays}
+        faults = [fault_of(fitted) for fitted in statistics.values()]
+        faults += [None if each.ndim == 2 and np.isfinite(each).all() else "rows" for each in rows.values()]
+        if "pooled" not in statistics or any(faults) or int(arrays["count"]) < 2:
+            raise ValueError(next((fault for fault in faults if fault), "too little"))
+    return Summary(statistics, rows)
 
 
 def possible(metric: str, own: Summary, reference: Summary) -> str | None:

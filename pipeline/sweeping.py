@@ -2,20 +2,57 @@
 
 import csv
 import io
+import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import atomic_write, write_json
+from common.files import atomic_write
 from common.loading import check_together
+from common.log_lines import Count
 from common.recipe import Recipe, denoiser_config
-from common.sealed import read_json
+from common.sealed import STRICT, read_sealed, write_sealed
 from pipeline.plans import blocks_a_picture
+
+if TYPE_CHECKING:
+    from pipeline.evaluation import Measurement
 
 TABLE = "sweep/table.json"
 COLUMNS = ("budget", "blocks", "sampler", "num_steps", "iterations", "allocation", "reuse", "guidance_scale")
+
+
+@with_config(STRICT)
+class RowNumber(TypedDict):
+    name: str
+    value: float
+    spread: float | None
+
+
+@with_config(STRICT)
+class RowForm(TypedDict):
+    """A measured `Point`."""
+
+    budget: Count
+    blocks: Count
+    sampler: str
+    num_steps: Count
+    iterations: Annotated[float, Field(ge=0)] | int | None
+    allocation: str
+    reuse: str
+    guidance_scale: float
+    distance: str
+    count: Count
+    numbers: dict[str, RowNumber]
+
+
+@with_config(STRICT)
+class TableForm(TypedDict):
+    rows: Annotated[list[RowForm], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -94,18 +131,22 @@ def measure_point(recipe: Recipe) -> None:
     from pipeline.samples import sample
 
     sample(recipe)
-    evaluation = Evaluation(recipe)
-    if not evaluation.path_of(evaluation.samples[0]).exists():
+    if measured(recipe) is None:
+        evaluation = Evaluation(recipe)
         evaluation.measure(evaluation.samples[0])
 
 
-def measured(recipe: Recipe) -> dict[str, Any] | None:
-    """The measurement of a point, if it is there."""
+def measured(recipe: Recipe) -> "Measurement | None":
+    """The measurement of a point, if it is there; what is damaged is told, and none."""
     from pipeline.evaluation import Evaluation
 
     evaluation = Evaluation(recipe)
-    path = evaluation.path_of(evaluation.samples[0])
-    return read_json(path) if path.exists() else None
+    try:
+        return evaluation.measured(evaluation.samples[0])
+    except UserError as fault:
+        if evaluation.path_of(evaluation.samples[0]).exists():
+            print(f"warning: {fault}", file=sys.stderr, flush=True)
+        return None
 
 
 def write_tables(recipe: Recipe) -> list[dict[str, Any]]:
@@ -121,12 +162,18 @@ def write_tables(recipe: Recipe) -> list[dict[str, Any]]:
         return rows
     rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
     folder = recipe.folder / Path(TABLE).parent
-    write_json(recipe.folder / TABLE, rows)
+    write_sealed(recipe.folder / TABLE, {"rows": rows})
     _write_text(folder / "table.csv", _csv(rows))
     _write_text(folder / "table.md", _markdown(rows))
     with atomic_write(folder / "distances.png") as temporary:
         temporary.write_bytes(sweep_picture(rows))
     return rows
+
+
+def read_table(recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows of the run's last sweep. Raises UserError where the file is not as it was written."""
+    found = read_sealed(recipe.folder / TABLE, TableForm, "delete it, or run python pipeline/sweep.py again")
+    return [dict(row) for row in found["rows"]]
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:

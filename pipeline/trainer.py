@@ -1,6 +1,5 @@
 """Training under DeepSpeed: a loop counted in samples, every number of which is a function of (seed, samples seen)."""
 
-import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,14 +12,15 @@ import torch.distributed
 from torch import Tensor
 
 from common.errors import Interrupted, UserError
-from common.files import alone_in, atomic_write, disk_faults_told, remove_leftovers, write_json
-from common.loading import dump_recipe
+from common.files import alone_in, disk_faults_told, remove_leftovers, write_json
+from common.log_lines import append_line
 from common.provenance import provenance
 from common.ranks import rank_and_world_size
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
+from common.run_recipe import write_recipe
 from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
-from fpdm.weights import assemble, read_extra
+from fpdm.weights import assemble
 from pipeline import checkpoint
 from pipeline.averages import Averages
 from pipeline.background import BackgroundWriter
@@ -39,9 +39,10 @@ from pipeline.engine import (
 from pipeline.feed import Feed
 from pipeline.guards import SpikeDetector, describe_fault, fault_error, spike_event
 from pipeline.previews import Previews
-from pipeline.run_folder import ema_names, weights_folder
+from pipeline.run_folder import counted, ema_names
 from pipeline.run_identity import crosses, identity, total_samples
 from pipeline.signals import StopRequest, stop_requests
+from pipeline.trained import finished, tell_damage
 from pipeline.training_log import Progress, TrainingLog
 from pipeline.watching import Interval, Throughput, loss_sums
 from pipeline.zero import gather, parameter_shards, start_moments
@@ -56,6 +57,7 @@ def train(recipe: Recipe) -> None:
     if finished(recipe):
         return
     rank, world_size = rank_and_world_size()
+    tell_damage(recipe, rank)
     try:
         recipe = with_world_size(recipe, world_size)
     except ValueError as error:
@@ -71,22 +73,6 @@ def train(recipe: Recipe) -> None:
             shards = staged(recipe, open_shards(recipe))
             shards.prove_places(rank, world_size)
         Trainer(recipe, shards, rank, world_size, control, stop).run()
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether this recipe's averaged weights after its last sample are there."""
-    try:
-        wanted = identity(recipe, open_shards(recipe))
-    except UserError:  # no shards any more; the stage before this one says so
-        return False
-    folders = [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
-    return all(folder.exists() and _is_run(recipe, read_extra(folder).get("run"), wanted) for folder in folders)
-
-
-def _is_run(recipe: Recipe, found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
-    """Whatever "auto" was on the machine that trained: a cluster's login node has no GPU."""
-    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
-    return found is not None and found | free == wanted | free
 
 
 @dataclass(frozen=True)
@@ -150,7 +136,7 @@ class Trainer:
         torch.distributed.broadcast_object_list(chosen, src=0, group=self.control)
         with told_by_all(self.control):
             if chosen[0] is not None and found is None:
-                found = checkpoint.whole_checkpoint(chosen[0], self.identity)
+                found = checkpoint.whole_checkpoint(chosen[0], self.recipe, self.identity)
         return found
 
     def _resume_at(self, found: checkpoint.Found | None) -> None:
@@ -392,10 +378,8 @@ class Trainer:
     def _describe(self) -> None:
         """Saves the resolved recipe, DeepSpeed's settings and where all came from, before the first step."""
         folder = self.recipe.folder
-        for written in (folder, folder / "checkpoints", folder / "grids", *folder.glob("weights/*/")):
+        for written in (folder, folder / "checkpoints", folder / "grids", *counted(folder / "weights")):
             remove_leftovers(written)
-        with atomic_write(folder / "recipe.yaml") as file:
-            file.write_text(dump_recipe(self.recipe), encoding="utf-8")
+        write_recipe(self.recipe)
         write_json(folder / "deepspeed.json", self.config)
-        with open(folder / "provenance.jsonl", "a") as lines:
-            lines.write(json.dumps({"stage": "train", "from_samples": self.samples_seen, **provenance()}) + "\n")
+        append_line(folder / "provenance.jsonl", {"stage": "train", "from_samples": self.samples_seen, **provenance()})

@@ -1,7 +1,6 @@
 """What a run writes and shows while it trains."""
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import atomic_write, content_key, disk_faults_told, sync
+from common.log_lines import append_line, log_line, read_log
 from common.recipe import Recipe
 
 LINE_EVERY_SECONDS = 10.0
@@ -39,7 +39,7 @@ class TrainingLog:
 
     def write(self, values: Values, **words: str) -> None:
         """One log line; `values["samples"]` is where it stands, `words` belong to it."""
-        _append(self.metrics, values | words)
+        append_line(self.metrics, values | words)
         samples = values["samples"]
         numbers = {f"train/{name}": value for name, value in values.items() if value is not None}
         if self.tensorboard is not None:
@@ -58,7 +58,7 @@ class TrainingLog:
 
     def event(self, values: dict[str, Any]) -> None:
         """Something out of the ordinary, kept and said."""
-        _append(self.events, values)
+        append_line(self.events, values)
         tqdm.write(f"train: {json.dumps(values)}", file=sys.stderr)
 
     def picture(self, path: Path, samples: int) -> None:
@@ -103,26 +103,13 @@ def _import_wandb() -> ModuleType:
     return wandb
 
 
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with open(path, "a") as lines:
-        lines.write(json.dumps(values) + "\n")
-
-
 def _take_back(path: Path, samples_seen: int) -> None:
-    """Drops the lines of steps that will be done again."""
+    """Drops the lines of steps that will be done again; a damaged one too, with a warning."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _samples_of(line) <= samples_seen]
+    kept = [line for line in read_log(path) if line["samples"] <= samples_seen]
     with atomic_write(path) as file:
-        file.write_text("".join(f"{line}\n" for line in kept))
-
-
-def _samples_of(line: str) -> float:
-    """Samples of a log line; infinity for one that a kill cut short, so that it is taken back."""
-    try:
-        return json.loads(line)["samples"]
-    except ValueError:
-        return math.inf
+        file.write_text("".join(map(log_line, kept)))
 
 
 class Progress:

@@ -4,7 +4,6 @@ python slurm/status.py runs/demo [--lines 5]
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from common.command import guarded
+from common.errors import UserError, printable
+from common.job_listing import LISTING, JobForm, ListingForm
+from common.log_lines import read_log
+from common.run_recipe import read_recipe
+from common.sealed import read_sealed
 
 ROW = "{:14} {:>14} {:12} {:>8} {:>9}  {}"
 
@@ -23,27 +28,19 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=5, help="how many lines of the newest log to show")
     arguments = parser.parse_args()
     try:
-        print("\n".join(status(arguments.run, arguments.lines)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return guarded(lambda: print("\n".join(status(arguments.run, arguments.lines))))
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def status(run: Path, lines: int) -> Iterator[str]:
-    """The lines to print. ValueError where the folder has no jobs."""
-    listing = run / "jobs.json"
-    if not listing.exists():
-        raise ValueError(f"{listing}: no such file; a run folder whose stages were submitted with --detach has one")
-    try:
-        jobs = [
-            {name: entry[name] for name in ("step", "job", "parts", "logs")}
-            for entry in json.loads(listing.read_text())
-        ]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{listing}: damaged ({error!r}); squeue --me shows what is on its way") from None
+    """The lines to print. Raises UserError where the folder has no jobs, or a damaged list of them."""
+    if not (run / LISTING).exists():
+        raise UserError(
+            f"{run / LISTING}: no such file; a run folder whose stages were submitted with --detach has one"
+        )
+    jobs = read_sealed(run / LISTING, ListingForm, "squeue --me shows what is on its way")["jobs"]
     yield ROW.format("step", "job", "state", "requeues", "elapsed", "why, or where")
     asked = [(listed, tasks_of(listed)) for listed in jobs]
     for listed, tasks in asked:
@@ -60,7 +57,7 @@ def status(run: Path, lines: int) -> Iterator[str]:
     yield from newest_log(jobs, lines)
 
 
-def tasks_of(listed: dict[str, Any]) -> list[dict[str, str]]:
+def tasks_of(listed: JobForm) -> list[dict[str, str]]:
     """What SLURM knows of a job, or of each task of an array: the controller, and where it has forgotten, sacct."""
     asked = _output("scontrol", "--oneliner", "show", "job", listed["job"])
     found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in asked.splitlines()]
@@ -83,10 +80,18 @@ def _output(*command: str) -> str:
         return ""
 
 
-def told_by_files(listed: dict[str, Any]) -> str:
+def told_by_files(listed: JobForm) -> str:
     """How a job ended that SLURM has forgotten, by what it left."""
-    results = list(Path(listed["logs"]).glob(f"{listed['job']}*_result.pkl"))
-    return "ended" if len(results) >= listed["parts"] else "unknown"
+    return "ended" if len(files_of(listed, "result.pkl")) >= listed["parts"] else "unknown"
+
+
+def files_of(listed: JobForm, *kinds: str) -> list[Path]:
+    """What submitit wrote for the tasks of a job."""
+    name = re.compile(rf"{listed['job']}(_[0-9]+)+_({'|'.join(map(re.escape, kinds))})")
+    try:
+        return [path for path in Path(listed["logs"]).iterdir() if name.fullmatch(path.name)]
+    except OSError:  # deleted
+        return []
 
 
 def job_name(task: dict[str, str]) -> str:
@@ -110,17 +115,25 @@ def where(task: dict[str, str]) -> str:
 
 def training(run: Path) -> Iterator[str]:
     """The last line of the training log, and when the training will be done at the rate of that."""
-    log, settings = run / "metrics.jsonl", run / "recipe.yaml"
-    whole = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
-    steps = [line for line in map(json.loads, whole) if line.get("loss") is not None]  # null: it was not finite
+    log = run / "metrics.jsonl"
+    needed = {"step", "loss", "samples_per_second"}
+    steps = [line for line in read_log(log) if line.get("loss") is not None and needed <= line.keys()]
     if not steps:
         return
-    import yaml
-
-    last = steps[-1]
-    total = yaml.safe_load(settings.read_text(encoding="utf-8"))["train"]["total_samples"]
-    left, rate = max(0, total - last["samples"]), last["samples_per_second"]
-    when = f"done in {_duration(left / rate)} at this rate" if left and rate else "done" if not left else "no rate yet"
+    last, rate = steps[-1], steps[-1]["samples_per_second"] or 0
+    try:
+        total = read_recipe(run).train.total_samples
+    except UserError as error:
+        yield f"\ntraining: {last['samples']:,} samples, loss {last['loss']:.4f}; {error}"
+        return
+    left = max(0, total - last["samples"])
+    when = (
+        f"done in {_duration(left / rate)} at this rate"
+        if left and rate > 1e-9
+        else "done"
+        if not left
+        else "no rate yet"
+    )
     age = _duration(time.time() - log.stat().st_mtime)
     yield ""
     yield (
@@ -134,18 +147,17 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds) % 60} s"
 
 
-def newest_log(jobs: list[dict[str, Any]], lines: int) -> Iterator[str]:
+def newest_log(jobs: list[JobForm], lines: int) -> Iterator[str]:
     """The end of the log file that was written last; a progress bar counts as its last state."""
-    logs = [
-        path for listed in jobs for path in Path(listed["logs"]).glob(f"{listed['job']}*_log.*") if path.stat().st_size
-    ]
+    logs = [path for listed in jobs for path in files_of(listed, "log.out", "log.err")]
+    logs = [path for path in logs if path.is_file() and path.stat().st_size]
     if not logs or not lines:
         return
     newest = max(logs, key=lambda path: path.stat().st_mtime)
     written = newest.read_text(errors="replace").splitlines()
     yield f"\n{newest}:"
     for line in [line for line in written if line.strip()][-lines:]:
-        yield f"  {line}"
+        yield f"  {printable(line)}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from slurm import controller
 NEXT_LOOK_SECONDS = 0.2  # at files on disk
 NEXT_QUESTION_SECONDS = 2.0  # to SLURM's controller, which all users share
 UNSURE_SECONDS = 10.0  # a state that a job may leave again has to last, and a result may be late on a network disk
+CANCEL_SECONDS = 10.0
 TOLD_LINES = 30  # of the log of a task that left no result
 
 Failed = Callable[[Any], bool]
@@ -49,9 +51,14 @@ class Batch:
         return {number: outcomes(self.running.pop(number), self.watch.states.get(number), failed) for number in ended}
 
     def cancel(self) -> None:
+        """Returns when those on this machine have ended: submitit kills what has not after a second."""
         self.waiting.clear()
         for job in self.running.values():
             job.cancel(check=False)
+        for job in self.running.values():
+            if isinstance(job, submitit.LocalJob) and job._process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    job._process.wait(CANCEL_SECONDS)
 
 
 class Watch:

@@ -143,11 +143,11 @@ def test_a_whole_run_is_submitted_once_and_ends_with_a_report(slurm: Cluster, tm
         capture_output=True, text=True, check=True, env=environment(), cwd=ROOT,
     ).stdout.strip()  # fmt: skip
     wait_until(lambda: state(launcher) == "COMPLETED", f"the launcher, {tmp_path}/launcher")
-    first = {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")}
+    first = {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")["jobs"]}
     assert list(first) == ["compose", "encode", "encode-merge", "train", "sample", "evaluate", "report"]
     again = call(["bash", *script])
     assert again.returncode == 0, again.stderr
-    assert {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")} == first
+    assert {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")["jobs"]} == first
     shown = call([sys.executable, "slurm/status.py", str(run)]).stdout
     assert all(f"{step} " in shown for step in first)
     wait_until(lambda: not squeue("%i"), "the chain", 400)
@@ -180,7 +180,7 @@ def test_the_cancelled_part_of_an_array_alone_is_done_again(
         "--detach", "--stages", "encode",
     )  # fmt: skip
     assert call(encode).returncode == 0
-    array, merge = (entry["job"] for entry in read_json(experiment.folder / "runs/parts/jobs.json"))
+    array, merge = (entry["job"] for entry in read_json(experiment.folder / "runs/parts/jobs.json")["jobs"])
     subprocess.run(["scancel", f"{array}_1"], check=True)
     wait_until(lambda: state(merge) == "CANCELLED", "the merge to be cancelled")
     there = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}

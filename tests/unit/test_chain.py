@@ -1,22 +1,27 @@
 """What has been submitted is known for certain, or nothing is submitted."""
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
 from common.files import alone_in
 from common.recipe import Recipe
+from common.sealed import write_sealed
 from pipeline.chain import Submitted, _alive, listed_jobs, submit_chain
 from pipeline.stages import STAGES
+from tests.seals import edits, flips, resealed
 
 
 @pytest.mark.parametrize("text", ["[{", '[{"step": "train"}]', "7", '{"step": "train"}'])
 def test_a_damaged_listing_is_named_and_nothing_is_submitted(text: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/jobs.json").write_text(text)
-    with pytest.raises(UserError, match=r"a/jobs\.json: damaged"):
+    with pytest.raises(UserError, match=r"a/jobs\.json: (not readable|changed after)"):
         submit_chain(Recipe(name="a", runs=str(tmp_path)), STAGES, None)
 
 
@@ -29,12 +34,30 @@ def test_where_slurm_does_not_answer_nothing_is_taken_for_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").mkdir()
-    entry = '{"step": "train", "job": "1", "parts": 1, "after": null, "logs": "", "recipe": "", "time": 0}'
-    (tmp_path / "a/jobs.json").write_text(f"[{entry}]")
+    write_sealed(tmp_path / "a/jobs.json", {"jobs": [asdict(one) for one in chain(("train", "1", None))]})
     assert listed_jobs(tmp_path / "a")[0].job == "1"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="slurm does not say which jobs are on their way"):
         submit_chain(Recipe(name="a", runs=str(tmp_path)), STAGES, None)
+
+
+def test_a_listing_is_as_it_was_written_or_named(tmp_path: Path) -> None:
+    path, random = tmp_path / "jobs.json", np.random.default_rng(0)
+    jobs = chain(("encode", "1", None), ("train", "2", "1"))
+    write_sealed(path, {"jobs": [asdict(one) for one in jobs]})
+    for _ in flips(path, random, 200):
+        with pytest.raises(UserError, match=str(path)):
+            listed_jobs(tmp_path)
+    listing = {"jobs": json.loads(path.read_text())["jobs"]}
+    for edited in edits(listing, random, 200):
+        resealed(path, lambda _, edited=edited: edited)
+        try:
+            found = listed_jobs(tmp_path)
+        except UserError as error:
+            said = str(error)
+            assert "\n" not in said
+        else:
+            assert all(one.job.isdigit() and one.parts > 0 for one in found)
 
 
 def chain(*jobs: tuple[str, str, str | None]) -> list[Submitted]:

@@ -23,13 +23,19 @@ from pipeline.summaries import read_summary, summarise, write_summary
 from tests.conftest import copied, load_samples
 
 WIDTH = 1280
+INDEFINITE = np.eye(WIDTH)
+INDEFINITE[:2, :2] = [[1, 2], [2, 1]]  # of positive variances
 HOSTILE = [
     ({"mu": np.zeros(2048)}, r"mu is float64 \(2048,\), efficientnet-lite0's is of \(1280,\)"),
     ({"sigma": np.zeros(WIDTH)}, r"sigma is float64 \(1280,\), efficientnet-lite0's is of \(1280, 1280\)"),
     ({"sigma": np.array({})}, r"sigma is object \(\), efficientnet"),
     ({"mu": np.full(WIDTH, np.nan)}, r"mu and sigma are no mean and covariance"),
     ({"sigma": np.triu(np.ones((WIDTH, WIDTH)))}, r"mu and sigma are no mean and covariance"),
-    ({"sigma": -np.eye(WIDTH)}, r"mu and sigma are no mean and covariance"),
+    ({"sigma": -np.eye(WIDTH)}, r"mu and sigma are no mean and covariance: not positive semi-definite"),
+    ({"sigma": INDEFINITE}, r"no mean and covariance: not positive semi-definite \(an eigenvalue of -1, "),
+    ({"mu": np.full(WIDTH, np.inf)}, r"no mean and covariance: not finite, or too large"),
+    ({"mu": np.full(WIDTH, 1e200)}, r"no mean and covariance: not finite, or too large"),
+    ({"sigma": np.full((WIDTH, WIDTH), np.inf)}, r"no mean and covariance: not finite, or too large"),
     ({"arr_0": np.array(3)}, r"arr_0 is int64 \(\); pictures are uint8 of \(N, H, W, 3\)"),
     ({"arr_0": np.zeros((2, 16, 16, 3))}, r"arr_0 is float64 \(2, 16, 16, 3\); pictures are uint8"),
     ({"arr_0": np.zeros((2, 16, 8, 3), np.uint8)}, r"has pictures of 8 pixels, this recipe's have 16"),
@@ -130,7 +136,7 @@ def test_arrays_of_a_reference_that_do_not_fit_are_refused(
     ("name", "shape", "dtype", "reason"),
     [
         ("mu", (2**40,), "<f8", r"mu is float64 \(1099511627776,\), "),
-        ("arr_0", (2**40, 16, 16, 3), "|u1", r"not readable as an npz file \(pictures are missing\)"),
+        ("arr_0", (2**40, 16, 16, 3), "|u1", r"not readable as an npz file; get it again \(pictures are missing\)"),
     ],
 )
 def test_a_reference_that_claims_more_than_it_holds_is_refused(

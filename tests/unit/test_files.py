@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import atomic_folder, atomic_write, content_key, write_json
+from common.files import (
+    alone_in,
+    atomic_folder,
+    atomic_write,
+    content_key,
+    remove_leftovers,
+    together_in,
+    write_json,
+)
+from common.log_lines import append_line
 from common.sealed import read_json
 
 
@@ -48,6 +57,41 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
             (temporary / content).write_text(content)
     assert [path.name for path in target.iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_link_leads_to_is_never_written_locked_or_deleted(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    (theirs / "file").write_text("theirs")
+    for name in ("folder", ".folder.12.tmp", ".folder.12.old.tmp"):
+        (ours / name).symlink_to(theirs)
+    for name in ("file", ".lock", "log", ".file.node.12.tmp"):
+        (ours / name).symlink_to(theirs / "file")
+    with atomic_folder(ours / "folder") as temporary:
+        (temporary / "new").touch()
+    with atomic_write(ours / "file") as temporary:
+        temporary.write_text("ours")
+    with pytest.raises(UserError, match=r"ours/\.lock: a link"), alone_in(ours):
+        pass
+    with pytest.raises(UserError, match="ours/log: a link"):
+        append_line(ours / "log", {})
+    remove_leftovers(ours)
+    assert sorted(path.name for path in ours.iterdir()) == [".lock", "file", "folder", "log"]
+    assert [path.name for path in (ours / "folder").iterdir()] == ["new"]
+    assert [path.name for path in theirs.iterdir()] == ["file"]
+    assert (theirs / "file").read_text() == "theirs"
+
+
+def test_leftovers_go_when_nobody_is_at_work_and_nothing_else_goes(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    kept = ["mine.tmp", ".mine.tmp", ".12.tmp"]
+    for name in (".chunk.npz.node.12.tmp", "below/.chunk.npz.node.12.tmp", *kept):
+        (tmp_path / name).touch()
+    with alone_in(tmp_path, shared=True), together_in(tmp_path), together_in(tmp_path):
+        assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2 + len(kept) + 1
+    with together_in(tmp_path):
+        assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*kept, ".lock"])
 
 
 def test_unreadable_json_is_named(tmp_path: Path) -> None:

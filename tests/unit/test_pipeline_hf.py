@@ -1,6 +1,5 @@
 """The diffusers pipeline draws the same pictures as `sample.py`, and loads from what `export.py` wrote."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
 from pipeline import export, samples
 from pipeline.run_folder import weights_folder
 from tests.conftest import load_samples
+from tests.seals import resealed
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -56,10 +56,7 @@ def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recip
 def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_after_an_export(
     tiny_recipe: Recipe,
 ) -> None:
-    config = weights_folder(tiny_recipe, 64) / "config.json"
-    stated = json.loads(config.read_text())
-    stated["extra"]["label_dropout"] = 0
-    config.write_text(json.dumps(stated))
+    resealed(weights_folder(tiny_recipe, 64) / "config.json", lambda stated: stated["extra"].update(label_dropout=0))
     export.export(tiny_recipe)
     loaded = FPDMPipeline.from_pretrained(export.folder_of(tiny_recipe))
     with pytest.raises(ValueError, match=r"guidance_scale: 1\.5, but .* never saw the null label"):
@@ -83,9 +80,7 @@ def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:
 
 def test_weights_that_do_not_say_what_they_predict_are_refused(tiny_recipe: Recipe) -> None:
     path = weights_folder(tiny_recipe, 64) / "config.json"
-    config = json.loads(path.read_text())
-    del config["extra"]
-    path.write_text(json.dumps(config))
+    resealed(path, lambda config: {name: value for name, value in config.items() if name != "extra"})
     with pytest.raises(ValueError, match=r"config\.json has no extra\.objective"):
         FPDMTransformer2DModel.from_pretrained(path.parent)
 

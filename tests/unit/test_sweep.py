@@ -1,7 +1,6 @@
 """Ways of sampling at given budgets: exact budgets, finished points kept, one table and one picture."""
 
 import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from common.recipe import Recipe
 from pipeline import evaluation, sweep
 from pipeline.figures import sweep_picture
 from pipeline.plans import blocks_a_picture
-from pipeline.sweeping import TABLE, points, write_tables
+from pipeline.sweeping import points, read_table, write_tables
 from tests.conftest import copied
 from tests.unit.test_evaluation import sampled  # noqa: F401
 
@@ -61,7 +60,7 @@ def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep.sweep(recipe, 0, 2)  # the first job of two
-    assert len(json.loads((recipe.folder / TABLE).read_text())) == 1
+    assert len(read_table(recipe)) == 1
     sweep.sweep(recipe)
     with open(recipe.folder / "sweep/table.csv", newline="") as file:
         lines = list(csv.DictReader(file))

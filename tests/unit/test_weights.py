@@ -1,9 +1,12 @@
 """Weights on disk, and the import of published checkpoints."""
 
 import argparse
+import hashlib
 import json
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +24,7 @@ from fpdm import (
     save_pretrained,
 )
 from fpdm.blocks import position_embedding
+from fpdm.weights import weights_sha256
 
 SMALL = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 5}
 CONFIGS = {
@@ -42,6 +46,13 @@ def network(config) -> Denoiser:
 def same(first, second):
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def unsealed(folder, **fields):
+    """The fields of config.json, as somebody sets them who knows nothing of seals: None takes one away."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), "weights_sha256": None, "content_key": None, **fields}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,20 +106,76 @@ def test_a_tensor_that_does_not_match_is_named_in_saving_and_in_loading(tmp_path
     assert not list(tmp_path.iterdir())
     save_pretrained(model.state_dict(), model.config, tmp_path)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    unsealed(tmp_path)
     with pytest.raises(ValueError, match=f"diffusion_pytorch_model.safetensors: {message}"):
         load_pretrained(tmp_path)
 
 
 def test_an_unknown_field_of_the_config_is_named(tmp_path):
     save_pretrained(network(CONFIGS["fpdm"]).state_dict(), CONFIGS["fpdm"], tmp_path)
-    path = tmp_path / "config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "fancy": 1}))
+    unsealed(tmp_path, fancy=1)
     with pytest.raises(ValueError, match=r"config.json: unknown field 'fancy'; allowed are condition_dim"):
         load_pretrained(tmp_path)
-    path.write_text(json.dumps({**values, "num_heads": 5}))
+    unsealed(tmp_path, fancy=None, num_heads=5)
     with pytest.raises(ValueError, match=r"config.json: hidden_size: 32 is not a multiple of num_heads 5"):
         load_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_seal_is_loaded_and_a_broken_seal_is_named(tmp_path):
+    model = network(CONFIGS["fpdm"])
+    save_pretrained(model.state_dict(), model.config, tmp_path)
+    sealed = json.loads((tmp_path / "config.json").read_text())
+    unsealed(tmp_path)
+    assert weights_sha256(tmp_path) is None
+    assert same(load_pretrained(tmp_path), model)
+    for name, value in (("extra", {"prediction": "v"}), ("mlp_ratio", 2.0), ("weights_sha256", "0" * 64)):
+        (tmp_path / "config.json").write_text(json.dumps({**sealed, name: value}))
+        with pytest.raises(ValueError, match=r"config\.json: changed after it was written"):
+            load_pretrained(tmp_path)
+    for name in ("weights_sha256", "content_key"):  # half a seal is none that was written
+        (tmp_path / "config.json").write_text(json.dumps({key: sealed[key] for key in sealed if key != name}))
+        with pytest.raises(ValueError, match=r"config\.json: changed after it was written"):
+            read_extra(tmp_path)
+
+
+def test_a_flipped_bit_of_the_weights_or_their_config_is_named(tmp_path):
+    model = network(DenoiserConfig(input_size=4, hidden_size=8, num_heads=2, num_classes=1, patch_size=2))
+    save_pretrained(model.state_dict(), model.config, tmp_path, {"objective": {"prediction": "v"}})
+    random = np.random.default_rng(0)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        bits = random.integers(8 * len(whole), size=100).tolist() + [8 * place + 7 for place in range(0, 200, 7)]
+        for bit in bits:
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+                load_pretrained(tmp_path)
+            assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+
+
+WRONG = [None, True, -1, 0, 3.5, 1e308, 2**62, float("nan"), float("inf"), "", "../x", [], [1], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["_class_name", "kind", "hidden_size", "mlp_ratio", "condition_dim", "depth", "extra"])
+@pytest.mark.parametrize("value", WRONG, ids=str)
+def test_a_wrong_value_in_a_config_is_one_line_or_changes_nothing(tmp_path, name, value):
+    model = network(DenoiserConfig(input_size=4, hidden_size=8, num_heads=2, num_classes=1))
+    save_pretrained(model.state_dict(), model.config, tmp_path)
+    values = {**json.loads((tmp_path / "config.json").read_text()), name: value}
+    del values["content_key"]
+    values["content_key"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    try:
+        read_extra(tmp_path)
+        loaded = load_pretrained(tmp_path)
+    except ValueError as error:
+        told = str(error)
+        assert "\n" not in told
+    else:
+        assert same(loaded, model)
 
 
 def test_a_failed_write_leaves_the_previous_weights_whole(tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""Logs of one JSON line each. Every line carries its own seal: one that is cut or changed is told and left out, and
+stops neither a report nor a training that goes on."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from common.errors import UserError
+from common.files import content_key
+from common.sealed import KEY, checked, parse_json, read_bytes
+
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0, le=10**15)]
+
+
+@with_config(OPEN)
+class LogLine(TypedDict):
+    """Of `metrics.jsonl` and `events.jsonl`: where it stands, and of what else it holds the parts that are read."""
+
+    samples: Count
+    step: NotRequired[Count]
+    loss: NotRequired[float | None]  # null: it was not finite
+    samples_per_second: NotRequired[Annotated[float, Field(ge=0)] | None]
+
+
+def log_line(values: Any) -> str:
+    return json.dumps({**values, KEY: content_key(values)}) + "\n"
+
+
+def append_line(path: Path, values: Any) -> None:
+    """Begins a line of its own after one that a kill cut. Raises UserError for a link: what it leads to is not ours."""
+    try:
+        log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: a link, and a log is none; delete it") from None
+    try:
+        size = os.fstat(log).st_size
+        begun = size > 0 and os.pread(log, 1, size - 1) != b"\n"
+        os.write(log, ("\n" * begun + log_line(values)).encode())
+    finally:
+        os.close(log)
+
+
+def read_log(path: Path, form: Any = LogLine) -> list[Any]:
+    """The lines of a log that are whole and of this form; the others are told in a warning. None where it is missing.
+
+    A last line without its end may still be written: it is left out without a word.
+    """
+    if not path.exists():
+        return []
+    found, faults = [], []
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
+        try:
+            found.append(_unsealed(line, f"{path}: line {number}", form))
+        except UserError as fault:
+            faults.append(str(fault))
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        print(f"warning: {faults[0]}{more}", file=sys.stderr, flush=True)
+    return found
+
+
+def _unsealed(line: bytes, where: str, form: Any) -> Any:
+    """The value of a line, in the order of its fields. One without a seal, by another program, is taken as it is."""
+    value = parse_json(line, where, "left out")
+    if isinstance(value, dict) and KEY in value and value.pop(KEY) != content_key(value):
+        raise UserError(f"{where}: changed after it was written; left out")
+    checked(value, where, form, "left out")
+    return value

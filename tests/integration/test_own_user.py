@@ -1,0 +1,77 @@
+"""Whatever its user does to a run meanwhile: it ends what it started, and what is finished stays finished."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import ROOT, Experiment, environment, started
+
+SHORT = ("train.total_samples=32", "train.tensorboard=false")
+
+
+def python(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=240)
+
+
+def test_train_may_be_called_again_in_the_same_process(experiment: Experiment) -> None:
+    program = """
+import sys
+from common.loading import load_recipe
+from pipeline.trainer import finished, train
+for overrides in (["train.total_samples=32"], ["train.total_samples=64"], ["train.zero_stage=2", "name=twice-2"]):
+    recipe = load_recipe(sys.argv[1], ["name=twice", "train.total_samples=32", *overrides])
+    train(recipe)
+    assert finished(recipe)
+"""
+    done = python(program, experiment.recipe)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_training_whose_logs_are_deleted_meanwhile_is_finished(experiment: Experiment) -> None:
+    logs = experiment.folder / "runs/no-logs/logs"
+    command = experiment.command("pipeline/run.py", "name=no-logs", "--stages=train", *SHORT)
+    with started(command) as process:
+        while not (logs.parent / "recipe.yaml").exists():  # training has begun
+            assert process.poll() is None
+            time.sleep(0.01)
+        shutil.rmtree(logs)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "train: done in" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])  # SIGTERM: test_run.py
+def test_a_run_that_is_ended_ends_its_job(experiment: Experiment, number: signal.Signals) -> None:
+    name = f"ended-by-{number.name.lower()}"
+    folder = experiment.folder / "runs" / name
+    command = experiment.command("pipeline/run.py", f"name={name}", "--stages=train", "train.total_samples=1600000")
+    with started(command) as process:
+        while not (folder / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        os.kill(process.pid, number)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, said
+        assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_run_that_outlives_its_terminal_is_not_ended_by_it(experiment: Experiment) -> None:
+    command = ["nohup", *experiment.command("pipeline/run.py", "name=nohup", "--stages=train", *SHORT)]
+    with started(command) as process:
+        while not (Path(experiment.folder) / "runs/nohup/recipe.yaml").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            one.send_signal(signal.SIGHUP)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
