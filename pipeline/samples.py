@@ -4,7 +4,7 @@ A set of samples is a folder `samples/<samples seen>-<key>/`; the key covers eve
 `settings.json`, what the key is of, `plan.json`, the iterations of each step, and chunks (`pipeline.chunks`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,16 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import with_config
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from common.errors import UserError, one_line
 from common.files import content_key, together_in
-from common.log_lines import OPEN
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
-from common.sealed import read_sealed, write_sealed
+from common.sealed import write_sealed
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
 from pipeline import outputs
@@ -34,6 +31,8 @@ from pipeline.run_folder import Weights, find_weights
 from pipeline.run_weights import Description, describe, load_network
 from preprocess.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images import to_uint8
+from preprocess.shards import INDEX
+from preprocess.shards.forms import read_local_index
 
 # Fields of `sample` that change no picture.
 NOT_OF_THE_PICTURE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
@@ -105,18 +104,6 @@ def sample_set(recipe: Recipe, weights: Weights) -> SampleSet:
     return SampleSet(recipe.folder / "samples" / name, folder, samples_seen, settings)
 
 
-@with_config(OPEN)
-class ShardSettings(TypedDict):
-    vae: dict[str, Any]
-
-
-@with_config(OPEN)
-class IndexForm(TypedDict):
-    """`index.json` of shards: the part of it that is read here."""
-
-    settings: ShardSettings
-
-
 def vae_settings(recipe: Recipe) -> dict[str, Any]:
     """What of the autoencoder changes a picture.
 
@@ -126,16 +113,14 @@ def vae_settings(recipe: Recipe) -> dict[str, Any]:
     if folder is None:
         raise UserError(f"vae.path: {recipe.vae.path} is not here; python preprocess/encode_latents.py downloads it")
     identity = asdict(identify(folder, recipe.vae))
-    index = Path(recipe.data.shards) / "index.json"
-    trained = (
-        read_sealed(index, IndexForm, "run preprocess/encode_latents.py again")["settings"]["vae"]
-        if index.exists()
-        else {}
+    shards = Path(recipe.data.shards)
+    trained: Mapping[str, Any] = (
+        (read_local_index(shards)["settings"].get("vae") or {}) if (shards / INDEX).exists() else {}
     )
     for name in ("scaling_factor", "shift_factor"):  # decoders of one encoder may differ, as sd-vae-ft-mse and -ema do
         if name in trained and trained[name] != identity[name]:
             raise UserError(
-                f"vae.path: {recipe.vae.path} has {name} {identity[name]}, the latents in {index.parent} were made "
+                f"vae.path: {recipe.vae.path} has {name} {identity[name]}, the latents in {shards} were made "
                 f"with {trained[name]}; name the autoencoder that they were made with"
             )
     return identity | {"precision": recipe.vae.precision}

@@ -72,7 +72,7 @@ def test_what_a_link_leads_to_is_never_written_locked_or_deleted(tmp_path: Path)
         (temporary / "new").touch()
     with atomic_write(ours / "file") as temporary:
         temporary.write_text("ours")
-    with pytest.raises(UserError, match=r"ours/\.lock: a link"), alone_in(ours):
+    with pytest.raises(UserError, match=r"ours/\.lock: a symbolic link"), alone_in(ours):
         pass
     with pytest.raises(UserError, match="ours/log: a link"):
         append_line(ours / "log", {})

@@ -28,6 +28,7 @@ from pipeline import features, plans, samples
 from pipeline.chunks import chunk_spans, find_chunks, read_chunk
 from pipeline.run_folder import weights_folder
 from preprocess.images import to_uint8
+from preprocess.shards import Sample, write_index, write_shard
 from tests.conftest import load_samples
 from tests.unit.test_samples import changed, fresh
 
@@ -270,7 +271,10 @@ def test_a_chunk_of_another_autoencoder_is_refused(recipe: Recipe, tmp_path: Pat
 def test_an_autoencoder_that_scales_otherwise_than_the_latents_were_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
-    write_sealed(shards / "index.json", {"settings": {"vae": {"scaling_factor": 0.18215}}})
+    moments = np.ones((8, 2, 2), np.float16)
+    settings: Any = {"flips": False, "vae": {"scaling_factor": 0.18215, "shift_factor": 0.0}}
+    record = write_shard(shards, 0, [Sample(0, "0.png", 0, 8, 8, moments, None)], settings)
+    write_index(shards, [record], (8, 2, 2), ["a"])
     mixed = replace(recipe, data=replace(recipe.data, shards=str(shards)))
     with pytest.raises(UserError, match=r"vae\.path: .* has scaling_factor 1\.0, the latents in .* with 0\.18215"):
         samples.generate(mixed, "latest")
