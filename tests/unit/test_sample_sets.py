@@ -27,8 +27,8 @@ from fpdm.weights import load_pretrained, read_config, read_extra, save_pretrain
 from pipeline import features, plans, samples
 from pipeline.chunks import chunk_spans, find_chunks, read_chunk
 from pipeline.run_folder import weights_folder
+from preprocess import shards as latent_shards
 from preprocess.images import to_uint8
-from preprocess.shards import Sample, write_index, write_shard
 from tests.conftest import load_samples
 from tests.unit.test_samples import changed, fresh
 
@@ -273,8 +273,9 @@ def test_an_autoencoder_that_scales_otherwise_than_the_latents_were_is_refused(r
     shards.mkdir()
     moments = np.ones((8, 2, 2), np.float16)
     settings: Any = {"flips": False, "vae": {"scaling_factor": 0.18215, "shift_factor": 0.0}}
-    record = write_shard(shards, 0, [Sample(0, "0.png", 0, 8, 8, moments, None)], settings)
-    write_index(shards, [record], (8, 2, 2), ["a"])
+    sample = latent_shards.Sample(0, "0.png", 0, 8, 8, moments, None)
+    record = latent_shards.write_shard(shards, 0, [sample], settings)
+    latent_shards.write_index(shards, [record], (8, 2, 2), ["a"])
     mixed = replace(recipe, data=replace(recipe.data, shards=str(shards)))
     with pytest.raises(UserError, match=r"vae\.path: .* has scaling_factor 1\.0, the latents in .* with 0\.18215"):
         samples.generate(mixed, "latest")
