@@ -51,7 +51,7 @@ def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
 def compare(folder: str, recipe: str, pictures: int) -> None:
     """Encodes some pictures again. Raises UserError where their latents or labels are not those in the folder."""
     from common.loading import load_recipe
-    from preprocess.comparison import deep_faults
+    from preprocess.encoding.comparison import deep_faults
 
     if pictures < 1:
         raise UserError(f"--pictures: {pictures}; at least 1")

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from common.errors import UserError, printable
-from preprocess.images import Rejected
+from preprocess.images.images import Rejected
 from preprocess.sources.entries import MAX_CLASSES
 from preprocess.sources.listing import LABELS, Folder, Layout, Listing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from preprocess.images import Rejected
+from preprocess.images.images import Rejected
 from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of
 from preprocess.sources.folders import walk_visible
 

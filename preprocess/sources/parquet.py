@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError, faults_told
-from preprocess.images import Rejected
+from preprocess.images.images import Rejected
 from preprocess.sources.data_files import common_folder, data_files
 from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, file_stamp, refuse_lfs_pointer
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError, faults_told
-from preprocess.images import Rejected
+from preprocess.images.images import Rejected
 from preprocess.sources.entries import (
     HIDDEN_FOLDER,
     MAX_ENCODED,
