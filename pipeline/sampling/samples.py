@@ -28,7 +28,7 @@ from fpdm.sampling import require_sound
 from pipeline.sampling import outputs
 from pipeline.sampling.chunks import Chunk, Span, chunk_spans
 from pipeline.sampling.plans import Plan, draw, labels_of, plan
-from pipeline.training.distributed import float32_throughout
+from common.ranks import float32_throughout
 from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images.images import to_uint8
 from preprocess.shards import INDEX
