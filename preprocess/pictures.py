@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from preprocess.images import CROPS, Rejected, decode, unexpected
+from common.errors import faults_told
+from preprocess.images import CROPS, Rejected, decode
 from preprocess.shards import Rejection
-from preprocess.sources import Entry, Source
+from preprocess.sources import Source
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,15 @@ class Pictures:
         for position in batch:
             entry = self.source.entries[position]
             try:
-                image = decode(self._open(entry))
-                places[len(loaded.positions)] = self._cropped(image)
+                with faults_told(Rejected, "cannot be read"):
+                    data = self.source.open(entry)
+                image = decode(data)
+                with faults_told(Rejected, "cannot be cropped"):
+                    cropped = np.asarray(self.crop(image, self.resolution)).transpose(2, 0, 1)  # (3, H, W) uint8
+                places[len(loaded.positions)] = cropped
             except Rejected as reason:
                 loaded.rejected.append(Rejection(entry.key, str(reason)))
             else:
                 loaded.positions.append(position)
                 loaded.sizes.append(image.size)
         return loaded
-
-    def _open(self, entry: Entry) -> bytes:
-        try:
-            return self.source.open(entry)
-        except Rejected:
-            raise
-        except Exception as error:  # noqa: BLE001 # what reads archives raises anything on damaged ones
-            raise unexpected("cannot be read", error) from None
-
-    def _cropped(self, image: Image.Image) -> np.ndarray:
-        """(3, resolution, resolution) uint8."""
-        try:
-            return np.asarray(self.crop(image, self.resolution)).transpose(2, 0, 1)
-        except Rejected:
-            raise
-        except Exception as error:  # noqa: BLE001 # resizing takes memory
-            raise unexpected("cannot be cropped", error) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from preprocess.decoding import decoded
-from preprocess.images import MAX_REASON
+from preprocess.images import Rejected
 from preprocess.pictures import Pictures
 from tests.mutations import Mutations, originals
 
@@ -39,7 +39,7 @@ def check(first: int, count: int, again: int) -> None:
             reasons |= {rejection.key: rejection.reason for rejection in batch.rejected}
     assert accepted + len(reasons) == count
     assert accepted > count / 20
-    assert all(0 < len(reason) <= MAX_REASON and reason.isprintable() for reason in reasons.values())
+    assert all(0 < len(reason) <= Rejected.limit and reason.isprintable() for reason in reasons.values())
     assert not any(" at 0x" in reason for reason in reasons.values())
     second = pictures[range(0, count, again)]
     assert {rejection.key for rejection in second.rejected} == reasons.keys() & {
