@@ -53,8 +53,8 @@ class ParquetSource:
         number, row = entry.place
         with faults_told(Rejected, "cannot be read"):
             image = self._row(number, row)
-            path = image.get("path") if isinstance(image, Mapping) and image.is_valid else None
-            content = image["bytes"] if isinstance(image, Mapping) and image.is_valid else image
+            is_structure = image.is_valid and isinstance(image, Mapping)
+            path, content = (image.get("path"), image["bytes"]) if is_structure else (None, image)
             data = content.as_buffer() if content.is_valid else None
             if data is None:
                 raise Rejected(f"no bytes in its row{f', only the path {str(path)[:100]!r}' if path else ''}")
