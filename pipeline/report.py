@@ -3,7 +3,6 @@
 python pipeline/report.py --config recipes/demo.yaml
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_write, content_key, sha256_file
 from common.recipe import Recipe
-from common.sealed import read_json
+from common.sealed import parse_json, read_bytes, read_json
 
 ROLES = {
     "trained": "this run's samples",
@@ -45,7 +44,7 @@ def finished(recipe: Recipe) -> bool:
     page = recipe.folder / "report.html"
     if not page.exists() or not (recipe.folder / "samples.png").exists():
         return False
-    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8"))
+    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8", errors="replace"))
     try:
         return made_from is not None and made_from[1] == _inputs(recipe)
     except UserError:  # a stage before this one is missing
@@ -53,15 +52,22 @@ def finished(recipe: Recipe) -> bool:
 
 
 def render(**values: Any) -> str:
-    """The page; every value is escaped, a missing one is an error."""
+    """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
     import jinja2
 
     from pipeline.figures import png_uri
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
     return environment.get_template("report.html.j2").render(values)
+
+
+def _shown(value: Any) -> Any:
+    """A value as the page has it: no encoding has half a character, and no browser is to obey a control character."""
+    return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
 
 
 def context(recipe: Recipe) -> dict[str, Any]:
@@ -122,8 +128,8 @@ def _inputs(recipe: Recipe) -> str:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    whole = path.read_text().rpartition("\n")[0]  # the last line may still be written
-    return [json.loads(line) for line in whole.splitlines()]
+    *whole, _ = read_bytes(path).split(b"\n")  # the last line may still be written
+    return [parse_json(line, path, "take out the line that is damaged") for line in whole]
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
