@@ -117,7 +117,7 @@ def _load(path: Path) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 # torch and safetensors raise anything for damaged files
+    except Exception as error:  # torch and safetensors raise anything for damaged files
         found = "damaged, or no checkpoint"
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             found = f"loading it would run {refused[1]}"

@@ -74,9 +74,7 @@ def import_checkpoint(
         raise ValueError(f"{path}: no DiT or FPDM that is read here ({type(error).__name__}: {words})") from error
 
 
-def _imported(
-    path: Path, weights: str, strict: bool, settings: dict[str, Any]
-) -> tuple[Denoiser, ImportReport]:
+def _imported(path: Path, weights: str, strict: bool, settings: dict[str, Any]) -> tuple[Denoiser, ImportReport]:
     checkpoint = read_checkpoint(path, weights)
     settings = _with_stated(path, checkpoint, settings)
     tensors, note = checkpoint.tensors, ""

@@ -70,7 +70,9 @@ def _reads(kind: str, pattern: str, first: str, read: Callable[[str], Any]) -> N
         try:
             return Plain(node.value, read(node.value))
         except (ValueError, KeyError):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.value[:40]} is no {kind}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value[:40]} is no {kind}", node.start_mark
+            ) from None
 
     tag = f"tag:yaml.org,2002:{kind}"
     _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), [*first, *([""] if kind == "null" else [])])

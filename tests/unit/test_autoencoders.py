@@ -161,7 +161,9 @@ def test_a_configuration_that_cannot_be_meant_is_one_line(tmp_path: Path, narrow
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "9" * 5000, "version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, "9" * 5000, "version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_a_configuration_that_is_none_is_one_line(narrow_vae: Path, text: str) -> None:
     (narrow_vae / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"vae\.path: .*config\.json: (no JSON|says not which class)"):
@@ -174,7 +176,10 @@ def test_a_configuration_that_is_none_is_one_line(narrow_vae: Path, text: str) -
         (lambda tensors: tensors.pop("decoder.conv_in.bias"), "1 tensors are missing, decoder.conv_in.bias first"),
         (lambda tensors: tensors.pop("quant_conv.weight"), "1 tensors are missing, quant_conv.weight first"),
         (lambda tensors: tensors.update(loss=torch.zeros(1)), "1 tensors are unexpected, loss first"),
-        (lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}), r"not load as an AutoencoderKL; get .*Error: "),
+        (
+            lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}),
+            r"not load as an AutoencoderKL; get .*Error: ",
+        ),
         (lambda tensors: tensors.clear(), "does not load as an AutoencoderKL: 176 tensors are missing"),
         (lambda tensors: tensors.update({"\x1b[2J": torch.zeros(1)}), r"1 tensors are unexpected, \\x1b\[2J first"),
     ],
