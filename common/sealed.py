@@ -5,6 +5,7 @@ states the form that it needs (`Form`, a TypedDict), and what has another is ref
 """
 
 import json
+import reprlib
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,7 +70,7 @@ def checked(value: Any, where: str | Path, form: type[Form], remedy: str = REMED
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         name = ".".join(map(str, fault["loc"])) or "content"
-        reason = one_line(f"{name}: {fault['msg']}; found {str(fault['input'])[:100]!r}", 300)
+        reason = one_line(f"{name}: {fault['msg']}; found {reprlib.repr(fault['input'])}", 300)
         raise UserError(f"{where}: {reason}; {remedy}") from None
 
 

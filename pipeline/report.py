@@ -13,7 +13,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_write, content_key, sha256_file
 from common.log_lines import OPEN, read_log
 from common.recipe import Recipe
@@ -62,15 +62,22 @@ def finished(recipe: Recipe) -> bool:
 
 
 def render(**values: Any) -> str:
-    """The page; every value is escaped, a missing one is an error."""
+    """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
     import jinja2
 
     from pipeline.reporting.figures import png_uri
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "reporting" / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
     return environment.get_template("report.html.j2").render(values)
+
+
+def _shown(value: Any) -> Any:
+    """A value as the page has it: no encoding has half a character, and no browser is to obey a control character."""
+    return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
 
 
 def context(recipe: Recipe) -> dict[str, Any]:

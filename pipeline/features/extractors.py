@@ -24,10 +24,9 @@ from torch_fidelity.utils import create_feature_extractor
 
 from common.errors import UserError
 from common.files import sha256_file
-from common.ranks import own_device
+from common.ranks import float32_throughout, own_device
 from common.recipe import Evaluate
 from pipeline.features import dinov2
-from common.ranks import float32_throughout
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from common.errors import one_line
 from common.recipe import Recipe
 from common.run_folder import Weights
 from pipeline.evaluation.image_sets import by_class
@@ -47,7 +48,8 @@ def class_panels(recipe: Recipe) -> list[list[Block]]:
     for label in range(classes):
         name, real = by_class(recipe, label, each)
         origins = {"real": real} | {origin: pictures[label] for origin, pictures in found.items()}
-        panels.append([Block(name, origin, grid(pictures)) for origin, pictures in origins.items() if pictures])
+        title = one_line(name, 100)  # whatever the class is called, fonts and pages show it
+        panels.append([Block(title, origin, grid(pictures)) for origin, pictures in origins.items() if pictures])
     return panels
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, one_line
 from common.files import content_key, together_in
-from common.ranks import own_device, rank_and_world_size, share_cores
+from common.ranks import float32_throughout, own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import Weights, find_weights
 from common.run_weights import Description, describe, load_network
@@ -28,7 +28,6 @@ from fpdm.sampling import require_sound
 from pipeline.sampling import outputs
 from pipeline.sampling.chunks import Chunk, Span, chunk_spans
 from pipeline.sampling.plans import Plan, draw, labels_of, plan
-from common.ranks import float32_throughout
 from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae, identify
 from preprocess.images.images import to_uint8
 from preprocess.shards import INDEX

@@ -4,16 +4,18 @@ The latents' scaling has its one home here.
 """
 
 import hashlib
+import logging
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from common.files import sha256_file
 from common.recipe import VAE
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
@@ -26,6 +28,8 @@ KINDS = {
 }
 # Of one pass on a CPU, of one or two threads: more leave its caches, and each takes up to 1.6 times as long.
 CPU_PIXELS = 2**16
+LARGEST = 1e30  # of a scaling or shift; far more than any has
+MAX_STAGES = 16  # of an encoder, each of which halves the side
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -144,7 +148,8 @@ def identify(folder: Path, settings: VAE) -> Identity:
     config = _configuration(folder)[1]
     for name, value in _sizes(folder, config).items():
         if value != getattr(settings, name):
-            raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {value}; set that")
+            found = short(value)
+            raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {found}; set that")
     return Identity(
         config_sha256=sha256_file(folder / CONFIG_NAME),
         weights_sha256=_sha256(_weights(folder)[0]),
@@ -170,17 +175,18 @@ def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     stages = next(config[name] for name in KINDS.values() if name in config)
-    if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not isinstance(stages, list | tuple):
+    listed = isinstance(stages, list | tuple) and 0 < len(stages) <= MAX_STAGES
+    if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not listed:
         raise UserError(f"vae.path: {folder} is no VAE of colour images: see in_channels and stages in {CONFIG_NAME}")
     return {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
 
 
 def _number(folder: Path, config: dict[str, Any], name: str) -> float:
-    value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"vae.path: {folder} has {name} {value!r} in its {CONFIG_NAME}, which is no number; correct it")
-    if name == "scaling_factor" and value <= 0:
-        raise UserError(f"vae.path: {folder} has {name} {value!r} in its {CONFIG_NAME}; above 0 is allowed: correct it")
+    value, where = config[name], f"in its {CONFIG_NAME}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}, which is no number; correct it")
+    if name == "scaling_factor" and not float(value) > 0:
+        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}; above 0 is allowed: correct it")
     return float(value)
 
 
@@ -271,7 +277,9 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     kind, _ = _configuration(folder)
     variant = _weights(folder)[1]
-    try:
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it logs what is told below
+    remedy = f"get {CONFIG_NAME} and the weights of one VAE"
+    with faults_told(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
         network, found = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
@@ -280,13 +288,10 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"vae.path: {folder} does not load as an {kind.__name__}: {reason}") from None
     for fault in ("missing_keys", "unexpected_keys"):
         if names := sorted(found[fault]):
             raise UserError(
                 f"vae.path: {folder} does not load as an {kind.__name__}: {len(names)} tensors are "
-                f"{fault.removesuffix('_keys')}, {names[0]} first; get {CONFIG_NAME} and the weights of one VAE"
+                f"{fault.removesuffix('_keys')}, {names[0]} first; {remedy}"
             )
     return network

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from preprocess.images.images import CROPS, Rejected, decode, unexpected
+from common.errors import faults_told
+from preprocess.images.images import CROPS, Rejected, decode
 from preprocess.shards import Rejection
 from preprocess.sources import Entry, Source
 
@@ -48,7 +48,9 @@ class Pictures:
                 data = open_picture(self.source, entry)
                 digest = picture_digest(data)
                 image = decode(data)
-                places[len(loaded.positions)] = self._cropped(image)
+                with faults_told(Rejected, "cannot be cropped"):
+                    cropped = np.asarray(self.crop(image, self.resolution)).transpose(2, 0, 1)  # (3, H, W) uint8
+                places[len(loaded.positions)] = cropped
             except Rejected as reason:
                 loaded.rejected.append(Rejection(entry.key, str(reason), position, digest))
             else:
@@ -57,24 +59,11 @@ class Pictures:
                 loaded.digests.append(digest)
         return loaded
 
-    def _cropped(self, image: Image.Image) -> np.ndarray:
-        """(3, resolution, resolution) uint8."""
-        try:
-            return np.asarray(self.crop(image, self.resolution)).transpose(2, 0, 1)
-        except Rejected:
-            raise
-        except Exception as error:  # noqa: BLE001 # resizing takes memory
-            raise unexpected("cannot be cropped", error) from None
-
 
 def open_picture(source: Source, entry: Entry) -> bytes:
     """A picture's encoded bytes. Raises Rejected where they cannot be read."""
-    try:
+    with faults_told(Rejected, "cannot be read"):
         return source.open(entry)
-    except Rejected:
-        raise
-    except Exception as error:  # noqa: BLE001 # what reads archives raises anything on damaged ones
-        raise unexpected("cannot be read", error) from None
 
 
 def picture_digest(data: bytes) -> str:

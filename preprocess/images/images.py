@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import Told
+from common.errors import Told, faults_told
 from preprocess.images.file_kinds import kind_of_file
 from preprocess.images.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
@@ -23,25 +23,16 @@ MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, EPS above all, run programs or none
 WHITE = (255, 255, 255, 255)
 
-MAX_REASON = 200  # characters
 UNREADABLE = "not readable as a picture"
 
 
 class Rejected(Told):
-    """A picture that cannot be used. The message is the reason: a printable line of at most MAX_REASON characters, the
-    same in every run.
-    """
+    """A picture that cannot be used. The message is the reason, the same in every run."""
+
+    limit = 200
 
     def __init__(self, reason: str) -> None:
-        line = re.sub(r" at 0x[0-9A-Fa-f]+", "", " ".join(reason.split()))  # an object's address in memory
-        line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
-        super().__init__(line if len(line) <= MAX_REASON else f"{line[: MAX_REASON - 3]}...")
-
-
-def unexpected(what: str, error: Exception) -> Rejected:
-    """What no rule foresees, by its type: a fault of the program would be seen by it too."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # without a file's path
-    return Rejected(f"{what}: {type(error).__name__}{text and ': '}{text}")
+        super().__init__(re.sub(r" at 0x[0-9A-Fa-f]+", "", reason))  # an object's address in memory
 
 
 def decode(data: bytes) -> Image.Image:
@@ -60,20 +51,18 @@ def decode(data: bytes) -> Image.Image:
     """
     if not data:
         raise Rejected("empty file")
-    try:
+    with faults_told(Rejected, UNREADABLE):
         if data.startswith(np.lib.format.MAGIC_PREFIX):
             return _from_array(data)
         bare, exif = without_metadata(data)
-        with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
+        try:
+            opened = Image.open(io.BytesIO(bare), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise Rejected(f"{UNREADABLE}: {kind_of_file(data)}") from None
+        with opened as image:
             _check_pixels(image.width, image.height)
             image.load()
             return _to_rgb(_upright(image, orientation(exif or image.info.get("exif", b""))))
-    except Rejected:
-        raise
-    except UnidentifiedImageError:
-        raise Rejected(f"{UNREADABLE}: {kind_of_file(data)}") from None
-    except Exception as error:  # noqa: BLE001 # decoders raise anything on damaged files
-        raise unexpected(UNREADABLE, error) from None
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -86,18 +75,17 @@ def _check_pixels(width: int, height: int) -> None:
 def _from_array(data: bytes) -> Image.Image:
     """The picture in a .npy file."""
     file = io.BytesIO(data)
-    try:
+    with faults_told(Rejected, f"{UNREADABLE}: its .npy header is damaged"):
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read(file)
-    except Exception:  # noqa: BLE001 # a header is parsed as Python, which has its own words for each fault
-        raise Rejected(f"{UNREADABLE}: its .npy header is damaged") from None
     other = Rejected(f"an array of {dtype} {shape}; only uint8 of (H, W), (H, W, 3), (3, H, W) is read")
     if dtype != np.uint8 or min(shape, default=0) < 0:
         raise other
     size, left = math.prod(shape), len(data) - file.tell()
-    if size > left:
-        raise Rejected(f"{UNREADABLE}: an array of {size:,} bytes, of which {left:,} are there: cut off")
+    if size != left:
+        fault = "cut off" if size > left else "its header is damaged"
+        raise Rejected(f"{UNREADABLE}: an array of {size:,} bytes, of which {left:,} are there: {fault}")
     planes = np.frombuffer(data, np.uint8, size, file.tell()).reshape(shape, order="F" if by_columns else "C")
     planes = planes[0] if planes.ndim == 4 and planes.shape[0] == 1 else planes
     if planes.ndim == 3 and planes.shape[0] == 3 != planes.shape[2]:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from preprocess.images.images import Rejected
 
 PICTURE_SUFFIXES = frozenset(
@@ -36,6 +36,7 @@ SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Pytho
     r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
 )
 MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
+MAX_NAME = 4096  # characters of a path, which no system has more of
 MAX_CLASSES = 1_000_000  # a label above is taken for damage
 
 
@@ -116,14 +117,16 @@ def file_stamp(status: os.stat_result) -> int:
 
 def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
     """`size` bytes of a file, opened anew: any number of forked workers may read at once. Raises Rejected."""
+    check_size(size)
+    with faults_told(Rejected, "cannot be opened"), open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def check_size(size: int) -> None:
+    """Raises Rejected for more bytes than a picture may have, before they are read."""
     if size > MAX_ENCODED:
         raise Rejected(f"{size:,} bytes, above {MAX_ENCODED:,}: too many for a picture")
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise Rejected(f"cannot be opened: {error.strerror}") from None
 
 
 def read_whole(path: os.PathLike[str], size: int) -> bytes:
@@ -160,6 +163,8 @@ def member_name(field: str, archive: object, name: str) -> str:
 
     Raises UserError for a name that would leave the folder it were unpacked in.
     """
+    if len(name) > MAX_NAME:
+        raise UserError(f"{field}: {archive} has a member {name!r}, of {len(name):,} characters: no path is so long")
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise UserError(
             f"{field}: {archive} has a member {name!r}, a path that leads out of it; no data set has one: pack it again"

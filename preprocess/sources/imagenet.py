@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from common.errors import UserError, faults_told, printable
+from common.errors import UserError, faults_told
 from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
 from preprocess.sources.layouts import check_classes, check_not_empty
 from preprocess.sources.listing import Layout, Listing, base, some
@@ -39,7 +39,7 @@ def check_wnids(names: list[str], path: object, field: str) -> None:
     strange = next((name for name in names if name not in known), None)
     if strange is not None:
         raise UserError(
-            f"{field}: {printable(str(path))} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids "
+            f"{field}: {path} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids "
             "(n01440764, ...); name the folder or tar of the training pictures, or set data.source=folder"
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, printable
+from common.errors import UserError
 from preprocess.sources.entries import Entries, Entry, is_hidden, is_picture, kind_of
 
 LABELS = "dataset.json"  # where StyleGAN's dataset_tool keeps labels
@@ -87,7 +87,7 @@ class Listing:
     open: Callable[[Entry], bytes]
 
     def refusal(self, folder: Folder, text: str) -> UserError:
-        return UserError(f"{self.field}: {printable(f'{self.where(folder)} {text}')}")
+        return UserError(f"{self.field}: {self.where(folder)} {text}")
 
     @property
     def name(self) -> str:

@@ -215,5 +215,5 @@ def _names_beside(root: Path, field: str) -> list[str] | None:
     if file is None:
         return None
     with faults_told(UserError, f"{field}: {file} is no list of class names; mend it or move it away"):
-        names = file.read_text().splitlines()
+        names = file.read_text(encoding="utf-8").splitlines()
     return [name.strip() for name in names]

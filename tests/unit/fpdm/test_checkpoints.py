@@ -309,6 +309,34 @@ def test_a_block_number_beyond_all_bounds_makes_no_blocks(tmp_path: Path) -> Non
         DenoiserConfig(kind="dit", depth=999999999)
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"num_attention_heads": ' + "9" * 5000 + "}", '{"_class_name": "\\u001b[2J"}', "\xff", "1"]
+)
+def test_a_configuration_that_is_none_is_one_short_line(tmp_path: Path, text: str) -> None:
+    diffusers_network().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+        import_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_tensors_of_no_dimensions_where_three_are_put_together_are_one_line(tmp_path: Path) -> None:
+    scalars = {f"transformer_blocks.0.attn1.to_{part}.weight": torch.zeros(()) for part in "qkv"}
+    torch.save({**diffusers_network().state_dict(), **scalars}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt: no DiT or FPDM that is read here \(RuntimeError: zero-dimensional"):
+        import_checkpoint(tmp_path / "c.pt", num_heads=4)
+
+
+def test_names_of_tensors_in_a_report_are_printable_and_short(tmp_path: Path) -> None:
+    left_out = {"\x1b[2J" + "x" * 10**5: torch.zeros(1)}
+    torch.save(prefixed("m.", network(DIT).state_dict()) | left_out, tmp_path / "c.pt")
+    report = str(import_checkpoint(tmp_path / "c.pt", num_heads=4)[1])
+    assert "1 left out: \\x1b[2Jxxx" in report
+    assert report.isprintable()
+    assert len(report) < 400
+
+
 def test_a_wrapper_that_holds_itself_is_no_checkpoint(tmp_path: Path) -> None:
     content: dict[str, object] = {}
     content["ema"] = content
@@ -399,6 +427,8 @@ def test_what_would_run_code_is_refused_by_name_and_nothing_runs(tmp_path: Path,
         (lambda tensor: tensor.to_sparse_csr(), "is sparse_csr"),
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "is a quantized tensor"),
         (lambda tensor: tensor.to("meta"), r"holds no numbers \(meta\)"),
+        (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1][:3]]), "is nested"),
+        (lambda tensor: torch.zeros(1).expand(10**12, 32), "claims 32,000,000,000,000 numbers, and holds fewer"),
     ],
 )
 def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path: Path, change, message: str) -> None:

@@ -85,6 +85,8 @@ def test_numbers_are_decimal_and_switches_true_or_false(dotted: str, text: str, 
     [
         ("seed", "010", "seed: should be a valid integer; found '010'; write 10"),
         ("seed", "1_0", "found '1_0'; write 10"),
+        ("seed", "_", "should be a valid integer; found '_'"),
+        ("seed", "0" + "9" * 5000, "write a decimal number"),
         ("seed", "1:30", "found '1:30'; write a decimal number"),
         ("seed", "0x10", "found '0x10'; write a decimal number"),
         ("seed", "0b1", "found '0b1'; write a decimal number"),
@@ -116,6 +118,8 @@ def test_an_override_of_text_needs_no_quotes_of_yamls(text: str) -> None:
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
+# Each level holds the one before it nine times.
+BOMB = "l0: &l0 [x, x]\n" + "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 10))
 PRINTABLE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 
 
@@ -148,6 +152,13 @@ def test_a_written_recipe_is_read_back_whatever_its_text(place: str, word: str, 
         ("[" * 5000, "nested too deeply"),
         ("a: 1\n---\na: 2", "expected a single document"),
         ("a: " + "9" * 5000, "is no int"),
+        ("a: " + "[" * 100 + "]" * 100, "nested too deeply"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("a: &a {b: *a}", "nested too deeply"),
+        (BOMB, "more than 100,000 values"),
+        (BOMB.replace("[*", "{<<: [*").replace("]\n", "]}\n").replace("[x, x]}", "{x: 1}"), "more than 100,000 values"),
+        ('a: "\\UFFFFFFFF"', "too large"),
+        ("%YAML " + "9" * 5000 + ".1\n---\na", "Exceeds the limit"),
     ],
 )
 def test_what_is_no_plain_yaml_is_refused(text: str, expected: str) -> None:

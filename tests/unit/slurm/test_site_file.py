@@ -57,6 +57,9 @@ def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.Monkey
         ("sbatch: {'a b': x}", "sbatch: String should match pattern"),
         ("- gpu", "site: Input should be a dictionary or an instance of Site"),
         ("a: [", "not readable as YAML"),
+        ("setup: " + "[" * 5000, "not readable as YAML: nested too deeply"),
+        ("sbatch: {nice: " + "9" * 5000 + "}", "not readable as YAML: 999"),
+        ("memory_gb: .inf", "memory_gb: Input should be a finite number"),
     ],
 )
 def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str, tmp_path: Path) -> None:
@@ -66,6 +69,12 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
         load_site(path)
     assert str(raised.value).startswith(f"{path}: {expected}")
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 700
+
+
+def test_a_folder_in_place_of_a_site_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
+        load_site(tmp_path)
 
 
 def test_the_sites_options_take_the_place_of_ours() -> None:

@@ -145,6 +145,42 @@ def test_the_report_stands_alone_and_escapes_every_name(recipe: Recipe) -> None:
         assert sheet.width > 3 * 2 * 128
 
 
+NAMES = {
+    "half a character": "caf\ud800\udce9",
+    "a terminal's command": "\x1b[2J\x00\x7f\x9b",
+    "from right to left": "\u202egnp.exe\u2066",
+    "a script": "<script>alert(1)</script>",
+    "pictures": "\N{PILE OF POO}\N{ZERO WIDTH JOINER}\N{ROCKET}",
+    "lines": "a\nb\r\n\u2028c\x85",
+    "a megabyte": "x" * 2**20,
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_whatever_a_class_is_called_the_report_is_made_and_shows_it(
+    recipe: Recipe, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_class = figures.by_class
+    monkeypatch.setattr(figures, "by_class", lambda *given: (NAMES[case], by_class(*given)[1]))
+    line = json.dumps({"stage": "train", "command": NAMES[case][:1000], "packages": {NAMES[case][:1000]: "1"}})
+    (recipe.folder / "provenance.jsonl").write_text(f"{line}\n")
+    report.report(recipe)
+    page = re.sub(r'src="[^"]*"', "", (recipe.folder / "report.html").read_bytes().decode("utf-8"))
+    assert "<script" not in page
+    assert all(line.isprintable() for line in page.split("\n"))
+    assert len(page) < 50_000
+    assert report.finished(recipe)
+
+
+def test_a_damaged_line_of_a_log_is_told_before_anything_is_drawn(recipe: Recipe) -> None:
+    for damage in (b"\xff", b"[" * 100_000, b'{"loss": ' + b"9" * 5000 + b"}", b""):
+        (recipe.folder / "metrics.jsonl").write_bytes(damage + b"\n")
+        with pytest.raises(UserError, match=r"metrics\.jsonl: not readable as JSON; take out the line") as found:
+            report.report(recipe)
+        assert str(found.value).isprintable()
+
+
 def test_a_sweeps_table_and_picture_are_in_the_report(recipe: Recipe) -> None:
     report.report(recipe)
     sweep.sweep(replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",))))

@@ -137,11 +137,16 @@ def test_the_demos_autoencoder_is_known_as_before() -> None:
         ({"scaling_factor": "0.18215"}, "scaling_factor '0.18215' .* is no number"),
         ({"scaling_factor": None}, "scaling_factor None .* is no number"),
         ({"scaling_factor": True}, "scaling_factor True .* is no number"),
+        ({"scaling_factor": "x"}, "scaling_factor 'x' .* is no number"),
+        ({"scaling_factor": 10**4000}, "scaling_factor 1000000000.*00000 .* is no number"),
+        ({"scaling_factor": 1e-400}, "scaling_factor 0.0 .* above 0"),
+        ({"scaling_factor": [0.18215]}, "scaling_factor .0.18215. .* is no number"),
         ({"shift_factor": "0"}, "shift_factor '0' .* is no number"),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, r"scales each channel by itself \(latents_mean"),
         ({"latents_std": [1.0] * 4}, r"scales each channel by itself \(latents_std"),
         ({"in_channels": 2}, "is no VAE of colour images"),
         ({"block_out_channels": 128}, "is no VAE of colour images"),
+        ({"block_out_channels": [1] * 20_000}, "is no VAE of colour images"),
         ({"_class_name": "AutoencoderKLWan"}, "is an AutoencoderKLWan; .* AutoencoderKL, .* can be read"),
         ({"_class_name": None}, "says not which class of diffusers it is of; add"),
         ({"latent_channels": 8}, r"vae\.latent_channels: 4 in the recipe, but .* has 8; set that"),
@@ -156,7 +161,9 @@ def test_a_configuration_that_cannot_be_meant_is_one_line(tmp_path: Path, narrow
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, "9" * 5000, "version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_a_configuration_that_is_none_is_one_line(narrow_vae: Path, text: str) -> None:
     (narrow_vae / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"vae\.path: .*config\.json: (no JSON|says not which class)"):
@@ -169,8 +176,12 @@ def test_a_configuration_that_is_none_is_one_line(narrow_vae: Path, text: str) -
         (lambda tensors: tensors.pop("decoder.conv_in.bias"), "1 tensors are missing, decoder.conv_in.bias first"),
         (lambda tensors: tensors.pop("quant_conv.weight"), "1 tensors are missing, quant_conv.weight first"),
         (lambda tensors: tensors.update(loss=torch.zeros(1)), "1 tensors are unexpected, loss first"),
-        (lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}), "does not load as an AutoencoderKL: "),
-        (lambda tensors: tensors.clear(), "does not load as an AutoencoderKL: "),
+        (
+            lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}),
+            r"not load as an AutoencoderKL; get .*Error: ",
+        ),
+        (lambda tensors: tensors.clear(), "does not load as an AutoencoderKL: 176 tensors are missing"),
+        (lambda tensors: tensors.update({"\x1b[2J": torch.zeros(1)}), r"1 tensors are unexpected, \\x1b\[2J first"),
     ],
 )
 def test_weights_that_lack_a_tensor_are_refused_not_filled_with_random_numbers(narrow_vae, change, message) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.images.images import MAX_REASON, Rejected, decode
+from preprocess.images.images import Rejected, decode
 from tests.photographs import encoded, photograph
 
 IMAGE = photograph(0, 24, 16)
@@ -75,8 +75,8 @@ def test_a_file_of_another_kind_is_rejected_by_its_kind(kind: str) -> None:
 
 def test_a_reason_is_one_short_printable_line_without_an_address() -> None:
     reason = str(Rejected(f"\x1b[2J two\nlines of {object()!r} at {io.BytesIO()} \ud800 {'x' * 999}"))
-    assert reason.startswith("\\x1b[2J two lines of <object object> at <_io.BytesIO object> \\ud800 xxx")
-    assert len(reason) == MAX_REASON
+    assert reason.startswith("\\x1b[2J two\\nlines of <object object> at <_io.BytesIO object> \\ud800 xxx")
+    assert len(reason) == Rejected.limit
     assert reason.isprintable()
     assert str(Rejected("plain")) == "plain"
 
@@ -99,7 +99,7 @@ def test_whatever_a_decoder_raises_rejects_the_image_by_the_errors_type(
         raise error
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", fail)
-    with pytest.raises(Rejected, match=f"^not readable as a picture: {type(error).__name__}"):
+    with pytest.raises(Rejected, match=rf"^not readable as a picture \({type(error).__name__}"):
         decode(encoded(IMAGE))
 
 

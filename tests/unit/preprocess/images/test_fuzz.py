@@ -8,7 +8,7 @@ import pytest
 
 from preprocess.encoding.decoding import decoded
 from preprocess.encoding.pictures import Pictures
-from preprocess.images.images import MAX_REASON
+from preprocess.images.images import Rejected
 from tests.mutations import Mutations, originals
 
 ROOM = 6 * 2**30  # bytes, for all that one image may take
@@ -39,7 +39,7 @@ def check(first: int, count: int, again: int) -> None:
             reasons |= {rejection.key: rejection.reason for rejection in batch.rejected}
     assert accepted + len(reasons) == count
     assert accepted > count / 20
-    assert all(0 < len(reason) <= MAX_REASON and reason.isprintable() for reason in reasons.values())
+    assert all(0 < len(reason) <= Rejected.limit and reason.isprintable() for reason in reasons.values())
     assert not any(" at 0x" in reason for reason in reasons.values())
     second = pictures[range(0, count, again)]
     assert {rejection.key for rejection in second.rejected} == reasons.keys() & {

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import tarfile
 import tempfile
 import zipfile
@@ -16,7 +17,7 @@ from common.recipe import VAE, Data, Model, Recipe
 from preprocess.encode_latents import encode
 from preprocess.images.images import Rejected
 from preprocess.shards import LatentShards, verify
-from tests.photographs import photographs, source_of, write_folder, write_parquet, write_zip
+from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
 from tests.planted import ACCEPTED_PICTURES, JPEG, REJECTED_PICTURES
 
 NAMES = (b"caf\xe9.jpg", b"two\nlines.jpg", b"\x1b[2J.jpg")  # Latin-1, a line's end, a terminal's command
@@ -166,6 +167,86 @@ def test_damage_anywhere_in_a_parquet_file_is_told_on_one_line(tmp_path: Path) -
     assert not any("\n" in line for line in told)
 
 
+@pytest.fixture
+def nested(tmp_path: Path) -> Iterator[Callable[[int, str], Path]]:
+    """Makes so many folders in one another, the last of which holds a tar."""
+
+    def make(depth: int, name: str) -> Path:
+        here = os.getcwd()
+        os.chdir(tmp_path)
+        for _ in range(depth):
+            os.mkdir(name)
+            os.chdir(name)
+        Path("x.tar").write_bytes(tar_bytes({"0.jpg": JPEG}))
+        os.chdir(here)
+        return tmp_path
+
+    yield make
+    subprocess.run(["rm", "-r", *tmp_path.iterdir()], check=True)  # pytest itself could not
+
+
+def test_folders_deeper_than_a_path_can_be_are_refused_in_a_line(nested: Callable[[int, str], Path]) -> None:
+    folder = nested(50, "a" * 200)
+    for kind in ("folder", "webdataset"):
+        with pytest.raises(UserError, match=r"/aaaa.* \.\.\. a.* cannot be listed: File name too long") as found:
+            source_of(kind, folder)
+        assert len(str(found.value)) <= UserError.limit
+
+
+def test_folders_deeper_than_python_calls_go_are_listed(nested: Callable[[int, str], Path]) -> None:
+    folder = nested(1100, "a")
+    assert len(source_of("webdataset", folder).entries) == 1
+    with pytest.raises(UserError, match=r"\*\*/\*\.tar cannot be looked for; name a folder"):
+        source_of("webdataset", f"{folder}/**/*.tar")
+
+
+@pytest.mark.parametrize("path", ["{" * 3000, "{a,b}" * 40, f"{{0..{'9' * 5000}}}", "{{a,b}," * 500])
+def test_braces_that_mean_too_much_or_nothing_are_refused_at_once(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match=r"more than 1,000,000 files|unbalanced braces") as found:
+        source_of("webdataset", f"{tmp_path}/{path}.tar")
+    assert len(str(found.value)) <= UserError.limit
+
+
+def test_a_set_of_no_parts_by_its_name_is_one_part(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x-00000-of-00000.parquet", [JPEG], [0], None)
+    assert len(source_of("parquet", tmp_path).entries) == 1
+
+
+def test_a_member_whose_name_is_no_path_by_its_length_is_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", {"a/" * 30_000 + "0.jpg": JPEG})
+    with pytest.raises(UserError, match=r"of 60,005 characters: no path is so long"):
+        source_of("folder", path)
+
+
+def test_a_class_name_of_a_megabyte_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"0.jpg": JPEG, "0.cls": b"0"}))
+    (tmp_path / "classnames.txt").write_text("x" * 2**20)
+    with pytest.raises(UserError, match="a class name of 1,048,576 characters; at most 4,096 are read"):
+        source_of("webdataset", tmp_path)
+
+
+def test_class_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [JPEG], [0], ["half \ud800"])
+    with pytest.raises(UserError, match="no list of class names for label; write it again"):
+        source_of("parquet", path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "lsun"])
+def test_an_image_beyond_all_sizes_is_rejected_and_the_other_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocess.sources.entries.MAX_ENCODED", len(JPEG))
+    large = JPEG + bytes(1)
+    if kind == "lsun":
+        path = write_lmdb(tmp_path / "x", {"a": large, "b": JPEG})
+    else:
+        path = write_parquet(tmp_path / "x.parquet", [large, JPEG], [0, 0], None)
+    source = source_of(kind, path)
+    with pytest.raises(Rejected, match=r"bytes, above .*: too many for a picture"):
+        source.open(source.entries[0])
+    assert source.open(source.entries[1]) == JPEG
+
+
 @contextmanager
 def as_nobody() -> Iterator[None]:
     """Root, as whom tests may run, may read anything."""
@@ -186,7 +267,7 @@ def test_pictures_and_folders_without_permission_are_named() -> None:
             path.chmod(0o755)
         (images / "a/0.jpg").chmod(0)
         source = source_of("folder", name)
-        with as_nobody(), pytest.raises(Rejected, match="cannot be opened: Permission denied"):
+        with as_nobody(), pytest.raises(Rejected, match=r"cannot be opened \(Permission denied"):
             source.open(source.entries[0])
         (images / "b").chmod(0)
         with as_nobody(), pytest.raises(UserError, match=r"/b cannot be listed: Permission denied; make it readable"):
