@@ -38,7 +38,8 @@ from pipeline.evaluation.metrics import frechet_distance, statistics
 from pipeline.evaluation.statistics import summarise
 from pipeline.features.extractors import find_weights, load_extractor, wanted_layers
 from pipeline.sampling.features import extract_missing, read_features
-from pipeline.sampling.samples import generate, sample_set
+from pipeline.sampling.sample_set import sample_set
+from pipeline.sampling.samples import generate
 from pipeline.training.checkpoint import export_weights
 from preprocess.encoding.encoder import Encoder
 

@@ -20,7 +20,7 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
-    from pipeline.sampling.samples import sample_set
+    from pipeline.sampling.sample_set import sample_set
 
     yield f"weights: {sample_set(recipe, recipe.sample.weights).weights}"
     yield f"pipeline: {folder_of(recipe)}"
@@ -31,7 +31,7 @@ def export(recipe: Recipe) -> None:
     from common.files import atomic_folder
     from common.run_weights import REMEDY
     from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
-    from pipeline.sampling.samples import sample_set
+    from pipeline.sampling.sample_set import sample_set
     from preprocess.encoding.encoder import fetch_vae, load_vae
 
     try:

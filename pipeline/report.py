@@ -35,7 +35,8 @@ class Started(TypedDict):
 
 def report(recipe: Recipe) -> None:
     """The stage: draws the pictures and the curve, fills the template. Raises UserError where a stage is missing."""
-    from pipeline.reporting.figures import class_panels, contact_sheet, loss_curve
+    from pipeline.evaluation.plots import loss_curve
+    from pipeline.reporting.contact_sheet import class_panels, contact_sheet
 
     inputs = _inputs(recipe)
     panels, log = class_panels(recipe), recipe.folder / "metrics.jsonl"
@@ -65,7 +66,7 @@ def render(**values: Any) -> str:
     """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
     import jinja2
 
-    from pipeline.reporting.figures import png_uri
+    from pipeline.reporting.contact_sheet import png_uri
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "reporting" / "templates")
     environment = jinja2.Environment(
@@ -109,8 +110,8 @@ def context(recipe: Recipe) -> dict[str, Any]:
 
 def _sweep(recipe: Recipe) -> dict[str, Any] | None:
     """The table and the picture of the run's sweep, if there was one."""
+    from pipeline.evaluation.plots import sweep_picture
     from pipeline.evaluation.sweep import TABLE, read_table, table
-    from pipeline.reporting.figures import sweep_picture
 
     if not (recipe.folder / TABLE).exists():
         return None

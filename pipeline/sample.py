@@ -19,7 +19,8 @@ def plan(recipe: Recipe) -> Iterator[str]:
     """What sampling costs, which weights it takes, and what is there already."""
     from pipeline.sampling.chunks import chunk_spans
     from pipeline.sampling.plans import blocks_a_picture
-    from pipeline.sampling.samples import missing_chunks, sample_set, total_samples, wanted_weights
+    from pipeline.sampling.sample_set import sample_set, total_samples, wanted_weights
+    from pipeline.sampling.samples import missing_chunks
 
     settings = recipe.sample
     iterations = ""

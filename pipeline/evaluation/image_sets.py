@@ -19,7 +19,7 @@ from pipeline.evaluation.statistics import Summary, summarise
 from pipeline.sampling.chunks import Span, cover_gap, iterate
 from pipeline.sampling.features import extract_missing, features_folder, read_features
 from pipeline.sampling.plans import read_plan
-from pipeline.sampling.samples import sample_set, vae_settings
+from pipeline.sampling.sample_set import sample_set, vae_settings
 from preprocess.encoding.decoding import decoded
 from preprocess.encoding.encoder import Encoder, draw_latents
 from preprocess.encoding.pictures import Pictures as Batches

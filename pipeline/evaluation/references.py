@@ -19,7 +19,7 @@ from pipeline.evaluation.image_sets import PictureSet, training_pictures
 from pipeline.evaluation.metrics import Statistics, fault_of
 from pipeline.features.extractors import WIDTHS, layers_of
 from pipeline.sampling.chunks import iterate
-from pipeline.sampling.samples import sample_set
+from pipeline.sampling.sample_set import sample_set
 
 ADM_STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ADM_PICTURES = "arr_0"  # (N, H, W, 3) uint8

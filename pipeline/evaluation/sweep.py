@@ -151,7 +151,7 @@ def measured(recipe: Recipe) -> "Measurement | None":
 
 def write_tables(recipe: Recipe) -> list[dict[str, Any]]:
     """Writes the points that are measured: table.json, table.csv, table.md and distances.png in `sweep/`."""
-    from pipeline.reporting.figures import sweep_picture
+    from pipeline.evaluation.plots import sweep_picture
 
     rows = [
         asdict(point) | {"distance": found["distance"], "count": found["count"], "numbers": found["numbers"]}

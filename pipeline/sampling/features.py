@@ -12,7 +12,7 @@ from common.recipe import Recipe
 from common.run_folder import Weights
 from pipeline.features.extractors import Extractor, extract, find_weights, load_extractor, wanted_layers
 from pipeline.sampling.chunks import Chunk, Span, chunk_path, chunk_spans, cover_gap, iterate, write_chunk
-from pipeline.sampling.samples import sample_set, total_samples
+from pipeline.sampling.sample_set import sample_set, total_samples
 
 
 def features_folder(recipe: Recipe, folder: Path) -> Path:

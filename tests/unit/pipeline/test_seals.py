@@ -25,6 +25,7 @@ from pipeline.orchestration.code_snapshot import take_snapshot
 from pipeline.orchestration.stages import TIMES, keep_time, read_times
 from pipeline.sampling import chunks, plans, samples
 from pipeline.sampling.features import features_folder
+from pipeline.sampling.sample_set import sample_set
 from tests.conftest import copied, load_samples
 from tests.seals import edits, flips, resealed
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
@@ -52,7 +53,7 @@ def recipe(measured: Recipe, tmp_path: Path) -> Recipe:
 
 
 def drawn_in(recipe: Recipe) -> Path:
-    return samples.sample_set(recipe, "latest").folder
+    return sample_set(recipe, "latest").folder
 
 
 def eval_file(recipe: Recipe) -> Path:

@@ -24,6 +24,7 @@ from pipeline.features import extractors as features
 from pipeline.sampling import samples
 from pipeline.sampling.chunks import find_chunks, write_chunk
 from pipeline.sampling.features import extract_missing, features_folder
+from pipeline.sampling.sample_set import sample_set
 from tests.conftest import copied, load_samples
 
 WIDTH = 1280
@@ -175,7 +176,7 @@ def test_another_run_is_a_reference(recipe: Recipe) -> None:
 
 def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
     expected = evaluated(recipe)
-    folder = samples.sample_set(recipe, "latest").folder
+    folder = sample_set(recipe, "latest").folder
     for path in [*folder.glob("chunk-*"), *folder.glob("features-*/chunk-*")]:
         path.unlink()
     for path in (recipe.folder / "eval").glob("*.json"):
@@ -190,7 +191,7 @@ def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
 
 def test_features_of_a_damaged_chunk_are_refused(recipe: Recipe) -> None:
     evaluated(recipe)
-    folder = features_folder(recipe, samples.sample_set(recipe, "latest").folder)
+    folder = features_folder(recipe, sample_set(recipe, "latest").folder)
     path = min(folder.glob("chunk-*"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -200,7 +201,7 @@ def test_features_of_a_damaged_chunk_are_refused(recipe: Recipe) -> None:
 
 
 def test_constant_pictures_are_refused_with_their_count(recipe: Recipe) -> None:
-    folder = samples.sample_set(recipe, "latest").folder
+    folder = sample_set(recipe, "latest").folder
     write_chunk(
         folder / "chunk-00000000-00000004.npz",
         {"images": np.full((4, 16, 16, 3), 7, dtype=np.uint8), "labels": np.array([0, 1, 2, 0])},
@@ -211,7 +212,7 @@ def test_constant_pictures_are_refused_with_their_count(recipe: Recipe) -> None:
 
 def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
     expected = evaluated(recipe)
-    folder = features_folder(recipe, samples.sample_set(recipe, "latest").folder)
+    folder = features_folder(recipe, sample_set(recipe, "latest").folder)
     for path in [*folder.glob("chunk-*"), *(recipe.folder / "eval").glob("*.json")]:
         path.unlink()
     extract_missing(recipe, "latest", 1, 2)
@@ -225,7 +226,7 @@ def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
 ) -> None:
     monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (1, 2))
     eval_fid.evaluate(recipe)
-    assert list(find_chunks(features_folder(recipe, samples.sample_set(recipe, "latest").folder))) == [(4, 8)]
+    assert list(find_chunks(features_folder(recipe, sample_set(recipe, "latest").folder))) == [(4, 8)]
     assert not (recipe.folder / "metrics.json").exists()
     monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
     eval_fid.evaluate(recipe)
@@ -233,13 +234,13 @@ def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
 
 
 def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Recipe) -> None:
-    images, labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
+    images, labels = load_samples(sample_set(recipe, "latest").folder, 10)
     expected = evaluated(recipe)
     for name in ("samples", "eval"):
         shutil.rmtree(recipe.folder / name)
     (recipe.folder / "metrics.json").unlink()
     sample.in_jobs(recipe, "debug", 3)
-    found_images, found_labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
+    found_images, found_labels = load_samples(sample_set(recipe, "latest").folder, 10)
     assert (found_images == images).all()
     assert (found_labels == labels).all()
     eval_fid.in_jobs(recipe, "debug", 2)
@@ -263,7 +264,7 @@ def test_three_ranges_of_samples_are_measured_apart(recipe: Recipe) -> None:
     assert found["ranges"][0] == pytest.approx(once["value"], rel=1e-9)
     assert found["value"] == pytest.approx(np.mean(found["ranges"]), rel=1e-12)
     assert found["count"] == 10
-    assert len(load_samples(samples.sample_set(three, "latest").folder, 30)[0]) == 30
+    assert len(load_samples(sample_set(three, "latest").folder, 30)[0]) == 30
 
 
 def test_the_bootstrap_error_is_the_spread_of_independent_sets() -> None:

@@ -12,8 +12,8 @@ from common.errors import UserError
 from common.recipe import Recipe
 from pipeline import sweep
 from pipeline.evaluation import measurements as evaluation
+from pipeline.evaluation.plots import sweep_picture
 from pipeline.evaluation.sweep import points, read_table, write_tables
-from pipeline.reporting.figures import sweep_picture
 from pipeline.sampling.plans import blocks_a_picture
 from tests.conftest import copied
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401

@@ -19,8 +19,9 @@ from pipeline import eval_fid, report, sweep
 from pipeline.evaluation import image_sets as picture_sets
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import references
-from pipeline.reporting import figures
+from pipeline.reporting import contact_sheet
 from pipeline.sampling import samples
+from pipeline.sampling.sample_set import sample_set
 from tests.conftest import copied, load_samples
 
 HOSTILE = '<img src="http://host/x" onerror=alert(1)>&$x_{'.replace("/", "\N{DIVISION SLASH}")
@@ -96,7 +97,7 @@ def test_another_reference_is_another_measurement(recipe: Recipe) -> None:
 
 def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -> None:
     fewer = replace(recipe, evaluate=replace(recipe.evaluate, reference_samples=5))
-    for chunk in samples.sample_set(recipe, 0).folder.rglob("chunk-*"):
+    for chunk in sample_set(recipe, 0).folder.rglob("chunk-*"):
         chunk.unlink()
     before = sorted((recipe.folder / "eval").rglob("*"))
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
@@ -117,11 +118,11 @@ def test_a_rejected_picture_is_left_out_of_the_reference_and_not_counted(recipe:
 
 
 def test_a_panel_shows_a_class_with_its_own_pictures(recipe: Recipe) -> None:
-    panels = figures.class_panels(recipe)
+    panels = contact_sheet.class_panels(recipe)
     origins = ["real", "drawn after 64 training samples", "drawn before training"]
     assert [[block.origin for block in panel] for panel in panels] == [origins] * 3
-    images, labels = load_samples(samples.sample_set(recipe, "latest").folder, 10)
-    expected = figures.grid(list(images[labels == 1][:3]))
+    images, labels = load_samples(sample_set(recipe, "latest").folder, 10)
+    expected = contact_sheet.grid(list(images[labels == 1][:3]))
     assert (panels[1][1].grid == expected).all()
     assert [panel[0].title for panel in panels] == [HOSTILE, "a", "b"]
 
@@ -161,8 +162,8 @@ NAMES = {
 def test_whatever_a_class_is_called_the_report_is_made_and_shows_it(
     recipe: Recipe, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_class = figures.by_class
-    monkeypatch.setattr(figures, "by_class", lambda *given: (NAMES[case], by_class(*given)[1]))
+    by_class = contact_sheet.by_class
+    monkeypatch.setattr(contact_sheet, "by_class", lambda *given: (NAMES[case], by_class(*given)[1]))
     line = json.dumps({"stage": "train", "command": NAMES[case][:1000], "packages": {NAMES[case][:1000]: "1"}})
     (recipe.folder / "provenance.jsonl").write_text(f"{line}\n")
     report.report(recipe)

@@ -28,6 +28,7 @@ from fpdm.weights import load_pretrained, read_config, read_extra, save_pretrain
 from pipeline.features import extractors as features
 from pipeline.sampling import plans, samples
 from pipeline.sampling.chunks import chunk_spans, find_chunks, read_chunk
+from pipeline.sampling.sample_set import sample_set
 from preprocess import shards as latent_shards
 from preprocess.images.images import to_uint8
 from tests.conftest import load_samples
@@ -55,7 +56,7 @@ def extracted(images: np.ndarray, recipe: Recipe) -> np.ndarray:
 def test_ranks_batches_and_ten_kills_change_no_sample(recipe: Recipe, tmp_path: Path, processes: Any) -> None:
     images, labels = load_samples(samples.generate(recipe, "latest"), 24)
     other = fresh(recipe, tmp_path, num_steps=3)
-    folder = samples.sample_set(other, "latest").folder
+    folder = sample_set(other, "latest").folder
     kills, plan = 0, itertools.cycle(itertools.product((1, 2, 4), (1, 3, 64)))
     while kills < 10:
         world_size, batch_size = next(plan)
@@ -186,7 +187,7 @@ def test_a_plan_is_measured_once_for_a_set(recipe: Recipe) -> None:
 
 def test_a_webdataset_holds_the_same_pictures(recipe: Recipe) -> None:
     images, labels = load_samples(samples.generate(recipe, "latest"), 24)
-    for path in samples.sample_set(recipe, "latest").folder.glob("chunk-*"):
+    for path in sample_set(recipe, "latest").folder.glob("chunk-*"):
         path.unlink()
     folder = samples.generate(changed(recipe, output="webdataset"), "latest")
     tars = sorted(map(str, folder.glob("chunk-*.tar")))
@@ -219,7 +220,7 @@ def test_defect_c11_the_npz_is_what_adms_evaluator_reads(recipe: Recipe) -> None
     recipe = changed(recipe, output="npz")
     assert not samples.finished(recipe)
     samples.sample(recipe)
-    folder = samples.sample_set(recipe, "latest").folder
+    folder = sample_set(recipe, "latest").folder
     assert samples.finished(recipe)
     images, labels = load_samples(folder, 24)
     with np.load(folder / "samples-24.npz", allow_pickle=False) as arrays:
@@ -233,14 +234,14 @@ def test_what_was_made_of_fewer_samples_is_not_taken_for_the_whole(recipe: Recip
     assert samples.finished(few)
     assert not samples.finished(more)
     samples.sample(more)
-    with np.load(samples.sample_set(more, "latest").folder / "samples-24.npz", allow_pickle=False) as arrays:
+    with np.load(sample_set(more, "latest").folder / "samples-24.npz", allow_pickle=False) as arrays:
         assert len(arrays["arr_0"]) == 24
 
 
 def test_the_folder_holds_one_png_a_sample(recipe: Recipe) -> None:
     recipe = changed(recipe, output="folder")
     samples.sample(recipe)
-    folder = samples.sample_set(recipe, "latest").folder
+    folder = sample_set(recipe, "latest").folder
     files = sorted((folder / "pictures-24").iterdir())
     assert [path.name for path in files] == [f"{index:08d}.png" for index in range(24)]
     found = np.stack([np.asarray(Image.open(path)) for path in files])
@@ -250,13 +251,13 @@ def test_the_folder_holds_one_png_a_sample(recipe: Recipe) -> None:
 def test_parts_of_an_array_share_the_set_and_the_last_one_finishes_it(recipe: Recipe) -> None:
     expected = load_samples(samples.generate(recipe, "latest"), 24)
     recipe = changed(recipe, output="npz", num_samples=24, chunk_samples=5)
-    for path in samples.sample_set(recipe, "latest").folder.glob("chunk-*"):
+    for path in sample_set(recipe, "latest").folder.glob("chunk-*"):
         path.unlink()
     for part in (2, 0, 1):
         assert not samples.finished(recipe)
         samples.sample(recipe, part, 3)
     assert samples.finished(recipe)
-    found = load_samples(samples.sample_set(recipe, "latest").folder, 24)
+    found = load_samples(sample_set(recipe, "latest").folder, 24)
     assert all((one == two).all() for one, two in zip(expected, found, strict=True))
 
 
@@ -306,7 +307,7 @@ def test_the_average_of_the_weights_is_chosen_by_name(recipe: Recipe) -> None:
     chosen = changed(recipe, num_samples=4, ema="power-0.05")
     here = load_samples(samples.generate(changed(recipe, num_samples=4), "latest"), 4)[0]
     there = load_samples(samples.generate(chosen, "latest"), 4)[0]
-    assert samples.sample_set(chosen, "latest").weights == other
+    assert sample_set(chosen, "latest").weights == other
     assert (here != there).any()
     with pytest.raises(UserError, match=r"sample\.ema: no average power-0\.1 in .*; there are 0\.9999, power-0\.05 "):
         samples.generate(changed(recipe, ema="power-0.1"), "latest")

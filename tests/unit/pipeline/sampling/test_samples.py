@@ -19,6 +19,7 @@ from fpdm.weights import WEIGHTS_NAME, load_pretrained
 from pipeline.sampling import samples
 from pipeline.sampling.chunks import read_chunk
 from pipeline.sampling.plans import blocks_a_picture
+from pipeline.sampling.sample_set import sample_set
 from pipeline.training.checkpoint import export_weights
 from tests.conftest import load_samples
 
@@ -90,7 +91,7 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
     recipe = changed(recipe, num_samples=120, chunk_samples=4, batch_size=2, num_steps=10)
     config = tmp_path / "tiny.yaml"
     config.write_text(dump_recipe(recipe))
-    folder = samples.sample_set(recipe, "latest").folder
+    folder = sample_set(recipe, "latest").folder
     command = [sys.executable, "pipeline/sample.py", "--config", str(config)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not (early := sorted(folder.glob("chunk-*.npz"))):
@@ -135,12 +136,12 @@ def test_defect_c11_samples_of_other_settings_are_never_counted(recipe: Recipe, 
 
 
 def test_samples_of_other_weights_are_never_counted(recipe: Recipe) -> None:
-    here = samples.sample_set(recipe, "latest").folder
+    here = sample_set(recipe, "latest").folder
     state = {
         name: parameter * 1.1 for name, parameter in load_pretrained(weights_folder(recipe, 64)).named_parameters()
     }
     export_weights(recipe, state, 64)
-    assert samples.sample_set(recipe, "latest").folder != here
+    assert sample_set(recipe, "latest").folder != here
 
 
 def test_a_flipped_bit_is_named_and_never_returned(recipe: Recipe) -> None:
@@ -177,7 +178,7 @@ def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
     export_weights(recipe, state, 64)
     with pytest.raises(UserError, match="samples 0 to 3: samples: 4 of 4 are non-finite"):
         samples.generate(recipe, "latest")
-    assert not list(samples.sample_set(recipe, "latest").folder.glob("chunk-*"))
+    assert not list(sample_set(recipe, "latest").folder.glob("chunk-*"))
 
 
 def test_without_the_weights_the_message_says_which_there_are(recipe: Recipe) -> None:
@@ -199,14 +200,14 @@ def test_guidance_of_weights_that_never_saw_the_null_label_is_refused(recipe: Re
     export_weights(blind, weights, 64)
     asked = changed(replace(recipe, name="blind"), guidance_scale=4.0)
     with pytest.raises(UserError, match=r"sample\.guidance_scale: 4, but .* was trained with label_dropout 0"):
-        samples.sample_set(asked, "latest")
-    assert samples.sample_set(changed(asked, guidance_scale=1.0), "latest").samples_seen == 64
-    assert samples.sample_set(changed(recipe, guidance_scale=4.0), "latest").samples_seen == 64
+        sample_set(asked, "latest")
+    assert sample_set(changed(asked, guidance_scale=1.0), "latest").samples_seen == 64
+    assert sample_set(changed(recipe, guidance_scale=4.0), "latest").samples_seen == 64
     # An average that is made later, by a recipe that no longer says it.
     run = {"train.label_dropout": 0.0}
     export_weights(replace(recipe, name="later"), weights, 64, run)
     with pytest.raises(UserError, match="was trained with label_dropout 0"):
-        samples.sample_set(changed(replace(recipe, name="later"), guidance_scale=4.0), "latest")
+        sample_set(changed(replace(recipe, name="later"), guidance_scale=4.0), "latest")
 
 
 def test_cut_weights_are_named(recipe: Recipe) -> None:
