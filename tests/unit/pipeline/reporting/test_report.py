@@ -174,14 +174,6 @@ def test_whatever_a_class_is_called_the_report_is_made_and_shows_it(
     assert report.finished(recipe)
 
 
-def test_a_damaged_line_of_a_log_is_told_before_anything_is_drawn(recipe: Recipe) -> None:
-    for damage in (b"\xff", b"[" * 100_000, b'{"loss": ' + b"9" * 5000 + b"}", b""):
-        (recipe.folder / "metrics.jsonl").write_bytes(damage + b"\n")
-        with pytest.raises(UserError, match=r"metrics\.jsonl: not readable as JSON; take out the line") as found:
-            report.report(recipe)
-        assert str(found.value).isprintable()
-
-
 def test_a_sweeps_table_and_picture_are_in_the_report(recipe: Recipe) -> None:
     report.report(recipe)
     sweep.sweep(replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",))))
