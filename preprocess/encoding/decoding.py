@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from common.errors import UserError, printable
+from common.errors import UserError
 from preprocess.encoding.pictures import Loaded, Pictures
 
 AHEAD = 4  # batches that each process may be ahead
@@ -82,7 +82,7 @@ class _Decoder:
         by = signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"
         where, remedy = "a decoding process", "look for the reason above"
         if position != BETWEEN:
-            where = f"{printable(self.pictures.source.entries[position].key)}: its decoding process"
+            where = f"{self.pictures.source.entries[position].key}: its decoding process"
         what = f"ended with {by}"
         if by == "SIGPROF":
             what = f"took more than {MAX_SECONDS} seconds of computing"

@@ -97,9 +97,9 @@ def test_whatever_a_source_or_a_crop_raises_names_its_picture(
         (batch,) = loaded
     assert batch.positions == [0, 3, 5]
     assert batch.rejected == [
-        Rejection("01.png", "cannot be read: KeyError: 'a fault of a library'"),
-        Rejection("02.png", "cannot be read: OSError: Input/output error"),
-        Rejection("04.png", "cannot be cropped: MemoryError"),
+        Rejection("01.png", "cannot be read (KeyError: 'a fault of a library')"),
+        Rejection("02.png", "cannot be read (Input/output error)"),
+        Rejection("04.png", "cannot be cropped (MemoryError)"),
     ]
 
 
