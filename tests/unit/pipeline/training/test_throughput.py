@@ -14,6 +14,7 @@ import torch
 
 from common.errors import UserError
 from common.loading import parse_recipe
+from common.log_lines import read_log
 from common.recipe import denoiser_config
 from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.guards import FEWEST, SpikeDetector
@@ -112,10 +113,26 @@ def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
     path.write_text('{"samples": 16, "loss": 1.0}\n{"samples": 32, "loss": 0.5}\n{"samples": 48, "lo')
     log = TrainingLog(recipe, 16, {})
     log.write({"samples": 32, "loss": 0.25})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    assert read_log(path) == [
         {"samples": 16, "loss": 1.0},
         {"samples": 32, "loss": 0.25},
     ]
+
+
+def test_lines_that_are_none_are_taken_back_too_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.tensorboard=false"))
+    recipe.folder.mkdir()
+    path = recipe.folder / "metrics.jsonl"
+    bad = (b"\xff", b"7", b"[{", b"[" * 99_999, b'{"samples": "1"}', b'{"samples": NaN}', b'{"samples": -1}', b"")
+    path.write_bytes(b"\n".join([b'{"samples": 16}', *bad, b'{"samples": 32}', b'{"samples": 48}', b""]))
+    TrainingLog(recipe, 32, {})
+    assert read_log(path) == [{"samples": 16}, {"samples": 32}]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"warning: {path}: line 2: not readable as JSON; left out")
+    assert said.endswith("(and 7 more)\n")
 
 
 def test_weights_and_biases_gets_one_run_however_often_it_is_queued(
