@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import preprocess.encoding_loop
+import preprocess.encoding.loop
 from benchmarks.machine import show_machine
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
-from preprocess.encoder import Encoder
-from preprocess.encoding import make_shards, merge_shards, resolve
-from preprocess.images import CROPS, decode, from_uint8, to_tensor
-from preprocess.pictures import Pictures
+from preprocess.encoding.encoder import Encoder
+from preprocess.encoding.encoding import make_shards, merge_shards, resolve
+from preprocess.encoding.pictures import Pictures
+from preprocess.images.images import CROPS, decode, from_uint8, to_tensor
 
 AIM = 0.95  # of the VAE's own rate
 LISTED = (1_000, 10_000, 100_000)  # pictures of the data sets whose listing is held in memory
@@ -44,7 +44,7 @@ LINKS = 30_000  # to one file: file systems have a limit
 MEMORY = """
 import sys
 from common.loading import parse_recipe
-from preprocess.encoding import encode_part
+from preprocess.encoding.encoding import encode_part
 recipe = parse_recipe(sys.argv[1])
 encode_part(recipe, 0, 1_000_000)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -61,7 +61,7 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def ours(recipe: Recipe, encoder: Encoder, folder: Path) -> None:
-    preprocess.encoding_loop.Encoder = lambda *_: encoder  # type: ignore[assignment,misc] # loaded before
+    preprocess.encoding.loop.Encoder = lambda *_: encoder  # type: ignore[assignment,misc] # loaded before
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         encoding = resolve(replace(recipe, data=replace(recipe.data, shards=str(folder))), download=False)
         make_shards(encoding)

@@ -34,13 +34,14 @@ from common.loading import load_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import build_denoiser, rng
 from fpdm.sampling import build_sampler
-from pipeline.checkpoint import export_weights
-from pipeline.features import find_weights, load_extractor, wanted_layers
-from pipeline.metrics import frechet_distance, statistics
-from pipeline.sample_features import extract_missing, read_features
-from pipeline.samples import generate, sample_set
-from pipeline.summaries import summarise
-from preprocess.encoder import Encoder
+from pipeline.evaluation.metrics import frechet_distance, statistics
+from pipeline.evaluation.statistics import summarise
+from pipeline.features.extractors import find_weights, load_extractor, wanted_layers
+from pipeline.sampling.features import extract_missing, read_features
+from pipeline.sampling.sample_set import sample_set
+from pipeline.sampling.samples import generate
+from pipeline.training.checkpoint import export_weights
+from preprocess.encoding.encoder import Encoder
 
 ROOT = Path(__file__).parents[1]
 BATCH = 16

@@ -30,8 +30,8 @@ import torch
 from benchmarks.machine import show_machine
 from common.loading import parse_recipe
 from common.recipe import Recipe, diffusion
-from pipeline.data import Stream, open_latents
-from pipeline.order import BlockOrder
+from pipeline.training.data import Stream, open_latents
+from pipeline.training.order import BlockOrder
 from preprocess.shards import INDEX, Sample, rows_name, shard_name, write_shard
 from preprocess.shards.format import VERSION, write_sealed
 

@@ -33,10 +33,10 @@ from benchmarks.machine import show_machine
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
-from pipeline.data import open_shards
-from pipeline.distributed import control_group, process_group
-from pipeline.trainer import Trainer
-from pipeline.training_log import Progress, TrainingLog
+from pipeline.training.data import open_shards
+from pipeline.training.distributed import control_group, process_group
+from pipeline.training.log import Progress, TrainingLog
+from pipeline.training.trainer import Trainer
 from preprocess.shards import Sample, write_index, write_shard
 
 MOMENTS = (8, 32, 32)

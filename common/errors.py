@@ -5,7 +5,15 @@ from contextlib import contextmanager
 
 
 class Told(Exception):
-    """An error whose message is for the user already: one printable line that names what is at fault."""
+    """An error whose message is for the user already: one line that names what is at fault.
+
+    Whatever foreign text is put into it, it is printable and has at most `limit` characters.
+    """
+
+    limit = 1000
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(printable(shortened(message, 2 * self.limit)), self.limit))
 
 
 class UserError(Told):
@@ -30,22 +38,37 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 def faults_told(kind: type[Told], message: str) -> Iterator[None]:
     """Makes `kind` of whatever a parser raises over foreign bytes: `message`, then its own words on the same line.
 
-    What is `Told` already passes. Damaged files make parsers raise nearly anything (RecursionError, struct.error,
+    What is `kind` already passes. Damaged files make parsers raise nearly anything (RecursionError, struct.error,
     MemoryError, tokenize.TokenError): a list of exceptions is never complete.
     """
     try:
         yield
-    except Told:
+    except kind:
         raise
     except Exception as error:  # noqa: BLE001
-        words = one_line(str(error), 200) or type(error).__name__
-        raise kind(f"{message} ({words})") from None
+        raise kind(f"{message} ({_words(error)})") from None
+
+
+def _words(error: Exception) -> str:
+    """What an error says; its type too where that says more. An OSError's path is none of it: `message` names it."""
+    known = isinstance(error, OSError) and error.strerror
+    words = one_line(str(known or error), 200)
+    if words and isinstance(error, Told | OSError | ValueError):
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def one_line(text: str, limit: int = 1000) -> str:
-    """`text` as one printable line of at most `limit` characters."""
-    line = printable(" ".join(text[: 4 * limit].split()))
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+    """`text`, of any number of lines, as one printable line of at most `limit` characters."""
+    return shortened(printable(" ".join(shortened(text, 2 * limit).split())), limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of `text`: what is too long lacks its middle, and keeps how it ends."""
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - end - 5]} ... {text[-end:]}"
 
 
 def printable(text: str) -> str:

@@ -138,14 +138,9 @@ def together_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened_lock(folder: Path, name: str) -> Iterator[int]:
-    """A descriptor of the lock's file. Raises UserError for a link: what it leads to is somebody else's."""
+    """A descriptor of the lock's file."""
     _make(folder)
-    try:
-        lock = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UserError(f"{folder / name}: a link, and a lock is none; delete it") from None
+    lock = open_lock(folder / name)
     _locks.add(lock)
     try:
         yield lock
@@ -153,6 +148,18 @@ def _opened_lock(folder: Path, name: str) -> Iterator[int]:
         if lock in _locks:  # not in a forked copy of this process
             _locks.remove(lock)
             os.close(lock)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock's file, made where it is missing. Raises UserError for a link: what it leads to is no
+    lock, and would be written over.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: a symbolic link where a lock's file is needed; delete the link") from None
+        raise
 
 
 _locks: set[int] = set()  # descriptors

@@ -171,7 +171,7 @@ def _near(path: Sequence[str]) -> str:
 
 def _in_decimal(found: Any) -> str:
     """How to write a number that was written otherwise."""
-    if isinstance(found, str) and re.fullmatch(r"[-+]?[0-9_]+", found):
+    if isinstance(found, str) and re.fullmatch(r"[-+]?_*[0-9][0-9_]{0,40}", found):
         return f"; write {int(found.replace('_', ''))}"
     return "; write a decimal number" if isinstance(found, str) and re.match(r"[-+]?\.?[0-9]", found) else ""
 

@@ -182,3 +182,14 @@ def own_device() -> "torch.device":
     device = torch.device("cuda", gpu_number(local_rank, local_world_size, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
+
+
+def float32_throughout() -> None:
+    """For this process: cuDNN would round the factors of float32 convolutions to TF32's 10 bits, as torch's default.
+
+    Pictures and features are compared with ones that were computed in float32. It is no setting of a call: a thread
+    that extracts features beside one that decodes pictures would change the other's.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False

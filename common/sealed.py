@@ -5,6 +5,7 @@ states the form that it needs (`Form`, a TypedDict), and what has another is ref
 """
 
 import json
+import reprlib
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ Form = TypeVar("Form")
 
 KEY = "content_key"
 REMEDY = "delete it and make it again"
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of a TypedDict: its __pydantic_config__
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # for `pydantic.with_config` of a TypedDict
 
 
 def parse_json(data: bytes | str, where: str | Path, remedy: str = REMEDY) -> Any:
@@ -69,7 +70,7 @@ def checked(value: Any, where: str | Path, form: type[Form], remedy: str = REMED
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         name = ".".join(map(str, fault["loc"])) or "content"
-        reason = one_line(f"{name}: {fault['msg']}; found {str(fault['input'])[:100]!r}", 300)
+        reason = one_line(f"{name}: {fault['msg']}; found {reprlib.repr(fault['input'])}", 300)
         raise UserError(f"{where}: {reason}; {remedy}") from None
 
 

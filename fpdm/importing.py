@@ -39,7 +39,7 @@ class ImportReport:
         for kind in ("missing", "unexpected", "mismatched", "left_out"):
             names = getattr(self, kind)
             if names:
-                shown = f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                shown = f"{', '.join(ascii(name[:200])[1:-1] for name in names[:4])}{', ...' if len(names) > 4 else ''}"
                 parts.append(f"{len(names)} {kind.replace('_', ' ')}: {shown}")
         return "; ".join(parts + ([self.note] if self.note else []))
 
@@ -65,8 +65,18 @@ def import_checkpoint(
         ValueError: naming the file that is no checkpoint, the setting that cannot be told from the tensors or is told
             otherwise, or the tensors that do not match.
     """
-    checkpoint = read_checkpoint(Path(path), weights)
-    settings = _with_stated(Path(path), checkpoint, settings)
+    try:
+        return _imported(Path(path), weights, strict, settings)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what is odd in a file shows anywhere
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: no DiT or FPDM that is read here ({type(error).__name__}: {words})") from error
+
+
+def _imported(path: Path, weights: str, strict: bool, settings: dict[str, Any]) -> tuple[Denoiser, ImportReport]:
+    checkpoint = read_checkpoint(path, weights)
+    settings = _with_stated(path, checkpoint, settings)
     tensors, note = checkpoint.tensors, ""
     if diffusers_dit.is_named_so(tensors):
         tensors = diffusers_dit.rename(tensors, settings.get("self_conditioned"))

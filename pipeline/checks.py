@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from common.errors import UserError
 from common.recipe import Recipe, with_world_size
-from pipeline.stages import Stage, steps
+from pipeline.orchestration.stages import Stage, steps
 from slurm.cluster import refuse
 from slurm.site_file import asks_for_gpus, load_site
 
@@ -28,7 +28,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], cluster: str) -> None:
 
 def _check_training(recipe: Recipe, cluster: str) -> None:
     """The batch over all ranks, and DeepSpeed's settings, as ranks on such nodes will find them."""
-    from pipeline.engine import deepspeed_config
+    from pipeline.training.engine import deepspeed_config
 
     launch = recipe.launch
     ranks = launch.nodes * launch.processes
@@ -54,8 +54,8 @@ def _has_gpus(recipe: Recipe, cluster: str) -> bool:
 
 
 def _check_evaluation(recipe: Recipe) -> None:
-    from pipeline.features import wanted_metrics
-    from pipeline.metrics import ISC_SPLITS, NEIGHBOURHOOD
+    from pipeline.evaluation.metrics import ISC_SPLITS, NEIGHBOURHOOD
+    from pipeline.features.extractors import wanted_metrics
 
     wanted_metrics(recipe.evaluate)
     needed = {"inception_score": ISC_SPLITS, "kid": NEIGHBOURHOOD + 1, "precision_recall": NEIGHBOURHOOD + 1}

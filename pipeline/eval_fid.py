@@ -20,8 +20,8 @@ from common.recipe import Recipe
 from common.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
-    from pipeline.evaluation import Evaluation, Measurement, Metrics, NumberForm
-    from pipeline.picture_sets import PictureSet, SampleRanges
+    from pipeline.evaluation.image_sets import PictureSet, SampleRanges
+    from pipeline.evaluation.measurements import Evaluation, Measurement, Metrics, NumberForm
 
 
 def evaluate(recipe: Recipe) -> None:
@@ -30,7 +30,7 @@ def evaluate(recipe: Recipe) -> None:
     Of several ranks each extracts the features of its chunks of samples, and the one that ends last does the rest.
     """
     from common.ranks import rank_and_world_size, share_cores
-    from pipeline.evaluation import Evaluation
+    from pipeline.evaluation.measurements import Evaluation
 
     rank, world_size = rank_and_world_size()
     share_cores()
@@ -84,7 +84,7 @@ def _short(number: "NumberForm") -> str:
 
 
 def finished(recipe: Recipe) -> bool:
-    from pipeline.evaluation import Evaluation
+    from pipeline.evaluation.measurements import Evaluation
 
     try:
         return read_metrics(recipe) == Evaluation(recipe).metrics()
@@ -94,14 +94,14 @@ def finished(recipe: Recipe) -> bool:
 
 def read_metrics(recipe: Recipe) -> "Metrics":
     """`metrics.json`. Raises UserError where it is missing or not as it was written."""
-    from pipeline.evaluation import REMEDY, Metrics
+    from pipeline.evaluation.measurements import REMEDY, Metrics
 
     return read_sealed(recipe.folder / "metrics.json", Metrics, REMEDY)
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """What is compared with what, and which distances are there already."""
-    from pipeline.evaluation import Evaluation
+    from pipeline.evaluation.measurements import Evaluation
 
     evaluation = Evaluation(recipe)
     weights = evaluation.weights
@@ -121,7 +121,7 @@ def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
 
 def extract_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     """The features of this part's chunks of samples."""
-    from pipeline.evaluation import Evaluation
+    from pipeline.evaluation.measurements import Evaluation
 
     for samples in Evaluation(recipe).samples:
         samples.check()

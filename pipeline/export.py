@@ -20,7 +20,7 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
-    from pipeline.samples import sample_set
+    from pipeline.sampling.sample_set import sample_set
 
     yield f"weights: {sample_set(recipe, recipe.sample.weights).weights}"
     yield f"pipeline: {folder_of(recipe)}"
@@ -29,10 +29,10 @@ def plan(recipe: Recipe) -> Iterator[str]:
 def export(recipe: Recipe) -> None:
     """Replaces what was exported before."""
     from common.files import atomic_folder
+    from common.run_weights import REMEDY
     from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
-    from pipeline.run_weights import REMEDY
-    from pipeline.samples import sample_set
-    from preprocess.encoder import fetch_vae, load_vae
+    from pipeline.sampling.sample_set import sample_set
+    from preprocess.encoding.encoder import fetch_vae, load_vae
 
     try:
         transformer = FPDMTransformer2DModel.from_pretrained(sample_set(recipe, recipe.sample.weights).weights)

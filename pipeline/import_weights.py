@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import load_recipe
-    from pipeline.run_folder import weights_folder
+    from common.run_folder import weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     print(f"plan: {describe_network(recipe)}", flush=True)
@@ -48,7 +48,7 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     Raises UserError where the file is no checkpoint, or another network's than the recipe's.
     """
     from fpdm.importing import import_checkpoint
-    from pipeline.checkpoint import export_weights
+    from pipeline.training.checkpoint import export_weights
 
     wanted = denoiser_config(recipe)
     told: dict[str, Any] = {  # no shape tells these

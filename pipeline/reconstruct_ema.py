@@ -22,7 +22,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import load_recipe
-    from pipeline.run_folder import power_name, weights_folder
+    from common.run_folder import power_name, weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     if arguments.width is None:
@@ -43,7 +43,7 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
     Raises UserError where there is none.
     """
-    from pipeline.run_folder import counted, power_name
+    from common.run_folder import counted, power_name
 
     weights = recipe.folder / "weights"
     found = {
@@ -83,9 +83,9 @@ def write(
     width: float,
 ) -> None:
     """Adds the stored averages up in float64 and writes the sum as weights, with its factors in config.json."""
-    from pipeline.checkpoint import export_weights
-    from pipeline.run_folder import power_name
-    from pipeline.run_weights import describe, load_network
+    from common.run_folder import power_name
+    from common.run_weights import describe, load_network
+    from pipeline.training.checkpoint import export_weights
 
     total = None
     for snapshot, factor in factors.items():

@@ -13,7 +13,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_write, content_key, sha256_file
 from common.log_lines import OPEN, read_log
 from common.recipe import Recipe
@@ -35,7 +35,8 @@ class Started(TypedDict):
 
 def report(recipe: Recipe) -> None:
     """The stage: draws the pictures and the curve, fills the template. Raises UserError where a stage is missing."""
-    from pipeline.figures import class_panels, contact_sheet, loss_curve
+    from pipeline.evaluation.plots import loss_curve
+    from pipeline.reporting.contact_sheet import class_panels, contact_sheet
 
     inputs = _inputs(recipe)
     panels, log = class_panels(recipe), recipe.folder / "metrics.jsonl"
@@ -62,15 +63,22 @@ def finished(recipe: Recipe) -> bool:
 
 
 def render(**values: Any) -> str:
-    """The page; every value is escaped, a missing one is an error."""
+    """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
     import jinja2
 
-    from pipeline.figures import png_uri
+    from pipeline.reporting.contact_sheet import png_uri
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "reporting" / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
     return environment.get_template("report.html.j2").render(values)
+
+
+def _shown(value: Any) -> Any:
+    """A value as the page has it: no encoding has half a character, and no browser is to obey a control character."""
+    return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
 
 
 def context(recipe: Recipe) -> dict[str, Any]:
@@ -79,8 +87,8 @@ def context(recipe: Recipe) -> dict[str, Any]:
     from common.recipe import denoiser_config, latent_shape
     from fpdm.denoiser import count_parameters
     from pipeline.eval_fid import read_metrics
-    from pipeline.plans import blocks_a_picture
-    from pipeline.stages import read_times
+    from pipeline.orchestration.stages import read_times
+    from pipeline.sampling.plans import blocks_a_picture
 
     metrics = read_metrics(recipe)
     started = [line for line in read_log(recipe.folder / "provenance.jsonl", Started) if line["stage"] == "train"]
@@ -102,8 +110,8 @@ def context(recipe: Recipe) -> dict[str, Any]:
 
 def _sweep(recipe: Recipe) -> dict[str, Any] | None:
     """The table and the picture of the run's sweep, if there was one."""
-    from pipeline.figures import sweep_picture
-    from pipeline.sweeping import TABLE, read_table, table
+    from pipeline.evaluation.plots import sweep_picture
+    from pipeline.evaluation.sweep import TABLE, read_table, table
 
     if not (recipe.folder / TABLE).exists():
         return None
@@ -115,7 +123,7 @@ def _inputs(recipe: Recipe) -> str:
     """A key of all that the report shows. Raises UserError where this recipe's samples are not measured."""
     from common.loading import dump_recipe
     from pipeline import eval_fid
-    from pipeline.sweeping import TABLE
+    from pipeline.evaluation.sweep import TABLE
 
     if not eval_fid.finished(recipe):
         raise UserError(

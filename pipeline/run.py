@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.recipe import Recipe
 
 if TYPE_CHECKING:
-    from pipeline.stages import Stage
+    from pipeline.orchestration.stages import Stage
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def main() -> None:
 
     from common.loading import dump_recipe, load_recipe
     from pipeline.checks import check_stages
-    from pipeline.foreground import plan, run_stage
-    from pipeline.stages import select
+    from pipeline.orchestration.run_and_wait import plan, run_stage
+    from pipeline.orchestration.stages import select
     from slurm.cluster import resolve
 
     recipe = load_recipe(arguments.config, arguments.overrides)
@@ -72,8 +72,8 @@ def main() -> None:
 
 
 def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace) -> None:
-    from pipeline.chain import describe, submission_scripts, submit_chain
-    from pipeline.snapshot import take_snapshot
+    from pipeline.orchestration.code_snapshot import take_snapshot
+    from pipeline.orchestration.slurm_chain import describe, submission_scripts, submit_chain
 
     if arguments.dry_run:
         code = Path("<snapshot>") if arguments.snapshot else None

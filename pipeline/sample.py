@@ -17,9 +17,10 @@ from common.recipe import Recipe
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """What sampling costs, which weights it takes, and what is there already."""
-    from pipeline.chunks import chunk_spans
-    from pipeline.plans import blocks_a_picture
-    from pipeline.samples import missing_chunks, sample_set, total_samples, wanted_weights
+    from pipeline.sampling.chunks import chunk_spans
+    from pipeline.sampling.plans import blocks_a_picture
+    from pipeline.sampling.sample_set import sample_set, total_samples, wanted_weights
+    from pipeline.sampling.samples import missing_chunks
 
     settings = recipe.sample
     iterations = ""
@@ -39,14 +40,14 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
 
 def work(recipe: Recipe) -> None:
-    from pipeline.samples import sample
+    from pipeline.sampling.samples import sample
 
     sample(recipe)
 
 
 def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
     """An array of jobs, each drawing every `jobs`-th chunk; then what is made of all chunks."""
-    run_parts(recipe, cluster, "sample", "pipeline.samples", "sample", jobs)
+    run_parts(recipe, cluster, "sample", "pipeline.sampling.samples", "sample", jobs)
     work(recipe)
 
 

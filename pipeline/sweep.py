@@ -18,7 +18,7 @@ from common.recipe import Recipe
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """The points, which of them are measured, and what is no point."""
-    from pipeline.sweeping import measured, points
+    from pipeline.evaluation.sweep import measured, points
 
     found, left_out = points(recipe)
     for point, made in found.items():
@@ -32,7 +32,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
 def sweep(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     """Measures this part's points; the table holds what is measured so far."""
-    from pipeline.sweeping import measure_point, points, write_tables
+    from pipeline.evaluation.sweep import measure_point, points, write_tables
 
     for made in list(points(recipe)[0].values())[part::parts]:
         measure_point(made)
@@ -41,8 +41,8 @@ def sweep(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
 
 def measure_reference(recipe: Recipe) -> None:
     """Once, before many jobs would do it at the same time."""
-    from pipeline.evaluation import Evaluation
-    from pipeline.sweeping import points
+    from pipeline.evaluation.measurements import Evaluation
+    from pipeline.evaluation.sweep import points
 
     Evaluation(next(iter(points(recipe)[0].values()))).measure_reference()
 
@@ -66,7 +66,7 @@ def in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
 
 
 def _say(recipe: Recipe) -> None:
-    from pipeline.sweeping import write_tables
+    from pipeline.evaluation.sweep import write_tables
 
     write_tables(recipe)
     folder = recipe.folder / "sweep"

@@ -16,11 +16,11 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.errors import UserError
     from common.ranks import rank_and_world_size
     from common.recipe import with_world_size
-    from pipeline.checkpoint import complete_checkpoints
-    from pipeline.data import open_shards
-    from pipeline.engine import deepspeed_config
-    from pipeline.run_identity import total_samples
-    from pipeline.trainer import finished
+    from pipeline.training.checkpoint import complete_checkpoints
+    from pipeline.training.data import open_shards
+    from pipeline.training.engine import deepspeed_config
+    from pipeline.training.identity import total_samples
+    from pipeline.training.trainer import finished
 
     train = recipe.train
     if recipe.model.kind == "fpdm":
@@ -44,7 +44,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
 
 def work(recipe: Recipe) -> None:
-    from pipeline.trainer import train
+    from pipeline.training.trainer import train
 
     train(recipe)
 

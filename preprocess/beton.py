@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import alone_in, atomic_write, remove_leftovers, sha256_file
 from common.recipe import Recipe
 from preprocess.shards import INDEX, SAMPLE, SAMPLES, LatentShards, rows_name, verify
-from preprocess.shards.format import write_sealed
+from preprocess.shards.forms import Index, Shard, write_index_file
 
 FOLDER = "ffcv"  # below data.shards
 BETON = "latents.beton"
@@ -87,10 +87,20 @@ def _convert(shards: LatentShards, target: Path, processes: int) -> None:
     for name in (SAMPLES, rows_name(BETON)):
         with atomic_write(target / name) as temporary, open(temporary, "wb") as file:
             np.save(file, rows, allow_pickle=False)
-    hashes = {"sha256": sha256_file(target / BETON), "samples_sha256": sha256_file(target / SAMPLES)}
-    shard = {"url": BETON, "nsamples": len(shards), "filesize": (target / BETON).stat().st_size, **hashes}
-    own = {"shardlist": [shard], "samples_sha256": hashes["samples_sha256"], "converted_from": shards.content_key}
-    write_sealed(target / INDEX, shards.index | own)
+    shard: Shard = {
+        "url": BETON,
+        "nsamples": len(shards),
+        "filesize": (target / BETON).stat().st_size,
+        "sha256": sha256_file(target / BETON),
+        "samples_sha256": sha256_file(target / SAMPLES),
+    }
+    own: Index = {
+        **shards.index,
+        "shardlist": [shard],
+        "samples_sha256": shard["samples_sha256"],
+        "converted_from": shards.content_key,
+    }
+    write_index_file(target, own)
     try:
         _prove_equal(shards, LatentShards(target))
     except UserError:

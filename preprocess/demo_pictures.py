@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typing_extensions import TypedDict  # typing's own is not read before Python 3.12
 
 from common.command import run_command
 from common.errors import UserError
-from common.files import atomic_folder, content_key, write_json
+from common.files import atomic_folder
 from common.recipe import Recipe
-from common.sealed import read_json
+from common.sealed import read_sealed, write_sealed
 
 CLASSES = {"robot": "set1", "monster": "set2", "robot-head": "set3", "cat": "set4"}
 BACKGROUND = (238, 238, 238, 255)
@@ -95,6 +96,12 @@ def _permuted(seed: int, class_name: str, portraits: Portraits, start: int, coun
     return permute(seed, f"demo_pictures/{class_name}", positions, portraits.combinations).tolist()
 
 
+class Marker(TypedDict):
+    """What a finished folder of portraits says of itself."""
+
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Part:
     """The training or the held-out portraits: a folder and what decides its content."""
@@ -107,7 +114,7 @@ class Part:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": None, "robohash": version("robohash"), "background": BACKGROUND}
+        return {**asdict(self), "folder": None, "robohash": version("robohash"), "background": list(BACKGROUND)}
 
     @property
     def is_finished(self) -> bool:
@@ -116,7 +123,7 @@ class Part:
             return False
         if not (self.folder / MARKER).is_file():
             raise UserError(f"data: {self.folder} is there and not made by this command; name another folder for it")
-        return read_json(self.folder / MARKER)["key"] == content_key(self.settings)
+        return read_sealed(self.folder / MARKER, Marker, f"delete {self.folder}")["settings"] == self.settings
 
 
 def parts(recipe: Recipe) -> list[Part]:
@@ -162,7 +169,7 @@ def _compose_part(part: Part, sets: dict[str, Portraits]) -> None:
             for index, combination in enumerate(_chosen(part, class_name, portraits)):
                 portraits.compose(combination).save(folder / class_name / f"{index:06d}.png")
                 bar.update()
-        write_json(folder / MARKER, {"key": content_key(part.settings), "settings": part.settings})
+        write_sealed(folder / MARKER, {"settings": part.settings})
 
 
 def _chosen(part: Part, class_name: str, portraits: Portraits) -> list[int]:

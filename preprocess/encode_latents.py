@@ -18,19 +18,19 @@ from common.ranks import rank_and_world_size
 from common.recipe import Recipe
 
 if TYPE_CHECKING:
-    from preprocess.encoding import Encoding
+    from preprocess.encoding.encoding import Encoding
 
 
 def plan(recipe: Recipe) -> list[str]:
     """Checks source, VAE, disk and what is there already; touches nothing."""
-    from preprocess.encoding import describe_plan, resolve
+    from preprocess.encoding.encoding import describe_plan, resolve
 
     return describe_plan(resolve(recipe, download=False))
 
 
 def finished(recipe: Recipe) -> bool:
     from preprocess import beton
-    from preprocess.encoding import resolve
+    from preprocess.encoding.encoding import resolve
 
     try:
         return resolve(recipe, download=False).is_finished and not beton.is_missing(recipe)
@@ -43,7 +43,7 @@ def encode(recipe: Recipe) -> None:
 
     What is there already is proved by its hashes, and kept.
     """
-    from preprocess.encoding import all_there, make_shards, merge_shards, resolve
+    from preprocess.encoding.encoding import all_there, make_shards, merge_shards, resolve
 
     rank, ranks = rank_and_world_size()
     encoding = resolve(recipe, download=True)
@@ -57,11 +57,11 @@ def encode(recipe: Recipe) -> None:
 
 def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
     """The whole stage as an array of jobs, each making every `jobs`-th shard; then the index."""
-    from preprocess.encoding import merge_shards, resolve
+    from preprocess.encoding.encoding import merge_shards, resolve
 
     encoding = resolve(recipe, download=True)  # here, so that no job downloads what another does
     print(f"{jobs} jobs; what each does is told in {recipe.folder / 'logs/encode'}", flush=True)
-    run_parts(recipe, cluster, "encode", "preprocess.encoding", "encode_part", jobs)
+    run_parts(recipe, cluster, "encode", "preprocess.encoding.encoding", "encode_part", jobs)
     merge_shards(encoding)
     complete(encoding)
 
@@ -69,7 +69,7 @@ def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
 def complete(encoding: "Encoding") -> None:
     """What comes after the index: a summary, and the FFCV file where `data.format` asks for one."""
     from preprocess import beton
-    from preprocess.encoding import summarise
+    from preprocess.encoding.encoding import summarise
 
     summarise(encoding)
     if beton.is_missing(encoding.recipe):

@@ -30,7 +30,7 @@ def main() -> None:
         return
 
     from common.files import atomic_write
-    from preprocess.comparison import draw_sheet
+    from preprocess.encoding.comparison import draw_sheet
 
     sheet, ratios = draw_sheet(recipe, arguments.count)
     with atomic_write(path) as temporary:

@@ -56,7 +56,7 @@ def plan(recipe: Recipe) -> list[str]:
 
 
 def work(recipe: Recipe) -> None:
-    from preprocess.vae_training import Portraits, finish, measure, train
+    from preprocess.demo.vae_training import Portraits, finish, measure, train
 
     portraits = Portraits(recipe)
     held_out = portraits.held_out()

@@ -31,8 +31,8 @@ def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
 
     from tqdm import tqdm
 
-    from preprocess.shards import INDEX, verify
-    from preprocess.shards.format import read_sealed
+    from preprocess.shards import verify
+    from preprocess.shards.forms import read_local_index
 
     if processes < 1:
         raise UserError(f"--processes: {processes} read nothing; it must be at least 1")
@@ -42,7 +42,7 @@ def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
         faults += 1
     if faults:
         raise UserError(f"{folder}: not whole, the faults are listed above ({faults})")
-    index = read_sealed(Path(folder) / INDEX)
+    index = read_local_index(Path(folder))
     print(f"{folder}: {index['accepted']:,} samples in {len(index['shardlist'])} shards, all whole")
     if deep is not None:
         compare(folder, deep, pictures)
@@ -51,7 +51,7 @@ def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
 def compare(folder: str, recipe: str, pictures: int) -> None:
     """Encodes some pictures again. Raises UserError where their latents or labels are not those in the folder."""
     from common.loading import load_recipe
-    from preprocess.comparison import deep_faults
+    from preprocess.encoding.comparison import deep_faults
 
     if pictures < 1:
         raise UserError(f"--pictures: {pictures}; at least 1")

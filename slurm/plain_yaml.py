@@ -15,6 +15,7 @@ import yaml
 
 KEPT = (*(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str")), None)  # None: what is unknown
 DIGITS = r"(?:0|[1-9][0-9]*)"
+MAX_VALUES, MAX_DEPTH = 100_000, 50  # of a text with its aliases written out
 NULLS = ("", "~", "null", "Null", "NULL")
 WORDS = {form: word == "true" for word in ("true", "false") for form in (word, word.capitalize(), word.upper())}
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # where a field takes true or false and no text
@@ -37,6 +38,20 @@ class _Loader(yaml.SafeLoader):
         tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in KEPT
     }
 
+    def get_single_node(self) -> Any:
+        """The whole tree. Refused where it is endless, a bomb of aliases, or deeper than those who read it can go."""
+        root = super().get_single_node()
+        waiting, count = [(root, 0)] if root else [], 0
+        while waiting:
+            node, depth = waiting.pop()
+            count += 1
+            if count > MAX_VALUES or depth > MAX_DEPTH:
+                fault = "nested too deeply" if depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
+                raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            waiting += [(part, depth + 1) for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        return root
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Keys are text, and each stands once."""
         keys: set[str] = set()
@@ -44,7 +59,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
             if key.value in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value[:40]} stands twice", key.start_mark)
             keys.add(key.value)
         self.flatten_mapping(node)  # `<<`
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
@@ -55,7 +70,9 @@ def _reads(kind: str, pattern: str, first: str, read: Callable[[str], Any]) -> N
         try:
             return Plain(node.value, read(node.value))
         except (ValueError, KeyError):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no {kind}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value[:40]} is no {kind}", node.start_mark
+            ) from None
 
     tag = f"tag:yaml.org,2002:{kind}"
     _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), [*first, *([""] if kind == "null" else [])])
@@ -79,10 +96,10 @@ def read_yaml(text: str) -> Any:
     """Dicts by text, lists, text and `Plain`. ValueError says in one line where `text` is no YAML, or holds more."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader that knows even less
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except Exception as error:  # noqa: BLE001 # PyYAML has more than its own for what it cannot read
+        raise ValueError(" ".join(str(error).split())[:500]) from None
 
 
 def settle(hint: Any, tree: Any) -> Any:

@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
@@ -68,7 +69,9 @@ class Site:
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a node; jobs of fewer processes ask for their share
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # of a node; jobs of fewer processes ask for their share
+    )
     exclusive: StrictBool = False
     setup: tuple[SetupLine, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
@@ -91,6 +94,8 @@ def load_site(path: str | Path | None = None) -> Site:
         return Site()
     try:
         settings = settle(Site, read_yaml(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; {VARIABLE} names it") from None
     except ValueError as error:
         raise ValueError(f"{file}: not readable as YAML: {error}") from None
     try:
@@ -104,7 +109,7 @@ def _first_fault(error: ValidationError) -> str:
     name = ".".join(map(str, fault["loc"][:1])) or "site"
     if fault["type"] == "unexpected_keyword_argument":
         return f"{name}: unknown key; allowed: {', '.join(one.name for one in fields(Site))}"
-    return f"{name}: {fault['msg'].removeprefix('Value error, ')}; found {fault['input']!r}"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}; found {short(fault['input'])}"
 
 
 def submission_parameters(site: Site) -> dict[str, Any]:

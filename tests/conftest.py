@@ -65,7 +65,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Recipe
 
     from fpdm import rng
     from fpdm.denoiser import build_denoiser
-    from pipeline.checkpoint import export_weights
+    from pipeline.training.checkpoint import export_weights
 
     folder = tmp_path_factory.mktemp("tiny-run")
     recipe = Recipe(
@@ -102,7 +102,7 @@ def copied(recipe: Recipe, runs: Path) -> Recipe:
 
 def load_samples(folder: Path, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of samples 0 to num_samples - 1, as `chunks.iterate` gives them."""
-    from pipeline.chunks import iterate
+    from pipeline.sampling.chunks import iterate
 
     rows = list(iterate(folder, (0, num_samples)))
     return np.concatenate([part["images"] for part in rows]), np.concatenate([part["labels"] for part in rows])

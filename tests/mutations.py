@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
-from preprocess.metadata import PNG
+from preprocess.images.metadata import PNG
 from preprocess.sources import Entries, Entry
 from tests.photographs import encoded, photograph
 

@@ -13,8 +13,8 @@
 A member's number is the picture's position in the sorted source list, and shard i covers a fixed slice of that list:
 any worker can write any shard, and a kill costs the shard in hand.
 
-`format` has the names, the row and the checksum; `writer`, `reader` and `verification` what their names say;
-`storage` where files lie and how they get here.
+`format` has the names, the row and the checksum; `forms` what the JSON files hold; `writer`, `reader` and
+`verification` what their names say; `mapping` maps files into memory; `storage` where files lie and how they get here.
 """
 
 from preprocess.shards.format import (
@@ -22,14 +22,13 @@ from preprocess.shards.format import (
     MOMENTS,
     SAMPLE,
     SAMPLES,
-    Record,
     Rejection,
     Sample,
-    Settings,
     member_name,
     rows_name,
     shard_name,
 )
+from preprocess.shards.forms import Record, Settings
 from preprocess.shards.reader import LatentShards
 from preprocess.shards.storage import Cache
 from preprocess.shards.verification import verify

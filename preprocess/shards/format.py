@@ -1,19 +1,15 @@
 """Names, layouts and checksums that the writer and the readers of shards share."""
 
 import io
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from isal import isal_zlib
 
-from common.errors import UserError
-from common.files import content_key, write_json
-
-VERSION = 2  # 2: the shard list has each shard's samples_sha256, which readers of remote shards need
+VERSION = 3  # 3: records say which shard they are of, and what it was made of
 INDEX = "index.json"
 SAMPLES = "samples.npy"
 SAMPLE = np.dtype(
@@ -28,9 +24,6 @@ SAMPLE = np.dtype(
     ]
 )
 MOMENTS = np.dtype("<f2")
-
-Settings = dict[str, Any]
-Record = dict[str, Any]
 
 # CRC-32 of a buffer, begun with the label: a sample with another label does not match. isal's is zlib's, bit for bit,
 # and seven times as fast; no function of ours around it, because every sample of a batch passes through it.
@@ -50,6 +43,7 @@ class Sample:
     height: int
     moments: np.ndarray  # (2C, h, w) float16
     flipped: np.ndarray | None
+    picture: str = ""  # the first 16 hex digits of the sha256 of its encoded bytes
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,8 @@ class Rejection:
 
     key: str
     reason: str
+    position: int = field(default=-1, compare=False)
+    picture: str = field(default="", compare=False)  # as a Sample's, where its bytes could be read
 
 
 def shard_name(number: int) -> str:
@@ -88,26 +84,3 @@ def rows_header(count: int) -> bytes:
 def rows_size(count: int) -> int:
     """Bytes of the .npy file that holds `count` rows."""
     return len(rows_header(count)) + count * SAMPLE.itemsize
-
-
-def write_sealed(path: Path, value: Record) -> None:
-    write_json(path, {**value, "content_key": content_key(value)})
-
-
-def read_sealed(path: Path) -> Record:
-    """Raises UserError where the file is missing or not as `write_sealed` left it."""
-    try:
-        return unseal(path.read_text(), path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-
-
-def unseal(text: str | bytes, where: str | Path) -> Record:
-    """As `read_sealed`, from the file's bytes."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not readable as JSON ({error}); delete it and make it again") from None
-    if not isinstance(value, dict) or value.pop("content_key", None) != content_key(value):
-        raise UserError(f"{where}: changed after it was written; {REMEDY}")
-    return value

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-import mmap
+import os
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import cached_property
@@ -18,18 +18,18 @@ from preprocess.shards.format import (
     REMEDY,
     SAMPLE,
     SAMPLES,
-    VERSION,
-    Record,
     checksum,
     member_name,
     rows_header,
     rows_size,
 )
-from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFile, check_name, check_size, shard_files
+from preprocess.shards.forms import Index, Shard
+from preprocess.shards.mapping import map_file
+from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFile, check_size, shard_files
 
 Storage = LocalFolder | CachedFolder
 
-MAX_SIDE = 2**16  # of the moments, or channels of them
+PROVED_AT_ONCE = 64  # samples
 MAX_MAPPED = 8192  # shards; Linux lets a process map 65,530 files
 
 
@@ -45,12 +45,9 @@ class LatentShards:
         self.address, self.cache = address, cache
         self.storage: Storage = CachedFolder(str(address), cache) if cache else LocalFolder(address)
         self.index = self.storage.read_index()
-        if self.index["version"] != VERSION:
-            found = self.index["version"]
-            raise UserError(f"{self.address}/{INDEX}: version {found}, this reads {VERSION}; encode again")
-        _check_index(self.index, f"{self.address}/{INDEX}")
-        self.shape: tuple[int, int, int] = tuple(self.index["shape"])
-        self.class_names: list[str] = self.index["class_names"]
+        channels, height, width = self.index["shape"]
+        self.shape = channels, height, width
+        self.class_names = self.index["class_names"]
         self.num_classes = len(self.class_names)
         self.rows = _row_reader(self.storage, self.index)
         self._maps: OrderedDict[int, memoryview] = OrderedDict()
@@ -64,8 +61,15 @@ class LatentShards:
     @property
     def content_key(self) -> str:
         """What names these samples in this order, in whatever format they lie."""
-        key: str = self.index["converted_from"] if "converted_from" in self.index else self.index["samples_sha256"]
-        return key
+        return self.index.get("converted_from", self.index["samples_sha256"])
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """Scaling and shift factor of the latents. Raises UserError where the index says nothing of an autoencoder."""
+        autoencoder = self.index["settings"].get("vae")
+        if autoencoder is None:
+            raise UserError(f"{self.address}/{INDEX}: says nothing of the autoencoder that encoded it; encode again")
+        return autoencoder["scaling_factor"], autoencoder["shift_factor"]
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -73,8 +77,26 @@ class LatentShards:
         return self.labels_at(np.arange(len(self)))
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """(B,) int64 class indices of samples `indices`; they are covered by the checksums that `gather` verifies."""
-        return self.rows(np.asarray(indices))["label"].astype(np.int64)
+        """(B,) int64 class indices of samples `indices`; they are covered by the checksums that `gather` verifies.
+
+        Raises UserError for one that is no class.
+        """
+        labels = self.rows(np.asarray(indices))["label"].astype(np.int64)
+        if len(labels) and labels.max() >= self.num_classes:
+            raise UserError(
+                f"{self.address}/{SAMPLES}: a sample of class {labels.max()}, there are {self.num_classes}; {REMEDY}"
+            )
+        return labels
+
+    def prove_places(self, part: int = 0, parts: int = 1) -> None:
+        """Reads the first sample of every shard, of each `parts`-th from `part` on: shards that were exchanged, copied
+        over one another or renamed are of the right size. Raises UserError naming one. Remote shards have hashes.
+        """
+        if isinstance(self.storage, LocalFolder):
+            starts = np.cumsum([0] + [shard["nsamples"] for shard in self.index["shardlist"]])
+            firsts = np.unique(starts[starts < len(self)])[part::parts]
+            for start in range(0, len(firsts), PROVED_AT_ONCE):
+                self.gather(firsts[start : start + PROVED_AT_ONCE])
 
     def gather(self, indices: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
         """Samples `indices` (B,) -> moments (B, 2C, h, w) float16: mean and standard deviation, unscaled.
@@ -118,10 +140,10 @@ class LatentShards:
             return memoryview(b"")
         shards = self.index["shardlist"]
         entry = shards[shard]
-        with open(self.storage.open(entry["url"], entry["filesize"], entry["sha256"]), "rb") as file:
-            _unmap(self._maps, self.storage, lambda number: shard_files(shards[number])[1])
-            self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return self._maps[shard]
+        data = _mapped(self.storage, entry["url"], entry["filesize"], entry["sha256"])
+        _unmap(self._maps, self.storage, lambda number: shard_files(shards[number])[1])
+        self._maps[shard] = data
+        return data
 
     def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> memoryview:
         """The shard, after its cached copy was fetched anew. UserError where that does not help, or it is no copy."""
@@ -140,19 +162,13 @@ class LatentShards:
         )
 
 
-def _check_index(index: Record, where: str) -> None:
-    """Raises UserError for an index, which may come from anyone, by which memory or files are not to be opened."""
+def _mapped(storage: Storage, name: str, size: int, sha256: str) -> memoryview:
+    """A file's bytes."""
+    file = storage.open(name, size, sha256)
     try:
-        shards, shape = index["shardlist"], index["shape"]
-        for shard in shards:
-            check_name(shard["url"])
-        counts = [shard["nsamples"] for shard in shards]
-        sound = min(counts, default=0) >= 0 and sum(counts) == index["accepted"]
-        sound = sound and len(shape) == 3 and all(0 < size <= MAX_SIDE for size in shape)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise UserError(f"{where}: its counts or shapes contradict each other; {REMEDY}, or get it anew")
+        return map_file(file)
+    finally:
+        os.close(file)
 
 
 def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], ShardFile]) -> None:
@@ -167,7 +183,7 @@ def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int
 Rows = Callable[[np.ndarray], np.ndarray]
 
 
-def _row_reader(storage: Storage, index: Record) -> Rows:
+def _row_reader(storage: Storage, index: Index) -> Rows:
     """A function (B,) sample indices -> (B,) rows."""
     if isinstance(storage, CachedFolder):
         return RemoteRows(storage, index["shardlist"])
@@ -190,7 +206,7 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
 class RemoteRows:
     """The rows of remote shards, fetched shard by shard: those of all samples may be larger than any disk here."""
 
-    def __init__(self, storage: CachedFolder, shardlist: list[Record]) -> None:
+    def __init__(self, storage: CachedFolder, shardlist: list[Shard]) -> None:
         self.storage, self.shardlist = storage, shardlist
         self.starts = np.cumsum([0] + [shard["nsamples"] for shard in shardlist])  # (shards + 1,)
         self._tables: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -214,14 +230,13 @@ class RemoteRows:
             self._tables[shard] = table
         return self._tables[shard]
 
-    def _open(self, shard: Record) -> np.ndarray:
+    def _open(self, shard: Shard) -> np.ndarray:
         """Maps the rows of a shard, once they are proved: no checksum covers all of a row."""
         (name, size, sha256), _ = shard_files(shard)
         for _ in range(2):
-            with open(self.storage.open(name, size, sha256), "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                    count = shard["nsamples"]
-                    return np.memmap(file, SAMPLE, "r", offset=size - count * SAMPLE.itemsize, shape=(count,))
+            data = _mapped(self.storage, name, size, sha256)
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return np.frombuffer(data, SAMPLE, shard["nsamples"], size - shard["nsamples"] * SAMPLE.itemsize)
             self.storage.discard(name, sha256)
         where = self.storage.cache.folder
         raise UserError(f"data.cache: {where} does not keep {name} as it was written; check the disk")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write
-from preprocess.shards.format import INDEX, REMEDY, Record, read_sealed, rows_name, rows_size, unseal
+from common.files import atomic_write, disk_faults_told, open_lock
+from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
+from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
 CHUNK = 8 << 20  # bytes
 ATTEMPTS = 3  # at fetching a file over a network
@@ -25,6 +26,9 @@ PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 LOCKS = 64  # lock files: two processes fetch one file once, and different files at the same time
 FETCHING_THREADS = 4
 ABANDONED = 600  # seconds without a byte after which a file that is being fetched belongs to a process that was killed
+
+
+OURS = re.compile(r"[0-9a-f]{16}-.+|\.[0-9a-f]{16}-.+\.tmp")  # copies in the cache, and those that are being made
 
 
 ShardFile = tuple[str, int, str]  # name, bytes, sha256
@@ -44,27 +48,20 @@ class LocalFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def read_index(self) -> Record:
+    def read_index(self) -> Index:
         if ":/" in str(self.path):  # Path has made one slash of two
             raise UserError(f"data.cache: {self.path} lies elsewhere; set data.cache to a folder on a local disk")
         if not (self.path / INDEX).is_file():
             raise UserError(f"data.shards: {self.path} has no {INDEX}; run preprocess/encode_latents.py until it ends")
-        return read_sealed(self.path / INDEX)
+        return read_local_index(self.path)
 
     def open(self, name: str, size: int, sha256: str) -> int:
         """A file descriptor for reading. Raises UserError where the file is missing or of another size."""
-        check_name(name)
         check_size(self.path / name, size)
         return os.open(self.path / name, os.O_RDONLY)
 
     def discard(self, name: str, sha256: str) -> bool:
         return False  # this is the only copy
-
-
-def check_name(name: str) -> None:
-    """Raises UserError for a name that could lead out of its folder: an index may come from anyone."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        raise UserError(f"data.shards: {INDEX} names a file {name!r}, a plain file name is needed; get it elsewhere")
 
 
 def check_size(path: Path, size: int) -> None:
@@ -85,15 +82,15 @@ class CachedFolder:
         self.address, self.cache = address.rstrip("/"), cache
         self.filesystem, self.root = _filesystem(self.address)
 
-    def read_index(self) -> Record:
+    def read_index(self) -> Index:
         where = f"{self.address}/{INDEX}"
         try:
-            text = self.filesystem.cat_file(f"{self.root}/{INDEX}")
+            data = self.filesystem.cat_file(f"{self.root}/{INDEX}")
         except FileNotFoundError:
             raise UserError(f"data.shards: {self.address} has no {INDEX}; finish it, and upload {INDEX} last") from None
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error}); check the address and the credentials") from None
-        return unseal(text, where)
+        return read_index(data, where)
 
     def open(self, name: str, size: int, sha256: str) -> int:
         """A file descriptor of the whole copy, fetched first where it is not here.
@@ -104,7 +101,8 @@ class CachedFolder:
             path = self._fetch(name, size, sha256)
             with suppress(FileNotFoundError):  # another process has made room for its own
                 file = os.open(path, os.O_RDONLY)
-                os.utime(file, ns=(time.time_ns(),) * 2)  # used last now; the kernel's own clock ticks in milliseconds
+                with suppress(PermissionError):  # another user's copy, who keeps account of it
+                    os.utime(file, ns=(time.time_ns(),) * 2)  # used last now; the kernel's clock ticks in milliseconds
                 return file
         raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; allow more")
 
@@ -119,7 +117,7 @@ class CachedFolder:
             for fetched in as_completed([threads.submit(self._fetch, *file) for file in files]):
                 yield fetched.result()
 
-    def stage(self, shardlist: list[Record]) -> None:
+    def stage(self, shardlist: list[Shard]) -> None:
         """Fetches all shards now; one process of the machine does, the others wait for it.
 
         Raises UserError where they have no room, beside `open`'s reasons.
@@ -145,7 +143,6 @@ class CachedFolder:
                     bar.update(path.stat().st_size)
 
     def _copy(self, name: str, sha256: str) -> Path:
-        check_name(name)
         return self.cache.folder / f"{sha256[:16]}-{name}"
 
     def is_here(self, name: str, size: int, sha256: str) -> bool:
@@ -159,18 +156,18 @@ class CachedFolder:
         if not self.is_here(name, size, sha256):
             with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
                 if not self.is_here(name, size, sha256):  # another process may have fetched it meanwhile
-                    with atomic_write(path) as temporary:
+                    with disk_faults_told(f"data.cache: {self.cache.folder}"), atomic_write(path) as temporary:
                         self._reserve(temporary, size)
-                        self._download(name, temporary, sha256)
+                        self._download(name, temporary, size, sha256)
         return path
 
-    def _download(self, name: str, path: Path, sha256: str) -> None:
+    def _download(self, name: str, path: Path, size: int, sha256: str) -> None:
         where = f"{self.address}/{name}"
         fault = ""
         for attempt in range(ATTEMPTS):
             time.sleep(PAUSE * attempt)
             try:
-                if self._copy_hashed(name, path) == sha256:
+                if self._copy_hashed(name, path, size) == sha256:
                     return
                 fault = "not the bytes that its index describes"
             except FileNotFoundError:
@@ -181,11 +178,15 @@ class CachedFolder:
                 fault = f"cannot be read ({error})"
         raise UserError(f"{where}: {fault}, {ATTEMPTS} times; check the address, or upload it again")
 
-    def _copy_hashed(self, name: str, path: Path) -> str:
-        digest = hashlib.sha256()
+    def _copy_hashed(self, name: str, path: Path, size: int) -> str:
+        """The sha256 of what was copied: at most `size` bytes and one more, however much the other side sends."""
+        digest, left = hashlib.sha256(), size
         with self.filesystem.open(f"{self.root}/{name}", "rb") as source, open(path, "r+b") as target:
-            while chunk := source.read(CHUNK):
+            while chunk := source.read(min(CHUNK, left + 1)):
                 digest.update(chunk)
+                left -= len(chunk)
+                if left < 0:
+                    break
                 target.write(chunk)
         return digest.hexdigest()
 
@@ -203,9 +204,12 @@ class CachedFolder:
             time.sleep(0.05)  # what others fetch at this moment can be deleted only afterwards
 
     def _make_room(self, size: int, limit: int) -> bool:
-        """Whether `size` bytes more fit, after deleting as many whole copies as it takes."""
+        """Whether `size` bytes more fit, after deleting as many whole copies as it takes.
+
+        What else lies in the folder is somebody's own: it is neither counted nor deleted.
+        """
         try:
-            files = [(path.stat(), path) for path in self.cache.folder.iterdir() if not path.is_dir()]
+            files = [(path.lstat(), path) for path in self.cache.folder.iterdir() if OURS.fullmatch(path.name)]
         except FileNotFoundError:  # one has arrived meanwhile, and has another name
             return False
         excess = sum(status.st_size for status, _ in files) + size - limit
@@ -222,14 +226,20 @@ class CachedFolder:
         folder = self.cache.folder / ".locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = open_lock(folder / name)
         except OSError as error:
-            raise UserError(f"data.cache: {self.cache.folder} cannot be written ({error.strerror})") from None
-        with open(folder / name, "a") as lock:
+            raise UserError(
+                f"data.cache: {self.cache.folder} cannot be written by this user ({error.strerror}); name a folder of "
+                "one's own, such as /tmp/$USER/latents"
+            ) from None
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
 
-def shard_files(shard: Record) -> tuple[ShardFile, ShardFile]:
+def shard_files(shard: Shard) -> tuple[ShardFile, ShardFile]:
     """What a reader needs of a shard: its rows, and the shard itself."""
     rows = rows_name(shard["url"]), rows_size(shard["nsamples"]), shard["samples_sha256"]
     return rows, (shard["url"], shard["filesize"], shard["sha256"])

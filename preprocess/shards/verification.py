@@ -18,16 +18,14 @@ from preprocess.shards.format import (
     REMEDY,
     SAMPLE,
     SAMPLES,
-    Record,
     checksum,
     member_name,
     npy_header,
-    read_sealed,
     rows_header,
     rows_name,
     rows_size,
 )
-from preprocess.shards.storage import check_name
+from preprocess.shards.forms import Index, Shard, read_local_index
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Part:
 
     folder: Path
     number: int
-    shard: Record
+    shard: Shard
     start: int  # index of its first sample
     accepted: int  # samples in all
     shape: tuple[int, int, int]
@@ -56,12 +54,12 @@ def verify(folder: str | Path, processes: int = 1) -> Iterator[str]:
     and where a process is killed.
     """
     folder = Path(folder)
-    index = read_sealed(folder / INDEX)
+    index = read_local_index(folder)
     yield from _index_faults(folder, index)
     parts, start = [], 0
     for number, shard in enumerate(index["shardlist"]):
-        check_name(shard["url"])
-        known = index["accepted"], tuple(index["shape"]), index["settings"]["flips"], len(index["class_names"])
+        channels, height, width = index["shape"]
+        known = index["accepted"], (channels, height, width), index["settings"]["flips"], len(index["class_names"])
         parts.append(Part(folder, number, shard, start, *known))
         start += shard["nsamples"]
     if processes == 1:
@@ -79,7 +77,7 @@ def verify(folder: str | Path, processes: int = 1) -> Iterator[str]:
         ) from None
 
 
-def _index_faults(folder: Path, index: Record) -> Iterator[str]:
+def _index_faults(folder: Path, index: Index) -> Iterator[str]:
     """Counts that do not add up, and a table of samples that is not the index's."""
     accepted, found = sum(shard["nsamples"] for shard in index["shardlist"]), index["found"]
     if not accepted == index["accepted"] == found - len(index["rejected"]):

@@ -3,9 +3,9 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write, sha256_file
+from common.sealed import write_sealed
 from preprocess.shards.format import (
     INDEX,
     MOMENTS,
@@ -20,41 +21,62 @@ from preprocess.shards.format import (
     SAMPLE,
     SAMPLES,
     VERSION,
-    Record,
     Rejection,
     Sample,
-    Settings,
     checksum,
     member_name,
-    read_sealed,
     rows_header,
     rows_name,
     shard_name,
-    write_sealed,
+)
+from preprocess.shards.forms import (
+    Index,
+    OtherVersion,
+    Record,
+    RejectedPicture,
+    Settings,
+    Statistics,
+    read_local_index,
+    read_record,
+    write_index_file,
 )
 
 
-def write_shard(folder: Path, number: int, outcomes: Iterable[Sample | Rejection], settings: Settings) -> Record:
-    """Writes one shard, whole or not at all, and returns its record. `settings`: what it is made with."""
+def write_shard(
+    folder: Path, number: int, outcomes: Iterable[Sample | Rejection], settings: Settings, stamp: str = ""
+) -> Record:
+    """Writes one shard, whole or not at all, and returns its record.
+
+    `settings`: what it is made with; `stamp`: `Entries.stamp` of its pictures.
+    """
     tar_path = folder / shard_name(number)
-    rows, rejected, sums = [], [], np.zeros(())
+    rows: list[tuple[int, ...]] = []
+    rejected: list[RejectedPicture] = []
+    sums = np.zeros((2, 0))
+    pictures: list[tuple[int, str]] = []
     with atomic_write(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for outcome in outcomes:
+            pictures.append((outcome.position, outcome.picture))
             if isinstance(outcome, Rejection):
-                rejected.append(asdict(outcome))
+                rejected.append({"key": outcome.key, "reason": outcome.reason})
             else:
                 rows.append(_add_sample(tar, number, outcome))
-                sums = sums + _channel_sums(outcome.moments)
+                own = _channel_sums(outcome.moments)
+                sums = own if len(rows) == 1 else sums + own
     with atomic_write(rows_path(tar_path)) as temporary, open(temporary, "wb") as file:
         np.save(file, np.array(rows, SAMPLE), allow_pickle=False)
-    record = {
+    record: Record = {
+        "version": VERSION,
+        "number": number,
         "settings": settings,
         "nsamples": len(rows),
         "filesize": tar_path.stat().st_size,
         "sha256": sha256_file(tar_path),
         "samples_sha256": sha256_file(rows_path(tar_path)),
         "rejected": rejected,
-        "channel_sums": sums.tolist(),
+        "channel_sums": [row.tolist() for row in sums],
+        "pictures": [digest for _, digest in sorted(pictures)],
+        "stamp": stamp,
     }
     write_sealed(tar_path.with_suffix(".json"), record)
     return record
@@ -97,15 +119,17 @@ def _channel_sums(moments: np.ndarray) -> np.ndarray:
 
 
 def finished_record(folder: Path, number: int, *, thorough: bool) -> Record | None:
-    """A shard's record, if the shard is there of the recorded size and, where `thorough`, hashes."""
+    """A shard's record, if the shard is there, is the one of this number, and has the recorded size and, where
+    `thorough`, hashes.
+    """
     path = folder / shard_name(number)
     if not (path.is_file() and rows_path(path).is_file()):
         return None
     try:
-        record = read_sealed(path.with_suffix(".json"))
+        record = read_record(path.with_suffix(".json"))
     except UserError:  # missing or damaged: the shard is made again
         return None
-    whole = path.stat().st_size == record["filesize"]
+    whole = (record["number"], record["filesize"]) == (number, path.stat().st_size)
     if whole and thorough:
         whole = (sha256_file(path), sha256_file(rows_path(path))) == (record["sha256"], record["samples_sha256"])
     return record if whole else None
@@ -114,15 +138,18 @@ def finished_record(folder: Path, number: int, *, thorough: bool) -> Record | No
 def remove_unfinished(folder: Path, numbers: Container[int]) -> None:
     """Deletes what killed writers of the shards `numbers` left; only for who alone writes these."""
     for path in folder.glob(".latents-*.tmp"):
-        if int(path.name.split("-")[1].partition(".")[0]) in numbers:
+        left = re.fullmatch(r"\.latents-(\d{6,})\.(tar|samples\.npy|json)\..+\.tmp", path.name)
+        if left and int(left[1]) in numbers:
             path.unlink()
 
 
 def recorded_settings(folder: Path) -> Iterator[tuple[Path, Settings]]:
-    """What the finished shards of a folder, and its index, were made with."""
+    """What the finished shards of a folder, and its index, were made with. Raises UserError for another version's."""
     for path in [folder / INDEX, *sorted(folder.glob("latents-*.json"))]:
         try:
-            yield path, read_sealed(path)["settings"]
+            yield path, (read_local_index(folder) if path.name == INDEX else read_record(path))["settings"]
+        except OtherVersion:
+            raise
         except UserError:  # missing or damaged: it is made again, and decides nothing
             continue
 
@@ -134,11 +161,12 @@ def write_index(
     class_names: list[str],
     left_out: Mapping[str, int] = MappingProxyType({}),
     warnings: Sequence[str] = (),
+    stamp: str = "",
 ) -> None:
     """Merges the shards' records into samples.npy and index.json; for one at a time.
 
     `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason; `warnings` is what
-    is unlike the data set that it should be.
+    is unlike the data set that it should be; `stamp` is `Entries.stamp` of all pictures.
     """
     for name in (SAMPLES, INDEX):
         for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
@@ -149,13 +177,21 @@ def write_index(
         file.write(rows_header(accepted))
         for path, record in zip(paths, records, strict=True):
             file.write(_rows_data(path, record))
+    for path, record in zip(paths, records, strict=True):
+        if record["nsamples"] and 2 * len(record["channel_sums"][0]) != shape[0]:
+            raise UserError(f"{path.with_suffix('.json')}: channel_sums: not of {shape[0] // 2} channels; {REMEDY}")
     rejected = [rejection for record in records for rejection in record["rejected"]]
-    index = {
-        "__kind__": "wids-shard-index-v1",
+    index: Index = {
         "wids_version": 1,
         "version": VERSION,
         "shardlist": [
-            {"url": path.name, **{name: record[name] for name in ("nsamples", "filesize", "sha256", "samples_sha256")}}
+            {
+                "url": path.name,
+                "nsamples": record["nsamples"],
+                "filesize": record["filesize"],
+                "sha256": record["sha256"],
+                "samples_sha256": record["samples_sha256"],
+            }
             for path, record in zip(paths, records, strict=True)
         ],
         "settings": records[0]["settings"],
@@ -168,8 +204,9 @@ def write_index(
         "warnings": list(warnings),
         "samples_sha256": sha256_file(folder / SAMPLES),
         "latents": _statistics(records, accepted * shape[1] * shape[2]),
+        "stamp": stamp,
     }
-    write_sealed(folder / INDEX, index)
+    write_index_file(folder, index)
 
 
 def _rows_data(tar_path: Path, record: Record) -> bytes:
@@ -182,7 +219,7 @@ def _rows_data(tar_path: Path, record: Record) -> bytes:
     return data[len(rows_header(record["nsamples"])) :]
 
 
-def _statistics(records: list[Record], count: int) -> dict[str, list[float]]:
+def _statistics(records: list[Record], count: int) -> Statistics:
     """Mean and standard deviation a channel of unscaled latents, over all pixels of all pictures, without flips."""
     sums = [np.array(record["channel_sums"]) for record in records if record["nsamples"]]
     if not sums:

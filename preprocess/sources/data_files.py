@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, faults_told
 from preprocess.sources.entries import is_hidden, kind_of
 from preprocess.sources.folders import walk_visible
 
@@ -59,10 +59,9 @@ def common_folder(files: list[Path]) -> Path:
 
 def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Iterator[Path]:
     unfinished = re.compile(rf".*{re.escape(suffix)}\.({UNFINISHED}){PACKED_TARS if suffix == '.tar' else ''}", re.I)
-    for parent, folders, names in walk_visible(folder, field, left_out):
-        link = next((name for name in folders if (parent / name).is_symlink()), None)
-        if link:
-            raise UserError(f"{field}: {parent}/{link} is a symbolic link to a folder; name that folder")
+    for parent, links, names in walk_visible(folder, field, left_out):
+        if links:
+            raise UserError(f"{field}: {parent}/{links[0]} is a symbolic link to a folder; name that folder")
         for name in names:
             if unfinished.fullmatch(name) and not is_hidden(name):
                 raise UserError(f"{field}: {parent}/{name} is packed or unfinished, no {suffix}; unpack or remove it")
@@ -75,19 +74,20 @@ def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Ite
 def _alternatives(path: str, field: str) -> list[str]:
     from braceexpand import braceexpand
 
-    ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
-    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_FILES:
-        raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
-    try:
-        return list(braceexpand(path))
-    except ValueError:
-        raise UserError(f"{field}: {path} has unbalanced braces; close them") from None
+    with faults_told(UserError, f"{field}: {path} has unbalanced braces; close them"):
+        ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
+        lists = re.findall(r"\{([^{},]*,[^{}]*)\}", path)
+        count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
+        if count * math.prod(each.count(",") + 1 for each in lists) <= MAX_FILES:
+            return list(braceexpand(path))
+    raise UserError(f"{field}: {path} means more than {MAX_FILES:,} files; name fewer")
 
 
 def _matching(pattern: str, field: str, suffix: str, left_out: Counter[str]) -> list[Path]:
     if os.path.isfile(pattern):
         return [Path(pattern)]
-    matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
+    with faults_told(UserError, f"{field}: {pattern} cannot be looked for; name a folder"):
+        matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
     files = [file for file in matches if file.suffix.lower() == suffix]
     left_out.update(kind_of(file.name) for file in matches if file.suffix.lower() != suffix)
     if not files:
@@ -113,7 +113,7 @@ def _check_one_set(files: list[Path], field: str, path: str) -> None:
         )
     numbered = [match for file in files if (match := NUMBERED.fullmatch(file.stem))]
     counts = Counter(int(match[2]) for match in numbered)
-    parts = min(int(numbered[0][3]), MAX_FILES) if numbered else 0
+    parts = max(1, min(int(numbered[0][3]), MAX_FILES)) if numbered else 0
     first = int(counts[parts] > counts[0])  # numbered from 0, as the hub has them, or from 1
     wanted = range(first, first + parts)
     wrong = next((number for number in sorted({*wanted, *counts}) if counts[number] != (number in wanted)), None)

@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
+from reprlib import repr as short
 from typing import Any
 
-from common.errors import UserError, printable
-from preprocess.images import Rejected
+from common.errors import UserError, faults_told
 from preprocess.sources.entries import MAX_CLASSES
 from preprocess.sources.listing import LABELS, Folder, Layout, Listing
 
@@ -15,17 +15,17 @@ def labelled(listing: Listing, home: Folder) -> Layout | None:
 
     Raises UserError where a label is no class index, and where images and labels are not the same.
     """
-    path = printable(f"{listing.where(home)}/{LABELS}")
+    path = f"{listing.where(home)}/{LABELS}"
     pairs = _pairs(listing, home.below(LABELS), path)
     if pairs is None:
         return None
     labels: dict[str, int] = {}
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise _refusal(listing, path, f'{_shown(pair)} among its labels; ["00000/img00000000.png", 6] is read')
+            raise _refusal(listing, path, f'{short(pair)} among its labels; ["00000/img00000000.png", 6] is read')
         name, label = pair
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
-            raise _refusal(listing, path, f"the label {_shown(label)} of {name!r}; one class index of each is read")
+            raise _refusal(listing, path, f"the label {short(label)} of {name!r}; one class index of each is read")
         if labels.setdefault(home.below(name), label) != label:
             raise _refusal(listing, path, f"two labels of {name!r}; keep one")
     keys: list[list[str]] = [[] for _ in range(max(labels.values(), default=-1) + 1)]
@@ -40,23 +40,14 @@ def labelled(listing: Listing, home: Folder) -> Layout | None:
 
 
 def _pairs(listing: Listing, key: str, path: str) -> list[Any] | None:
-    try:
+    remedy = "mend it, or rename it where it holds no labels"
+    with faults_told(UserError, f"{listing.field}: {path} cannot be read; {remedy}"):
         content = json.loads(listing.read(key))
-    except (Rejected, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{listing.field}: {path} cannot be read ({error or type(error).__name__}); mend it, or rename it where it "
-            "holds no labels"
-        ) from None
     pairs = content.get("labels") if isinstance(content, dict) else None
     if pairs is not None and not isinstance(pairs, list):
-        raise _refusal(listing, path, f"{_shown(pairs)} for its labels; a list or null is read")
+        raise _refusal(listing, path, f"{short(pairs)} for its labels; a list or null is read")
     return pairs
 
 
 def _refusal(listing: Listing, path: str, text: str) -> UserError:
     return UserError(f"{listing.field}: {path} has {text}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
-from preprocess.images import Rejected
+from common.errors import UserError, faults_told
+from preprocess.images.images import Rejected
 
 PICTURE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
@@ -36,6 +36,7 @@ SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Pytho
     r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
 )
 MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
+MAX_NAME = 4096  # characters of a path, which no system has more of
 MAX_CLASSES = 1_000_000  # a label above is taken for damage
 
 
@@ -46,19 +47,20 @@ class Entry(NamedTuple):
     label: int  # class index
     size: int  # of the encoded picture, bytes; of the file it lies in where the format does not tell
     place: tuple[int, int] = (0, 0)  # where the source finds it: the source's own affair
+    stamp: int = 0  # of the file it lies in: `file_stamp`; 0 where `place` tells its content, as a checksum does
 
 
 class Entries:
-    """Entries as columns of numbers: some 60 bytes each, and forked workers share them without copying."""
+    """Entries as columns of numbers: some 70 bytes each, and forked workers share them without copying."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         keys, columns, ends = bytearray(), array("q"), array("q", [0])
         for entry in entries:
             keys += entry.key.encode(errors="surrogateescape")
             ends.append(len(keys))
-            columns.extend((entry.label, entry.size, *entry.place))
+            columns.extend((entry.label, entry.size, *entry.place, entry.stamp))
         self._keys, self._ends = bytes(keys), np.array(ends)
-        self._columns = np.array(columns).reshape(-1, 4)  # (N, 4): label, size, place
+        self._columns = np.array(columns).reshape(-1, 5)  # (N, 5): label, size, place, stamp
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -67,8 +69,13 @@ class Entries:
         if not 0 <= position < len(self):
             raise IndexError(position)
         key = self._keys[self._ends[position] : self._ends[position + 1]].decode(errors="surrogateescape")
-        label, size, *place = self._columns[position].tolist()
-        return Entry(key, label, size, (place[0], place[1]))
+        label, size, *place, stamp = self._columns[position].tolist()
+        return Entry(key, label, size, (place[0], place[1]), stamp)
+
+    def stamp(self, positions: range) -> str:
+        """Of where these pictures lie: while it is the same, so are their bytes. Sixteen hex digits."""
+        columns = np.ascontiguousarray(self._columns[positions.start : positions.stop, 1:])
+        return hashlib.sha256(columns.tobytes()).hexdigest()[:16]
 
     def labelled(self, labels: NDArray[np.int64]) -> "Entries":
         """The same entries with other labels, (N,)."""
@@ -99,16 +106,27 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def file_stamp(status: os.stat_result) -> int:
+    """A number that is another one once a file was written, replaced, or renamed to the name it has.
+
+    After a copy to another disk it is another one too: it tells that bytes may be others, never that they are.
+    """
+    text = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
 def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
     """`size` bytes of a file, opened anew: any number of forked workers may read at once. Raises Rejected."""
+    check_size(size)
+    with faults_told(Rejected, "cannot be opened"), open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def check_size(size: int) -> None:
+    """Raises Rejected for more bytes than a picture may have, before they are read."""
     if size > MAX_ENCODED:
         raise Rejected(f"{size:,} bytes, above {MAX_ENCODED:,}: too many for a picture")
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise Rejected(f"cannot be opened: {error.strerror}") from None
 
 
 def read_whole(path: os.PathLike[str], size: int) -> bytes:
@@ -145,6 +163,8 @@ def member_name(field: str, archive: object, name: str) -> str:
 
     Raises UserError for a name that would leave the folder it were unpacked in.
     """
+    if len(name) > MAX_NAME:
+        raise UserError(f"{field}: {archive} has a member {name!r}, of {len(name):,} characters: no path is so long")
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise UserError(
             f"{field}: {archive} has a member {name!r}, a path that leads out of it; no data set has one: pack it again"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from common.errors import UserError, printable
-from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, PICTURE_SUFFIXES, Entry, is_hidden, read_whole
+from common.errors import UserError
+from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, PICTURE_SUFFIXES, Entry, file_stamp, is_hidden, read_whole
 from preprocess.sources.listing import Folder, Listing, Place
 
 
@@ -30,15 +30,23 @@ def list_folder(
 
 
 def walk_visible(folder: Path, field: str, left_out: Counter[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """As os.walk, but for hidden folders, which are counted alone. Raises UserError for one that cannot be listed."""
+    """Each visible folder with the names of links to folders in it, which are not followed, and those of its files.
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{field}: {error.filename} cannot be listed: {error.strerror}; make it readable")
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    Hidden folders are counted alone. Raises UserError for a folder that cannot be listed.
+    """
+    waiting = [folder]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            items = sorted(os.scandir(parent), key=lambda item: item.name)
+        except OSError as error:
+            raise UserError(f"{field}: {parent} cannot be listed: {error.strerror}; make it readable") from None
+        links = {item.name for item in items if item.is_symlink()}
+        folders = [item.name for item in items if (os.path.isdir(item) if item.name in links else item.is_dir())]
         left_out.update(HIDDEN_FOLDER for name in folders if is_hidden(name))
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield Path(parent), folders, names
+        visible = [name for name in folders if not is_hidden(name)]
+        yield parent, [name for name in visible if name in links], sorted({item.name for item in items} - {*folders})
+        waiting.extend(parent / name for name in visible if name not in links)
 
 
 def _open(path: Path, entry: Entry) -> bytes:
@@ -47,11 +55,10 @@ def _open(path: Path, entry: Entry) -> bytes:
 
 def _locate(path: Path, field: str, key: str) -> Place:
     try:
-        return os.stat(f"{path}/{key}").st_size, (0, 0)
+        status = os.stat(f"{path}/{key}")
+        return status.st_size, (0, 0), file_stamp(status)
     except OSError as error:
-        raise UserError(
-            f"{field}: {path}/{printable(key)} cannot be read: {error.strerror}; is the folder in use?"
-        ) from None
+        raise UserError(f"{field}: {path}/{key} cannot be read: {error.strerror}; is the folder in use?") from None
 
 
 class _Walk:
@@ -112,4 +119,4 @@ class _Walk:
             )
 
     def _refusal(self, item: "os.DirEntry[str]", text: str) -> UserError:
-        return UserError(f"{self.listing.field}: {printable(f'{item.path} {text}')}")
+        return UserError(f"{self.listing.field}: {item.path} {text}")

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from common.errors import UserError, faults_told, printable
-from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
+from common.errors import UserError, faults_told
+from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
 from preprocess.sources.layouts import check_classes, check_not_empty
 from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource
@@ -39,7 +39,7 @@ def check_wnids(names: list[str], path: object, field: str) -> None:
     strange = next((name for name in names if name not in known), None)
     if strange is not None:
         raise UserError(
-            f"{field}: {printable(str(path))} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids "
+            f"{field}: {path} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids "
             "(n01440764, ...); name the folder or tar of the training pictures, or set data.source=folder"
         )
 
@@ -83,6 +83,7 @@ class ImageNetTar:
         return read_at(self.path, entry.place[0], entry.size)
 
     def _entries(self, classes: list[TarMember], field: str, file: BinaryIO) -> Iterator[Entry]:
+        stamp = file_stamp(os.fstat(file.fileno()))
         for label, inner in enumerate(classes):
             inside = Path(f"{self.path}/{inner.name}")
             members = sorted(tar_members(inside, field, Window(file, inner.offset, inner.size), self.left_out))
@@ -91,7 +92,7 @@ class ImageNetTar:
                 raise UserError(f"{field}: {inside} holds no images; complete {self.path}, or pack it without that one")
             self.left_out.update(kind_of(member.name) for member in members if not is_picture(member.name))
             for member in pictures:
-                yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0))
+                yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0), stamp)
 
 
 class ImageNetParquet(ParquetSource):

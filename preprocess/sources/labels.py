@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from preprocess.sources.entries import MAX_CLASSES
+from preprocess.sources.entries import MAX_CLASSES, MAX_NAME
 
 NONE = "none"  # data.label_field: all images are one class, whatever else a sample holds
 FIELDS = re.compile(  # of lower case, without underscores and dashes
@@ -32,12 +32,16 @@ class Labels(NamedTuple):
     def class_names(self, listed: list[str] | None, path: object, field: str) -> list[str]:
         """Of all classes; `listed` are those that the data set lists beside its numbers.
 
-        Raises UserError where it lists fewer than there are.
+        Raises UserError where it lists fewer than there are, or one that is no name by its length.
         """
         largest = int(self.indices.max())
         names = (None if self.by_name else listed) or self.names or list(map(str, range(largest + 1)))
         if largest >= len(names):
             raise UserError(f"{field}: {path} has the label {largest} ({self.field}) and {len(names)} class names")
+        if (longest := max(map(len, names))) > MAX_NAME:
+            raise UserError(
+                f"{field}: {path} has a class name of {longest:,} characters; at most {MAX_NAME:,} are read"
+            )
         return names
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, printable
+from common.errors import UserError
 from preprocess.sources.entries import Entries, Entry, is_hidden, is_picture, kind_of
 
 LABELS = "dataset.json"  # where StyleGAN's dataset_tool keeps labels
 SHOWN = 4  # of many names or reasons, in one line
 
-Place = tuple[int, tuple[int, int]]  # size and place of a file, as an Entry has them
+Place = tuple[int, tuple[int, int], int]  # size, place and stamp of a file, as an Entry has them
 
 
 class Folder:
@@ -87,7 +87,7 @@ class Listing:
     open: Callable[[Entry], bytes]
 
     def refusal(self, folder: Folder, text: str) -> UserError:
-        return UserError(f"{self.field}: {printable(f'{self.where(folder)} {text}')}")
+        return UserError(f"{self.field}: {self.where(folder)} {text}")
 
     @property
     def name(self) -> str:

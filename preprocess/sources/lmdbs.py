@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from preprocess.images import Rejected
-from preprocess.sources.entries import Entries, Entry, is_picture, kind_of
+from common.errors import UserError, faults_told
+from preprocess.images.images import Rejected
+from preprocess.sources.entries import Entries, Entry, check_size, file_stamp, is_picture, kind_of
 from preprocess.sources.folders import walk_visible
 
 DATA = "data.mdb"
@@ -44,49 +44,39 @@ class LmdbSource:
             raise UserError(f"{field}: {file} is an LMDB without images; name another")
 
     def open(self, entry: Entry) -> bytes:
-        import lmdb
-
-        try:
-            with self._environment().begin() as transaction:
-                value = transaction.get(entry.key.encode(errors="surrogateescape"))
-        except lmdb.Error as error:
-            raise Rejected(f"cannot be read: {error}") from None
+        check_size(entry.size)
+        with faults_told(Rejected, "cannot be read"), _environment(self.file).begin() as transaction:
+            value = transaction.get(entry.key.encode(errors="surrogateescape"))
         if value is None:
             raise Rejected("no longer in its LMDB")
         return value
 
     def _count_beside(self) -> None:
         """Counts what else is in its folder, which is not opened: links lead anywhere, and a pipe stops nothing."""
-        for parent, folders, names in walk_visible(self.file.parent, self.field, self.left_out):
-            links = [name for name in folders if (parent / name).is_symlink()]
+        for parent, links, names in walk_visible(self.file.parent, self.field, self.left_out):
             others = [name for name in names + links if parent / name != self.file]
             self.left_out.update(
                 "beside the LMDB, which is read" if is_picture(name) else kind_of(name) for name in others
             )
 
     def _entries(self) -> Iterator[Entry]:
-        import lmdb
-
-        try:
-            with self._environment().begin(buffers=True) as transaction:  # buffers: values are not read
-                self._check_values(transaction)
-                side = self._largest_side(transaction)
-                previous = None
-                for key, value in transaction.cursor():
-                    name = bytes(key)
-                    if name == previous:
-                        raise UserError(
-                            f"{self.field}: {self.file} has two values of the key {name!r}; keep one of them"
-                        )
-                    previous = name
-                    if name in NO_IMAGES:
-                        self.left_out["no picture: what an LMDB tells of itself"] += 1
-                    elif side and not name.startswith(side):
-                        self.left_out["of a smaller resolution"] += 1
-                    else:
-                        yield Entry(name.decode(errors="surrogateescape"), 0, len(value))
-        except lmdb.Error as error:
-            raise UserError(f"{self.field}: {self.file} is damaged ({error}); get it anew") from None
+        stamp = file_stamp(os.stat(self.file))
+        damaged = f"{self.field}: {self.file} is damaged; get it anew"
+        with faults_told(UserError, damaged), _environment(self.file).begin(buffers=True) as transaction:
+            self._check_values(transaction)
+            side = self._largest_side(transaction)
+            previous = None
+            for key, value in transaction.cursor():  # buffers: values are not read
+                name = bytes(key)
+                if name == previous:
+                    raise UserError(f"{self.field}: {self.file} has two values of the key {name!r}; keep one of them")
+                previous = name
+                if name in NO_IMAGES:
+                    self.left_out["no picture: what an LMDB tells of itself"] += 1
+                elif side and not name.startswith(side):
+                    self.left_out["of a smaller resolution"] += 1
+                else:
+                    yield Entry(name.decode(errors="surrogateescape"), 0, len(value), stamp=stamp)
 
     def _check_values(self, transaction: Any) -> None:
         """Raises UserError where none of the first values is an encoded image."""
@@ -110,21 +100,13 @@ class LmdbSource:
         return max(sides, key=int) + b"-" if all(matches) else None
 
     def _check_size(self) -> None:
-        environment = self._environment()
-        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        if self.file.stat().st_size < needed:
+        remedy = "name another, or get it anew where it is damaged"
+        with faults_told(UserError, f"{self.field}: {self.file} is not an LMDB that can be read; {remedy}"):
+            environment = _environment(self.file)
+            needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            size = self.file.stat().st_size
+        if size < needed:
             raise UserError(f"{self.field}: {self.file} has not the {needed:,} bytes it says: cut off; get it anew")
-
-    def _environment(self) -> Any:
-        import lmdb
-
-        try:
-            return _environment(os.path.realpath(self.file))
-        except lmdb.Error as error:
-            raise UserError(
-                f"{self.field}: {self.file} is not an LMDB that can be read ({error}); name another, or get it "
-                "anew where it is damaged"
-            ) from None
 
 
 def _what(value: memoryview) -> str:
@@ -144,9 +126,10 @@ def _what(value: memoryview) -> str:
 _opened: dict[str, Any] = {}  # an LMDB must not be opened twice in a process
 
 
-def _environment(path: str) -> Any:
+def _environment(file: Path) -> Any:
     import lmdb
 
+    path = os.path.realpath(file)
     if path not in _opened:
         _opened[path] = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
     return _opened[path]

@@ -3,16 +3,16 @@ structure with `bytes`), and one of labels."""
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError, faults_told
-from preprocess.images import Rejected
+from preprocess.images.images import Rejected
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import MAX_ENCODED, Entries, Entry, refuse_lfs_pointer
+from preprocess.sources.entries import Entries, Entry, check_size, file_stamp, refuse_lfs_pointer
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # usual names of the images' column
@@ -53,26 +53,28 @@ class ParquetSource:
         number, row = entry.place
         with faults_told(Rejected, "cannot be read"):
             image = self._row(number, row)
-        data = image["bytes"] if isinstance(image, dict) else image
-        if data is None:
-            path = isinstance(image, dict) and image.get("path")
-            raise Rejected(f"no bytes in its row, only the path {str(path)[:100]!r}" if path else "no bytes in its row")
-        if len(data) > MAX_ENCODED:
-            raise Rejected(f"{len(data):,} bytes, above {MAX_ENCODED:,}: too many for a picture")
-        return data
+            is_structure = image.is_valid and isinstance(image, Mapping)
+            path, content = (image.get("path"), image["bytes"]) if is_structure else (None, image)
+            data = content.as_buffer() if content.is_valid else None
+            if data is None:
+                raise Rejected(f"no bytes in its row{f', only the path {str(path)[:100]!r}' if path else ''}")
+            check_size(data.size)
+            return data.to_pybytes()
 
     def _entries(self, candidates: Candidates, columns: list[str]) -> Iterator[Entry]:
         root = common_folder(self.files)
         for number, file in enumerate(self.files):
-            name, size = file.absolute().relative_to(root), file.stat().st_size
+            name, status = file.absolute().relative_to(root), file.stat()
+            stamp = file_stamp(status)
             for row, found in enumerate(_labels(file, self.field, columns)):
                 candidates.add(found)
-                yield Entry(f"{name}/{row:06d}", 0, size, (number, row))
+                yield Entry(f"{name}/{row:06d}", 0, status.st_size, (number, row), stamp)
 
-    def _row(self, number: int, row: int) -> dict[str, bytes | None] | bytes | None:
+    def _row(self, number: int, row: int) -> Any:
+        """What the images' column has there, as pyarrow's scalar: its bytes are not copied yet."""
         if self._group is None or self._group.file != number or row not in self._group.rows:
             self._group = self._read_group(number, row)
-        return self._group.column[row - self._group.rows.start].as_py()
+        return self._group.column[row - self._group.rows.start]
 
     def _read_group(self, number: int, row: int) -> "RowGroup":
         from pyarrow import parquet
@@ -109,7 +111,8 @@ def _describe(file: Path, field: str) -> Table:
         with open(file, "rb") as start:
             refuse_lfs_pointer(file, field, start.read(40))
         schema = parquet.read_schema(file)
-    twice = next((name for name, count in Counter(schema.names).items() if count > 1), None)
+        names = Counter(schema.names)
+    twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{field}: {file} has two columns {twice!r}; write it with one of them")
     with faults_told(UserError, f"{field}: {file} has metadata that `datasets` does not write; write it again"):
@@ -212,4 +215,7 @@ def _names(tables: list[Table], field: str, label: str) -> list[str] | None:
     other = next((table.file for table, names in zip(tables[1:], others, strict=True) if names != first), None)
     if other:
         raise UserError(f"{field}: {other} has other class names than {tables[0].file}; name files of one data set")
-    return None if first is None else list(map(str, first))
+    with faults_told(UserError, f"{field}: {tables[0].file} has no list of class names for {label}; write it again"):
+        names = None if first is None else list(map(str, first))
+        "".join(names or ()).encode()  # JSON may hold halves of characters, which are no text
+    return names

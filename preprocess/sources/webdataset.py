@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from common.errors import UserError, faults_told
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import Entries, Entry, is_picture, kind_of, read_at
+from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 from preprocess.sources.tars import TarMember, Window, tar_members
 
@@ -79,9 +79,10 @@ class Samples:
             with faults_told(UserError, f"{self.field}: {tar} cannot be read"):
                 file = open(tar, "rb")  # noqa: SIM115
             with file:
+                stamp = file_stamp(os.fstat(file.fileno()))
                 for image, found in self._samples(tar, file):
                     self.candidates.add(found)
-                    yield Entry(f"{name}/{image.name}", 0, image.size, (number, image.offset))
+                    yield Entry(f"{name}/{image.name}", 0, image.size, (number, image.offset), stamp)
 
     def _samples(self, tar: Path, file: BinaryIO) -> Iterator[tuple[TarMember, dict[str, Value]]]:
         samples: dict[str, list[Member]] = {}
@@ -214,5 +215,5 @@ def _names_beside(root: Path, field: str) -> list[str] | None:
     if file is None:
         return None
     with faults_told(UserError, f"{field}: {file} is no list of class names; mend it or move it away"):
-        names = file.read_text().splitlines()
+        names = file.read_text(encoding="utf-8").splitlines()
     return [name.strip() for name in names]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError, faults_told
-from preprocess.images import Rejected
+from preprocess.images.images import Rejected
 from preprocess.sources.entries import (
     HIDDEN_FOLDER,
     MAX_ENCODED,
@@ -62,7 +62,7 @@ def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = 
 
     def locate(key: str) -> Place:
         info = places[key]
-        return info.file_size, (info.header_offset, info.CRC)
+        return info.file_size, (info.header_offset, info.CRC), 0
 
     return Listing(path, field, root, locate, partial(_open, archive))
 
@@ -84,10 +84,8 @@ def _open(archive: Path, entry: Entry) -> bytes:
     _, method, name_length, extra_length = LOCAL_HEADER.unpack(header)
     slack = entry.size // 1000 + 1024 if method else 0  # deflating what does not shrink makes it longer
     data = read_at(archive, offset + LOCAL_HEADER.size + name_length + extra_length, entry.size + slack)
-    try:
+    with faults_told(Rejected, "damaged in its zip"):
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.size + 1) if method else data
-    except zlib.error as error:
-        raise Rejected(f"damaged in its zip: {error}") from None
     if len(data) != entry.size or zlib.crc32(data) != crc32:
         raise Rejected("damaged in its zip: its checksum does not match")
     return data

@@ -13,7 +13,7 @@ from typing import Any
 
 def nan_in_sample(index: int) -> None:
     """Sample `index` of the data set comes with a NaN in its latents."""
-    from pipeline.data import Batch, Stream
+    from pipeline.training.data import Batch, Stream
 
     read = Stream.batch
 
@@ -29,7 +29,7 @@ def nan_in_sample(index: int) -> None:
 
 def loss_spike_at(samples_seen: int) -> None:
     """The latents of the step that starts there are a hundred times too large."""
-    from pipeline.data import Batch, Stream
+    from pipeline.training.data import Batch, Stream
 
     read = Stream.batch
 
@@ -48,7 +48,7 @@ def disk_full_at_save(number: int) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
 
-    _at_call("pipeline.checkpoint", "write", number, limit)
+    _at_call("pipeline.training.checkpoint", "write", number, limit)
 
 
 def killed_at_sync(number: int) -> None:
@@ -68,12 +68,12 @@ def killed_at_byte(save: int, size: int) -> None:
 
     if os.environ["RANK"] == "0":
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and raises an OSError
-        _at_call("pipeline.checkpoint", "write", save, limit)
+        _at_call("pipeline.training.checkpoint", "write", save, limit)
 
 
 def recording(path: Path) -> None:
     """Every batch read is noted: a line a sample with its position, its id, and a checksum of all that was drawn."""
-    from pipeline.data import Batch, Stream
+    from pipeline.training.data import Batch, Stream
 
     read = Stream.batch
 
@@ -93,7 +93,7 @@ def recording(path: Path) -> None:
 
 def an_older_listing() -> None:
     """Rank 1 does not see the newest checkpoint yet, as on a file system over a network."""
-    from pipeline import checkpoint
+    from pipeline.training import checkpoint
 
     listed = checkpoint.complete_checkpoints
     if os.environ["RANK"] == "1":
@@ -104,7 +104,7 @@ def fp16_on_a_cpu() -> None:
     """Training, and DeepSpeed on most of them, refuse fp16 on CPUs."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    from pipeline import engine, trainer
+    from pipeline.training import engine, trainer
 
     engine.deepspeed_config = trainer.deepspeed_config = functools.partial(engine.deepspeed_config, on_gpu=True)
     CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]

@@ -17,7 +17,13 @@ from typing import Any
 from slurm.cluster import free_port
 from tests.integration.conftest import ROOT, Experiment
 
-PRELOADED = ["deepspeed", "torch.utils.tensorboard", "torch.utils.flop_counter", "pipeline.train", "pipeline.trainer"]
+PRELOADED = [
+    "deepspeed",
+    "torch.utils.tensorboard",
+    "torch.utils.flop_counter",
+    "pipeline.train",
+    "pipeline.training.trainer",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)

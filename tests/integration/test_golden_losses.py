@@ -52,9 +52,9 @@ def train_all(recipe_path: str, runs: dict[str, tuple[str, ...]]) -> None:
     """One rank's part of all runs in one launch. Each stops half-way and goes on in a new engine, as if interrupted."""
     from common.loading import load_recipe
     from common.recipe import with_world_size
-    from pipeline.data import open_shards
-    from pipeline.distributed import control_group, process_group
-    from pipeline.trainer import Trainer
+    from pipeline.training.data import open_shards
+    from pipeline.training.distributed import control_group, process_group
+    from pipeline.training.trainer import Trainer
 
     with process_group() as (rank, world_size):
         control = control_group()

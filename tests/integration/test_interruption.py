@@ -83,7 +83,7 @@ def ask_at_once() -> None:
     """The process asks itself to stop as soon as it listens."""
     import os
 
-    from pipeline import trainer
+    from pipeline.training import trainer
 
     describe = trainer.Trainer._describe
 

@@ -25,7 +25,7 @@ def test_train_may_be_called_again_in_the_same_process(experiment: Experiment) -
     program = """
 import sys
 from common.loading import load_recipe
-from pipeline.trainer import finished, train
+from pipeline.training.trainer import finished, train
 for overrides in (["train.total_samples=32"], ["train.total_samples=64"], ["train.zero_stage=2", "name=twice-2"]):
     recipe = load_recipe(sys.argv[1], ["name=twice", "train.total_samples=32", *overrides])
     train(recipe)

@@ -16,7 +16,7 @@ import submitit
 
 from common.jobs import Job, failed
 from common.recipe import Recipe
-from pipeline.snapshot import take_snapshot
+from pipeline.orchestration.code_snapshot import take_snapshot
 from slurm.cluster import Resources, executor, run, run_array, submit
 from tests.integration.conftest import ROOT, environment
 from tests.slurm_cluster.configuration import Cluster

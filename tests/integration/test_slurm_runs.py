@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def start_slow_training(
 ) -> tuple[Path, str]:
     """A training on two nodes, a process each: (run folder, job)."""
     recipe = load_recipe(experiment.recipe, (f"name={name}", *LONG))
-    resources = Resources(nodes=2, timeout_minutes=minutes, signal_seconds=40)
+    resources = Resources(nodes=2, timeout_minutes=minutes, signal_seconds=90)
     made = executor("slurm", recipe.folder / "logs/train", name, resources)
     training = Job.of(WORK, "train_slowly", recipe, step_seconds=step_seconds, slow_starts=slow_starts)
     return recipe.folder, submit(made, [training])[0].job_id
@@ -91,10 +92,13 @@ def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weight
 def test_a_training_that_reaches_its_time_limit_saves_and_goes_on_to_the_same_weights(
     experiment: Experiment, uninterrupted: Path, slurm: Cluster
 ) -> None:
-    # Signals before a time limit are looked for every 30 s: this one comes then, whatever its distance to the limit.
-    folder, job = start_slow_training(experiment, "limited", minutes=1, step_seconds=1.0, slow_starts=1)
+    folder, job = start_slow_training(experiment, "limited", minutes=60, step_seconds=1.0, slow_starts=1)
+    wait_until(lambda: len(losses(folder)) >= 3, "the first steps")  # whenever that is on a busy machine
+    began = datetime.fromisoformat(squeue("%S", f"--jobs={job}")[0])
+    minutes = int((datetime.now() - began).total_seconds() // 60) + 2  # SLURM's are local times too
+    subprocess.run(["scontrol", "update", f"jobid={job}", f"timelimit={minutes}"], check=True)
+    # The signal comes 90 s before the limit, which is one to two minutes away; it is looked for every 30 s.
     wait_until(lambda: restarts(job) >= 1, "the limit")
-    # On a busy machine a minute may be over before the first step, again and again.
     subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=60"], check=True)
     wait_until(lambda: state(job) == "COMPLETED", "the end")
     assert "saved after" in (folder / f"logs/train/{job}_0_log.err").read_text()

@@ -163,8 +163,8 @@ def test_a_run_that_another_kind_of_machine_has_finished_is_finished(
     experiment: Experiment, whole_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from common.loading import load_recipe
-    from pipeline import run_identity
-    from pipeline.trainer import finished
+    from pipeline.training import identity as run_identity
+    from pipeline.training.trainer import finished
 
     monkeypatch.setattr(run_identity, "precision", lambda recipe: "bf16")  # what "auto" is where there is a GPU
     assert finished(load_recipe(experiment.recipe, ["name=whole"]))

@@ -1,0 +1,56 @@
+"""The weights that a run wrote: what they are of, and the network itself, if they are as they were written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from common.errors import UserError
+from common.log_lines import OPEN
+from common.sealed import checked
+from fpdm.denoiser import Denoiser, DenoiserConfig
+from fpdm.diffusers_folders import CONFIG_NAME
+from fpdm.weights import load_pretrained, read_config, read_extra, weights_sha256
+
+REMEDY = (
+    "delete the folder and run python pipeline/train.py, which writes a run's last weights again, or "
+    "import_weights.py; or take others (sample.weights)"
+)
+
+
+@with_config(OPEN)
+class ExtraForm(TypedDict):
+    """Beside the network's own settings in config.json (`pipeline.training.checkpoint.export_weights`)."""
+
+    objective: dict[str, Any]
+    label_dropout: Annotated[float, Field(ge=0, le=1)]
+    run: dict[str, Any] | None  # identity of the run that trained them; None of imported ones
+
+
+@dataclass(frozen=True)
+class Description:
+    config: DenoiserConfig
+    extra: ExtraForm
+    sha256: str  # of the tensors; they are compared with it when they are loaded
+
+
+def describe(folder: Path) -> Description:
+    """Raises UserError where config.json is not as it was written, or by another program."""
+    try:
+        config, extra, sha256 = read_config(folder), read_extra(folder), weights_sha256(folder)
+    except ValueError as error:
+        raise UserError(f"{error}; {REMEDY}") from None
+    if sha256 is None:
+        raise UserError(f"{folder / CONFIG_NAME}: has no seal, which all weights of a run have; {REMEDY}")
+    return Description(config, checked(extra, f"{folder / CONFIG_NAME}: extra", ExtraForm, REMEDY), sha256)
+
+
+def load_network(folder: Path) -> Denoiser:
+    """In float32. Raises UserError where anything in the folder is not as it was written."""
+    describe(folder)
+    try:
+        return load_pretrained(folder).float().eval()
+    except ValueError as error:
+        raise UserError(f"{error}; {REMEDY}") from None

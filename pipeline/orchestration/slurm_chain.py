@@ -1,0 +1,166 @@
+"""A whole run as SLURM jobs that wait for one another; whoever submits them need not stay.
+
+`jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
+"""
+
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import submitit
+
+from common.errors import UserError
+from common.files import alone_in, content_key
+from common.job_listing import LISTING, ListingForm
+from common.loading import dump_recipe
+from common.recipe import Recipe
+from common.sealed import read_sealed, write_sealed
+from pipeline.orchestration.stages import Stage, Step, steps
+from slurm import cluster, controller
+
+ENDING_SECONDS = 120  # a cancelled training saves first
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job, or an array of `parts` jobs, as `jobs.json` lists it and `slurm/status.py` reads it."""
+
+    step: str
+    job: str
+    parts: int
+    after: str | None
+    logs: str  # folder
+    recipe: str  # key of the recipe it works on
+    time: float
+
+
+def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> list[Submitted]:
+    """Submits the steps that are neither finished nor on their way, each after the one before it.
+
+    Returns all jobs that are now on their way. Raises UserError where SLURM refuses one (those before it stay, and the
+    same call goes on from there), and where jobs of another recipe are at work in the run folder.
+    """
+    with alone_in(recipe.folder / "logs"):
+        listed = listed_jobs(recipe.folder)
+        alive = _alive(listed)
+        key = content_key(dump_recipe(recipe))
+        _refuse_another_recipe(recipe, alive, key)
+        on_their_way: list[Submitted] = []
+        for step in _to_do(recipe, stages, alive):
+            if step.name not in alive:
+                after = on_their_way[-1].job if on_their_way else None
+                alive[step.name] = _submit(recipe, step, after, code, key)
+                listed.append(alive[step.name])
+                write_sealed(recipe.folder / LISTING, {"jobs": [asdict(one) for one in listed]})
+            on_their_way.append(alive[step.name])
+        return on_their_way
+
+
+def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> Iterator[str]:
+    """What `submit_chain` would give to sbatch; ids of jobs that are not submitted yet are shown as names."""
+    after = None
+    for step in _to_do(recipe, stages, {}):
+        made = _executor(recipe, step, after, code, submits=False)
+        yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(made, len(step.jobs))}"
+        after = f"<{step.name}>"
+
+
+def listed_jobs(folder: Path) -> list[Submitted]:
+    path = folder / LISTING
+    if not path.exists():
+        return []
+    found = read_sealed(path, ListingForm, "end what is on its way of this run's jobs (squeue --me), and delete it")
+    return [Submitted(**entry) for entry in found["jobs"]]
+
+
+def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
+    """How to watch, stop and continue."""
+    if not jobs:
+        return [f"{recipe.folder}: every stage is finished; nothing to submit"]
+    lines = [
+        f"{one.step:14} job {one.job}{f'_[0-{one.parts - 1}]' if one.parts > 1 else '':8}"
+        + (f" after {one.after}" if one.after else "")
+        for one in jobs
+    ]
+    ids = " ".join(one.job for one in jobs)
+    return [
+        *lines,
+        f"logs:     {recipe.folder / 'logs'}/<step>/<job>_0_log.out",
+        f"watch:    python slurm/status.py {recipe.folder}",
+        f"stop:     scancel {ids}",
+        "continue: the same command again; it submits only what is neither finished nor on its way",
+    ]
+
+
+def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted]) -> list[Step]:
+    """The steps from the first that is on its way, or else from the first that is not finished."""
+    planned = [(step, stage) for stage in stages for step in steps(recipe, stage)]
+    for number, (step, stage) in enumerate(planned):
+        if step.name in alive or (not alive and not stage.finished(recipe)):
+            return [step for step, _ in planned[number:]]
+    return []
+
+
+def _alive(listed: Sequence[Submitted]) -> dict[str, Submitted]:
+    """By step, the jobs that are on their way: not those that will never start, as what they wait for has failed.
+
+    Waits for those that are just ending: only then is it known how. A job that the controller has forgotten ended long
+    ago. Raises UserError where some of an array have failed and others are still at work.
+    """
+    patience = time.monotonic() + ENDING_SECONDS
+    while True:
+        try:
+            states = controller.states(one.job for one in listed)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserError(f"cluster: slurm does not say which jobs are on their way ({error}); try again") from None
+        ending = [job_id for job_id, state in states.items() if state == "COMPLETING"]
+        if not ending:
+            break
+        if time.monotonic() > patience:
+            raise UserError(f"jobs {', '.join(ending)} have been ending for a while; try again when they have ended")
+        time.sleep(2)
+    living: set[str] = set()
+    lost: set[str] = set()
+    for job_id, state in states.items():
+        if state != "COMPLETED":
+            (lost if state in controller.OVER else living).add(job_id.partition("_")[0])
+    for one in listed:  # in the order of their submission
+        if one.job in lost & living:
+            raise UserError(
+                f"{one.step}: some of the jobs of array {one.job} have failed or were cancelled, others are at work; "
+                f"try again when they have ended, or end them (scancel {one.job})"
+            )
+        if one.after in lost:
+            lost.add(one.job)
+    return {one.step: one for one in listed if one.job in living - lost}
+
+
+def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str) -> None:
+    others = [one.job for one in alive.values() if one.recipe != key]
+    if others:
+        raise UserError(
+            f"{recipe.folder}: jobs of another recipe are on their way in it: {', '.join(others)}; wait for them, end "
+            f"them (scancel {' '.join(others)}), or choose another name"
+        )
+
+
+def _executor(
+    recipe: Recipe, step: Step, after: str | None, code: Path | None, *, submits: bool = True
+) -> submitit.AutoExecutor:
+    folder, name = recipe.folder / "logs" / step.name, f"{recipe.name}-{step.name}"
+    try:
+        return cluster.executor("slurm", folder, name, step.resources, after=after, code=code, submits=submits)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _submit(recipe: Recipe, step: Step, after: str | None, code: Path | None, key: str) -> Submitted:
+    made = _executor(recipe, step, after, code)
+    try:
+        jobs = cluster.submit(made, step.jobs, at_once=len(step.jobs))
+    except ValueError as error:
+        raise UserError(f"{step.name}: {error}") from None
+    job = jobs[0].job_id.partition("_")[0]
+    return Submitted(step.name, job, len(jobs), after, str(made.folder), key, round(time.time(), 1))

@@ -1,0 +1,128 @@
+"""Images side by side, for a person to look at."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from common.errors import one_line
+from common.recipe import Recipe
+from common.run_folder import Weights
+from pipeline.evaluation.image_sets import by_class
+from pipeline.sampling.chunks import cover_gap, iterate
+from pipeline.sampling.sample_set import sample_set, wanted_weights
+
+MAX_CLASSES = 8
+PANELS_A_ROW = 4
+GAP = 2  # pixels between pictures
+MARGIN = 16  # between blocks
+INK, PAPER = (32, 32, 32), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pictures of one class and one origin, in a square grid `(H, W, 3)` uint8."""
+
+    title: str
+    origin: str
+    grid: NDArray[np.uint8]
+
+
+def class_panels(recipe: Recipe) -> list[list[Block]]:
+    """For each of the first classes: real pictures, then samples of each of the recipe's weights, as many of each."""
+    classes = min(recipe.model.num_classes, MAX_CLASSES)
+    each = max(1, recipe.sample.save_images // classes)
+    found = {
+        _origin(recipe, weights): _samples_by_class(recipe, weights, classes, each)
+        for weights in wanted_weights(recipe)
+    }
+    panels = []
+    for label in range(classes):
+        name, real = by_class(recipe, label, each)
+        origins = {"real": real} | {origin: pictures[label] for origin, pictures in found.items()}
+        title = one_line(name, 100)  # whatever the class is called, fonts and pages show it
+        panels.append([Block(title, origin, grid(pictures)) for origin, pictures in origins.items() if pictures])
+    return panels
+
+
+def _origin(recipe: Recipe, weights: Weights) -> str:
+    samples_seen = sample_set(recipe, weights).samples_seen
+    return f"drawn after {samples_seen:,} training samples" if samples_seen else "drawn before training"
+
+
+def _samples_by_class(recipe: Recipe, weights: Weights, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
+    """The first samples of each class; a set of few samples, or of few pictures, may have fewer than `each`."""
+    found: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
+    folder, count = sample_set(recipe, weights).folder, recipe.sample.num_samples
+    gap = cover_gap(folder, (0, count)) if recipe.sample.output == "features" else None
+    for rows in iterate(folder, (0, gap[0] if gap else count)):
+        for label, pictures in enumerate(found):
+            pictures += list(rows["images"][rows["labels"] == label][: each - len(pictures)])
+        if all(len(pictures) == each for pictures in found):
+            break
+    return found
+
+
+def grid(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures (H, W, 3) of one size, row by row in the smallest square that holds them."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = -(-len(pictures) // columns)
+    height, width, _ = pictures[0].shape
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), PAPER, dtype=np.uint8)
+    for place, picture in enumerate(pictures):
+        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def contact_sheet(panels: Sequence[Sequence[Block]], resolution: int) -> Image.Image:
+    """All blocks with their captions, a column of blocks a class; pictures under 128 px are enlarged, pixels kept."""
+    scale = max(1, 128 // resolution)
+    columns = [_column(panel, scale) for panel in panels]
+    rows = [columns[start : start + PANELS_A_ROW] for start in range(0, len(columns), PANELS_A_ROW)]
+    width = max(sum(column.width + MARGIN for column in row) for row in rows) + MARGIN
+    sheet = Image.new("RGB", (width, sum(max(column.height for column in row) for row in rows) + MARGIN), PAPER)
+    top = 0
+    for row in rows:
+        left = MARGIN
+        for column in row:
+            sheet.paste(column, (left, top))
+            left += column.width + MARGIN
+        top += max(column.height for column in row)
+    return sheet
+
+
+def _column(panel: Sequence[Block], scale: int) -> Image.Image:
+    """One class: its blocks below one another, each under its caption."""
+    line = 56
+    grids = [Image.fromarray(block.grid) for block in panel]
+    grids = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in grids]
+    column = Image.new("RGB", (max(image.width for image in grids), sum(image.height + line for image in grids)), PAPER)
+    draw, top = ImageDraw.Draw(column), 0
+    for block, image in zip(panel, grids, strict=True):
+        draw.text((0, top + 8), block.title, fill=INK, font=_font(20))
+        draw.text((0, top + 34), block.origin, fill=INK, font=_font(14))
+        column.paste(image, (0, top + line))
+        top += image.height + line
+    return column
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings: most alphabets that a class may be named in."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def png_uri(image: NDArray[np.uint8] | bytes) -> str:
+    """An image (H, W, 3), or an encoded PNG, as the address that an HTML page holds it under."""
+    if isinstance(image, np.ndarray):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+        image = buffer.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"

@@ -1,0 +1,115 @@
+"""The stream of training samples: everything about position p is a function of (seed, p).
+
+Position p of the stream belongs to the step p // batch_size, whatever the number of ranks; a rank takes an equal,
+contiguous part of each step's positions. Which sample comes at p is decided in `pipeline/training/order.py`: each comes
+exactly once an epoch, and a step may span two epochs.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.loading import expanded
+from common.recipe import Recipe, latent_shape
+from fpdm import rng
+from fpdm.diffusion import Diffusion
+from pipeline.training.order import BlockOrder, RandomOrder
+from preprocess import beton
+from preprocess.encoding.encoder import draw_latents
+from preprocess.shards import INDEX, Cache, LatentShards
+from preprocess.shards.storage import CachedFolder
+
+
+def open_latents(recipe: Recipe) -> LatentShards:
+    """The recipe's latents, wherever and in whatever format they lie. UserError where they are not there."""
+    data = recipe.data
+    address = data.shards.rstrip("/")
+    if data.format == "ffcv":
+        address = f"{address}/{beton.FOLDER}"
+        if "://" not in address and not (Path(address) / INDEX).is_file():
+            raise UserError(f"data.format: {address} has no {INDEX}; run preprocess/beton.py, or set data.format=tar")
+    if data.cache is None:
+        return LatentShards(address)
+    folder = expanded("data.cache", data.cache)
+    return LatentShards(address, Cache(Path(folder), None if data.cache_gb is None else int(data.cache_gb * 1e9)))
+
+
+def open_shards(recipe: Recipe) -> LatentShards:
+    """The recipe's shards; UserError where they are not what the recipe describes."""
+    shards = open_latents(recipe)
+    channels, height, width = latent_shape(recipe)
+    if shards.shape != (2 * channels, height, width):
+        raise UserError(
+            f"data.shards: {recipe.data.shards} holds moments of shape {shards.shape}, data.resolution and vae make "
+            f"{(2 * channels, height, width)}; encode again or correct the recipe"
+        )
+    if shards.num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}"
+        )
+    return shards
+
+
+def staged(recipe: Recipe, shards: LatentShards) -> LatentShards:
+    """The shards, all copied to this machine's cache now where data.stage_in says so."""
+    if recipe.data.stage_in and isinstance(shards.storage, CachedFolder):
+        shards.storage.stage(shards.index["shardlist"])
+    return shards
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs: `latents` and `noise` (B, C, h, w), `timesteps` and `labels` (B,)."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The endless, seekable stream of a recipe's training samples."""
+
+    recipe: Recipe
+    shards: LatentShards
+    diffusion: Diffusion
+
+    @cached_property
+    def order(self) -> RandomOrder | BlockOrder:
+        data, size = self.recipe.data, len(self.shards)
+        if data.order == "random":
+            return RandomOrder(self.recipe.seed, size)
+        block = self.shards.index["settings"].get("shard_samples", 1)
+        return BlockOrder(self.recipe.seed, size, self.recipe.train.batch_size, block, data.mixed_blocks, data.lanes)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The samples at positions `first` to `first + count`. Raises UserError naming a damaged sample."""
+        recipe, seed = self.recipe, self.recipe.seed
+        positions = torch.arange(first, first + count)
+        indices = self.order.indices(positions).numpy()
+        moments = torch.from_numpy(self.shards.gather(indices, self._flips(positions))).float()  # (B, 2C, h, w)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        normals = rng.normal(seed, "train/posterior", positions, shape)
+        latents = draw_latents(moments, normals, *self.shards.scaling)
+        labels = torch.from_numpy(self.shards.labels_at(indices))
+        dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
+        return Batch(
+            latents=latents,
+            noise=rng.normal(seed, "train/noise", positions, shape),
+            timesteps=self.diffusion.timesteps(rng.uniform(seed, "train/timestep", positions)),
+            labels=torch.where(dropped, recipe.model.num_classes, labels),  # num_classes is the null label
+        )
+
+    def _flips(self, positions: Tensor) -> np.ndarray | None:
+        if not self.recipe.data.flips:
+            return None
+        return rng.integers(self.recipe.seed, "train/flip", positions, 2).bool().numpy()

@@ -1,0 +1,38 @@
+"""The averages of the weights that a run keeps, in fp32 under every ZeRO stage."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.recipe import Recipe
+from common.run_folder import ema_names
+from fpdm.ema import constant_decay, power_decay
+from pipeline.training.zero import parameter_shards
+
+
+def decay_of(recipe: Recipe, name: str, before: int, after: int) -> float:
+    """What a step from `before` to `after` samples leaves of the average of this name (`ema_names`)."""
+    settings = recipe.train
+    kind, _, width = name.rpartition("-")
+    if kind:
+        return power_decay(float(width), before, after)
+    return constant_decay(float(name), settings.ema_reference_batch, before, after)
+
+
+class Averages:
+    """fp32 averages of this rank's shards, by name. No communication: an average of parts is a part of the average."""
+
+    def __init__(self, recipe: Recipe, engine: Any) -> None:
+        self.recipe, self.engine = recipe, engine
+        current = parameter_shards(engine)
+        self.shards: dict[str, list[Tensor]] = {
+            name: [shard.detach().clone() for shard in current] for name in ema_names(recipe)
+        }
+
+    @torch.no_grad()
+    def update(self, before: int, after: int) -> None:
+        """After a step that took the samples seen from `before` to `after`."""
+        current = [shard.detach() for shard in parameter_shards(self.engine)]
+        for name, shards in self.shards.items():
+            torch._foreach_lerp_(shards, current, 1 - decay_of(self.recipe, name, before, after))

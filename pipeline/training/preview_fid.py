@@ -1,0 +1,40 @@
+"""The Fréchet distance of some samples, measured while training: where it is going, from few pictures and so biased."""
+
+import torch
+from torch import Tensor
+
+from common.recipe import Recipe, denoiser_config
+from fpdm.weights import assemble
+from pipeline.evaluation.measurements import Evaluation
+from pipeline.evaluation.metrics import Accumulator, frechet_distance
+from pipeline.sampling.plans import Plan, even_iterations
+from pipeline.sampling.samples import draw_images
+from preprocess.encoding.encoder import Encoder
+from preprocess.images.images import to_uint8
+
+
+class OnlineDistance:
+    """From the recipe's own reference, of samples 0 to `train.distance_pictures` of its seed, drawn as it says.
+
+    So it is what `eval_fid.py` measures of as many samples of the same weights, where nothing is calibrated. The
+    extractor and the reference are there when this is: raises UserError for what is missing.
+    """
+
+    def __init__(self, recipe: Recipe, vae: Encoder) -> None:
+        evaluation = Evaluation(recipe)
+        self.recipe, self.vae = recipe, vae
+        self.reference = evaluation.reference_summary.statistics["pooled"]
+        self.extractor = evaluation.extractor
+        self.name = f"{evaluation.weights.distance_name} of {recipe.train.distance_pictures} samples"
+
+    def measure(self, weights: dict[str, Tensor]) -> float:
+        """Of whole weights by name. Raises UserError where samples come out non-finite or constant."""
+        settings, device = self.recipe.sample, self.extractor.device
+        model = assemble(weights, denoiser_config(self.recipe)).to(device).eval()
+        plan = Plan(even_iterations(self.recipe), [settings.reuse != "none"] * settings.num_steps)
+        features = Accumulator()
+        for indices in torch.arange(self.recipe.train.distance_pictures, device=device).split(settings.batch_size):
+            images = draw_images(self.recipe, plan, model, self.vae, indices)  # (B, 3, H, W)
+            pixels = to_uint8(images, settings.rounding).permute(0, 2, 3, 1).cpu().numpy()
+            features.add(self.extractor(pixels)["pooled"])
+        return frechet_distance(features.statistics(), self.reference)

@@ -1,0 +1,48 @@
+"""What is drawn of a run while it trains: grids of samples, and the distance of some. Rank 0 draws, the others wait."""
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import disk_faults_told
+from common.recipe import Recipe
+from pipeline.training.grids import GridPainter
+from pipeline.training.log import TrainingLog
+from preprocess.encoding.encoder import Encoder
+
+Weights = dict[str, Tensor]  # whole ones, by name
+
+
+class Previews:
+    """Loads what is needed for what the recipe asks for: a model that is missing is told now, not at the first of them.
+
+    A network that has learned nothing may draw nothing: then the log says so, and training goes on.
+    """
+
+    def __init__(self, recipe: Recipe, log: TrainingLog, device: torch.device) -> None:
+        self.folder, self.log = recipe.folder, log
+        vae = Encoder(recipe.vae, device)
+        self.painter = GridPainter(recipe, vae, device) if recipe.train.grid_samples else None
+        self.distance = None
+        if recipe.train.distance_samples:
+            from pipeline.training.preview_fid import OnlineDistance  # seconds to import
+
+            self.distance = OnlineDistance(recipe, vae)
+
+    def paint(self, weights: Weights, samples_seen: int) -> None:
+        """A grid, in its file and in the log. Raises UserError where it cannot be written."""
+        assert self.painter is not None
+        try:
+            with disk_faults_told(self.folder):
+                self.log.picture(self.painter.paint(weights, samples_seen), samples_seen)
+        except ValueError as error:
+            self.log.event({"samples": samples_seen, "event": "no grid", "reason": str(error)})
+
+    def measure(self, weights: Weights, samples_seen: int) -> tuple[float, str] | None:
+        """The distance and what it is called; None where there is none to measure."""
+        assert self.distance is not None
+        try:
+            return self.distance.measure(weights), self.distance.name
+        except UserError as error:
+            self.log.event({"samples": samples_seen, "event": "no distance", "reason": str(error)})
+            return None

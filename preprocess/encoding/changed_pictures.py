@@ -1,0 +1,52 @@
+"""Pictures that are others now than when they were encoded, though their names and sizes are the same."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.errors import UserError, printable
+from common.sealed import write_sealed
+from preprocess.encoding.pictures import open_picture, picture_digest
+from preprocess.images.images import Rejected
+from preprocess.shards import Record, shard_name
+from preprocess.sources import Entry, Source
+
+
+def check_pictures(source: Source, slices: Sequence[range], folder: Path, records: Sequence[Record]) -> None:
+    """Reads the pictures of `records` again where their files were written, moved or copied since; no others.
+
+    Where the bytes are the same, the record says from now on that they lie in these files. Raises UserError naming a
+    picture that is another one. `slices`: the positions in the source of each shard in `folder`.
+    """
+    moved = [each for each in records if each["stamp"] != source.entries.stamp(slices[each["number"]])]
+    for record in tqdm(moved, desc="read newer files again", unit="shard", disable=not moved, leave=False):
+        positions = slices[record["number"]]
+        shard = folder / shard_name(record["number"])
+        digests = record["pictures"] if len(record["pictures"]) == len(positions) else ["?"] * len(positions)
+        for position, digest in zip(positions, digests, strict=True):
+            entry = source.entries[position]
+            if digest != _digest(source, entry):
+                raise UserError(
+                    f"data.images: {printable(entry.key)} is another picture than the one encoded to {shard}, of the "
+                    f"same size; choose another folder for data.shards, or delete {folder}"
+                )
+        record["stamp"] = source.entries.stamp(positions)
+        write_sealed(shard.with_suffix(".json"), record)
+
+
+def check_not_newer(source: Source, slices: Sequence[range], folder: Path, records: Sequence[Record]) -> None:
+    """Raises UserError where `check_pictures` would read."""
+    for record, positions in zip(records, slices, strict=True):
+        if record["stamp"] != source.entries.stamp(positions):
+            raise UserError(
+                f"data.images: files of the pictures in {folder / shard_name(record['number'])} were written or moved "
+                "after they were encoded; run preprocess/encode_latents.py again, which compares them"
+            )
+
+
+def _digest(source: Source, entry: Entry) -> str:
+    try:
+        return picture_digest(open_picture(source, entry))
+    except Rejected:
+        return ""

@@ -1,0 +1,297 @@
+"""The autoencoder: pictures to posterior moments, latents back to pictures.
+
+The latents' scaling has its one home here.
+"""
+
+import hashlib
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError, faults_told
+from common.files import sha256_file
+from common.recipe import VAE
+from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
+
+# What is read, and what its configuration calls the encoder's stages, of which all but the first halve the side.
+KINDS = {
+    "AutoencoderKL": "block_out_channels",
+    "AutoencoderTiny": "encoder_block_out_channels",
+    "AutoencoderDC": "encoder_block_out_channels",
+}
+# Of one pass on a CPU, of one or two threads: more leave its caches, and each takes up to 1.6 times as long.
+CPU_PIXELS = 2**16
+LARGEST = 1e30  # of a scaling or shift; far more than any has
+MAX_STAGES = 16  # of an encoder, each of which halves the side
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which autoencoder made some moments, and how its latents are scaled. Two that are equal encode alike."""
+
+    config_sha256: str
+    weights_sha256: str
+    scaling_factor: float
+    shift_factor: float
+
+
+def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
+    """A draw from the posterior, scaled for diffusion: (mean + std * normal - shift_factor) * scaling_factor.
+
+    Args:
+        moments: (B, 2C, h, w) posterior mean and standard deviation, unscaled, of any floating-point type.
+        normals: (B, C, h, w) standard normal numbers; zeros give the posterior's mean.
+
+    Returns:
+        (B, C, h, w) float32, of about unit variance.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * normals - shift_factor) * scaling_factor
+
+
+def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
+    """The inverse of `draw_latents`' scaling: latents of diffusion -> latents that the decoder takes."""
+    return latents / scaling_factor + shift_factor
+
+
+def find_vae(settings: VAE) -> Path | None:
+    """The local folder of a VAE: `vae.path` itself, or the hub's copy of it in the cache; None if it is in neither.
+
+    A path that begins with a dot or a slash is never looked for on the hub, where anybody may own its name. Raises
+    UserError where such a folder is missing, or a folder holds no configuration or no safetensors.
+    """
+    folder = Path(settings.path)
+    if not folder.is_dir() and settings.path.startswith((".", "/")):
+        raise UserError(
+            f"vae.path: {settings.path} is no folder below {Path.cwd()}; run this in the clone, or correct it"
+        )
+    if folder.is_dir():
+        return _checked(folder, settings)
+    try:
+        return _checked(_from_hub(settings, local_files_only=True), settings)
+    except (OSError, UserError):  # not here, or a part of it, or not even a hub's name
+        return None
+
+
+def fetch_vae(settings: VAE) -> Path:
+    """As `find_vae`, downloading what is not here. Raises UserError where the hub does not give it."""
+    folder = find_vae(settings)
+    if folder is not None:
+        return folder
+    try:
+        return _checked(_from_hub(settings, local_files_only=False), settings)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"vae.path: {settings.path} is no folder here, and the hub does not give it; download "
+            f"{settings.subfolder + '/' if settings.subfolder else ''}{CONFIG_NAME} and {WEIGHTS_NAME} from "
+            f"https://huggingface.co/{settings.path} into a folder and name that. The hub: {reason}"
+        ) from None
+
+
+def _checked(parent: Path, settings: VAE) -> Path:
+    folder = parent / (settings.subfolder or "")
+    if not (folder / CONFIG_NAME).is_file():
+        if (folder / PIPELINE_NAME).is_file():
+            raise UserError(f"vae.path: {folder} is a whole pipeline; set vae.subfolder, usually to vae")
+        raise UserError(f"vae.path: {folder} has no {CONFIG_NAME}; give a folder written by a VAE's save_pretrained")
+    _weights(folder)
+    return folder
+
+
+def _weights(folder: Path) -> tuple[list[Path], str | None]:
+    try:
+        return weight_files(folder)
+    except ValueError as error:
+        raise UserError(f"vae.path: {error}") from None
+
+
+def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
+    """The repository's folder in the hub's cache, which may hold only a part of it where nothing may be downloaded.
+
+    Other files of weights, shards or a variant, are asked for where the usual one is not there. Raises OSError with the
+    hub's own words.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    prefix = f"{settings.subfolder}/" if settings.subfolder else ""
+    for weights in (WEIGHTS_NAME, f"{STEM}*.safetensors*"):
+        try:
+            folder = snapshot_download(
+                settings.path,
+                revision=settings.revision,
+                allow_patterns=[prefix + CONFIG_NAME, prefix + PIPELINE_NAME, prefix + weights],
+                local_files_only=local_files_only,
+            )
+        except (ValueError, HTTPError) as error:  # no name that the hub could have; a connection that broke
+            raise OSError(str(error)) from None
+        if not (Path(folder) / prefix / CONFIG_NAME).is_file() or (Path(folder) / prefix / WEIGHTS_NAME).is_file():
+            break
+    return Path(folder)
+
+
+def identify(folder: Path, settings: VAE) -> Identity:
+    """Checks a VAE's configuration against the recipe, without loading the network.
+
+    Raises UserError for a kind that is none of KINDS, where latent channels or downsampling differ from
+    `vae.latent_channels` and `vae.downsampling`, and for a scaling that is none or is not read.
+    """
+    config = _configuration(folder)[1]
+    for name, value in _sizes(folder, config).items():
+        if value != getattr(settings, name):
+            found = short(value)
+            raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {found}; set that")
+    return Identity(
+        config_sha256=sha256_file(folder / CONFIG_NAME),
+        weights_sha256=_sha256(_weights(folder)[0]),
+        scaling_factor=_number(folder, config, "scaling_factor"),
+        shift_factor=0.0 if config.get("shift_factor") is None else _number(folder, config, "shift_factor"),
+    )
+
+
+def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A VAE's class in diffusers, and all arguments that diffusers builds it with."""
+    try:
+        kind, config = read_configuration(folder, tuple(KINDS))
+    except ValueError as error:
+        raise UserError(f"vae.path: {error}") from None
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise UserError(
+                f"vae.path: {folder} scales each channel by itself ({name} in {CONFIG_NAME}), which is not done here; "
+                "choose a VAE that has a scaling_factor alone"
+            )
+    return kind, config
+
+
+def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    stages = next(config[name] for name in KINDS.values() if name in config)
+    listed = isinstance(stages, list | tuple) and 0 < len(stages) <= MAX_STAGES
+    if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not listed:
+        raise UserError(f"vae.path: {folder} is no VAE of colour images: see in_channels and stages in {CONFIG_NAME}")
+    return {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
+
+
+def _number(folder: Path, config: dict[str, Any], name: str) -> float:
+    value, where = config[name], f"in its {CONFIG_NAME}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}, which is no number; correct it")
+    if name == "scaling_factor" and not float(value) > 0:
+        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}; above 0 is allowed: correct it")
+    return float(value)
+
+
+def _sha256(files: list[Path]) -> str:
+    """Of the one file's bytes, or of the several files' hashes."""
+    hashes = [sha256_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+class Encoder:
+    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and pictures are float32.
+
+    AutoencoderTiny and AutoencoderDC give one latent a picture, no distribution: its standard deviation is 0.
+    """
+
+    def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
+        folder = fetch_vae(settings)
+        self.identity = identify(folder, settings)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype, self._settings = PRECISIONS[settings.precision], settings
+        network: Any = load_vae(folder, self.dtype)
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._spans: list[tuple[Any, Any]] = []
+        self._busy = 0.0
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
+        return self.moments(images).cpu().contiguous()
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """As `encode`, but the result is left on the device, which may not have computed it yet."""
+        start = self._mark()
+        moments = torch.cat([self._moments(part) for part in self._parts(images, 1)])
+        self._spans.append((start, self._mark()))
+        return moments
+
+    def _moments(self, images: Tensor) -> Tensor:
+        output = self.network.encode(self._prepare(images))
+        if hasattr(output, "latent_dist"):
+            mean, std = output.latent_dist.mean, output.latent_dist.std
+        else:
+            mean = output[0]
+            std = torch.zeros_like(mean)
+        return torch.cat([mean, std], dim=1).float()  # (B, 2C, h, w)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
+        latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
+        parts = self._parts(latents, self._settings.downsampling)
+        pictures = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
+        return pictures.float().clamp(-1, 1).contiguous()
+
+    def _parts(self, values: Tensor, pixels_a_side: int) -> tuple[Tensor, ...]:
+        """What goes through the network at once: `vae.batch_size`, since decoding takes far more memory than a
+        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the picture's.
+        """
+        size = self._settings.batch_size
+        if self.device.type == "cpu":
+            size = min(size, max(1, CPU_PIXELS // (math.prod(values.shape[2:]) * pixels_a_side**2)))
+        return values.split(size)
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the device has computed moments since this object was made."""
+        while self._spans and (self.device.type != "cuda" or self._spans[0][1].query()):
+            start, end = self._spans.pop(0)
+            self._busy += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        return self._busy
+
+    def _mark(self) -> Any:
+        """Now, on the device: a GPU's clock passes it when it has done what was asked for before."""
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _prepare(self, values: Tensor) -> Tensor:
+        return values.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """One of KINDS, from the folder that `fetch_vae` gives. Raises UserError where it does not load.
+
+    diffusers fills a tensor that the file lacks with random numbers; here it is refused.
+    """
+    kind, _ = _configuration(folder)
+    variant = _weights(folder)[1]
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it logs what is told below
+    remedy = f"get {CONFIG_NAME} and the weights of one VAE"
+    with faults_told(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
+        network, found = kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    for fault in ("missing_keys", "unexpected_keys"):
+        if names := sorted(found[fault]):
+            raise UserError(
+                f"vae.path: {folder} does not load as an {kind.__name__}: {len(names)} tensors are "
+                f"{fault.removesuffix('_keys')}, {names[0]} first; {remedy}"
+            )
+    return network

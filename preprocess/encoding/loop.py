@@ -1,0 +1,108 @@
+"""The loop that encodes: pictures from worker processes through the VAE, one shard after another."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.ranks import own_device, rank_and_world_size, share_cores
+from common.recipe import Recipe
+from preprocess.encoding.decoding import decoded
+from preprocess.encoding.encoder import Encoder
+from preprocess.encoding.pictures import Loaded, Pictures
+from preprocess.images.images import from_uint8
+from preprocess.shards import Rejection, Sample
+from preprocess.sources import Source
+
+Outcome = Sample | Rejection
+Moments = Callable[[], list[np.ndarray]]  # waits for them: none, one or two of (B, 2C, h, w) float16
+
+
+def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
+    """Yields (shard, what became of each of its pictures); `slices` has the shards' positions in the source's list.
+
+    Shows pictures a second, the time left, and the share of it for which the VAE was busy.
+    """
+    share_cores()
+    encoder = Encoder(recipe.vae, own_device())
+    pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
+    batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
+    every = [batch for of_shard in batches.values() for batch in of_shard]
+    total, others = sum(map(len, every)), rank_and_world_size()[0] > 0  # one rank's bar stands for all
+    with (
+        decoded(pictures, every, recipe.launch.cpus_per_process) as loaded,
+        tqdm(total=total, unit="picture", desc="encode", disable=others) as bar,
+    ):
+        started = time.monotonic()
+        for number, of_shard in batches.items():
+            outcomes: list[Outcome] = []
+            for given, moments in _one_ahead(encoder, itertools.islice(loaded, len(of_shard)), recipe.data.flips):
+                outcomes += _collect(recipe, source, given, moments())
+                bar.set_postfix_str(
+                    f"VAE busy {encoder.busy_seconds / (time.monotonic() - started):.0%}", refresh=False
+                )
+                bar.update(len(given.positions) + len(given.rejected))
+            yield number, outcomes
+        seconds = time.monotonic() - started
+    print(f"encoded {total:,} pictures, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+
+
+def _batches(positions: range, size: int) -> list[range]:
+    """Batches are cut inside a shard, so that timing and kills never decide which pictures meet in one."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
+
+
+def _one_ahead(encoder: Encoder, batches: Iterator[Loaded], flips: bool) -> Iterator[tuple[Loaded, Moments]]:
+    """Each batch with its moments; the VAE has the next batch before these are waited for, so that no GPU waits."""
+    waiting: list[tuple[Loaded, Moments]] = []
+    for loaded in batches:
+        waiting.append((loaded, _submit(encoder, loaded.images, flips)))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
+    """Images (B, 3, H, W) uint8 -> their moments, and those of the mirrored ones.
+
+    A GPU copies them to this memory as soon as it has them: a copy asked for later would wait for the next batch too.
+    """
+    if images is None:
+        return list
+    images = images.pin_memory() if encoder.device.type == "cuda" else images
+    pixels = from_uint8(images.to(encoder.device, non_blocking=True))
+    given = (pixels, pixels.flip(-1)) if flips else (pixels,)
+    copies = [encoder.moments(each).half().to("cpu", non_blocking=True) for each in given]
+    if encoder.device.type != "cuda":
+        return lambda: [each.numpy() for each in copies]
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(encoder.device))
+
+    def wait() -> list[np.ndarray]:
+        copied.synchronize()
+        return [each.numpy().copy() for each in copies]  # what is pinned serves the next batches
+
+    return wait
+
+
+def _collect(recipe: Recipe, source: Source, loaded: Loaded, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
+    yield from loaded.rejected
+    for number, position in enumerate(loaded.positions):
+        digest, arrays = loaded.digests[number], [array[number] for array in moments]
+        yield _outcome(recipe, source, position, loaded.sizes[number], digest, arrays)
+
+
+def _outcome(
+    recipe: Recipe, source: Source, position: int, size: tuple[int, int], digest: str, moments: Sequence[np.ndarray]
+) -> Outcome:
+    entry = source.entries[position]
+    if not all(np.isfinite(array).all() for array in moments):
+        precision = recipe.vae.precision
+        reason = f"the VAE's moments are not finite in float16 (vae.precision {precision})"
+        return Rejection(entry.key, reason, position, digest)
+    flipped = moments[1] if len(moments) > 1 else None
+    return Sample(position, entry.key, entry.label, *size, moments[0], flipped, digest)

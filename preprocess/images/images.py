@@ -1,0 +1,182 @@
+"""Bytes to pixels and back: how a picture is read, cropped, and turned into numbers.
+
+Each rule has its one home here.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from common.errors import Told, faults_told
+from preprocess.images.file_kinds import kind_of_file
+from preprocess.images.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
+
+Rounding = Literal["half_away", "truncate"]
+MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, EPS above all, run programs or none
+WHITE = (255, 255, 255, 255)
+
+UNREADABLE = "not readable as a picture"
+
+
+class Rejected(Told):
+    """A picture that cannot be used. The message is the reason, the same in every run."""
+
+    limit = 200
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(re.sub(r" at 0x[0-9A-Fa-f]+", "", reason))  # an object's address in memory
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture in an encoded file, as RGB.
+
+    - The format is found from the bytes, whatever the file's name says: one of FORMATS, or NPY of uint8 (CelebA-HQ):
+      (H, W), (H, W, 3), (3, H, W) or (1, 3, H, W). Of an animation, or several pages, the first counts.
+    - EXIF orientation is applied: the picture stands as its photographer saw it. Of other metadata nothing is read,
+      ICC profiles are not applied; whatever is wrong with them, the pixels count.
+    - Alpha, a palette's transparent colour included, is composed on white. Grey is repeated in three channels. 16-bit
+      values are divided by 256, 12-bit ones by 16, those of a PGM up to another maximum are scaled to 16 bits first;
+      palettes, 1-bit, CMYK and other colour spaces take Pillow's conversion.
+
+    Raises Rejected for what is truncated, damaged, above MAX_PIXELS, of floating-point pixels, or no picture, and for
+    whatever else a decoder raises.
+    """
+    if not data:
+        raise Rejected("empty file")
+    with faults_told(Rejected, UNREADABLE):
+        if data.startswith(np.lib.format.MAGIC_PREFIX):
+            return _from_array(data)
+        bare, exif = without_metadata(data)
+        try:
+            opened = Image.open(io.BytesIO(bare), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise Rejected(f"{UNREADABLE}: {kind_of_file(data)}") from None
+        with opened as image:
+            _check_pixels(image.width, image.height)
+            image.load()
+            return _to_rgb(_upright(image, orientation(exif or image.info.get("exif", b""))))
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Rejected(f"{width} x {height} pixels, above {MAX_PIXELS:,}: decompression bomb")
+    if not width * height:
+        raise Rejected(f"{width} x {height} pixels")
+
+
+def _from_array(data: bytes) -> Image.Image:
+    """The picture in a .npy file."""
+    file = io.BytesIO(data)
+    with faults_told(Rejected, f"{UNREADABLE}: its .npy header is damaged"):
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+    other = Rejected(f"an array of {dtype} {shape}; only uint8 of (H, W), (H, W, 3), (3, H, W) is read")
+    if dtype != np.uint8 or min(shape, default=0) < 0:
+        raise other
+    size, left = math.prod(shape), len(data) - file.tell()
+    if size != left:
+        fault = "cut off" if size > left else "its header is damaged"
+        raise Rejected(f"{UNREADABLE}: an array of {size:,} bytes, of which {left:,} are there: {fault}")
+    planes = np.frombuffer(data, np.uint8, size, file.tell()).reshape(shape, order="F" if by_columns else "C")
+    planes = planes[0] if planes.ndim == 4 and planes.shape[0] == 1 else planes
+    if planes.ndim == 3 and planes.shape[0] == 3 != planes.shape[2]:
+        planes = planes.transpose(1, 2, 0)  # (H, W, 3)
+    if not (planes.ndim == 2 or (planes.ndim == 3 and planes.shape[2] == 3)):
+        raise other
+    _check_pixels(planes.shape[1], planes.shape[0])
+    return Image.fromarray(np.ascontiguousarray(planes)).convert("RGB")
+
+
+def _upright(image: Image.Image, turned: int) -> Image.Image:
+    """An image of that EXIF orientation. A TIFF comes without: Pillow has turned it when it loaded it."""
+    if turned == UPRIGHT:
+        return image
+    image.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    image.getexif()[ORIENTATION] = turned
+    return ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return _from_deep_grey(image)
+    if image.mode in ("I", "F"):
+        raise Rejected(f"pixels of mode {image.mode} have no defined white; convert to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """Of 16 bits a pixel, or of a TIFF's 12."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    grey = values >> (4 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        grey = 255 - grey  # white is zero: Pillow knows it for 8 bits alone
+    transparent = values == image.info.get("transparency")
+    return Image.fromarray(np.where(transparent, 255, grey).astype(np.uint8)).convert("RGB")
+
+
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest centred square, `resolution` pixels wide, as ADM and DiT prepare ImageNet: box filter by halves while
+    the shorter side is at least twice too long, then bicubic, then the crop.
+
+    Raises Rejected for a strip so long that it would have more than MAX_PIXELS before the crop.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    if math.prod(size) > MAX_PIXELS:
+        raise Rejected(f"{image.width} x {image.height} pixels: too long a strip to be resized to {resolution}")
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def short_side_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """LSUN's rule: the centred square of the shorter side, then one Lanczos resize to `resolution` pixels."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return resize(image.crop((left, top, left + side, top + side)), resolution)
+
+
+def resize(image: Image.Image, resolution: int) -> Image.Image:
+    """The whole picture, `resolution` pixels wide and high, by Lanczos: for pictures that are square and aligned."""
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "center": center_crop,
+    "short_side": short_side_crop,
+    "resize": resize,
+}
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32 in [-1, 1]: 0 is -1, 255 is 1."""
+    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 of the same shape in [-1, 1]: 0 is -1, 255 is 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
+    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255.
+
+    The one rounding rule of the project: halves away from zero, as DiT; it gives back what `to_tensor` was given.
+    "truncate" drops the fraction, as REPA and EDM2 do: half a level darker, for comparison with their numbers.
+    """
+    offset = 128 if rounding == "half_away" else 127.5
+    return (images.float() * 127.5 + offset).floor().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,162 @@
+"""The form of the JSON files beside shards: every field's type and range, checked by every reader before use.
+
+An index or record may be damaged, of another version, or made by somebody who wants a reader to open, delete or
+allocate what is not the data set's: no field reaches a path, a count or an allocation unchecked.
+"""
+
+import math
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # typing's own is not read before Python 3.12
+)
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from common.errors import UserError, one_line
+from common.sealed import STRICT, checked, read_bytes, unseal, write_sealed
+from preprocess.shards.format import INDEX, MOMENTS, REMEDY, VERSION
+
+KIND = "__kind__"  # of the index, for wids; no name that a TypedDict could have
+MAX_SIDE = 2**16  # of the moments, or channels of them
+
+Digest = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+Count = Annotated[int, Field(ge=0, lt=2**48)]  # of samples or bytes: sums of a million fit 64 bits
+Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]  # never leaves its folder
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Scale = Annotated[float, Field(gt=0)]
+
+
+class OtherVersion(UserError):
+    """Shards that another version of this project made."""
+
+
+@with_config(STRICT)
+class Autoencoder(TypedDict):
+    """What made the moments, and how latents are scaled."""
+
+    config_sha256: NotRequired[Digest]
+    weights_sha256: NotRequired[Digest]
+    scaling_factor: Scale
+    shift_factor: float
+
+
+@with_config(STRICT)
+class Settings(TypedDict):
+    """What decides the shards' bytes; the same in every record and in the index."""
+
+    flips: bool
+    source: NotRequired[str]
+    source_fingerprint: NotRequired[Digest]
+    crop: NotRequired[str]
+    resolution: NotRequired[Side]
+    shard_samples: NotRequired[Annotated[int, Field(ge=1, lt=2**32)]]
+    precision: NotRequired[str]
+    vae: NotRequired[Autoencoder | None]
+
+
+@with_config(STRICT)
+class RejectedPicture(TypedDict):
+    key: str
+    reason: str
+
+
+@with_config(STRICT)
+class Shard(TypedDict):
+    """What the index says of a shard."""
+
+    url: Name
+    nsamples: Count
+    filesize: Count
+    sha256: Digest
+    samples_sha256: Digest
+
+
+@with_config(STRICT)
+class Record(TypedDict):
+    """What a shard says of itself, in the file beside it."""
+
+    version: int
+    number: Annotated[int, Field(ge=0, lt=10**6)]
+    settings: Settings
+    nsamples: Count
+    filesize: Count
+    sha256: Digest
+    samples_sha256: Digest
+    rejected: list[RejectedPicture]
+    channel_sums: Annotated[
+        list[list[float]], Field(min_length=2, max_length=2)
+    ]  # (2, C): `writer._channel_sums`; empty where all pictures were rejected
+    pictures: list[Annotated[str, Field(pattern=r"\A([0-9a-f]{16})?\z")]]  # what it was made of: `Sample.picture`
+    stamp: str  # of the files that these lay in: `sources.entries.Entries.stamp`
+
+
+@with_config(STRICT)
+class Statistics(TypedDict):
+    """A number a channel; none where there is no sample."""
+
+    mean: list[float]
+    std: list[float]
+
+
+@with_config(STRICT)
+class Index(TypedDict):
+    """index.json."""
+
+    version: int
+    wids_version: Literal[1]
+    shardlist: list[Shard]
+    settings: Settings
+    class_names: Annotated[list[str], Field(min_length=1)]
+    shape: Annotated[list[Side], Field(min_length=3, max_length=3)]  # (2C, h, w)
+    found: Count
+    accepted: Count
+    rejected: list[RejectedPicture]
+    left_out: dict[str, Count]
+    warnings: list[str]
+    samples_sha256: Digest
+    latents: Statistics
+    stamp: str  # of all files that the pictures lay in
+    converted_from: NotRequired[Digest]
+
+
+def read_index(data: bytes, where: str | Path) -> Index:
+    """An index from the bytes of its file. Raises UserError for anything but an index that agrees with itself."""
+    value = _of_this_version(data, where)
+    value.pop(KIND, None)
+    index = checked(value, where, Index, f"{REMEDY}, or get it anew")
+    if index["accepted"] != sum(shard["nsamples"] for shard in index["shardlist"]) or any(
+        shard["nsamples"] * math.prod(index["shape"]) * MOMENTS.itemsize > shard["filesize"]
+        for shard in index["shardlist"]
+    ):
+        raise UserError(f"{where}: its counts, sizes or shapes contradict each other; {REMEDY}, or get it anew")
+    return index
+
+
+def read_local_index(folder: Path) -> Index:
+    return read_index(read_bytes(folder / INDEX), folder / INDEX)
+
+
+def write_index_file(folder: Path, index: Index) -> None:
+    write_sealed(folder / INDEX, {KIND: "wids-shard-index-v1", **index})
+
+
+def read_record(path: Path) -> Record:
+    """Raises UserError where the file is missing, damaged or no record."""
+    record = checked(_of_this_version(read_bytes(path), path), path, Record, REMEDY)
+    first, second = record["channel_sums"]
+    if len(first) != len(second) or bool(first) != bool(record["nsamples"]):
+        raise UserError(f"{path}: channel_sums: not two numbers a channel; {REMEDY}")
+    return record
+
+
+def _of_this_version(data: bytes, where: str | Path) -> dict[str, Any]:
+    value = unseal(data, where, dict[str, Any], REMEDY)
+    if (version := value.get("version", 2)) != VERSION:
+        raise OtherVersion(
+            f"{where}: version {one_line(str(version), 20)}, this reads {VERSION}; encode again elsewhere"
+        )
+    return value

@@ -1,0 +1,71 @@
+"""Every command resolves, checks, prints and only then works; its help is instant; a user's mistake is status 2."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
+# verify_shards.py takes a folder, no recipe: tests/unit/preprocess/shards/test_shards.py
+COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8") and path.stem != "verify_shards"]
+
+# These two look at what is there, and build no network.
+NETWORK = [path for path in COMMANDS if path.stem not in ("show_latents", "reconstruct_ema")]
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+
+
+def test_the_commands_of_the_readme_are_here() -> None:
+    names = {path.name for path in COMMANDS}
+    assert {"encode_latents.py", "train.py", "sample.py", "eval_fid.py", "run.py"} <= names
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_help_imports_nothing_heavy(path: Path) -> None:
+    started = time.monotonic()
+    done = run("-X", "importtime", path, "--help")
+    assert done.returncode == 0
+    assert "--config" in done.stdout
+    heavy = {"torch", "deepspeed", "diffusers", "timm", "torch_fidelity", "matplotlib"}
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not heavy & imported, f"--help took {time.monotonic() - started:.1f} s"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_an_unknown_key_ends_every_command_with_one_line_and_status_2(path: Path) -> None:
+    done = run(path, "--config", "recipes/demo.yaml", "train.batch_szie=4")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: recipes/demo.yaml: train.batch_szie: unknown key; did you mean batch_size?"
+    ]
+
+
+@pytest.mark.parametrize("path", NETWORK, ids=lambda path: path.name)
+def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp_path: Path) -> None:
+    places = [f"{field}={tmp_path / field}" for field in ("runs", "data.images", "data.held_out", "data.shards")]
+    done = run(path, "--config", "recipes/demo.yaml", "--dry-run", *places)
+    assert "plan: network: fpdm on latents (4, 16, 16), 4,307,776 parameters" in done.stdout
+    missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
+    assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_utf8_and_lines_are_printed_whatever_the_locale(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: test  # für später\ndata: {images: Bücher}\n", encoding="utf-8")
+    program = (
+        "import sys; from common.command import guarded; from common.loading import load_recipe\n"
+        "sys.exit(guarded(lambda: print(load_recipe(sys.argv[1]).data.images)))"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(recipe)], capture_output=True, env=os.environ | ascii_only, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.returncode) == (rb"B\xfccher", 0), done.stderr

@@ -1,0 +1,182 @@
+"""A recipe is right, or one line says what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.loading import dump_recipe, load_recipe, parse_recipe
+from common.recipe import denoiser_config, with_world_size
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\ndata: {label_field: cls}", "data.label_field: is of webdataset, parquet, imagenet, and"),
+        (
+            "name: a\ndata: {source: folder, label_field: cls}",
+            "data.label_field: is of webdataset, parquet, imagenet, and data.source is folder, which has none alone",
+        ),
+        (
+            "name: a\ndata: {source: lsun, label_field: none}",
+            "data.label_field: is of webdataset, parquet, imagenet, and",
+        ),
+        (
+            "name: a\ndata: {source: folder, image_field: none}",
+            "data.image_field: is of webdataset, parquet, imagenet, and",
+        ),
+        (
+            "name: a\ndata: {source: ffhq, image_field: jpg}",
+            "data.image_field: is of webdataset, parquet, imagenet, and data.source is ffhq",
+        ),
+        (
+            "name: a\ndata: {source: parquet, follow_links: true}",
+            "data.follow_links: is of images in folders, and data.source is parquet",
+        ),
+        ("name: a\ntrain: {batch_szie: 4}", "train.batch_szie: unknown key; did you mean batch_size?"),
+        ("name: a\nfoo: 1", "foo: unknown key; allowed: data, demo, "),
+        ("name: a\ntrain: {batch_size: 64.5}", "train.batch_size: should be a valid integer; found 64.5"),
+        ("name: a\ntrain: {batch_size: true}", "train.batch_size: should be a valid integer; found True"),
+        ("name: a\ntrain: {batch_size: 0}", "train.batch_size: should be greater than or equal to 1; found 0"),
+        ("name: a\nmodel: {kind: unet}", "model.kind: should be 'fpdm' or 'dit'; found 'unet'"),
+        ("seed: 3", "name: missing; every recipe states it"),
+        ("name: ../out", "name: string should match pattern"),
+        ("name: a\ndata: {resolution: 100}", "data.resolution: 100 is not a multiple of vae.downsampling, 8"),
+        ("name: a\nmodel: {patch_size: 3}", "model.patch_size: 3 does not divide the latents' side of 32"),
+        ("name: a\nmodel: {size: null, hidden_size: 100, num_heads: 3}", "model.hidden_size: 100"),
+        ("name: a\nobjective: {prediction: epsilon}", "objective.zero_terminal_snr: with no signal left"),
+        (
+            "name: a\nsample: {weights: newest}",
+            "sample.weights: should be 'latest' or should be a valid integer; found 'newest'",
+        ),
+        ("name: a\nsample: {num_steps: 1001}", "sample.num_steps: 1001 is outside 1..1000"),
+        ("name: a\nsample: {step_choices: [14]}", "sample.step_choices: allocation 'constant' compares none"),
+        (
+            "name: a\nsample: {allocation: calibrated, step_choices: [14]}",
+            "sample.step_choices: ddpm, and eta above 0, draw other samples with other steps",
+        ),
+        (
+            "name: a\nsample: {allocation: calibrated, sampler: ddim, step_choices: [14, 94]}",
+            "sample.step_choices: block_budget: 280 is too small for 94 steps of 2 outer layers",
+        ),
+        ("name: a\nmodel: {kind: dit}\nsample: {step_choices: [14]}", "sample.step_choices: a DiT has no iterations"),
+        ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
+        ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
+        (
+            "name: a\nevaluate: {bootstrap: 1}",
+            "evaluate.bootstrap: should be 0 or should be greater than",
+        ),
+        ("name: a\nseed: 5000000000", "seed: should be less than 4294967296"),
+        ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: should be less than 1"),
+        ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: should be a finite number"),
+        (
+            "name: a\nobjective: {schedule: flow, prediction: flow, zero_terminal_snr: false, learned_variance: false}",
+            "sample.sampler: 'ddpm' does not fit prediction 'flow'",
+        ),
+        ("name: a\ntrain: {label_dropout: 1}", "train.label_dropout: should be less than 1"),
+        ("- a list", "holds list, a recipe is a mapping"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_explained_in_one_line(text: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_recipe(text)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load_recipe("nowhere.yaml")
+
+
+def test_overrides_replace_single_fields_in_order() -> None:
+    recipe = parse_recipe(
+        "name: a", ["train.batch_size=64", "train.batch_size=32", "train.learning_rate=1e-3", "train.betas=[0.9, 0.95]"]
+    )
+    assert (recipe.train.batch_size, recipe.train.learning_rate, recipe.train.betas) == (32, 1e-3, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_size", "not an override"),
+        ("=3", "not an override"),
+        ("name.first=3", "name is a value, not a section"),
+        ("train.batch_size={", "not readable as a YAML value"),
+        ("train.learning_rate=fast", "train.learning_rate: should be a valid number"),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse_recipe("name: a", [override])
+
+
+NULL_LABEL = "guidance_scale: {} with train.label_dropout 0, whose network never sees the null label"
+ONE_CLASS = "guidance_scale: {} with model.num_classes 1: a single class says no more than the null label"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.label_dropout=0", "sample.guidance_scale=4"), f"sample.{NULL_LABEL.format(4)}"),
+        (("train.label_dropout=0.0", "sample.guidance_scale=0"), f"sample.{NULL_LABEL.format(0)}"),
+        (("train.label_dropout=0", "sweep.guidance_scale=[1, 1.5]"), f"sweep.{NULL_LABEL.format(1.5)}"),
+        (("model.num_classes=1", "sample.guidance_scale=2"), f"sample.{ONE_CLASS.format(2)}"),
+        (("model.num_classes=1", "sweep.guidance_scale=[3]"), f"sweep.{ONE_CLASS.format(3)}"),
+        (
+            ("sample.guidance_scale=2", "sample.guidance_interval=[0.5, 0.5]"),
+            "sample.guidance_interval: [0.5, 0.5] holds none of the 28 steps",
+        ),
+    ],
+)
+def test_guidance_that_the_network_cannot_give_is_refused(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_recipe("name: a", overrides)
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize("others", [("model.num_classes=1",), ("train.label_dropout=0",), ("sample.guidance_scale=2",)])
+def test_guidance_is_refused_for_nothing_else(others: tuple[str, ...]) -> None:
+    assert parse_recipe("name: a", others)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_loads_and_survives_being_written(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_defect_a8_the_defaults_are_what_the_recipes_say_the_paper_does() -> None:
+    default = parse_recipe("name: a")
+    assert (default.objective.prediction, default.objective.zero_terminal_snr) == ("v", True)
+    assert not default.model.pre_post_timestep_conditioning
+    assert (default.train.max_no_grad_iterations, default.train.max_grad_iterations) == (6, 6)
+    paper = load_recipe(ROOT / "recipes/imagenet256_paper.yaml")
+    assert (paper.train.max_no_grad_iterations, paper.train.max_grad_iterations) == (12, 12)
+    assert paper.objective == default.objective
+
+
+@pytest.mark.parametrize("name", ["ffhq256", "celebahq256", "lsun_church256"])
+def test_defect_c10_an_unconditional_recipe_needs_no_word_about_guidance(name: str) -> None:
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    assert recipe.model.num_classes == 1
+    assert recipe.sample.guidance_scale == 1
+
+
+def test_a_size_sets_the_network_and_single_fields_override_it() -> None:
+    recipe = parse_recipe("name: a\nmodel: {size: B, hidden_size: 384, num_heads: 6}")
+    config = denoiser_config(recipe)
+    assert (config.hidden_size, config.num_heads, config.depth) == (384, 6, 12)
+
+
+def test_ranks_must_divide_the_batch_and_micro_batches_a_ranks_share() -> None:
+    recipe = parse_recipe("name: a\ntrain: {batch_size: 64}")
+    assert with_world_size(recipe, 4).train.micro_batch_size == 16
+    with pytest.raises(ValueError, match=r"train\.batch_size: 64 is not divisible by the 3 ranks; use 63"):
+        with_world_size(recipe, 3)
+    with pytest.raises(ValueError, match=r"train\.micro_batch_size: 5 does not divide a rank's share of 32"):
+        with_world_size(parse_recipe("name: a\ntrain: {batch_size: 64, micro_batch_size: 5}"), 2)

@@ -1,0 +1,102 @@
+"""Ways of sampling at given budgets: exact budgets, finished points kept, one table and one picture."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from common.errors import UserError
+from common.recipe import Recipe
+from pipeline import sweep
+from pipeline.evaluation import measurements as evaluation
+from pipeline.evaluation.plots import sweep_picture
+from pipeline.evaluation.sweep import points, read_table, write_tables
+from pipeline.sampling.plans import blocks_a_picture
+from tests.conftest import copied
+from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
+
+
+@pytest.fixture
+def recipe(sampled: Recipe, tmp_path: Path) -> Recipe:  # noqa: F811
+    made = copied(sampled, tmp_path / "runs")
+    return swept(made, budgets=(8, 16), iterations=(2,), sampler=("ddim",))
+
+
+def swept(recipe: Recipe, **fields: Any) -> Recipe:
+    return replace(recipe, sweep=replace(recipe.sweep, **fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"iterations": (1, 2, 3)},
+        {"num_steps": (1, 2, 3)},
+        {"allocation": ("constant", "more_at_noise", "calibrated"), "budgets": (17, 23)},
+        {"guidance_scale": (1.0, 2.0), "budgets": (16, 24)},
+    ],
+)
+def test_every_point_costs_its_budget_exactly(recipe: Recipe, fields: dict[str, Any]) -> None:
+    found, _ = points(swept(recipe, **fields))
+    assert len(found) > 2
+    assert all(point.blocks == point.budget == blocks_a_picture(made) for point, made in found.items())
+
+
+def test_what_a_budget_does_not_pay_for_is_said(recipe: Recipe) -> None:
+    found, left_out = points(swept(recipe, num_steps=(2, 4)))
+    assert [(point.budget, point.num_steps) for point in found] == [(8, 2), (16, 2), (16, 4)]
+    assert left_out == ["ddim, 4 steps, 8 blocks: 4 steps of one iteration cost 12"]
+    with pytest.raises(UserError, match=r"sweep: no combination can be drawn; .* cost 3"):
+        points(swept(recipe, budgets=(2,)))
+
+
+def test_dit_takes_the_steps_that_a_budget_pays_for(recipe: Recipe) -> None:
+    dit = replace(recipe, model=replace(recipe.model, kind="dit", depth=3))
+    assert [(point.num_steps, point.blocks) for point in points(dit)[0]] == [(2, 6), (5, 15)]
+
+
+def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.sweep(recipe, 0, 2)  # the first job of two
+    assert len(read_table(recipe)) == 1
+    sweep.sweep(recipe)
+    with open(recipe.folder / "sweep/table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["blocks"] for line in lines] == ["8", "16"]
+    assert all(float(line["FD (EfficientNet-Lite0)"]) > 0 for line in lines)
+    assert (recipe.folder / "sweep/table.md").read_text().count("\n") == 4
+    with Image.open(recipe.folder / "sweep/distances.png") as picture:
+        assert picture.width > 500
+    monkeypatch.setattr(evaluation.Evaluation, "measure", None)
+    sweep.sweep(recipe)  # nothing left to do
+    more = swept(recipe, budgets=(8, 16, 32))
+    assert len(write_tables(more)) == 2  # what an earlier sweep measured counts
+
+
+def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
+    with pytest.raises(UserError, match="--cluster with --jobs shares its points"):
+        sweep.work(recipe)
+
+
+def test_two_numbers_of_iterations_are_drawn_beside_each_other(recipe: Recipe) -> None:
+    rows = [
+        {
+            "sampler": "ddim",
+            "allocation": "constant",
+            "reuse": "always",
+            "guidance_scale": 1.0,
+            "num_steps": budget // (each + 2),
+            "budget": budget,
+            "blocks": budget,
+            "iterations": each,
+            "distance": "FID",
+            "numbers": {"frechet": {"value": 1000 / budget + each}},
+        }
+        for budget in (140, 280)
+        for each in (2, 8)
+    ]
+    assert sweep_picture(rows)[:4] == b"\x89PNG"

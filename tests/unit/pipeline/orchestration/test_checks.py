@@ -1,0 +1,131 @@
+"""What a stage would refuse once it has begun, by the recipe and its launch section, `run.py --dry-run` refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.loading import parse_recipe
+from pipeline.checks import check_stages
+from pipeline.orchestration.stages import select
+from slurm.cluster import Resources, refuse
+
+ROOT = Path(__file__).parents[4]
+
+
+def check(tmp_path: Path, *overrides: str, cluster: str = "local", stages: str | None = None) -> None:
+    recipe = parse_recipe("name: a", [f"runs={tmp_path}", f"data.shards={tmp_path}/none", *overrides])
+    check_stages(recipe, select(recipe, stages), cluster)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("slurm.site_file.DEFAULT", tmp_path / "site.yaml")
+    monkeypatch.delenv("FPDM_SITE", raising=False)
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["launch.processes=3"], r"train\.batch_size: 512 is not divisible by the 3 ranks; use 510"),
+        (["launch.processes=2", "train.micro_batch_size=100"], r"train\.micro_batch_size: 100 does not divide .* 256"),
+        (["train.batch_size=4", "launch.processes=8"], r"train\.batch_size: 4 is not divisible by the 8 ranks; use 8"),
+        (["train.precision=fp16"], r"train\.precision: fp16 needs a GPU"),
+        (["sample.num_samples=1"], r"sample\.num_samples: 1, and the metric frechet needs 2"),
+        (["evaluate.reference_samples=1"], r"evaluate\.reference_samples: 1, and the metric frechet needs 2"),
+        (["evaluate.metrics=[kid]", "sample.num_samples=3"], r"sample\.num_samples: 3, and the metric kid needs 4"),
+        (
+            ["evaluate.metrics=[frechet, inception_score]", "sample.num_samples=9"],
+            r"sample\.num_samples: 9, and the metric inception_score needs 10",
+        ),
+        (
+            ["evaluate.metrics=[spatial]", "evaluate.feature_extractor=efficientnet-lite0"],
+            r"evaluate\.metrics: efficientnet-lite0 does not give spatial",
+        ),
+    ],
+)
+def test_what_recipe_and_launch_alone_make_impossible(
+    overrides: list[str], expected: str, cluster: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        check(tmp_path, *overrides, cluster=cluster)
+
+
+def test_nodes_multiply_the_ranks(tmp_path: Path) -> None:
+    check(tmp_path, "launch.nodes=4", "launch.processes=8", cluster="slurm")
+    with pytest.raises(UserError, match="512 is not divisible by the 24 ranks"):
+        check(tmp_path, "launch.nodes=3", "launch.processes=8", cluster="slurm")
+    with pytest.raises(UserError, match=r"launch\.nodes: 4 nodes need a SLURM cluster"):
+        check(tmp_path, "launch.nodes=4")
+    with pytest.raises(UserError, match=r"launch\.processes: the debug cluster is this one process"):
+        check(tmp_path, "launch.processes=2", cluster="debug")
+
+
+def test_a_stage_that_does_not_run_refuses_nothing(tmp_path: Path) -> None:
+    check(tmp_path, "launch.processes=3", "train.precision=fp16", stages="sample,evaluate")
+    check(tmp_path, "sample.num_samples=1", stages="train,sample")
+
+
+def test_what_the_cluster_and_its_site_file_refuse(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("partitoin: gpu")
+    with pytest.raises(UserError, match=r"site\.yaml: partitoin: unknown key"):
+        check(tmp_path, cluster="slurm")
+    (tmp_path / "site.yaml").unlink()
+    with pytest.raises(UserError, match="SLURM cannot write logs to a path with '%'"):
+        check(tmp_path, f"runs={tmp_path}/100%", cluster="slurm")
+
+
+def test_settings_of_deepspeeds_are_read_as_the_ranks_will_read_them(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"train_micro_batch_size_per_gpu": 16, "bf16": {"enabled": True}}))
+    asked = [f"train.deepspeed_config={own}", "train.micro_batch_size=16", "launch.processes=8"]
+    check(tmp_path, *asked, "launch.gpus_per_process=1", cluster="slurm")  # from a login node without GPUs
+    with pytest.raises(UserError, match=r"has bf16\.enabled True, the recipe and the ranks make it False"):
+        check(tmp_path, *asked, cluster="slurm")
+    with pytest.raises(UserError, match=r"has train_micro_batch_size_per_gpu 16, .* make it 64"):
+        check(tmp_path, *asked, "train.micro_batch_size=null", "launch.gpus_per_process=1", cluster="slurm")
+    with pytest.raises(UserError, match=r"none\.json: No such file"):
+        check(tmp_path, f"train.deepspeed_config={tmp_path}/none.json")
+
+
+def test_gpus_that_the_site_asks_for_are_gpus(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("sbatch: {gres: 'gpu:a100:8'}")
+    check(tmp_path, "train.precision=fp16", cluster="slurm")
+
+
+def test_more_processes_than_this_machine_has_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check(tmp_path, "launch.processes=2", "launch.gpus_per_process=1", "train.precision=fp16")
+    with pytest.raises(
+        UserError, match=r"launch\.processes: 4 with 1 GPUs each, and this machine has 2; .*set it to 2"
+    ):
+        check(tmp_path, "launch.processes=4", "launch.gpus_per_process=1")
+
+
+def test_a_signal_before_the_job_began_is_refused() -> None:
+    two, three = (Resources(timeout_minutes=minutes, signal_seconds=120) for minutes in (2, 3))
+    with pytest.raises(ValueError, match=r"launch\.signal_seconds: 120 before the end of 2 minutes"):
+        refuse("slurm", "logs", two)
+    refuse("slurm", "logs", three)
+    refuse("local", "logs", two)
+
+
+@pytest.mark.parametrize("way", [(), ("--detach",), ("--cluster", "auto")])
+def test_a_dry_run_of_three_ranks_ends_with_one_line(way: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "pipeline/run.py", "--config", "recipes/demo.yaml", "--dry-run", *way]
+    places = [f"runs={tmp_path}", f"data.shards={tmp_path}/none", f"data.images={tmp_path}/images"]
+    done = subprocess.run(
+        [*command, *places, "launch.processes=3"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: train.batch_size: 32 is not divisible by the 3 ranks; use 30 or another number of processes"
+    ]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,285 @@
+"""Numbers under a seal: in a run folder a flipped bit is named or mended, and no edit is a traceback."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.log_lines import LogLine, append_line, read_log
+from common.recipe import Recipe
+from common.run_folder import counted, find_weights, weights_folder
+from common.run_recipe import read_recipe, write_recipe
+from common.run_weights import describe
+from common.sealed import read_json
+from fpdm.weights import CONFIG_NAME, WEIGHTS_NAME
+from pipeline import eval_fid, report, sweep
+from pipeline.evaluation.measurements import Evaluation
+from pipeline.evaluation.statistics import read_summary
+from pipeline.evaluation.sweep import TABLE, read_table
+from pipeline.orchestration.code_snapshot import take_snapshot
+from pipeline.orchestration.stages import TIMES, keep_time, read_times
+from pipeline.sampling import chunks, plans, samples
+from pipeline.sampling.features import features_folder
+from pipeline.sampling.sample_set import sample_set
+from tests.conftest import copied, load_samples
+from tests.seals import edits, flips, resealed
+from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def measured(sampled: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:  # noqa: F811
+    """With all that stages leave for those after them."""
+    recipe = copied(sampled, tmp_path_factory.mktemp("sealed"))
+    recipe = replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",)))
+    eval_fid.evaluate(recipe)
+    sweep.sweep(recipe)
+    write_recipe(recipe)
+    for samples_seen in (32, 64):
+        append_line(recipe.folder / "metrics.jsonl", {"samples": samples_seen, "step": samples_seen // 32, "loss": 0.5})
+        append_line(recipe.folder / "provenance.jsonl", {"stage": "train", "from_samples": samples_seen})
+    for stage in ("train", "sample"):
+        keep_time(recipe, stage, 2.5)
+    return recipe
+
+
+@pytest.fixture
+def recipe(measured: Recipe, tmp_path: Path) -> Recipe:
+    return copied(measured, tmp_path / "runs")
+
+
+def drawn_in(recipe: Recipe) -> Path:
+    return sample_set(recipe, "latest").folder
+
+
+def eval_file(recipe: Recipe) -> Path:
+    evaluation = Evaluation(recipe)
+    return evaluation.path_of(evaluation.samples[0])
+
+
+def plan_of(recipe: Recipe) -> dict[str, Any]:
+    return asdict(plans.read_plan(recipe, drawn_in(recipe)))
+
+
+READERS: dict[str, tuple[Callable[[Recipe], Path], Callable[[Recipe], Any], int]] = {
+    "plan.json": (lambda r: drawn_in(r) / "plan.json", plan_of, 60),
+    "eval": (eval_file, lambda r: Evaluation(r).measured(Evaluation(r).samples[0]), 60),
+    "metrics.json": (lambda r: r.folder / "metrics.json", eval_fid.read_metrics, 60),
+    "table.json": (lambda r: r.folder / TABLE, read_table, 60),
+    "config.json": (lambda r: weights_folder(r, 64) / CONFIG_NAME, lambda r: describe(weights_folder(r, 64)), 60),
+    "stages.json": (lambda r: r.folder / TIMES, read_times, 60),
+}
+
+
+def tried(reader: Callable[[Recipe], Any], recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """What it reads, None where it refuses, and its one line."""
+    try:
+        found, said = reader(recipe), ""
+    except UserError as error:
+        found, said = None, f"{error}\n"
+    said += capsys.readouterr().err
+    assert said.count("\n") <= 1
+    return found, said
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_flipped_bit_is_named_by_whoever_reads_the_file(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    find, reader, count = READERS[name]
+    path = find(recipe)
+    expected, _ = tried(reader, recipe, capsys)
+    assert expected
+    for bit in flips(path, np.random.default_rng(0), count):
+        found, said = tried(reader, recipe, capsys)
+        assert str(path) in said or found == expected, bit
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_an_edited_field_under_a_new_seal_is_one_line_or_a_value_of_its_form(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    find, reader, _ = READERS[name]
+    path = find(recipe)
+    whole = {field: value for field, value in json.loads(path.read_text()).items() if field != "content_key"}
+    expected, _ = tried(reader, recipe, capsys)
+    told = 0
+    for edited in edits(whole, np.random.default_rng(0), 150):
+        resealed(path, lambda _, edited=edited: edited)
+        found, said = tried(reader, recipe, capsys)
+        told += str(path) in said
+        assert str(path) in said or type(found) is type(expected)
+    assert told > 20
+
+
+def test_a_digit_changed_in_a_measurement_or_in_metrics_is_measured_again(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, value = eval_file(recipe), eval_fid.read_metrics(recipe)["measurements"][0]["value"]
+    for changed in (path, recipe.folder / "metrics.json"):
+        text = changed.read_text()
+        digit = str(value)[0]
+        changed.write_text(text.replace(str(value), f"{(int(digit) + 1) % 10}{str(value)[1:]}"))
+        assert changed.read_text() != text
+        assert not eval_fid.finished(recipe)
+        eval_fid.evaluate(recipe)
+        assert eval_fid.finished(recipe)
+        assert read_json(changed)["content_key"]
+        assert eval_fid.read_metrics(recipe)["measurements"][0]["value"] == pytest.approx(value, rel=1e-9)
+    assert f"warning: {path}: changed after it was written" in capsys.readouterr().err
+    resealed(path, lambda found: found.update(value=1.0))
+    assert not eval_fid.finished(recipe)
+
+
+def test_an_edited_plan_is_written_again_and_a_measured_one_refused(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, whole = drawn_in(recipe) / "plan.json", plan_of(recipe)
+    for change in (lambda plan: plan.update(iterations=[1, 1, 4]), lambda plan: plan.update(reuse=[False] * 3)):
+        resealed(path, change)
+        min(drawn_in(recipe).glob("chunk-*")).unlink()
+        samples.generate(recipe, "latest")
+        assert f"warning: {path}: not the plan that the recipe says" in capsys.readouterr().err
+        assert plan_of(recipe) == whole
+    measured = replace(recipe, sample=replace(recipe.sample, allocation="adaptive", calibration_samples=2))
+    folder = samples.generate(measured, "latest")
+    min(folder.glob("chunk-*")).unlink()
+    text = (folder / "plan.json").read_text()
+    for changed in ("", text.replace("true", "false"), None):
+        (folder / "plan.json").unlink() if changed is None else (folder / "plan.json").write_text(changed)
+        with pytest.raises(UserError, match=r"plan\.json: .*; delete the folder and run python pipeline/sample"):
+            samples.generate(measured, "latest")
+
+
+def test_a_flipped_mantissa_in_the_weights_draws_no_picture(recipe: Recipe) -> None:
+    min(drawn_in(recipe).glob("chunk-*")).unlink()
+    path = weights_folder(recipe, 64) / WEIGHTS_NAME
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: changed after it was written"):
+        samples.generate(recipe, "latest")
+    whole = json.loads((path.parent / CONFIG_NAME).read_text())
+    del whole["content_key"], whole["weights_sha256"]
+    (path.parent / CONFIG_NAME).write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="has no seal, which all weights of a run have"):
+        samples.generate(recipe, "latest")
+
+
+def test_a_chunk_whose_arrays_are_exchanged_under_right_checksums_of_zip_is_named(recipe: Recipe) -> None:
+    folder = drawn_in(recipe)
+    for path in (min(folder.glob("chunk-*")), min(features_folder(recipe, folder).glob("chunk-*"))):
+        with np.load(path) as arrays:
+            changed = {name: array.copy() for name, array in arrays.items()}
+        rows = changed["images" if "images" in changed else "pooled"]
+        rows[0] = rows[1]
+        np.savez(path, **changed)
+        with pytest.raises(UserError, match=f"{path}: damaged, or not written by this version; delete it and run"):
+            chunks.read_chunk(path)
+
+
+def test_a_damaged_summary_of_the_reference_is_made_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    value = eval_fid.read_metrics(recipe)["measurements"][0]["value"]
+    Evaluation(recipe).measure_reference()
+    (path,) = (Path(recipe.runs) / ".references").glob("*.npz")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    eval_file(recipe).unlink()
+    eval_fid.evaluate(recipe)
+    assert eval_fid.read_metrics(recipe)["measurements"][0]["value"] == value
+    assert f"warning: {path}: damaged" in capsys.readouterr().err
+    assert read_summary(path, "").statistics
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "provenance.jsonl"])
+def test_a_damaged_or_cut_line_of_a_log_is_left_out_with_a_warning(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path, form = recipe.folder / name, report.Started if name == "provenance.jsonl" else LogLine
+    lines = read_log(path, form)
+    assert len(lines) == 2
+    for _ in flips(path, np.random.default_rng(0), 80):
+        found, said = read_log(path, form), capsys.readouterr().err
+        kept = [{field: line[field] for field in lines[0] if field in line} for line in found]
+        # Nothing to say of the end of the last line, which may still be written, or of the seal's own name.
+        assert f"{path}: line " in said or kept in (lines, lines[:1])
+        assert all(line in lines for line in kept)
+    with open(path, "ab") as log:
+        log.write(b'{"samples": 96, "st')
+    append_line(path, {"samples": 128, "stage": "train"})
+    assert len(read_log(path, form)) == 3
+    report.report(recipe)
+    assert f"{path}: line 3: not readable" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_the_recipe_of_a_run_that_is_a_reference_is_named(recipe: Recipe) -> None:
+    path, whole = recipe.folder / "recipe.yaml", read_recipe(recipe.folder)
+    found = 0
+    for _ in flips(path, np.random.default_rng(0), 25):
+        try:
+            assert read_recipe(recipe.folder) == whole
+        except UserError as error:
+            found += str(path) in str(error)
+    assert found > 20
+
+
+def test_damaged_times_are_told_and_fail_no_stage(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    (recipe.folder / TIMES).write_bytes(b"\xff")
+    report.report(recipe)
+    keep_time(recipe, "evaluate", 1.0)
+    assert read_times(recipe) == {"evaluate": 1.0}
+    assert f"warning: {recipe.folder / TIMES}: not readable as JSON" in capsys.readouterr().err
+    (recipe.folder / TIMES).unlink()
+    (recipe.folder / TIMES).mkdir()
+    keep_time(recipe, "evaluate", 1.0)
+    assert f"warning: {recipe.folder / TIMES}: not written" in capsys.readouterr().err
+
+
+def test_a_damaged_report_is_made_again(recipe: Recipe) -> None:
+    report.report(recipe)
+    page = recipe.folder / "report.html"
+    data = bytearray(page.read_bytes())
+    data[data.index(b'content="', data.index(b'"inputs"')) + 9] ^= 0x80
+    page.write_bytes(data)
+    assert not report.finished(recipe)
+
+
+def test_copies_beside_weights_and_chunks_are_none(recipe: Recipe) -> None:
+    weights, folder = recipe.folder / "weights", drawn_in(recipe)
+    for name in ("000000000064.bak", "000000000128 (copy)", "128"):
+        (weights / name / "0.9999").mkdir(parents=True)
+    assert [path.name for path in counted(weights)] == ["000000000000", "000000000064"]
+    assert find_weights(recipe, "latest")[0] == 64
+    images, _ = load_samples(folder, 10)
+    for span in ("00000000-00000010.npz.bak", "0-10.npz", "٠٠٠٠٠٠٠٠-00000010.npz", "000000000-00000010.npz"):
+        (folder / f"chunk-{span}").write_bytes(b"mine")
+    assert (load_samples(folder, 10)[0] == images).all()
+
+
+def test_what_killed_samplers_and_evaluations_left_is_removed(recipe: Recipe) -> None:
+    folder = drawn_in(recipe)
+    beside = [folder / "chunk-00000000-00000004.npz", features_folder(recipe, folder) / "chunk-00000000-00000004.npz"]
+    beside += [eval_file(recipe), recipe.folder / "eval/statistics/reference-1.npz"]
+    left = [path.with_name(f".{path.name}.node.77.tmp") for path in beside]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    samples.sample(recipe)
+    eval_file(recipe).unlink()
+    eval_fid.evaluate(recipe)
+    assert not [path for path in left if path.exists()]
+
+
+def test_a_snapshot_of_the_code_that_was_changed_is_taken_again(tmp_path: Path) -> None:
+    taken = take_snapshot(tmp_path)
+    whole = (taken / "fpdm/rng.py").read_bytes()
+    (taken / "fpdm/rng.py").write_bytes(whole + b"# edited\n")
+    (taken / "fpdm/__pycache__").mkdir()
+    (taken / "fpdm/__pycache__/rng.pyc").write_bytes(b"")
+    assert take_snapshot(tmp_path) == taken
+    assert (taken / "fpdm/rng.py").read_bytes() == whole

@@ -1,0 +1,88 @@
+"""A signal asks, and does nothing else; a second one ends the process; the handlers of before come back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from common.command import ended_by_signals, guarded
+from common.errors import INTERRUPTED, Interrupted
+from pipeline.training import signals
+from pipeline.training.signals import STOP_SIGNALS, stop_requests
+
+
+@pytest.fixture
+def with_a_terminal() -> Iterator[None]:
+    """Whatever started these tests may have had them ignore its end."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("with_a_terminal")
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_requests() as stop, ended_by_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop
+
+
+@pytest.mark.usefixtures("with_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_command_that_waits_for_its_jobs_leaves_by_an_exception(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as left, ended_by_signals():
+        os.kill(os.getpid(), number)
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("with_a_terminal")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_requests() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.signal == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_an_echo_of_the_same_request_does_not_end_the_process() -> None:
+    with stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)  # still here
+        assert stop.signal == "SIGUSR2"
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    program = """
+import time
+from pipeline.training.signals import stop_requests
+with stop_requests():
+    print("ready", flush=True)
+    started = time.monotonic()
+    while time.monotonic() - started < 60:
+        time.sleep(0.05)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(signals.SAME_REQUEST_SECONDS + 0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_a_command_that_was_interrupted_says_so_in_one_line_with_status_75(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise Interrupted("runs/a: saved after 64 samples; run again to go on")
+
+    assert guarded(work) == INTERRUPTED == 75
+    assert capsys.readouterr().err == "interrupted: runs/a: saved after 64 samples; run again to go on\n"

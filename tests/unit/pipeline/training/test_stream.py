@@ -1,0 +1,81 @@
+"""The training stream: position p's sample, noise, timestep and label are functions of (seed, p) alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.loading import parse_recipe
+from common.recipe import Recipe, diffusion
+from fpdm import rng
+from pipeline.training.data import Stream
+from preprocess.shards import LatentShards, Sample, write_index, write_shard
+
+COUNT, CLASSES = 23, 3
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+    folder = tmp_path_factory.mktemp("shards")
+    settings = {"flips": True, "vae": {"scaling_factor": 0.5, "shift_factor": 0.25}}
+    made = [
+        Sample(i, f"{i}.png", i % CLASSES, 8, 8, np.full((4, 2, 2), i, np.float16), np.full((4, 2, 2), -i, np.float16))
+        for i in range(COUNT)
+    ]
+    records = [write_shard(folder, number, made[12 * number : 12 * number + 12], settings) for number in range(2)]
+    write_index(folder, records, (4, 2, 2), ["a", "b", "c"])
+    return Stream(recipe(folder), LatentShards(folder), diffusion(recipe(folder)))
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return parse_recipe(f"name: a\ndata: {{shards: {folder}}}\nmodel: {{num_classes: {CLASSES}}}", overrides)
+
+
+def test_every_sample_comes_once_an_epoch_and_the_epochs_differ(stream: Stream) -> None:
+    order = stream.order.indices(torch.arange(3 * COUNT)).reshape(3, COUNT)
+    assert all(sorted(epoch.tolist()) == list(range(COUNT)) for epoch in order)
+    assert len({tuple(epoch.tolist()) for epoch in order}) == 3
+
+
+@pytest.mark.parametrize("parts", [(40,), (20, 20), (1, 2, 7, 30), (10, 10, 10, 10)])
+def test_how_a_step_is_divided_changes_nothing(stream: Stream, parts: tuple[int, ...]) -> None:
+    whole = stream.batch(5, 40)  # spans two epochs
+    first, pieces = 5, []
+    for part in parts:
+        pieces.append(stream.batch(first, part))
+        first += part
+    for name, tensor in vars(whole).items():
+        assert torch.equal(torch.cat([vars(piece)[name] for piece in pieces]), tensor), name
+
+
+def test_latents_are_drawn_from_the_right_posterior_and_scaled(stream: Stream) -> None:
+    batch, indices = stream.batch(0, COUNT), stream.order.indices(torch.arange(COUNT))
+    mirrored = rng.integers(0, "train/flip", torch.arange(COUNT), 2)
+    assert 0 < mirrored.sum() < COUNT
+    assert torch.allclose(batch.latents, drawn(torch.where(mirrored == 1, -indices, indices)))
+
+
+def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
+    plain = Stream(recipe(stream.shards.address, "data.flips=false"), stream.shards, stream.diffusion)
+    assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.order.indices(torch.arange(COUNT))))
+
+
+def drawn(moments: torch.Tensor) -> torch.Tensor:
+    """What the fixture's moments become; mean and deviation are both i, or both -i where mirrored."""
+    normals = rng.normal(0, "train/posterior", torch.arange(COUNT), (2, 2, 2))
+    return ((1 + normals) * moments[:, None, None, None] - 0.25) * 0.5
+
+
+def test_labels_belong_to_their_samples_or_are_the_null_label(stream: Stream) -> None:
+    positions = torch.arange(40 * COUNT)
+    labels = stream.batch(0, len(positions)).labels
+    dropped = labels == CLASSES
+    assert torch.equal(labels[~dropped], stream.order.indices(positions)[~dropped] % CLASSES)
+    assert 0.05 < dropped.float().mean() < 0.15  # train.label_dropout is 0.1
+
+
+def test_another_seed_is_another_stream(stream: Stream) -> None:
+    other = Stream(recipe(stream.shards.address, "seed=1"), stream.shards, stream.diffusion)
+    assert not torch.equal(other.batch(0, 8).noise, stream.batch(0, 8).noise)
+    assert other.order.indices(torch.arange(COUNT)).tolist() != stream.order.indices(torch.arange(COUNT)).tolist()

@@ -1,0 +1,133 @@
+"""The site file: every fault is one line that names file and field; nothing of it is needed."""
+
+import re
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.jobs import Job
+from common.recipe import Recipe
+from slurm.cluster import Resources, executor, submission_script
+from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_example_is_a_site_file() -> None:
+    site = load_site(ROOT / "slurm/site.example.yaml")
+    assert site.partition == "gpu"
+    assert submission_parameters(site)["slurm_setup"][:-1] == [
+        "module load cuda/12.4",
+        "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0",
+    ]
+
+
+def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FPDM_SITE", raising=False)
+    monkeypatch.setattr("slurm.site_file.DEFAULT", tmp_path / "site.yaml")
+    assert load_site() == Site()
+    assert submission_parameters(Site()) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partitoin: gpu", "partitoin: unknown key; allowed: partition, account"),
+        ("memory_gb: -4", "memory_gb: Input should be greater than 0; found -4"),
+        ("partition: 'two words'", "partition: String should match pattern"),
+        ("setup: module load cuda", "setup: Input should be a valid tuple"),
+        ('setup: ["one\\ntwo"]', "setup: String should match pattern"),
+        (
+            "sbatch: {output: x}",
+            "sbatch: output is not the site's to say: the recipe's launch section does",
+        ),
+        ("sbatch: {wrap: 'true'}", "sbatch: wrap is not the site's to say"),
+        ("sbatch: {parsable: true}", "sbatch: parsable is not the site's to say"),
+        ("sbatch: {cpus-per-task: 4}", "sbatch: cpus-per-task is not the site's to say"),
+        ("sbatch: {outp: x}", "sbatch: outp is the beginning of output; write options of sbatch in full"),
+        ("sbatch: {o: x}", "sbatch: o is the beginning of open-mode"),
+        ("sbatch: {ntasks-per: 2}", "sbatch: ntasks-per is the beginning of ntasks-per-node"),
+        ("sbatch: {gre: 'gpu:8'}", "sbatch: gre is the beginning of gres"),
+        ("sbatch: {gpus-per-n: 8}", "sbatch: gpus-per-n is the beginning of gpus-per-node"),
+        ("sbatch: {part: gpu}", "sbatch: part is the beginning of partition"),
+        ("setup: ['#SBATCH --gres=gpu:8']", "setup: a line that sbatch reads as options"),
+        ("sbatch: {'a b': x}", "sbatch: String should match pattern"),
+        ("- gpu", "site: Input should be a dictionary or an instance of Site"),
+        ("a: [", "not readable as YAML"),
+        ("setup: " + "[" * 5000, "not readable as YAML: nested too deeply"),
+        ("sbatch: {nice: " + "9" * 5000 + "}", "not readable as YAML: 999"),
+        ("memory_gb: .inf", "memory_gb: Input should be a finite number"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is looked at below)
+        load_site(path)
+    assert str(raised.value).startswith(f"{path}: {expected}")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 700
+
+
+def test_a_folder_in_place_of_a_site_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
+        load_site(tmp_path)
+
+
+def test_the_sites_options_take_the_place_of_ours() -> None:
+    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5}))
+    assert options == {"requeue": True, "gpus_per_node": "a100:8", "nice": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "--gpus-per-node=2"),
+        ({"gres": "gpu:a100:8"}, "--gres=gpu:a100:8"),
+        ({"gres": "lscratch:100,gpu:2"}, "--gres=lscratch:100,gpu:2"),
+        ({"gres": "mps:50"}, "--gres=mps:50"),
+        ({"gpus-per-node": "a100:8"}, "--gpus-per-node=a100:8"),
+        ({"gpus-per-task": 1}, "--gpus-per-task=1"),
+        ({"gpus-per-socket": "2"}, "--gpus-per-socket=2"),
+        ({"gpus": 4}, "--gpus=4"),
+        ({"tres-per-task": "gres/gpu:h100:1"}, "--tres-per-task=gres/gpu:h100:1"),
+        ({"gres": "lscratch:100", "gpu-bind": "closest"}, "--gpus-per-node=2"),
+        ({"gres": False}, "--gpus-per-node=2"),
+    ],
+)
+def test_a_job_asks_for_gpus_in_one_way_and_the_sites_comes_first(
+    options: dict[str, object], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"sbatch": options}))
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    resources = Resources(processes=2, gpus_per_process=1)
+    script = submission_script(executor("slurm", tmp_path, "name", resources, submits=False))
+    asked = [
+        line.removeprefix("#SBATCH ") for line in script.splitlines() if re.search("(gpus|gres|tres-)[^ ]*=", line)
+    ]
+    assert [line for line in asked if not re.match("--gres=lscratch:100$", line)] == [expected]
+
+
+def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"none\.yaml: no such file; FPDM_SITE names it"):
+        load_site()
+
+
+def test_a_scratch_folder_takes_the_jobs_variables_and_nothing_else_of_the_shells(tmp_path: Path) -> None:
+    site = Site(scratch="/local/$USER/${SLURM_JOB_ID}/it's $(touch pwned) `touch pwned`")
+    (line,) = submission_parameters(site)["slurm_setup"]
+    command = ["bash", "-c", f'{line}; printf %s "$FPDM_SCRATCH"']
+    asked = partial(subprocess.run, command, capture_output=True, text=True, cwd=tmp_path)
+    told = asked(env={"USER": "a b; $(touch pwned)", "SLURM_JOB_ID": "12"})
+    assert told.stdout == "/local/a b; $(touch pwned)/12/it's $(touch pwned) `touch pwned`"
+    assert not list(tmp_path.iterdir())
+    assert "USER: parameter null or not set" in asked(env={}).stderr
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_told_by_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPDM_SCRATCH", "/proc/none/here")
+    assert Job.of("os.path", "exists", Recipe(name="a"))()["error"].startswith("scratch: no folder /proc/none/here on ")
