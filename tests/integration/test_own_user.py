@@ -35,6 +35,37 @@ for overrides in (["train.total_samples=32"], ["train.total_samples=64"], ["trai
     assert done.returncode == 0, done.stderr
 
 
+def test_damaged_last_weights_are_written_again_and_nothing_is_trained_again_without_a_word(
+    experiment: Experiment,
+) -> None:
+    program = """
+import shutil, sys
+from common.errors import UserError
+from common.loading import load_recipe
+from pipeline.run_folder import weights_folder
+from pipeline.trainer import finished, train
+recipe = load_recipe(sys.argv[1], ["name=mended", "train.total_samples=32"])
+train(recipe)
+config = weights_folder(recipe, 32) / "config.json"
+whole = config.read_bytes()
+config.write_bytes(bytes([whole[0] ^ 0x80]) + whole[1:])
+assert not finished(recipe)
+train(recipe)
+assert config.read_bytes() == whole and finished(recipe)
+config.write_bytes(whole.replace(b'"depth": 28', b'"depth": 29'))
+shutil.rmtree(recipe.folder / "checkpoints")
+try:
+    train(recipe)
+except UserError as error:
+    print(error)
+"""
+    done = python(program, experiment.recipe)
+    assert done.returncode == 0, done.stderr
+    config = experiment.folder / "runs/mended/weights/000000000032/0.9/config.json"
+    assert f"warning: {config}: no JSON" in done.stderr
+    assert f"{config}: changed after it was written; delete the folder" in done.stdout
+
+
 def test_a_training_whose_logs_are_deleted_meanwhile_is_finished(experiment: Experiment) -> None:
     logs = experiment.folder / "runs/no-logs/logs"
     command = experiment.command("pipeline/run.py", "name=no-logs", "--stages=train", *SHORT)
@@ -53,7 +84,9 @@ def test_a_run_that_is_ended_ends_its_job(experiment: Experiment, number: signal
     name = f"ended-by-{number.name.lower()}"
     folder = experiment.folder / "runs" / name
     command = experiment.command("pipeline/run.py", f"name={name}", "--stages=train", "train.total_samples=1600000")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started these tests may have had it ignored
     with started(command) as process:
+        signal.signal(signal.SIGHUP, before)
         while not (folder / "metrics.jsonl").exists():
             assert process.poll() is None
             time.sleep(0.01)

@@ -261,6 +261,20 @@ def test_copies_beside_weights_and_chunks_are_none(recipe: Recipe) -> None:
     assert (load_samples(folder, 10)[0] == images).all()
 
 
+def test_what_killed_samplers_and_evaluations_left_is_removed(recipe: Recipe) -> None:
+    folder = drawn_in(recipe)
+    beside = [folder / "chunk-00000000-00000004.npz", features_folder(recipe, folder) / "chunk-00000000-00000004.npz"]
+    beside += [eval_file(recipe), recipe.folder / "eval/statistics/reference-1.npz"]
+    left = [path.with_name(f".{path.name}.node.77.tmp") for path in beside]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    samples.sample(recipe)
+    eval_file(recipe).unlink()
+    eval_fid.evaluate(recipe)
+    assert not [path for path in left if path.exists()]
+
+
 def test_a_snapshot_of_the_code_that_was_changed_is_taken_again(tmp_path: Path) -> None:
     taken = take_snapshot(tmp_path)
     whole = (taken / "fpdm/rng.py").read_bytes()

@@ -179,6 +179,6 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     path = write(recipe, 16) / MARKER
     resealed(path, lambda marker: marker.update(format=3))
     found = read(path.parent, recipe, {"seed": 0})
-    assert found == f"{path}: format: Input should be 2; found '3'; no checkpoint of this version"
+    assert found == f"{path}: format: Input should be 2; found 3; no checkpoint of this version"
     with pytest.raises(UserError, match="none of its 1 checkpoints is whole and of this version; delete it to start"):
         checkpoint.newest_checkpoint(recipe, {"seed": 0})

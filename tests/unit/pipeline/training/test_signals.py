@@ -5,15 +5,43 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from common.command import guarded
+from common.command import ended_by_signals, guarded
 from common.errors import INTERRUPTED, Interrupted
 from pipeline.training import signals
 from pipeline.training.signals import STOP_SIGNALS, stop_requests
 
 
+@pytest.fixture
+def with_a_terminal() -> Iterator[None]:
+    """Whatever started these tests may have had them ignore its end."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("with_a_terminal")
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_requests() as stop, ended_by_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop
+
+
+@pytest.mark.usefixtures("with_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_command_that_waits_for_its_jobs_leaves_by_an_exception(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as left, ended_by_signals():
+        os.kill(os.getpid(), number)
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("with_a_terminal")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
