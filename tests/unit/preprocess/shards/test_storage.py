@@ -2,10 +2,12 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -327,3 +329,36 @@ def test_a_far_side_that_sends_more_than_its_index_says_is_stopped(
         with pytest.raises(UserError, match=r"latents-000001\.tar: not the bytes that its index describes, 3 times"):
             LatentShards(ADDRESS, Cache(tmp_path)).gather(EVERYTHING)
     assert max(written) < 10**6
+
+
+READING = """
+import os, sys
+import fsspec.implementations.local  # before the other user, who may not read root's Python
+import numpy as np
+from pathlib import Path
+from common.errors import UserError
+from preprocess.shards import Cache, LatentShards
+os.setgroups([])
+os.setuid(65534)
+try:
+    print(LatentShards(sys.argv[1], Cache(Path(sys.argv[2]))).gather(np.arange(30)).shape[0])
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_users_cache_is_read_where_it_is_whole_and_named_where_it_is_not(local: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # which others may enter, other than pytest's
+        shared = Path(name)
+        shared.chmod(0o755)
+        Path(shutil.copytree(local, shared / "shards")).chmod(0o755)
+        address, cache = f"file://{shared}/shards", shared / "cache"
+        LatentShards(address, Cache(cache)).gather(EVERYTHING)
+        command = [sys.executable, "-c", READING, address, str(cache)]
+        refusal = rf"data\.cache: {cache} cannot be written by this user \(Permission denied\); name a folder"
+        for said in ("30", refusal):
+            read = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert re.match(said, read.stdout), read.stdout + read.stderr
+            for copy in cache.glob("*-latents-000001.tar"):
+                copy.unlink()
