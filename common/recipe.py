@@ -254,7 +254,7 @@ class Launch:
     gpus_per_process: CountOrZero = 0
     timeout_minutes: Count = 240
     signal_seconds: Count = 120  # before the time is over: training saves, and every job is queued again
-    jobs: Count = 1  # into how many jobs of one process each SLURM gets encoding and sampling
+    jobs: Count = 1  # of one process each, into which SLURM gets encoding, sampling and evaluation
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -43,13 +43,12 @@ def encode(recipe: Recipe) -> None:
 
     What is there already is proved by its hashes, and kept.
     """
-    from preprocess.encoding.encoding import all_there, make_shards, merge_shards, resolve
+    from preprocess.encoding.encoding import all_there, make_shards, resolve
 
     rank, ranks = rank_and_world_size()
     encoding = resolve(recipe, download=True)
     make_shards(encoding, rank, ranks)
     if ranks == 1 or all_there(encoding):
-        merge_shards(encoding)
         complete(encoding)
     else:
         print(f"rank {rank} of {ranks}: its shards are made; the last rank to end makes the index of all", flush=True)
@@ -57,20 +56,30 @@ def encode(recipe: Recipe) -> None:
 
 def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
     """The whole stage as an array of jobs, each making every `jobs`-th shard; then the index."""
-    from preprocess.encoding.encoding import merge_shards, resolve
+    from preprocess.encoding.encoding import resolve
 
     encoding = resolve(recipe, download=True)  # here, so that no job downloads what another does
     print(f"{jobs} jobs; what each does is told in {recipe.folder / 'logs/encode'}", flush=True)
     run_parts(recipe, cluster, "encode", "preprocess.encoding.encoding", "encode_part", jobs)
-    merge_shards(encoding)
     complete(encoding)
 
 
-def complete(encoding: "Encoding") -> None:
-    """What comes after the index: a summary, and the FFCV file where `data.format` asks for one."""
-    from preprocess import beton
-    from preprocess.encoding.encoding import summarise
+def merge(recipe: Recipe) -> None:
+    """What follows when all shards are made, by however many jobs; anyone may, any number of times.
 
+    Raises UserError naming the shards that are missing, and where too many pictures are rejected.
+    """
+    from preprocess.encoding.encoding import resolve
+
+    complete(resolve(recipe, download=True))
+
+
+def complete(encoding: "Encoding") -> None:
+    """The index, a summary, and the FFCV file where `data.format` asks for one."""
+    from preprocess import beton
+    from preprocess.encoding.encoding import merge_shards, summarise
+
+    merge_shards(encoding)
     summarise(encoding)
     if beton.is_missing(encoding.recipe):
         beton.convert(encoding.folder, encoding.recipe.launch.cpus_per_process)

@@ -1,7 +1,7 @@
 """Sealed JSON as somebody leaves it who changes it and seals it anew; a file as a flipped bit leaves it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def resealed(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps({**value, **key} if isinstance(value, dict) else value))
 
 
-def edits(value: Any, random: np.random.Generator, count: int) -> Iterator[Any]:
-    """`count` copies of a JSON-able value, each with one field, at any depth, taken away, added or made a wrong one."""
+def edits(value: Any, random: np.random.Generator, count: int, wrong: Sequence[Any] = WRONG) -> Iterator[Any]:
+    """`count` copies of a JSON-able value, each with one field, at any depth, taken away, added or one of `wrong`."""
     for _ in range(count):
         copy = json.loads(json.dumps(value))
         holder, name = _places(copy)[random.integers(len(_places(copy)))]
@@ -34,11 +34,11 @@ def edits(value: Any, random: np.random.Generator, count: int) -> Iterator[Any]:
             case 0 if isinstance(holder, dict):
                 del holder[name]
             case 1 if isinstance(holder, dict):
-                holder["another"] = WRONG[random.integers(len(WRONG))]
+                holder["another"] = wrong[random.integers(len(wrong))]
             case 2 if isinstance(holder, list):
-                holder.append(WRONG[random.integers(len(WRONG))])
+                holder.append(wrong[random.integers(len(wrong))])
             case _:
-                holder[name] = WRONG[random.integers(len(WRONG))]
+                holder[name] = wrong[random.integers(len(wrong))]
         yield copy
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
@@ -68,11 +68,17 @@ STAGES = (
         "preprocess.encode_latents",
         "encode",
         part="preprocess.encoding.encoding.encode_part",
-        merge="preprocess.encoding.encoding.merge",
+        merge="preprocess.encode_latents.merge",
     ),
     Stage("train", "pipeline.training.trainer", "train", parallel=True),
     Stage("sample", "pipeline.sampling.samples", "sample", parallel=True, part="pipeline.sampling.samples.sample"),
-    Stage("evaluate", "pipeline.eval_fid", "evaluate"),
+    Stage(
+        "evaluate",
+        "pipeline.eval_fid",
+        "evaluate",
+        part="pipeline.eval_fid.extract_part",
+        merge="pipeline.eval_fid.evaluate",
+    ),
     Stage("report", "pipeline.report", "report"),
 )
 
@@ -110,21 +116,23 @@ def steps(recipe: Recipe, stage: Stage, cluster: str = "slurm") -> list[Step]:
         return [Step(stage.name, stage, [job], stage.resources(recipe))]
     alone = _resources(recipe, 1, 1)
     jobs = [_job(recipe, stage, stage.part, part=part, parts=parts) for part in range(parts)]
-    merging = [Step(f"{stage.name}-merge", stage, [_job(recipe, stage, stage.merge)], alone)] if stage.merge else []
-    return [Step(stage.name, stage, jobs, alone), *merging]
+    made = [Step(stage.name, stage, jobs, alone)]
+    if stage.merge:
+        made.append(Step(f"{stage.name}-merge", stage, [_job(recipe, stage, stage.merge, timed=False)], alone))
+    return made
 
 
-def _job(recipe: Recipe, stage: Stage, function: str, **arguments: int) -> Job:
+def _job(recipe: Recipe, stage: Stage, function: str, **arguments: Any) -> Job:
     return Job.of(__name__, "work", recipe, stage=stage.name, call=function, **arguments)
 
 
-def work(recipe: Recipe, *, stage: str, call: str, **arguments: int) -> None:
-    """A job's work: `call(recipe, **arguments)`. The first of them notes how long it took; the report shows it."""
+def work(recipe: Recipe, *, stage: str, call: str, timed: bool = True, **arguments: int) -> None:
+    """A job's work: `call(recipe, **arguments)`. The first that is `timed` notes how long it took, for the report."""
     module, _, name = call.rpartition(".")
     started = time.monotonic()
     getattr(importlib.import_module(module), name)(recipe, **arguments)
     first = os.environ.get("RANK", "0") == "0" and arguments.get("part", 0) == 0
-    if first and not name.startswith("merge"):
+    if first and timed:
         keep_time(recipe, stage, round(time.monotonic() - started, 1))
 
 

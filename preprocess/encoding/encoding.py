@@ -260,16 +260,11 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
     check_rejected(encoding, [*finished, writing.result()])
 
 
-def merge(recipe: Recipe) -> None:
+def merge_shards(encoding: Encoding) -> None:
     """Checks that all shards are there and writes the index over them; anyone may, at any time, any number of times.
 
     Raises UserError naming the shards that are missing, and where too many pictures are rejected.
     """
-    merge_shards(resolve(recipe, download=True))
-
-
-def merge_shards(encoding: Encoding) -> None:
-    """As `merge`."""
     found = _records(encoding)
     missing = [number for number, record in enumerate(found) if record is None]
     if missing:

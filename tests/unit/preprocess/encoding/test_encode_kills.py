@@ -19,9 +19,9 @@ from common.errors import UserError
 from common.files import alone_in
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
-from preprocess.encode_latents import encode, encode_in_jobs
+from preprocess.encode_latents import encode, encode_in_jobs, merge
 from preprocess.encoding.decoding import _end_with
-from preprocess.encoding.encoding import encode_part, merge, resolve
+from preprocess.encoding.encoding import encode_part, resolve
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 from tests.photographs import photographs, write_folder
 

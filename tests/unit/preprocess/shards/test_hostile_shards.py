@@ -35,7 +35,7 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
-from tests.edits import edited
+from tests.seals import WRONG, edits
 from tests.watching_files import only_below
 
 SHAPE = (4, 2, 2)
@@ -106,6 +106,11 @@ def told_or_right(what: str, read: Callable[[], None]) -> bool:
     return False
 
 
+def wrong(victim: Path) -> list[Any]:
+    """What takes a field's place: paths to the victim too."""
+    return [*WRONG, f"{victim.parent}/my", f"../{victim.parent.name}/my", str(victim), "~", "/dev/null", "a\0b"]
+
+
 def unsealed(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text())
     del value["content_key"]
@@ -119,8 +124,7 @@ def seal(path: Path, value: Any) -> None:
 
 def test_of_1500_edits_of_an_index_each_is_told_or_changes_no_sample(folder: Path, victim: Path) -> None:
     index, refused = unsealed(folder / INDEX), 0
-    for number in range(1500):
-        what, value = edited(index, number, f"{victim.parent}/my")
+    for number, value in enumerate(edits(index, np.random.default_rng(0), 1500, wrong(victim))):
         seal(folder / INDEX, value)
 
         def read() -> None:
@@ -130,7 +134,7 @@ def test_of_1500_edits_of_an_index_each_is_told_or_changes_no_sample(folder: Pat
             list(verify(folder))
 
         with only_below(folder):
-            refused += told_or_right(what, read)
+            refused += told_or_right(f"edit {number}", read)
     assert victim.read_text() == "years of work"
     assert refused > 1000
 
@@ -143,8 +147,7 @@ def test_of_400_edits_of_a_far_index_each_is_told_or_changes_no_sample(
     far = fsspec.filesystem("memory")
     for path in folder.iterdir():
         far.pipe_file(f"/hostile/{path.name}", path.read_bytes())
-    for number in range(400):
-        what, value = edited(index, 10_000 + number, f"{victim.parent}/my")
+    for number, value in enumerate(edits(index, np.random.default_rng(1), 400, wrong(victim))):
         seal(folder / INDEX, value)
         far.pipe_file(f"/hostile/{INDEX}", (folder / INDEX).read_bytes())
         cache = tmp_path / "cache" / str(number % 10)
@@ -156,7 +159,7 @@ def test_of_400_edits_of_a_far_index_each_is_told_or_changes_no_sample(
                 shards.storage.discard(shard["url"], shard["sha256"])
 
         with only_below(tmp_path / "cache"):
-            refused += told_or_right(what, read)
+            refused += told_or_right(f"edit {number}", read)
     assert victim.read_text() == "years of work"
     assert refused > 250
 
@@ -167,8 +170,7 @@ def test_of_600_edits_of_a_record_each_is_taken_for_no_record_or_writes_the_same
     path = folder / "latents-000001.json"
     record, before = unsealed(path), (folder / INDEX).read_bytes()
     missing = same = 0
-    for number in range(600):
-        what, value = edited(record, 20_000 + number, f"{victim.parent}/my")
+    for number, value in enumerate(edits(record, np.random.default_rng(2), 600, wrong(victim))):
         seal(path, value)
 
         def read() -> None:
@@ -183,7 +185,7 @@ def test_of_600_edits_of_a_record_each_is_taken_for_no_record_or_writes_the_same
             same += 1
 
         with only_below(folder):
-            told_or_right(what, read)
+            told_or_right(f"edit {number}", read)
         (folder / INDEX).write_bytes(before)
     assert missing > 300
     assert same > 0
