@@ -42,8 +42,8 @@ def test_damaged_last_weights_are_written_again_and_nothing_is_trained_again_wit
 import shutil, sys
 from common.errors import UserError
 from common.loading import load_recipe
-from pipeline.run_folder import weights_folder
-from pipeline.trainer import finished, train
+from common.run_folder import weights_folder
+from pipeline.training.trainer import finished, train
 recipe = load_recipe(sys.argv[1], ["name=mended", "train.total_samples=32"])
 train(recipe)
 config = weights_folder(recipe, 32) / "config.json"

@@ -283,7 +283,8 @@ def test_defect_c1_files_as_dit_and_fpdm_write_them_load_at_full_size(tmp_path, 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
     assert shapes["y_embedder.embedding_table.weight"] == (1001, 1152)
-    bare = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}  # one number each on disk
+    numbers = torch.zeros(max(shape.numel() for shape in shapes.values()))  # once on disk, for all tensors
+    bare = {name: numbers[: shape.numel()].view(shape) for name, shape in shapes.items()}
     bare["pos_embed"] = position_embedding(1152, 16)
     content = {
         "model": {f"module.{name}": tensor for name, tensor in bare.items()},
