@@ -33,7 +33,8 @@ from common.recipe import Recipe, diffusion
 from pipeline.training.data import Stream, open_latents
 from pipeline.training.order import BlockOrder
 from preprocess.shards import INDEX, Sample, rows_name, shard_name, write_shard
-from preprocess.shards.format import VERSION, write_sealed
+from preprocess.shards.format import VERSION
+from preprocess.shards.forms import Index, Settings, write_index_file
 
 SHAPE = (8, 32, 32)
 RANKS_A_NODE = 8
@@ -57,24 +58,40 @@ class Repeated(fsspec.AbstractFileSystem):
 
 def make(folder: Path, samples: int, shard_samples: int) -> int:
     """One real shard and the index over as many as it takes. Returns bytes of a shard with its rows."""
-    settings = {"flips": False, "shard_samples": shard_samples, "vae": {"scaling_factor": 0.18215, "shift_factor": 0.0}}
+    settings: Settings = {
+        "flips": False,
+        "shard_samples": shard_samples,
+        "vae": {"scaling_factor": 0.18215, "shift_factor": 0.0},
+    }
     moments = np.abs(np.random.default_rng(0).standard_normal((64, *SHAPE), np.float32)).astype(np.float16)
     made = (Sample(i, f"{i}.png", i % CLASSES, 256, 256, moments[i % 64], None) for i in range(shard_samples))
     record = write_shard(folder, 0, made, settings)
-    known = {name: record[name] for name in ("filesize", "sha256", "samples_sha256")}
-    index = {
+    index: Index = {
         "version": VERSION,
+        "wids_version": 1,
         "shardlist": [
-            {"url": shard_name(number), "nsamples": shard_samples, **known}
+            {
+                "url": shard_name(number),
+                "nsamples": shard_samples,
+                "filesize": record["filesize"],
+                "sha256": record["sha256"],
+                "samples_sha256": record["samples_sha256"],
+            }
             for number in range(samples // shard_samples)
         ],
         "settings": settings,
         "class_names": [str(label) for label in range(CLASSES)],
         "shape": list(SHAPE),
+        "found": samples,
         "accepted": samples,
+        "rejected": [],
+        "left_out": {},
+        "warnings": [],
         "samples_sha256": "0" * 64,
+        "latents": {"mean": [], "std": []},
+        "stamp": "",
     }
-    write_sealed(folder / INDEX, index)
+    write_index_file(folder, index)
     return record["filesize"] + (folder / rows_name(shard_name(0))).stat().st_size
 
 

@@ -49,8 +49,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _make(path.parent)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    aside = path.parent / f".{path.name}.{os.getpid()}.old.tmp"  # the one that is replaced, until the new one is there
+    temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
+    aside = (
+        path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.old.tmp"
+    )  # the one that is replaced, until the new one is there
     _discard(temporary)
     temporary.mkdir()
     try:
@@ -139,8 +141,9 @@ def together_in(folder: Path) -> Iterator[None]:
 @contextmanager
 def _opened_lock(folder: Path, name: str) -> Iterator[int]:
     """A descriptor of the lock's file."""
-    _make(folder)
-    lock = open_lock(folder / name)
+    with disk_faults_told(folder, NOT_WRITTEN):
+        _make(folder)
+        lock = open_lock(folder / name)
     _locks.add(lock)
     try:
         yield lock
@@ -155,7 +158,7 @@ def open_lock(path: Path) -> int:
     lock, and would be written over.
     """
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path}: a symbolic link where a lock's file is needed; delete the link") from None
@@ -209,7 +212,7 @@ _LEFTOVER = re.compile(r"\..+\.[0-9]+(\.old)?\.tmp")
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder that `atomic_folder` made; a kill in the middle leaves no part of it under its name."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    aside = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.old.tmp")
     folder.replace(aside)
     _discard(aside)
 

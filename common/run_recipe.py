@@ -29,7 +29,7 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / RECIPE
     text, sealed, key = read_bytes(path).rpartition(_SEAL.encode())
     if sealed and sha256(text).hexdigest().encode() != key.strip():
-        raise UserError(f"{path}: changed after it was written; python pipeline/train.py writes it when it goes on")
+        raise UserError(f"{path}: changed after it was written; put it back as it was, or name another run")
     with faults_told(UserError, f"{path}: not a text file"):
         settings = (text if sealed else key).decode()
     return replace(parse_recipe(settings, (), path), name=folder.name, runs=str(folder.parent))

@@ -15,9 +15,10 @@ from fpdm.diffusers_folders import CONFIG_NAME
 from fpdm.weights import load_pretrained, read_config, read_extra, weights_sha256
 
 REMEDY = (
-    "delete the folder and run python pipeline/train.py, which writes a run's last weights again, or "
-    "import_weights.py; or take others (sample.weights)"
+    "move the folder aside, and run python pipeline/train.py, which writes a run's last weights again from its last "
+    "checkpoint; without that, take others (sample.weights)"
 )
+UNSEALED = "python pipeline/import_weights.py takes it as it is, into a run of another name"
 
 
 @with_config(OPEN)
@@ -43,7 +44,7 @@ def describe(folder: Path) -> Description:
     except ValueError as error:
         raise UserError(f"{error}; {REMEDY}") from None
     if sha256 is None:
-        raise UserError(f"{folder / CONFIG_NAME}: has no seal, which all weights of a run have; {REMEDY}")
+        raise UserError(f"{folder / CONFIG_NAME}: has no seal, which all weights of a run have; {UNSEALED}")
     return Description(config, checked(extra, f"{folder / CONFIG_NAME}: extra", ExtraForm, REMEDY), sha256)
 
 

@@ -36,6 +36,7 @@ class Stage:
     wanted: Callable[[Recipe], bool] = lambda _: True
     part: str | None = None
     merge: str | None = None
+    merge_is_work: bool = False  # for the cores of all processes
 
     def finished(self, recipe: Recipe) -> bool:
         return importlib.import_module(self.module).finished(recipe)
@@ -78,6 +79,7 @@ STAGES = (
         "evaluate",
         part="pipeline.eval_fid.extract_part",
         merge="pipeline.eval_fid.evaluate",
+        merge_is_work=True,
     ),
     Stage("report", "pipeline.report", "report"),
 )
@@ -118,7 +120,10 @@ def steps(recipe: Recipe, stage: Stage, cluster: str = "slurm") -> list[Step]:
     jobs = [_job(recipe, stage, stage.part, part=part, parts=parts) for part in range(parts)]
     made = [Step(stage.name, stage, jobs, alone)]
     if stage.merge:
-        made.append(Step(f"{stage.name}-merge", stage, [_job(recipe, stage, stage.merge, timed=False)], alone))
+        job = _job(recipe, stage, stage.merge, timed=False)
+        made.append(
+            Step(f"{stage.name}-merge", stage, [job], stage.resources(recipe) if stage.merge_is_work else alone)
+        )
     return made
 
 

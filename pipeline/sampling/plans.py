@@ -100,7 +100,7 @@ def read_plan(recipe: Recipe, folder: Path) -> Plan:
         if fault := _misfit(recipe, found):
             raise UserError(f"{path}: {fault}; {REMEDY}")
     except UserError as fault_told:
-        if stated is None or not path.exists():
+        if stated is None or not folder.exists():
             raise
         print(f"warning: {fault_told}; now it is written again", file=sys.stderr, flush=True)
         write_sealed(path, asdict(stated))

@@ -36,6 +36,9 @@ def sample(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     """
     rank, world_size = rank_and_world_size()
     share_cores()
+    fetch_vae(recipe.vae)
+    if finished(recipe):
+        return
     for weights in wanted_weights(recipe):
         with together_in(sample_set(recipe, weights).folder):
             folder = generate(recipe, weights, part * world_size + rank, parts * world_size)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.errors import UserError, printable
 from common.files import NOT_WRITTEN, alone_in, disk_faults_told
 from common.recipe import Recipe, latent_shape
-from preprocess.encoding.changed_pictures import check_not_newer, check_pictures
+from preprocess.encoding.changed_pictures import check_pictures
 from preprocess.encoding.encoder import Identity, fetch_vae, find_vae, identify
 from preprocess.encoding.guards import at_work, memory_faults_told
 from preprocess.encoding.loop import encode_pictures
@@ -275,12 +275,12 @@ def merge_shards(encoding: Encoding) -> None:
         )
     records = [record for record in found if record is not None]
     check_rejected(encoding, records)
-    check_not_newer(encoding.source, encoding.slices, encoding.folder, records)
     channels, height, width = latent_shape(encoding.recipe)
     with (
         disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
         alone_in(encoding.folder, ".merging", wait=True),
     ):
+        check_pictures(encoding.source, encoding.slices, encoding.folder, records)
         shape, source = (2 * channels, height, width), encoding.source
         write_index(
             encoding.folder, records, shape, source.class_names, source.left_out, encoding.warnings, encoding.stamp

@@ -101,14 +101,18 @@ class CachedFolder:
             path = self._fetch(name, size, sha256)
             with suppress(FileNotFoundError):  # another process has made room for its own
                 file = os.open(path, os.O_RDONLY)
-                with suppress(PermissionError):  # another user's copy, who keeps account of it
+                with suppress(OSError):  # another user's copy, or a read-only one: nobody here keeps account of it
                     os.utime(file, ns=(time.time_ns(),) * 2)  # used last now; the kernel's clock ticks in milliseconds
                 return file
         raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; allow more")
 
     def discard(self, name: str, sha256: str) -> bool:
         """Deletes a copy that turned out to be damaged; true: it can be fetched again."""
-        self._copy(name, sha256).unlink(missing_ok=True)
+        copy = self._copy(name, sha256)
+        try:
+            copy.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache: {copy} is damaged, and cannot be deleted here ({error.strerror})") from None
         return True
 
     def fetch(self, files: list[ShardFile]) -> Iterator[Path]:
@@ -131,6 +135,8 @@ class CachedFolder:
                 f"data.stage_in: {self.address} holds {total / 1e9:.2f} GB, data.cache_gb allows "
                 f"{self.cache.limit / 1e9:.2f}; allow more, or leave data.stage_in off"
             )
+        if all(self.is_here(*file) for file in files):
+            return
         with self._lock("stage"):
             missing = [file for file in files if not self.is_here(*file)]
             needed, free = sum(size for _, size, _ in missing), shutil.disk_usage(self.cache.folder).free

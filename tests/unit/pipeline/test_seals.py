@@ -272,6 +272,7 @@ def test_what_killed_samplers_and_evaluations_left_is_removed(recipe: Recipe) ->
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
+    beside[0].unlink()
     samples.sample(recipe)
     eval_file(recipe).unlink()
     eval_fid.evaluate(recipe)

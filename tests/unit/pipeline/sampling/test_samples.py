@@ -213,7 +213,7 @@ def test_guidance_of_weights_that_never_saw_the_null_label_is_refused(recipe: Re
 def test_cut_weights_are_named(recipe: Recipe) -> None:
     path = weights_folder(recipe, 64) / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{path}: changed after it was written; delete the folder and run"):
+    with pytest.raises(UserError, match=f"{path}: changed after it was written; move the folder aside, and run"):
         samples.generate(recipe, "latest")
 
 
