@@ -144,7 +144,16 @@ def test_a_whole_run_is_submitted_once_and_ends_with_a_report(slurm: Cluster, tm
     ).stdout.strip()  # fmt: skip
     wait_until(lambda: state(launcher) == "COMPLETED", f"the launcher, {tmp_path}/launcher")
     first = {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")["jobs"]}
-    assert list(first) == ["compose", "encode", "encode-merge", "train", "sample", "evaluate", "report"]
+    assert list(first) == [
+        "compose",
+        "encode",
+        "encode-merge",
+        "train",
+        "sample",
+        "evaluate",
+        "evaluate-merge",
+        "report",
+    ]
     again = call(["bash", *script])
     assert again.returncode == 0, again.stderr
     assert {entry["step"]: entry["job"] for entry in read_json(run / "jobs.json")["jobs"]} == first
