@@ -30,7 +30,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _make(path.parent)
-    temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
+    temporary = _beside(path)
     _discard(temporary)
     try:
         yield temporary
@@ -49,10 +49,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _make(path.parent)
-    temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
-    aside = (
-        path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.old.tmp"
-    )  # the one that is replaced, until the new one is there
+    temporary = _beside(path)
+    aside = _beside(path, ".old")  # the one that is replaced, until the new one is there
     _discard(temporary)
     temporary.mkdir()
     try:
@@ -68,6 +66,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _discard(temporary)
         _discard(aside)
     sync(path.parent)
+
+
+def _beside(path: Path, ending: str = "") -> Path:
+    """A name for this process alone, which `remove_leftovers` knows and no reader takes for an artefact."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{ending}.tmp")
 
 
 def _discard(path: Path) -> None:
@@ -143,7 +146,7 @@ def _opened_lock(folder: Path, name: str) -> Iterator[int]:
     """A descriptor of the lock's file."""
     with disk_faults_told(folder, NOT_WRITTEN):
         _make(folder)
-        lock = open_lock(folder / name)
+        lock = open_own(folder / name)
     _locks.add(lock)
     try:
         yield lock
@@ -153,15 +156,15 @@ def _opened_lock(folder: Path, name: str) -> Iterator[int]:
             os.close(lock)
 
 
-def open_lock(path: Path) -> int:
-    """A descriptor of a lock's file, made where it is missing. Raises UserError for a link: what it leads to is no
-    lock, and would be written over.
+def open_own(path: Path, flags: int = 0) -> int:
+    """A descriptor of a file to read and write in place, made where it is missing. Raises UserError for a symbolic
+    link: what it leads to is not ours to write.
     """
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{path}: a symbolic link where a lock's file is needed; delete the link") from None
+            raise UserError(f"{path}: a symbolic link where a file of ours is needed; delete the link") from None
         raise
 
 
@@ -212,7 +215,7 @@ _LEFTOVER = re.compile(r"\..+\.[0-9]+(\.old)?\.tmp")
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder that `atomic_folder` made; a kill in the middle leaves no part of it under its name."""
-    aside = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.old.tmp")
+    aside = _beside(folder, ".old")
     folder.replace(aside)
     _discard(aside)
 

@@ -1,21 +1,19 @@
 """Logs of one JSON line each. Every line carries its own seal: one that is cut or changed is told and left out, and
 stops neither a report nor a training that goes on."""
 
-import errno
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import content_key
-from common.sealed import KEY, checked, parse_json, read_bytes
+from common.files import content_key, open_own
+from common.sealed import KEY, OPEN, checked, parse_json, read_bytes
 
-OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
@@ -35,12 +33,7 @@ def log_line(values: Any) -> str:
 
 def append_line(path: Path, values: Any) -> None:
     """Begins a line of its own after one that a kill cut. Raises UserError for a link: what it leads to is not ours."""
-    try:
-        log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UserError(f"{path}: a link, and a log is none; delete it") from None
+    log = open_own(path, os.O_APPEND)
     try:
         size = os.fstat(log).st_size
         begun = size > 0 and os.pread(log, 1, size - 1) != b"\n"

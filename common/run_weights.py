@@ -8,8 +8,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.log_lines import OPEN
-from common.sealed import checked
+from common.sealed import OPEN, checked
 from fpdm.denoiser import Denoiser, DenoiserConfig
 from fpdm.diffusers_folders import CONFIG_NAME
 from fpdm.weights import load_pretrained, read_config, read_extra, weights_sha256

@@ -20,6 +20,7 @@ Form = TypeVar("Form")
 KEY = "content_key"
 REMEDY = "delete it and make it again"
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # for `pydantic.with_config` of a TypedDict
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # of what may hold more than is read
 
 
 def parse_json(data: bytes | str, where: str | Path, remedy: str = REMEDY) -> Any:

@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 from common.command import run_command
 from common.errors import UserError, printable
 from common.files import atomic_write, content_key, sha256_file
-from common.log_lines import OPEN, read_log
+from common.log_lines import read_log
 from common.recipe import Recipe
+from common.sealed import OPEN
 
 ROLES = {
     "trained": "this run's samples",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from typing_extensions import TypedDict  # typing's own is not read before Python 3.12
+from typing_extensions import TypedDict  # pydantic does not read typing's own before 3.12
 
 from common.command import run_command
 from common.errors import UserError

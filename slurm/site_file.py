@@ -69,9 +69,8 @@ class Site:
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
-        None  # of a node; jobs of fewer processes ask for their share
-    )
+    # Of a node; jobs of fewer processes ask for their share.
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     exclusive: StrictBool = False
     setup: tuple[SetupLine, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise

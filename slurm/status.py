@@ -127,13 +127,8 @@ def training(run: Path) -> Iterator[str]:
         yield f"\ntraining: {last['samples']:,} samples, loss {last['loss']:.4f}; {error}"
         return
     left = max(0, total - last["samples"])
-    when = (
-        f"done in {_duration(left / rate)} at this rate"
-        if left and rate > 1e-9
-        else "done"
-        if not left
-        else "no rate yet"
-    )
+    when = f"done in {_duration(left / rate)} at this rate" if rate > 1e-9 else "no rate yet"
+    when = when if left else "done"
     age = _duration(time.time() - log.stat().st_mtime)
     yield ""
     yield (

@@ -14,10 +14,10 @@ from preprocess.sources import Entry, Source
 
 
 def check_pictures(source: Source, slices: Sequence[range], folder: Path, records: Sequence[Record]) -> None:
-    """Reads the pictures of `records` again where their files were written, moved or copied since; no others.
+    """Reads the pictures of `records` again where their files are of another time than those encoded; no others.
 
-    Where the bytes are the same, the record says from now on that they lie in these files. Raises UserError naming a
-    picture that is another one. `slices`: the positions in the source of each shard in `folder`.
+    Where the bytes are the same, the record has these files' times from now on. Raises UserError naming a picture that
+    is another one. `slices`: the positions in the source of each shard in `folder`.
     """
     moved = [each for each in records if each["stamp"] != source.entries.stamp(slices[each["number"]])]
     for record in tqdm(moved, desc="read newer files again", unit="shard", disable=not moved, leave=False):

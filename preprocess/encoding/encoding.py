@@ -164,7 +164,7 @@ def _check_settings(encoding: Encoding) -> None:
 
 def _flat(settings: Settings) -> dict[str, Any]:
     """The VAE's identity, where it is known, beside the other settings."""
-    vae = {f"vae.{name}": value for name, value in (settings["vae"] or {}).items()}
+    vae = {f"vae.{name}": value for name, value in (settings.get("vae") or {}).items()}
     return {name: value for name, value in settings.items() if name != "vae"} | vae
 
 

@@ -6,15 +6,10 @@ allocate what is not the data set's: no field reaches a path, a count or an allo
 
 import math
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # typing's own is not read before Python 3.12
-)
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, with_config
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic does not read typing's own before Python 3.12
 
 from common.errors import UserError, one_line
 from common.sealed import STRICT, checked, read_bytes, unseal, write_sealed
@@ -87,9 +82,7 @@ class Record(TypedDict):
     sha256: Digest
     samples_sha256: Digest
     rejected: list[RejectedPicture]
-    channel_sums: Annotated[
-        list[list[float]], Field(min_length=2, max_length=2)
-    ]  # (2, C): `writer._channel_sums`; empty where all pictures were rejected
+    channel_sums: Annotated[list[list[float]], Field(min_length=2, max_length=2)]  # (2, C); (2, 0) without samples
     pictures: list[Annotated[str, Field(pattern=r"\A([0-9a-f]{16})?\z")]]  # what it was made of: `Sample.picture`
     stamp: str  # of the files that these lay in: `sources.entries.Entries.stamp`
 

@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import errno
 import mmap
 import os
 import weakref
@@ -27,7 +26,7 @@ def map_file(descriptor: int) -> memoryview:
     address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     if address == _FAILED:
         number = ctypes.get_errno()
-        raise OSError(number, errno.errorcode.get(number, str(number)))
+        raise OSError(number, os.strerror(number))
     array = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(array, _libc.munmap, address, size).atexit = False  # the system unmaps what is left
     return memoryview(array).cast("B").toreadonly()

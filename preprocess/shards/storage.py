@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write, disk_faults_told, open_lock
+from common.files import atomic_write, disk_faults_told, open_own
 from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
 from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
@@ -232,7 +232,7 @@ class CachedFolder:
         folder = self.cache.folder / ".locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = open_lock(folder / name)
+            lock = open_own(folder / name)
         except OSError as error:
             raise UserError(
                 f"data.cache: {self.cache.folder} cannot be written by this user ({error.strerror}); name a folder of "

@@ -74,7 +74,7 @@ def test_what_a_link_leads_to_is_never_written_locked_or_deleted(tmp_path: Path)
         temporary.write_text("ours")
     with pytest.raises(UserError, match=r"ours/\.lock: a symbolic link"), alone_in(ours):
         pass
-    with pytest.raises(UserError, match="ours/log: a link"):
+    with pytest.raises(UserError, match="ours/log: a symbolic link"):
         append_line(ours / "log", {})
     remove_leftovers(ours)
     assert sorted(path.name for path in ours.iterdir()) == [".lock", "file", "folder", "log"]

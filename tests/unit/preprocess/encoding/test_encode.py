@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
+from common.sealed import read_json, write_sealed
 from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoding import encoder as encoder_module
 from preprocess.encoding.encoder import Encoder, draw_latents, fetch_vae, find_vae, unscale_latents
@@ -179,6 +180,16 @@ def test_the_same_pictures_in_newer_files_are_read_once_more_and_not_encoded(
     ]
     monkeypatch.setattr("preprocess.encoding.changed_pictures.open_picture", None)
     encode(moved)
+
+
+def test_a_record_that_says_nothing_of_an_autoencoder_is_one_of_other_settings(recipe: Recipe) -> None:
+    encode(recipe)
+    path = Path(recipe.data.shards) / "latents-000000.json"
+    record = read_json(path)
+    del record["content_key"], record["settings"]["vae"]
+    write_sealed(path, record)
+    with pytest.raises(UserError, match=r"latents-000000\.json was made with another vae\.config_sha256 \(None; now"):
+        encode(recipe)
 
 
 def test_a_shard_copied_over_another_with_its_record_is_made_again(recipe: Recipe) -> None:
