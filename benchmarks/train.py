@@ -79,7 +79,11 @@ def make_recipe(folder: Path, size: str, batch: int, steps: int) -> Recipe:
     overrides = (
         *(f"runs={folder / 'runs'}", f"data.shards={folder / 'shards'}", "data.flips=false"),
         *(f"model.size={size}", "model.num_classes=10", "train.precision=fp32"),
-        *(f"train.batch_size={batch}", f"train.log_samples={batch}", f"train.total_samples={batch * (steps + 1)}"),
+        *(
+            f"train.batch_size={batch}",
+            f"train.log.every_samples={batch}",
+            f"train.total_samples={batch * (steps + 1)}",
+        ),
         *("train.max_no_grad_iterations=0", "train.max_grad_iterations=1"),
     )
     return with_world_size(parse_recipe("name: benchmark", overrides), 1)

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 import common.recipe
 from common.errors import UserError
@@ -22,6 +23,15 @@ SHORT = reprlib.Repr()  # of what a recipe has in a wrong place
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel = 3
 
+# What `train` named alone before it had sections.
+RENAMED = {
+    **{"offload_optimizer": "optimizer.offload", "ema_decays": "ema.decays", "ema_widths": "ema.widths"},
+    **{"ema_reference_batch": "ema.reference_batch", "checkpoint_samples": "checkpoint.every_samples"},
+    **{"background_saves": "checkpoint.background", "keep_checkpoints": "checkpoint.keep"},
+    **{"keep_checkpoint_samples": "checkpoint.keep_every_samples", "log_samples": "log.every_samples"},
+    **{"grid_samples": "previews.grid_every_samples", "grid_pictures": "previews.grid_images"},
+    **{"distance_samples": "previews.distance_every_samples", "distance_pictures": "previews.distance_images"},
+}
 FIELDS_OF = ("webdataset", "parquet", "imagenet")  # data.source whose samples have fields of which one may be named
 
 
@@ -45,8 +55,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     settings = _parse_yaml(text, path)
     for override in overrides:
         _apply(settings, override)
-    for section, prefix, field in _places(settings):
-        section[field] = expanded(f"{prefix}{field}", section[field])
+    for section, dotted, field in _places(settings):
+        section[field] = expanded(dotted, section[field])
     try:
         recipe = TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
@@ -133,17 +143,19 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 
 def _places(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """What names a folder or a file: its section, the section's name with a dot after it, and its own name."""
-    for name, section in [("", settings), *settings.items()]:
-        hints = _hints([name] if name else []) if isinstance(section, dict) else {}
-        for field, hint in hints.items():
-            if hint in (Place, Place | None) and isinstance(section.get(field), str):
-                yield section, f"{name}." if name else "", field
+    """What names a folder or a file: its section, its name with the sections before it, and its name alone."""
+    for dotted, hint in _fields():
+        *sections, field = dotted.split(".")
+        section: Any = settings
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if hint in (Place, Place | None) and isinstance(section, dict) and isinstance(section.get(field), str):
+            yield section, dotted, field
 
 
 def _explain(error: ValidationError) -> str:
     """The first fault as one line: field, what was found, what is allowed."""
-    faults = [(_field_path(fault["loc"]), fault) for fault in error.errors(include_url=False)]
+    faults = [(_field_path(fault), fault) for fault in error.errors(include_url=False)]
     path, first = faults[0]
     same = [fault for where, fault in faults if where == path]  # a field of two types has a fault of each
     others = f" (and {len(faults) - len(same)} more)" if len(faults) > len(same) else ""
@@ -162,10 +174,15 @@ def _near(path: Sequence[str]) -> str:
     *sections, key = path
     allowed = sorted(_hints(sections))
     near = difflib.get_close_matches(key, allowed, n=1)
-    elsewhere = {field for section in _hints([]) for field in _hints([section])}
-    if key in elsewhere or not near:
-        meant = difflib.get_close_matches(key, elsewhere, n=1)
-        near = [f"{section}.{field}" for field in meant for section in _hints([]) if field in _hints([section])]
+    elsewhere = [dotted.rpartition(".") for dotted, _ in _fields()]
+    names = {field for _, _, field in elsewhere}
+    if "." in key:
+        return f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+    if key in RENAMED:
+        near = [f"train.{RENAMED[key]}"]
+    elif key in names or not near:
+        meant = difflib.get_close_matches(key, names, n=1)
+        near = [f"{section}.{field}" for section, _, field in elsewhere if section and field in meant]
     return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
 
 
@@ -176,21 +193,37 @@ def _in_decimal(found: Any) -> str:
     return "; write a decimal number" if isinstance(found, str) and re.match(r"[-+]?\.?[0-9]", found) else ""
 
 
-def _field_path(location: tuple[int | str, ...]) -> list[str]:
-    """pydantic's location without its own words for the members of a union, such as `constrained-int`."""
-    classes = vars(common.recipe)
-    return [str(part) for part in location if isinstance(part, int) or (part.isidentifier() and part not in classes)]
+def _field_path(fault: ErrorDetails) -> list[str]:
+    """Where a fault is, without pydantic's own words for the members of a union, such as `constrained-int`."""
+    place, classes = fault["loc"], vars(common.recipe)
+    known = [part for part in place if isinstance(part, int) or (part.isidentifier() and part not in classes)]
+    if fault["type"] == "unexpected_keyword_argument":  # the last part is as the recipe has it
+        known = [part for part in place[:-1] if part in known] + [place[-1]]
+    return [str(part) for part in known]
 
 
 def _hints(sections: Sequence[str]) -> dict[str, Any]:
     """The fields below `sections` and their types, found in the dataclasses themselves; none below what is unknown."""
     kind: Any = Recipe
     for section in sections:
-        hint = get_type_hints(kind).get(section)
-        kind = next((part for part in members(hint) if dataclasses.is_dataclass(part)), None)
+        kind = _section(get_type_hints(kind, include_extras=True).get(section))
         if kind is None:
             return {}
     return get_type_hints(kind, include_extras=True)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass of a field that is a section."""
+    return next((part for part in members(hint) if dataclasses.is_dataclass(part)), None)
+
+
+def _fields(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field that is no section, as `train.optimizer.betas`, and its type."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if section := _section(hint):
+            yield from _fields(section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
 
 
 def _sampler(recipe: Recipe) -> Any:
@@ -286,9 +319,11 @@ def _check_training(train: Train) -> None:
         raise ValueError(
             "train.zero_stage: at 0 DeepSpeed does not scale the loss that fp16 needs scaled; use 1, 2 or 3"
         )
-    if train.zero_stage == 0 and train.offload_optimizer:
-        raise ValueError("train.offload_optimizer: ZeRO stage 0 has no optimizer of its own to move; use 1, 2 or 3")
+    if train.zero_stage == 0 and train.optimizer.offload:
+        raise ValueError(
+            "train.optimizer.offload: ZeRO stage 0 has no optimizer of its own to move; use train.zero_stage 1, 2 or 3"
+        )
     if train.zero_stage == 3 and train.compile:
         raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
-    if not (train.ema_decays or train.ema_widths):
-        raise ValueError("train.ema_decays: sampling needs an average; give one, such as [0.9999]")
+    if not (train.ema.decays or train.ema.widths):
+        raise ValueError("train.ema.decays: sampling needs an average; give one, such as [0.9999]")

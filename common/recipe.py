@@ -125,45 +125,76 @@ class Objective:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Train:
-    total_samples: Count = 204_800_000  # 400k steps of 512 (paper: 4 days on 8 GPUs)
-    batch_size: Count = 512  # over all ranks
-    micro_batch_size: Count | None = None  # of one rank at once; less than its share means gradient accumulation
+class Optimizer:
+    """AdamW, and how its learning rate changes."""
+
     learning_rate: Positive = 1e-4
     warmup_samples: CountOrZero = 0
     learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"  # to zero at total_samples; paper: none
     weight_decay: AtLeastZero = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     gradient_clipping: AtLeastZero = 1.0  # of the global norm; 0: none
+    offload: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EMA:
+    """The averages of the weights that a run keeps."""
+
+    decays: tuple[Fraction, ...] = (0.9999,)  # each an average kept; of a step of `reference_batch` samples
+    widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
+    reference_batch: Count = 512
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Checkpoints:
+    every_samples: Count = 5_120_000
+    background: StrictBool = False  # true: beside the next steps; a kill costs them too
+    keep: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
+    keep_every_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Log:
+    every_samples: Count = 51_200
+    tensorboard: StrictBool = True
+    wandb_project: str | None = None  # Weights & Biases, where it is installed
+    peak_tflops: Positive | None = None  # of one device, for flop_utilisation; null: known GPUs alone
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Previews:
+    """What is drawn and measured while training goes on, with the run's first average."""
+
+    grid_every_samples: CountOrZero = 0  # every so many a grid of samples is drawn; 0: never
+    grid_images: Count = 16
+    distance_every_samples: CountOrZero = 0  # every so many the distance of a few samples is logged; 0: never
+    distance_images: Annotated[StrictInt, Field(ge=2)] = 1000  # drawn by rank 0 while the others wait
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    total_samples: Count = 204_800_000  # 400k steps of 512 (paper: 4 days on 8 GPUs)
+    batch_size: Count = 512  # over all ranks
+    micro_batch_size: Count | None = None  # of one rank at once; less than its share means gradient accumulation
     label_dropout: Beta = 0.1
     # S-JFB: n ~ U{0..N} iterations without gradient, m ~ U{1..M} with. The paper's main models use 12 and 12; its own
     # table prefers 3-6 (FID 43.2 at 6 against 61.5 at 12), and they cost half.
     max_no_grad_iterations: CountOrZero = 6
     max_grad_iterations: Count = 6
-    ema_decays: tuple[Fraction, ...] = (0.9999,)  # each an average kept; of a step of `ema_reference_batch` samples
-    ema_widths: tuple[Width, ...] = ()  # power-function averages; 0.05 and 0.1 let any width be made afterwards
-    ema_reference_batch: Count = 512
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs; fp16: GPUs alone
     zero_stage: Literal[0, 1, 2, 3] = 2  # a single rank in fp32, with nothing to share, uses 0
-    offload_optimizer: StrictBool = False  # Adam's moments and fp32 parameters in the host's memory
     activation_checkpointing: StrictBool = False  # a third more computation for a fraction of the memory
     compile: StrictBool = False  # each block by torch.compile: minutes at the start
     deepspeed_config: Place | None = None  # a JSON file of your own; what it leaves out comes from the recipe
-    checkpoint_samples: Count = 5_120_000
-    background_saves: StrictBool = False  # true: beside the next steps; a kill costs them too
-    keep_checkpoints: Annotated[StrictInt, Field(ge=2)] = 3  # two at least: the newest may be the damaged one
-    keep_checkpoint_samples: CountOrZero = 0  # the first checkpoint after each so many samples stays for good; 0: none
     resume_from: Place | None = None  # a checkpoint's folder to begin with, while this run has none of its own
     max_skipped_steps: CountOrZero = 0  # in a row, for a loss or gradient that is not finite; 0: stop at the first
     spike_deviations: Positive | None = 10.0  # a loss so many standard deviations above the last 100 is told
-    log_samples: Count = 51_200
-    grid_samples: CountOrZero = 0  # every so many a grid of samples is drawn from the first average; 0: never
-    grid_pictures: Count = 16
-    distance_samples: CountOrZero = 0  # every so many the distance of a few samples of that average is logged; 0: never
-    distance_pictures: Annotated[StrictInt, Field(ge=2)] = 1000  # drawn by rank 0 while the others wait
-    tensorboard: StrictBool = True
-    wandb_project: str | None = None  # Weights & Biases, where it is installed
-    peak_tflops: Positive | None = None  # of one device, for flop_utilisation; null: known GPUs alone
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    checkpoint: Checkpoints = Checkpoints()
+    log: Log = Log()
+    previews: Previews = Previews()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

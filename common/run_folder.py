@@ -17,8 +17,8 @@ Weights = Literal["latest"] | int  # which weights: the newest, or those after a
 
 def ema_names(recipe: Recipe) -> list[str]:
     """The averages that the run keeps: constant decays as `0.9999`, power functions as `power-0.05`."""
-    constant = [f"{decay:g}" for decay in recipe.train.ema_decays]
-    return [*constant, *(power_name(width) for width in recipe.train.ema_widths)]
+    constant = [f"{decay:g}" for decay in recipe.train.ema.decays]
+    return [*constant, *(power_name(width) for width in recipe.train.ema.widths)]
 
 
 def power_name(width: float) -> str:
@@ -54,7 +54,7 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
         if averages:
             raise UserError(
                 f"sample.ema: no average {name} in {recipe.folder / 'weights'}; there are {', '.join(averages)} "
-                "(pipeline/reconstruct_ema.py makes others of a run with train.ema_widths)"
+                "(pipeline/reconstruct_ema.py makes others of a run with train.ema.widths)"
             )
         raise UserError(f"{recipe.folder / 'weights'}: no weights; run python pipeline/train.py with this recipe first")
     samples_seen = found[-1] if which == "latest" else which

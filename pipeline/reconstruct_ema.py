@@ -2,7 +2,7 @@
 
 python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08
 
-The run must have kept some: train.ema_widths=[0.05,0.1]. The more checkpoints' weights there are, the nearer the
+The run must have kept some: train.ema.widths=[0.05,0.1]. The more checkpoints' weights there are, the nearer the
 result; --samples ends the average earlier. It lies beside the run's own averages: sample.ema=power-0.08 draws from it.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
-    """(samples seen, width) -> folder of every average that the run stored of `train.ema_widths`.
+    """(samples seen, width) -> folder of every average that the run stored of `train.ema.widths`.
 
     Raises UserError where there is none.
     """
@@ -48,14 +48,14 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
     weights = recipe.folder / "weights"
     found = {
         (int(folder.parent.name), width): folder
-        for width in recipe.train.ema_widths
+        for width in recipe.train.ema.widths
         for folder in (samples / power_name(width) for samples in counted(weights))
         if folder.is_dir() and int(folder.parent.name)  # before the first step there is nothing to average
     }
     if not found:
         raise UserError(
-            f"train.ema_widths: {weights} holds no power-function averages of the recipe's widths "
-            f"{list(recipe.train.ema_widths)}; train with train.ema_widths=[0.05,0.1]"
+            f"train.ema.widths: {weights} holds no power-function averages of the recipe's widths "
+            f"{list(recipe.train.ema.widths)}; train with train.ema.widths=[0.05,0.1]"
         )
     return found
 

@@ -73,22 +73,23 @@ def _write_folder(folder: Path, state: State, marker: dict[str, Any]) -> None:
 
 
 def prune(recipe: Recipe) -> None:
-    """Deletes all checkpoints but the last ones, and those that `train.keep_checkpoint_samples` keeps for good.
+    """Deletes all checkpoints but the last ones, and those that `train.checkpoint.keep_every_samples` keeps for good.
 
     One that a person has put elsewhere and linked is that person's to delete.
     """
-    settings = recipe.train
-    for folder in [one for one in complete_checkpoints(recipe) if not one.is_symlink()][: -settings.keep_checkpoints]:
-        every = settings.keep_checkpoint_samples
-        if not every or int(folder.name) % every >= settings.batch_size:  # the first step at or after a multiple stays
+    keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
+    for folder in [one for one in complete_checkpoints(recipe) if not one.is_symlink()][:-keep]:
+        if (
+            not every or int(folder.name) % every >= recipe.train.batch_size
+        ):  # the first step at or after a multiple stays
             remove_folder(folder)
 
 
 def _refuse_non_finite(recipe: Recipe, state: State, samples_seen: int) -> None:
     if name := not_finite(state):
         raise UserError(
-            f"train.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of this; "
-            f"lower it from {recipe.train.learning_rate}"
+            f"train.optimizer.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of "
+            f"this; lower it from {recipe.train.optimizer.learning_rate}"
         )
 
 

@@ -22,7 +22,7 @@ from pipeline.training.throughput import QUARTILES
 from pipeline.training.zero import MOMENTS
 
 STATE, MARKER = "state.safetensors", "complete.json"
-FORMAT = 2  # of what is written; 1 had no number
+FORMAT = 3  # of what is written; 2 named the recipe's fields before `train` had sections
 
 State = dict[str, Tensor]
 Quarters = Field(min_length=QUARTILES, max_length=QUARTILES)
@@ -67,7 +67,7 @@ class ProgressForm(TypedDict):
 
 @with_config(STRICT)
 class MarkerForm(TypedDict):
-    format: Literal[2]
+    format: Literal[3]
     samples_seen: Count
     identity: dict[str, Any]
     progress: ProgressForm

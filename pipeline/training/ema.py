@@ -13,11 +13,10 @@ from pipeline.training.zero import parameter_shards
 
 def decay_of(recipe: Recipe, name: str, before: int, after: int) -> float:
     """What a step from `before` to `after` samples leaves of the average of this name (`ema_names`)."""
-    settings = recipe.train
     kind, _, width = name.rpartition("-")
     if kind:
         return power_decay(float(width), before, after)
-    return constant_decay(float(name), settings.ema_reference_batch, before, after)
+    return constant_decay(float(name), recipe.train.ema.reference_batch, before, after)
 
 
 class Averages:

@@ -54,13 +54,13 @@ def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None
         )
     stage = zero_stage(recipe, world_size, on_gpu)
     zero: dict[str, Any] = {"stage": stage}
-    if settings.offload_optimizer:
+    if settings.optimizer.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     generated = {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * world_size),
-        "gradient_clipping": settings.gradient_clipping,
+        "gradient_clipping": settings.optimizer.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's own AdamW, which saves and restores the same everywhere
         "zero_force_ds_cpu_optimizer": False,
@@ -81,7 +81,7 @@ def zero_stage(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> i
     """
     settings = recipe.train
     alone = world_size == 1 and precision(recipe, on_gpu) == "fp32"
-    return 0 if alone and not (settings.offload_optimizer or settings.deepspeed_config) else settings.zero_stage
+    return 0 if alone and not (settings.optimizer.offload or settings.deepspeed_config) else settings.zero_stage
 
 
 def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
@@ -171,8 +171,9 @@ def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()  # in place: parameters keep their names
+    adam = settings.optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        model.parameters(), lr=adam.learning_rate, betas=adam.betas, weight_decay=adam.weight_decay
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
@@ -182,10 +183,10 @@ def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any
 
 def learning_rate(recipe: Recipe, samples_seen: int) -> float:
     """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or falling to zero."""
-    settings = recipe.train
+    settings = recipe.train.optimizer
     rate = settings.learning_rate
     if settings.warmup_samples:
-        rate *= min(1.0, (samples_seen + settings.batch_size) / settings.warmup_samples)
+        rate *= min(1.0, (samples_seen + recipe.train.batch_size) / settings.warmup_samples)
     progress = min(1.0, samples_seen / total_samples(recipe))
     if settings.learning_rate_decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * progress))

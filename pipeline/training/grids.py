@@ -17,7 +17,7 @@ from preprocess.images.images import to_uint8
 
 
 class GridPainter:
-    """Draws `train.grid_pictures` samples of given weights as one picture."""
+    """Draws `train.previews.grid_images` samples of given weights as one picture."""
 
     def __init__(self, recipe: Recipe, vae: Encoder, device: torch.device) -> None:
         self.recipe, self.vae, self.device = recipe, vae, device
@@ -28,7 +28,7 @@ class GridPainter:
 
         recipe = self.recipe
         model = assemble(weights, denoiser_config(recipe)).to(self.device).eval()
-        index = torch.arange(recipe.train.grid_pictures, device=self.device)
+        index = torch.arange(recipe.train.previews.grid_images, device=self.device)
         steps = recipe.sample.num_steps
         latents = sample(
             model,

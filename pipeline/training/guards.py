@@ -53,7 +53,7 @@ def fault_error(recipe: Recipe, event: dict[str, Any], skipped: int) -> UserErro
         named = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         cause = f"samples {named} of {recipe.data.shards}; look at them"
     else:
-        cause = f"no single sample; lower train.learning_rate from {recipe.train.learning_rate}"
+        cause = f"no single sample; lower train.optimizer.learning_rate from {recipe.train.optimizer.learning_rate}"
     passed = f" after {skipped} skipped steps in a row" if skipped else ""
     return UserError(
         f"{recipe.folder}: step {event['step']}: the {what} is not finite{passed}, through {cause}; this step updated "

@@ -2,6 +2,7 @@
 
 import json
 import math
+from operator import attrgetter
 from typing import Any
 
 from common.recipe import Recipe
@@ -12,11 +13,11 @@ IDENTITY = {
     "model": None,
     "objective": None,
     "data": ["flips", "order", "mixed_blocks", "lanes"],
-    "train": [
-        *("batch_size", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
-        *("gradient_clipping", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"),
-        *("ema_decays", "ema_widths", "ema_reference_batch"),
+    "train": ["batch_size", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"],
+    "train.optimizer": [
+        *("learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas", "gradient_clipping"),
     ],
+    "train.ema": None,
 }
 
 
@@ -27,10 +28,10 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
         "data.shards": shards.content_key,
         "train.precision": precision(recipe),
     }
-    if recipe.train.learning_rate_decay != "constant":  # every rate of the schedule depends on its end
+    if recipe.train.optimizer.learning_rate_decay != "constant":  # every rate of the schedule depends on its end
         found["train.total_samples"] = recipe.train.total_samples
     for section, names in IDENTITY.items():
-        values = vars(getattr(recipe, section))
+        values = vars(attrgetter(section)(recipe))
         found |= {f"{section}.{name}": values[name] for name in names or values}
     return json.loads(json.dumps(found))
 

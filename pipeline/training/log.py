@@ -30,11 +30,11 @@ class TrainingLog:
         for path in (self.metrics, self.events):
             _take_back(path, samples_seen)
         self.tensorboard = self.wandb = None
-        if recipe.train.tensorboard:
+        if recipe.train.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
-        if recipe.train.wandb_project:
+        if recipe.train.log.wandb_project:
             self.wandb = _start_wandb(recipe, identity)
 
     def write(self, values: Values, **words: str) -> None:
@@ -84,7 +84,7 @@ def _start_wandb(recipe: Recipe, identity: dict[str, Any]) -> Any:
     from dataclasses import asdict
 
     return _import_wandb().init(
-        project=recipe.train.wandb_project,
+        project=recipe.train.log.wandb_project,
         name=recipe.name,
         id=content_key([str(recipe.folder), identity]),
         resume="allow",
@@ -98,7 +98,7 @@ def _import_wandb() -> ModuleType:
         import wandb
     except ImportError:
         raise UserError(
-            "train.wandb_project: the package wandb is not installed; pip install wandb, or set it to null"
+            "train.log.wandb_project: the package wandb is not installed; pip install wandb, or set it to null"
         ) from None
     return wandb
 

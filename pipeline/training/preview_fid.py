@@ -14,7 +14,7 @@ from preprocess.images.images import to_uint8
 
 
 class OnlineDistance:
-    """From the recipe's own reference, of samples 0 to `train.distance_pictures` of its seed, drawn as it says.
+    """From the recipe's own reference, of samples 0 to `train.previews.distance_images` of its seed, drawn as it says.
 
     So it is what `eval_fid.py` measures of as many samples of the same weights, where nothing is calibrated. The
     extractor and the reference are there when this is: raises UserError for what is missing.
@@ -25,7 +25,7 @@ class OnlineDistance:
         self.recipe, self.vae = recipe, vae
         self.reference = evaluation.reference_summary.statistics["pooled"]
         self.extractor = evaluation.extractor
-        self.name = f"{evaluation.weights.distance_name} of {recipe.train.distance_pictures} samples"
+        self.name = f"{evaluation.weights.distance_name} of {recipe.train.previews.distance_images} samples"
 
     def measure(self, weights: dict[str, Tensor]) -> float:
         """Of whole weights by name. Raises UserError where samples come out non-finite or constant."""
@@ -33,7 +33,9 @@ class OnlineDistance:
         model = assemble(weights, denoiser_config(self.recipe)).to(device).eval()
         plan = Plan(even_iterations(self.recipe), [settings.reuse != "none"] * settings.num_steps)
         features = Accumulator()
-        for indices in torch.arange(self.recipe.train.distance_pictures, device=device).split(settings.batch_size):
+        for indices in torch.arange(self.recipe.train.previews.distance_images, device=device).split(
+            settings.batch_size
+        ):
             images = draw_images(self.recipe, plan, model, self.vae, indices)  # (B, 3, H, W)
             pixels = to_uint8(images, settings.rounding).permute(0, 2, 3, 1).cpu().numpy()
             features.add(self.extractor(pixels)["pooled"])

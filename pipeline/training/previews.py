@@ -22,9 +22,9 @@ class Previews:
     def __init__(self, recipe: Recipe, log: TrainingLog, device: torch.device) -> None:
         self.folder, self.log = recipe.folder, log
         vae = Encoder(recipe.vae, device)
-        self.painter = GridPainter(recipe, vae, device) if recipe.train.grid_samples else None
+        self.painter = GridPainter(recipe, vae, device) if recipe.train.previews.grid_every_samples else None
         self.distance = None
-        if recipe.train.distance_samples:
+        if recipe.train.previews.distance_every_samples:
             from pipeline.training.preview_fid import OnlineDistance  # seconds to import
 
             self.distance = OnlineDistance(recipe, vae)

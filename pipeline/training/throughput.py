@@ -110,7 +110,7 @@ class Throughput:
         """Samples a second over all ranks; seconds a step, by part; FLOP/s and its share of the peak, of one device."""
         seconds, steps = max(time.perf_counter() - self.started, 1e-9), max(self.steps, 1)
         tflops = self.flops / seconds / self.world_size / 1e12
-        peak = self.recipe.train.peak_tflops or known_peak()
+        peak = self.recipe.train.log.peak_tflops or known_peak()
         found = {
             "samples_per_second": round(self.samples / seconds, 2),
             "step_seconds": round(seconds / steps, 6),

@@ -181,8 +181,8 @@ class Trainer:
         """One step, and what is due after it."""
         settings, watch, before = self.recipe.train, self.throughput.watch, self.samples_seen
         after = before + settings.batch_size
-        measures = crosses(before, after, settings.distance_samples)
-        logs = measures or after == self.total or crosses(before, after, settings.log_samples)
+        measures = crosses(before, after, settings.previews.distance_every_samples)
+        logs = measures or after == self.total or crosses(before, after, settings.log.every_samples)
         with watch("data"):
             batches = self._batches()
         iterations = self._iterations()
@@ -199,12 +199,12 @@ class Trainer:
             distance = self._measure() if measures else None
         if logs:
             self._report(progress, result, iterations, distance)
-        if crosses(before, after, settings.grid_samples):
+        if crosses(before, after, settings.previews.grid_every_samples):
             with watch("pictures"):
                 self._paint()
-        if crosses(before, after, settings.checkpoint_samples) and after < self.total:
+        if crosses(before, after, settings.checkpoint.every_samples) and after < self.total:
             with watch("save"):
-                self._save(with_weights=True, wait=not settings.background_saves)
+                self._save(with_weights=True, wait=not settings.checkpoint.background)
 
     def _step(self, batches: list[Batch], iterations: tuple[int, int], *, with_residuals: bool) -> StepResult:
         """One update, unless its gradient is not finite."""
@@ -226,7 +226,7 @@ class Trainer:
                 if number < len(batches):
                     self.engine.step()  # counts the micro-batch
                 else:
-                    norm = update(self.engine, settings.gradient_clipping)
+                    norm = update(self.engine, settings.optimizer.gradient_clipping)
         return StepResult(sums.cpu(), norm, all_losses)
 
     def _forward(self, batch: Batch, iterations: tuple[int, int], with_residuals: bool) -> tuple[Tensor, Tensor | None]:
@@ -372,7 +372,7 @@ class Trainer:
                     if new:  # the untrained network, by every average's name, for the comparison in the report
                         averages = dict.fromkeys(ema_names(self.recipe), weights)
                         checkpoint.export_averages(self.recipe, averages, 0, self.identity)
-                if self.recipe.train.grid_samples or self.recipe.train.distance_samples:
+                if self.recipe.train.previews.grid_every_samples or self.recipe.train.previews.distance_every_samples:
                     self.previews = Previews(self.recipe, self.log, self.engine.device)
 
     def _describe(self) -> None:

@@ -24,8 +24,9 @@ data: {{images: {folder}/images, held_out: {folder}/held-out, shards: {folder}/s
   flips: true, shard_samples: 20}}
 vae: {{path: {vae}, downsampling: 4}}
 model: {{size: null, hidden_size: 32, num_heads: 2, patch_size: 2, num_classes: 2}}
-train: {{total_samples: 160, batch_size: 16, learning_rate: 1.0e-3, ema_decays: [0.9], ema_reference_batch: 16,
-  max_no_grad_iterations: 2, max_grad_iterations: 2, checkpoint_samples: 48, log_samples: 16}}
+train: {{total_samples: 160, batch_size: 16, optimizer: {{learning_rate: 1.0e-3}}, ema: {{decays: [0.9],
+  reference_batch: 16}}, max_no_grad_iterations: 2, max_grad_iterations: 2, checkpoint: {{every_samples: 48}},
+  log: {{every_samples: 16}}}}
 sample: {{num_samples: 12, batch_size: 5, chunk_samples: 4, sampler: ddim, num_steps: 3, iterations: 2}}
 evaluate: {{feature_extractor: efficientnet-lite0, batch_size: 4, untrained_baseline: true}}
 """

@@ -31,14 +31,14 @@ RUNS = {
     "zero2-fp32-accumulated": ("train.zero_stage=2", "train.micro_batch_size=2"),
     "zero2-fp32-checkpointed": ("train.zero_stage=2", "train.activation_checkpointing=true"),
     "zero3-fp32-checkpointed": ("train.zero_stage=3", "train.activation_checkpointing=true"),
-    "zero2-fp32-offloaded": ("train.zero_stage=2", "train.offload_optimizer=true"),
+    "zero2-fp32-offloaded": ("train.zero_stage=2", "train.optimizer.offload=true"),
 }
 # The demo's network at half its width, on the experiment's smaller latents, through a warm-up and with two kinds of
 # averages.
 SETTINGS = (
     *("model.hidden_size=128", "model.num_heads=2", "model.patch_size=4", "objective.learned_variance=false"),
-    *("train.checkpoint_samples=16", "train.keep_checkpoints=20", "train.warmup_samples=64"),
-    "train.ema_widths=[0.1]",
+    *("train.checkpoint.every_samples=16", "train.checkpoint.keep=20", "train.optimizer.warmup_samples=64"),
+    "train.ema.widths=[0.1]",
 )
 STEPS = 6  # of 16 samples; the warm-up ends within them
 # What a step from so many samples leaves of each average.

@@ -59,7 +59,7 @@ def test_a_signal_to_one_of_four_ranks_saves_them_all_at_the_same_step(experimen
 
 
 def test_a_signal_between_two_log_lines_changes_no_line(experiment: Experiment) -> None:
-    every = ("train.log_samples=80", "train.checkpoint_samples=160")
+    every = ("train.log.every_samples=80", "train.checkpoint.every_samples=160")
     quiet = run_ranks(experiment, "name=sparse", *every)
     assert quiet.statuses == [0], quiet.output
     run = experiment.folder / "runs/sparse-drill"
@@ -113,7 +113,7 @@ def kill_often(experiment: Experiment, name: str, *overrides: str, kills: int, s
                 running.processes[0].join(120)  # the other rank waits for it in vain
             if number == 0:  # later the run may have ended
                 assert running.processes[0].exitcode == -signal.SIGXFSZ
-        assert_little_lost(run, in_background="train.background_saves=true" in overrides)
+        assert_little_lost(run, in_background="train.checkpoint.background=true" in overrides)
     done = run_ranks(experiment, f"name={name}", *overrides, ranks=2)
     assert done.statuses == [0, 0], done.output
     return run
@@ -135,14 +135,14 @@ def test_kill_9_at_random_moments_and_inside_saves_changes_no_bit(experiment: Ex
 @pytest.mark.timeout(1200)
 def test_kill_9_at_thirty_random_moments_changes_no_bit(experiment: Experiment, quiet_run: Path) -> None:
     for seed in range(1, 6):  # a tiny run has ended before six kills
-        background = f"train.background_saves={'false' if seed % 2 else 'true'}"
+        background = f"train.checkpoint.background={'false' if seed % 2 else 'true'}"
         run = kill_often(experiment, f"killed-{seed}", background, kills=6, seed=seed)
         assert_same_run(run, quiet_run)
         shutil.rmtree(run)
 
 
 def test_world_size_1_2_4_3_1_in_mid_epoch_sees_the_same_samples_once(experiment: Experiment, tmp_path: Path) -> None:
-    settings = ("train.batch_size=12", "train.checkpoint_samples=24", "train.log_samples=12")
+    settings = ("train.batch_size=12", "train.checkpoint.every_samples=24", "train.log.every_samples=12")
     expected = run_ranks(
         experiment, "name=steady", *settings, "train.total_samples=240", before=planted(recording, tmp_path / "steady")
     )
@@ -178,7 +178,12 @@ def recorded(folder: Path, name: str) -> list[list[int]]:
 @pytest.mark.timeout(2400)
 def test_twenty_minutes_of_kills_signals_and_world_sizes_end_with_the_same_weights(experiment: Experiment) -> None:
     """Whole runs one after another, each cut into pieces by chance; world sizes differ by rounding, in fp32."""
-    settings = ("train.batch_size=12", "train.total_samples=480", "train.checkpoint_samples=24", "train.log_samples=12")
+    settings = (
+        "train.batch_size=12",
+        "train.total_samples=480",
+        "train.checkpoint.every_samples=24",
+        "train.log.every_samples=12",
+    )
     expected = run_ranks(experiment, "name=soak-quiet", *settings)
     assert expected.statuses == [0], expected.output
     draw, until, number = random.Random(0), time.monotonic() + 20 * 60, 0

@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.conftest import ROOT, Experiment, environment, started
 
-SHORT = ("train.total_samples=32", "train.tensorboard=false")
+SHORT = ("train.total_samples=32", "train.log.tensorboard=false")
 
 
 def python(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:

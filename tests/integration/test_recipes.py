@@ -44,7 +44,7 @@ def less(recipe: str, folder: Path, images: Path, vae: Path, inception: Path, st
     return [
         *(f"data.images={images}", f"data.shards={folder / source}", f"runs={folder / 'runs'}", f"vae.path={vae}"),
         *([f"model.num_classes={len(stand_ins.WNIDS)}"] if source == "imagenet" else []),  # of ImageNet's thousand
-        *(f"train.total_samples={steps * batch}", f"train.batch_size={batch}", f"train.log_samples={batch}"),
+        *(f"train.total_samples={steps * batch}", f"train.batch_size={batch}", f"train.log.every_samples={batch}"),
         *("sample.num_samples=4", "sample.num_steps=2", "sample.iterations=2", "sample.save_images=4"),
         *(f"evaluate.feature_extractor_weights={inception}", "evaluate.batch_size=4"),
         *("launch.processes=1", "launch.cpus_per_process=1", "launch.gpus_per_process=0"),

@@ -118,10 +118,10 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(experiment: Experi
 
 def test_another_recipe_does_not_continue_a_run(experiment: Experiment, whole_run: Path) -> None:
     interrupted_copy(whole_run, "changed", saved=1)
-    done = run_ranks(experiment, "name=changed", "train.learning_rate=0.5", "model.pre_depth=2")
+    done = run_ranks(experiment, "name=changed", "train.optimizer.learning_rate=0.5", "model.pre_depth=2")
     assert done.statuses == [2]
     (line,) = done.errors
-    assert "model.pre_depth (was 1, is 2), train.learning_rate (was 0.001, is 0.5)" in line
+    assert "model.pre_depth (was 1, is 2), train.optimizer.learning_rate (was 0.001, is 0.5)" in line
 
 
 def test_a_run_begins_with_a_given_checkpoint_and_then_goes_on_with_its_own(
@@ -145,8 +145,8 @@ def test_a_run_begins_with_a_given_checkpoint_and_then_goes_on_with_its_own(
 def test_the_last_checkpoints_and_every_nth_are_kept(experiment: Experiment) -> None:
     done = run_ranks(
         experiment,
-        *("name=kept", "train.checkpoint_samples=16", "train.keep_checkpoints=2"),
-        "train.keep_checkpoint_samples=60",
+        *("name=kept", "train.checkpoint.every_samples=16", "train.checkpoint.keep=2"),
+        "train.checkpoint.keep_every_samples=60",
     )
     assert done.statuses == [0], done.output
     assert checkpoints(experiment.folder / "runs/kept") == [64, 128, 144, 160]
@@ -240,9 +240,11 @@ def test_fp16_finds_its_loss_scale_and_goes_on_with_it(experiment: Experiment, s
 
 
 def test_a_learning_rate_that_explodes_ends_training_before_anything_is_saved(experiment: Experiment) -> None:
-    done = run_ranks(experiment, "name=exploded", "train.learning_rate=1e30", "train.gradient_clipping=0")
+    done = run_ranks(
+        experiment, "name=exploded", "train.optimizer.learning_rate=1e30", "train.optimizer.gradient_clipping=0"
+    )
     assert done.statuses == [2]
-    assert "no single sample; lower train.learning_rate from 1e+30" in done.errors[0]
+    assert "no single sample; lower train.optimizer.learning_rate from 1e+30" in done.errors[0]
     assert not checkpoints(experiment.folder / "runs/exploded")
 
 
@@ -286,9 +288,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(experiment: Experiment, tmp
 
 
 def test_what_rank_0_cannot_begin_is_told_by_all(experiment: Experiment) -> None:
-    done = run_ranks(experiment, "name=no-wandb", "train.wandb_project=faces", ranks=2, before=planted(without_wandb))
+    done = run_ranks(
+        experiment, "name=no-wandb", "train.log.wandb_project=faces", ranks=2, before=planted(without_wandb)
+    )
     assert done.statuses == [2, 2], done.output
-    assert done.errors[0].startswith("error: train.wandb_project: the package wandb is not installed")
+    assert done.errors[0].startswith("error: train.log.wandb_project: the package wandb is not installed")
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(experiment: Experiment) -> None:
@@ -329,7 +333,12 @@ def test_grids_of_samples_are_drawn_at_their_interval(experiment: Experiment) ->
 
     done = run_ranks(
         experiment,
-        *("name=grids", "train.total_samples=32", "train.grid_samples=16", "train.grid_pictures=5"),
+        *(
+            "name=grids",
+            "train.total_samples=32",
+            "train.previews.grid_every_samples=16",
+            "train.previews.grid_images=5",
+        ),
         ranks=2,
     )
     assert done.statuses == [0, 0], done.output
@@ -340,8 +349,10 @@ def test_grids_of_samples_are_drawn_at_their_interval(experiment: Experiment) ->
 
 
 def test_the_distance_logged_while_training_is_the_one_that_evaluation_measures(experiment: Experiment) -> None:
-    settings = ("name=distances", "train.total_samples=64", "train.log_samples=64")
-    done = run_ranks(experiment, *settings, "train.distance_samples=32", "train.distance_pictures=12", ranks=2)
+    settings = ("name=distances", "train.total_samples=64", "train.log.every_samples=64")
+    done = run_ranks(
+        experiment, *settings, "train.previews.distance_every_samples=32", "train.previews.distance_images=12", ranks=2
+    )
     assert done.statuses == [0, 0], done.output
     run = experiment.folder / "runs/distances"
     lines = metrics(run)
@@ -356,8 +367,12 @@ def test_the_distance_logged_while_training_is_the_one_that_evaluation_measures(
 
 def test_what_distances_and_grids_need_is_looked_for_before_the_first_step(experiment: Experiment) -> None:
     missing = (
-        ("train.grid_samples=32", "vae.path=./nowhere", "vae.path: ./nowhere is no folder"),
-        ("train.distance_samples=32", "evaluate.reference=nowhere", "evaluate.reference: nowhere is neither"),
+        ("train.previews.grid_every_samples=32", "vae.path=./nowhere", "vae.path: ./nowhere is no folder"),
+        (
+            "train.previews.distance_every_samples=32",
+            "evaluate.reference=nowhere",
+            "evaluate.reference: nowhere is neither",
+        ),
     )
     for wish, override, expected in missing:
         done = run_ranks(experiment, "name=unprepared", wish, override, ranks=2)
@@ -370,20 +385,20 @@ def test_a_width_made_afterwards_is_near_the_one_that_training_kept(experiment: 
     from safetensors.torch import load_file
 
     run = experiment.folder / "runs/widths"
-    settings = ("name=widths", "train.checkpoint_samples=16")
-    done = run_ranks(experiment, *settings, "train.ema_decays=[]", "train.ema_widths=[0.05,0.1,0.08]")
+    settings = ("name=widths", "train.checkpoint.every_samples=16")
+    done = run_ranks(experiment, *settings, "train.ema.decays=[]", "train.ema.widths=[0.05,0.1,0.08]")
     assert done.statuses == [0], done.output
     file = "diffusion_pytorch_model.safetensors"
     kept, other = (load_file(run / f"weights/000000000160/power-{width}/{file}") for width in ("0.08", "0.1"))
     shutil.rmtree(run / "weights/000000000160/power-0.08")
     script = "pipeline/reconstruct_ema.py"
-    made = experiment.run(script, "name=widths", "train.ema_widths=[0.05,0.1]", "--width", "0.08")
+    made = experiment.run(script, "name=widths", "train.ema.widths=[0.05,0.1]", "--width", "0.08")
     assert made.returncode == 0, made.stderr
     found = load_file(run / f"weights/000000000160/power-0.08/{file}")
     distance = sum(float((found[name] - kept[name]).square().sum()) for name in kept)
     apart = sum(float((other[name] - kept[name]).square().sum()) for name in kept)
     assert distance < 0.05 * apart  # ten steps are a coarse curve
-    refused = experiment.run(script, "name=widths", "train.ema_widths=[0.05]", "--width", "0.5")
+    refused = experiment.run(script, "name=widths", "train.ema.widths=[0.05]", "--width", "0.5")
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("error: --width: 0.5 is outside (0, 0.28)")
 

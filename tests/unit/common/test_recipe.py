@@ -69,8 +69,11 @@ ROOT = Path(__file__).parents[3]
             "evaluate.bootstrap: should be 0 or should be greater than",
         ),
         ("name: a\nseed: 5000000000", "seed: should be less than 4294967296"),
-        ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: should be less than 1"),
-        ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: should be a finite number"),
+        ("name: a\ntrain: {optimizer: {betas: [0.9, 1.0]}}", "train.optimizer.betas.1: should be less than 1"),
+        (
+            "name: a\ntrain: {optimizer: {learning_rate: .inf}}",
+            "train.optimizer.learning_rate: should be a finite number",
+        ),
         (
             "name: a\nobjective: {schedule: flow, prediction: flow, zero_terminal_snr: false, learned_variance: false}",
             "sample.sampler: 'ddpm' does not fit prediction 'flow'",
@@ -94,9 +97,19 @@ def test_a_missing_recipe_is_named() -> None:
 
 def test_overrides_replace_single_fields_in_order() -> None:
     recipe = parse_recipe(
-        "name: a", ["train.batch_size=64", "train.batch_size=32", "train.learning_rate=1e-3", "train.betas=[0.9, 0.95]"]
+        "name: a",
+        [
+            "train.batch_size=64",
+            "train.batch_size=32",
+            "train.optimizer.learning_rate=1e-3",
+            "train.optimizer.betas=[0.9, 0.95]",
+        ],
     )
-    assert (recipe.train.batch_size, recipe.train.learning_rate, recipe.train.betas) == (32, 1e-3, (0.9, 0.95))
+    assert (recipe.train.batch_size, recipe.train.optimizer.learning_rate, recipe.train.optimizer.betas) == (
+        32,
+        1e-3,
+        (0.9, 0.95),
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +119,7 @@ def test_overrides_replace_single_fields_in_order() -> None:
         ("=3", "not an override"),
         ("name.first=3", "name is a value, not a section"),
         ("train.batch_size={", "not readable as a YAML value"),
-        ("train.learning_rate=fast", "train.learning_rate: should be a valid number"),
+        ("train.optimizer.learning_rate=fast", "train.optimizer.learning_rate: should be a valid number"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, expected: str) -> None:

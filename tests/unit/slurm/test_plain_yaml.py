@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.loading import dump_recipe, load_recipe, parse_recipe
+from common.loading import RENAMED, dump_recipe, load_recipe, parse_recipe
 from common.recipe import VAE, Data, Evaluate, Recipe, Sample
 from slurm.plain_yaml import read_yaml
 from slurm.site_file import load_site, sbatch_options
@@ -24,10 +24,9 @@ def value_of(recipe: Recipe, dotted: str) -> Any:
 
 def both_ways(dotted: str, text: str) -> list[Recipe]:
     """The recipe that says `dotted: text`, as a file and as an override."""
-    section, _, field = dotted.rpartition(".")
     name = "" if dotted == "name" else "name: a\n"
-    written = f"{name}{section}: {{{field}: {text}}}" if section else f"{name}{field}: {text}"
-    return [parse_recipe(written), parse_recipe("name: a", [f"{dotted}={text}"])]
+    written = f"{dotted.replace('.', ': {')}: {text}{'}' * dotted.count('.')}"
+    return [parse_recipe(f"{name}{written}"), parse_recipe("name: a", [f"{dotted}={text}"])]
 
 
 TEXT = ["2024", "0.9999", "off", "Yes", "n", "true", "010", "0o17", "0x1f", "1e10", "123e456", "0123456", "1_000",
@@ -35,7 +34,7 @@ TEXT = ["2024", "0.9999", "off", "Yes", "n", "true", "010", "0o17", "0x1f", "1e1
 
 
 @pytest.mark.parametrize("text", TEXT)
-@pytest.mark.parametrize("field", ["vae.revision", "sample.ema", "data.shards", "train.wandb_project"])
+@pytest.mark.parametrize("field", ["vae.revision", "sample.ema", "data.shards", "train.log.wandb_project"])
 def test_text_is_kept_as_it_is_written(field: str, text: str) -> None:
     for recipe in both_ways(field, text):
         assert value_of(recipe, field) == text
@@ -62,11 +61,11 @@ def test_nothing_is_null_where_a_field_may_be_nothing_and_refused_elsewhere(text
         ("train.total_samples", "51_200_000", 51_200_000),
         ("sample.weights", "000000000064", 64),  # as the folder of these weights is named
         ("sample.weights", "64", 64),
-        ("train.learning_rate", "1e-4", 1e-4),
-        ("train.learning_rate", "1.0E-4", 1e-4),
-        ("train.learning_rate", ".5", 0.5),
-        ("train.learning_rate", "1", 1.0),
-        ("train.betas", "[0.9, 95e-2]", (0.9, 0.95)),
+        ("train.optimizer.learning_rate", "1e-4", 1e-4),
+        ("train.optimizer.learning_rate", "1.0E-4", 1e-4),
+        ("train.optimizer.learning_rate", ".5", 0.5),
+        ("train.optimizer.learning_rate", "1", 1.0),
+        ("train.optimizer.betas", "[0.9, 95e-2]", (0.9, 0.95)),
         ("sample.iterations", "[8, 4]", (8, 4)),
         ("data.flips", "no", False),
         ("data.flips", "On", True),
@@ -96,11 +95,11 @@ def test_numbers_are_decimal_and_switches_true_or_false(dotted: str, text: str, 
         ("seed", "true", "found True"),
         ("launch.timeout_minutes", "4:00", "found '4:00'; write a decimal number"),
         ("sample.weights", "064", "found '064'; write 64"),
-        ("train.learning_rate", "1_0.0", "found '1_0.0'; write a decimal number"),
-        ("train.learning_rate", "'0.1'", "should be a valid number; found '0.1'"),
+        ("train.optimizer.learning_rate", "1_0.0", "found '1_0.0'; write a decimal number"),
+        ("train.optimizer.learning_rate", "'0.1'", "should be a valid number; found '0.1'"),
         ("train.label_dropout", "true", "should be a valid number; found True"),
         ("train.label_dropout", "no", "should be a valid number; found 'no'"),
-        ("train.learning_rate", "nan", "found 'nan'"),
+        ("train.optimizer.learning_rate", "nan", "found 'nan'"),
         ("data.flips", "1", "should be a valid boolean; found 1"),
         ("data.flips", "maybe", "should be a valid boolean; found 'maybe'"),
     ],
@@ -191,7 +190,12 @@ def test_a_list_that_names_itself_a_million_times_is_refused_in_a_short_line() -
     [
         ("batch_size: 64", "batch_size: unknown key; did you mean vae.batch_size or train.batch_size or sample.batch_"),
         ("train: {num_steps: 4}", "train.num_steps: unknown key; did you mean sample.num_steps or sweep.num_steps?"),
-        ("learning_rat: 1", "learning_rat: unknown key; did you mean train.learning_rate?"),
+        ("learning_rat: 1", "learning_rat: unknown key; did you mean train.optimizer.learning_rate?"),
+        ("train: {learning_rate: 1}", "train.learning_rate: unknown key; did you mean train.optimizer.learning_rate?"),
+        ("train: {log: {betas: [0, 0]}}", "train.log.betas: unknown key; did you mean train.optimizer.betas?"),
+        ("train.batch_size: 4", "train.batch_size: unknown key; write train: {batch_size: ...}"),
+        ("train: {log.tensorboard: true}", "train.log.tensorboard: unknown key; write log: {tensorboard: ...}"),
+        ("'': 4", ": unknown key; allowed: data, demo"),
         ("trian: {batch_size: 4}", "trian: unknown key; did you mean train?"),
         ("model: {resolution: 4}", "model.resolution: unknown key; did you mean data.resolution?"),
     ],
@@ -200,6 +204,15 @@ def test_an_unknown_key_is_answered_with_where_the_field_is(text: str, expected:
     with pytest.raises(UserError, match="unknown key") as raised:
         parse_recipe(f"name: a\n{text}")
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_name_from_before_train_had_sections_is_answered_with_its_new_place(old: str, new: str) -> None:
+    expected = rf"train\.{old}: unknown key; did you mean train\.{new}\?$"
+    for text, overrides in ((f"name: a\ntrain: {{{old}: 1}}", []), ("name: a", [f"train.{old}=1"])):
+        with pytest.raises(UserError, match=expected):
+            parse_recipe(text, overrides)
+    assert value_of(parse_recipe("name: a"), f"train.{new}") is not None
 
 
 PLACES = ["runs", "data.images", "data.held_out", "data.shards", "vae.path", "train.deepspeed_config",

@@ -37,7 +37,7 @@ def recipe_in(folder: Path) -> Recipe:
 
 
 def state_of(recipe: Recipe) -> dict[str, torch.Tensor]:
-    names = ("model", f"ema-{recipe.train.ema_decays[0]:g}", *MOMENTS)
+    names = ("model", f"ema-{recipe.train.ema.decays[0]:g}", *MOMENTS)
     parameters = dict(build_denoiser(denoiser_config(recipe), seed=0).named_parameters())
     return {f"{part}.{name}": value.detach().abs() for part in names for name, value in parameters.items()}
 
@@ -177,8 +177,8 @@ def test_a_state_of_other_tensors_under_its_right_checksum_is_named(tmp_path: Pa
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     path = write(recipe, 16) / MARKER
-    resealed(path, lambda marker: marker.update(format=3))
+    resealed(path, lambda marker: marker.update(format=2))
     found = read(path.parent, recipe, {"seed": 0})
-    assert found == f"{path}: format: Input should be 2; found 3; no checkpoint of this version"
+    assert found == f"{path}: format: Input should be 3; found 2; no checkpoint of this version"
     with pytest.raises(UserError, match="none of its 1 checkpoints is whole and of this version; delete it to start"):
         checkpoint.newest_checkpoint(recipe, {"seed": 0})

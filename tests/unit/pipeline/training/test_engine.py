@@ -143,10 +143,10 @@ def test_fp16_without_a_gpu_is_refused_whatever_the_cpu_can(can: bool, monkeypat
     ("overrides", "expected"),
     [
         (("train.zero_stage=0", "train.precision=fp16"), r"train\.zero_stage: at 0 DeepSpeed does not scale the loss"),
-        (("train.zero_stage=0", "train.offload_optimizer=true"), r"train\.offload_optimizer: ZeRO stage 0"),
+        (("train.zero_stage=0", "train.optimizer.offload=true"), r"train\.optimizer\.offload: ZeRO stage 0"),
         (("train.zero_stage=3", "train.compile=true"), r"train\.compile: not with zero_stage 3"),
-        (("train.ema_decays=[]",), r"train\.ema_decays: sampling needs an average"),
-        (("train.ema_widths=[0.3]",), r"train\.ema_widths"),
+        (("train.ema.decays=[]",), r"train\.ema\.decays: sampling needs an average"),
+        (("train.ema.widths=[0.3]",), r"train\.ema\.widths"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides: tuple[str, ...], expected: str) -> None:
@@ -159,8 +159,13 @@ def test_settings_that_do_not_go_together_are_refused(overrides: tuple[str, ...]
     [("constant", [0.5, 1, 1, 1]), ("cosine", [0.5, 0.75, 0.5, 0]), ("linear", [0.5, 2 / 3, 0.5, 0])],
 )
 def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected: list[float]) -> None:
-    settings = ("train.total_samples=960", "train.batch_size=32", "train.learning_rate=1.0", "train.warmup_samples=64")
-    recipe = parse_recipe("name: a", (*settings, f"train.learning_rate_decay={decay}"))
+    settings = (
+        "train.total_samples=960",
+        "train.batch_size=32",
+        "train.optimizer.learning_rate=1.0",
+        "train.optimizer.warmup_samples=64",
+    )
+    recipe = parse_recipe("name: a", (*settings, f"train.optimizer.learning_rate_decay={decay}"))
     assert [learning_rate(recipe, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
 
 

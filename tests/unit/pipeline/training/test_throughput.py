@@ -107,7 +107,7 @@ def test_leaving_waits_for_the_writing_in_hand() -> None:
 
 
 def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
-    recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.tensorboard=false"))
+    recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false"))
     recipe.folder.mkdir()
     path = recipe.folder / "metrics.jsonl"
     path.write_text('{"samples": 16, "loss": 1.0}\n{"samples": 32, "loss": 0.5}\n{"samples": 48, "lo')
@@ -122,7 +122,7 @@ def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
 def test_lines_that_are_none_are_taken_back_too_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.tensorboard=false"))
+    recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false"))
     recipe.folder.mkdir()
     path = recipe.folder / "metrics.jsonl"
     bad = (b"\xff", b"7", b"[{", b"[" * 99_999, b'{"samples": "1"}', b'{"samples": NaN}', b'{"samples": -1}', b"")
@@ -146,7 +146,7 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_queued(
         return SimpleNamespace(log=lambda values, step: written.append((values, step)), finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    overrides = (*SMALL, f"runs={tmp_path}", "train.tensorboard=false", "train.wandb_project=faces")
+    overrides = (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false", "train.log.wandb_project=faces")
     for seed in (0, 0, 1):
         recipe = parse_recipe("name: a", (*overrides, f"seed={seed}"))
         recipe.folder.mkdir(exist_ok=True)
@@ -161,8 +161,8 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_queued(
 
 def test_weights_and_biases_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    overrides = (*SMALL, f"runs={tmp_path}", "train.tensorboard=false", "train.wandb_project=faces")
-    with pytest.raises(UserError, match=r"train\.wandb_project: the package wandb is not installed"):
+    overrides = (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false", "train.log.wandb_project=faces")
+    with pytest.raises(UserError, match=r"train\.log\.wandb_project: the package wandb is not installed"):
         TrainingLog(parse_recipe("name: a", overrides), 0, {})
 
 
