@@ -42,7 +42,11 @@ def run_command(
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="docs/recipe.md explains every field of a recipe.",
+    )
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe, such as recipes/demo.yaml")
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print the plan; touch nothing")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher inserts it

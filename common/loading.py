@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,9 +14,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-import common.recipe
 from common.errors import UserError
-from common.recipe import Data, Place, Recipe, Train, denoiser_config, diffusion, latent_shape
+from common.recipe import Recipe, check_together
+from common.recipe.fields import Place
 from slurm.plain_yaml import NULLS, members, read_yaml, settle
 
 VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*)|\{)")
@@ -32,7 +33,6 @@ RENAMED = {
     **{"grid_samples": "previews.grid_every_samples", "grid_pictures": "previews.grid_images"},
     **{"distance_samples": "previews.distance_every_samples", "distance_pictures": "previews.distance_images"},
 }
-FIELDS_OF = ("webdataset", "parquet", "imagenet")  # data.source whose samples have fields of which one may be named
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -195,8 +195,8 @@ def _in_decimal(found: Any) -> str:
 
 def _field_path(fault: ErrorDetails) -> list[str]:
     """Where a fault is, without pydantic's own words for the members of a union, such as `constrained-int`."""
-    place, classes = fault["loc"], vars(common.recipe)
-    known = [part for part in place if isinstance(part, int) or (part.isidentifier() and part not in classes)]
+    place = fault["loc"]
+    known = [part for part in place if isinstance(part, int) or part.isidentifier()]
     if fault["type"] == "unexpected_keyword_argument":  # the last part is as the recipe has it
         known = [part for part in place[:-1] if part in known] + [place[-1]]
     return [str(part) for part in known]
@@ -206,9 +206,14 @@ def _hints(sections: Sequence[str]) -> dict[str, Any]:
     """The fields below `sections` and their types, found in the dataclasses themselves; none below what is unknown."""
     kind: Any = Recipe
     for section in sections:
-        kind = _section(get_type_hints(kind, include_extras=True).get(section))
+        kind = _section(_types(kind).get(section))
         if kind is None:
             return {}
+    return _types(kind)
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
@@ -219,111 +224,8 @@ def _section(hint: Any) -> Any:
 
 def _fields(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every field that is no section, as `train.optimizer.betas`, and its type."""
-    for name, hint in get_type_hints(kind, include_extras=True).items():
+    for name, hint in _types(kind).items():
         if section := _section(hint):
             yield from _fields(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", hint
-
-
-def _sampler(recipe: Recipe) -> Any:
-    from fpdm.allocation import allocate
-    from fpdm.sampling import build_sampler, check_guidance, guided_steps
-
-    settings, latent_channels = recipe.sample, recipe.vae.latent_channels
-    check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
-    if recipe.model.kind == "fpdm":  # what is measured spends as much as what is even
-        kind = "constant" if settings.allocation in ("adaptive", "calibrated") else settings.allocation
-        total = sum(allocate(kind, settings.num_steps, settings.iterations))
-        _check_step_choices(recipe, total)
-    elif settings.step_choices:
-        raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
-    process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
-    sampler = build_sampler(process, settings.sampler, settings.num_steps, settings.eta)
-    if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):
-        raise ValueError(f"guidance_interval: {list(interval)} holds none of the {settings.num_steps} steps; widen it")
-    return sampler
-
-
-def _check_step_choices(recipe: Recipe, iterations: int) -> None:
-    from fpdm.allocation import allocate
-    from fpdm.sampling import build_sampler
-
-    settings, outer = recipe.sample, recipe.model.pre_depth + recipe.model.post_depth
-    if settings.step_choices and settings.allocation != "calibrated":
-        raise ValueError(f"step_choices: allocation {settings.allocation!r} compares none; use 'calibrated'")
-    if settings.step_choices and (settings.sampler == "ddpm" or settings.eta > 0):
-        raise ValueError("step_choices: ddpm, and eta above 0, draw other samples with other steps; use ddim, eta 0")
-    for num_steps in settings.step_choices:
-        try:
-            allocate("constant", num_steps, block_budget=iterations + outer * settings.num_steps, outer_depth=outer)
-            build_sampler(diffusion(recipe), settings.sampler, num_steps)
-        except ValueError as error:
-            raise ValueError(f"step_choices: {error}") from None
-
-
-def check_together(recipe: Recipe) -> None:
-    """Fields that are right alone and wrong together. Raises ValueError naming one of them."""
-    resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
-    if resolution % downsampling:
-        raise ValueError(f"data.resolution: {resolution} is not a multiple of vae.downsampling, {downsampling}")
-    side = latent_shape(recipe)[1]
-    if side % recipe.model.patch_size:
-        raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
-    if recipe.data.cache is None and (recipe.data.stage_in or "://" in recipe.data.shards):
-        needs = "stage_in" if recipe.data.stage_in else f"shards: {recipe.data.shards}"
-        raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
-    _check_fields(recipe.data)
-    if recipe.data.follow_links and recipe.data.source in ("webdataset", "parquet"):
-        raise ValueError(f"data.follow_links: is of images in folders, and data.source is {recipe.data.source}")
-    if recipe.train.batch_size % recipe.data.lanes:
-        raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
-    _check_training(recipe.train)
-    _check_guidance(recipe)
-    for section, build in (("model", denoiser_config), ("objective", diffusion), ("sample", _sampler)):
-        try:
-            build(recipe)
-        except ValueError as error:
-            raise ValueError(f"{section}.{error}") from None
-
-
-def _check_fields(data: Data) -> None:
-    """Folders have no fields, but their images may be said to have no labels."""
-    of_folder = ", which has none alone: all images are one class" if data.source == "folder" else ""
-    for field, value in (("image_field", data.image_field), ("label_field", data.label_field)):
-        more = of_folder if field == "label_field" else ""
-        if value is not None and data.source not in FIELDS_OF and not (more and value == "none"):
-            raise ValueError(f"data.{field}: is of {', '.join(FIELDS_OF)}, and data.source is {data.source}{more}")
-
-
-def _check_guidance(recipe: Recipe) -> None:
-    """Guidance compares a class with the null label: the network must have seen both, and they must differ."""
-    for name, scales in (("sample", (recipe.sample.guidance_scale,)), ("sweep", recipe.sweep.guidance_scale)):
-        for scale in scales:
-            if scale == 1:
-                continue
-            if recipe.train.label_dropout == 0:
-                raise ValueError(
-                    f"{name}.guidance_scale: {scale:g} with train.label_dropout 0, whose network never sees the null "
-                    "label that guidance needs; set guidance_scale to 1, or train with label_dropout above 0"
-                )
-            if recipe.model.num_classes == 1:
-                raise ValueError(
-                    f"{name}.guidance_scale: {scale:g} with model.num_classes 1: a single class says no more than the "
-                    "null label, and guidance would double the cost for nothing; set it to 1"
-                )
-
-
-def _check_training(train: Train) -> None:
-    if train.zero_stage == 0 and train.precision == "fp16":
-        raise ValueError(
-            "train.zero_stage: at 0 DeepSpeed does not scale the loss that fp16 needs scaled; use 1, 2 or 3"
-        )
-    if train.zero_stage == 0 and train.optimizer.offload:
-        raise ValueError(
-            "train.optimizer.offload: ZeRO stage 0 has no optimizer of its own to move; use train.zero_stage 1, 2 or 3"
-        )
-    if train.zero_stage == 3 and train.compile:
-        raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
-    if not (train.ema.decays or train.ema.widths):
-        raise ValueError("train.ema.decays: sampling needs an average; give one, such as [0.9999]")

@@ -13,9 +13,8 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import atomic_write
-from common.loading import check_together
 from common.log_lines import Count
-from common.recipe import Recipe, denoiser_config
+from common.recipe import Recipe, check_together, denoiser_config
 from common.sealed import STRICT, read_sealed, write_sealed
 from pipeline.sampling.plans import blocks_a_picture
 

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.recipe.sampling import MEASURED, total_iterations
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import allocate
@@ -26,7 +27,6 @@ from fpdm.denoiser import Denoiser
 from fpdm.sampling import build_sampler, guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
 
-MEASURED = ("adaptive", "calibrated")  # allocations, of the weights' residual curves
 NAME = "plan.json"
 REMEDY = "delete the folder and run python pipeline/sample.py"
 REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
@@ -44,13 +44,6 @@ class Plan:
 class PlanForm(TypedDict):
     iterations: list[Annotated[int, Field(ge=1)]] | None
     reuse: list[bool]
-
-
-def total_iterations(recipe: Recipe) -> int:
-    """Of all steps; exact whatever the allocation. ValueError names what does not fit."""
-    settings = recipe.sample
-    kind = "constant" if settings.allocation in MEASURED else settings.allocation
-    return sum(allocate(kind, settings.num_steps, settings.iterations))
 
 
 def even_iterations(recipe: Recipe) -> list[int] | None:

@@ -33,6 +33,7 @@ def test_help_imports_nothing_heavy(path: Path) -> None:
     done = run("-X", "importtime", path, "--help")
     assert done.returncode == 0
     assert "--config" in done.stdout
+    assert "docs/recipe.md" in done.stdout
     heavy = {"torch", "deepspeed", "diffusers", "timm", "torch_fidelity", "matplotlib"}
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert not heavy & imported, f"--help took {time.monotonic() - started:.1f} s"

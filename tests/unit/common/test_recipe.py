@@ -14,26 +14,26 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("name: a\ndata: {label_field: cls}", "data.label_field: is of webdataset, parquet, imagenet, and"),
+        ("name: a\ndata: {label_field: cls}", "data.label_field: is for webdataset, parquet, imagenet, and"),
         (
             "name: a\ndata: {source: folder, label_field: cls}",
-            "data.label_field: is of webdataset, parquet, imagenet, and data.source is folder, which has none alone",
+            "data.label_field: is for webdataset, parquet, imagenet, and data.source is folder, which has `none`",
         ),
         (
             "name: a\ndata: {source: lsun, label_field: none}",
-            "data.label_field: is of webdataset, parquet, imagenet, and",
+            "data.label_field: is for webdataset, parquet, imagenet, and",
         ),
         (
             "name: a\ndata: {source: folder, image_field: none}",
-            "data.image_field: is of webdataset, parquet, imagenet, and",
+            "data.image_field: is for webdataset, parquet, imagenet, and",
         ),
         (
             "name: a\ndata: {source: ffhq, image_field: jpg}",
-            "data.image_field: is of webdataset, parquet, imagenet, and data.source is ffhq",
+            "data.image_field: is for webdataset, parquet, imagenet, and data.source is ffhq",
         ),
         (
             "name: a\ndata: {source: parquet, follow_links: true}",
-            "data.follow_links: is of images in folders, and data.source is parquet",
+            "data.follow_links: is for images in folders, and data.source is parquet",
         ),
         ("name: a\ntrain: {batch_szie: 4}", "train.batch_szie: unknown key; did you mean batch_size?"),
         ("name: a\nfoo: 1", "foo: unknown key; allowed: data, demo, "),

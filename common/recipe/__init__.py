@@ -1,0 +1,101 @@
+"""The recipe: one frozen dataclass a component; every field has its type, range, default and explanation.
+
+A field that a YAML file does not name has the default written here; an unknown name is an error (`common.loading`).
+docs/recipe.md is generated from these classes (`common.recipe.reference`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from common.recipe.data import VAE, Data, DemoPictures, check_data
+from common.recipe.fields import STRICT, Count, CountOrZero, Name, Place, Seed
+from common.recipe.network import (
+    Model,
+    Objective,
+    check_network,
+    denoiser_config,
+    describe_network,
+    diffusion,
+    latent_shape,
+)
+from common.recipe.sampling import Evaluate, Sample, Sweep, check_sampling
+from common.recipe.training import Train, check_training, with_world_size
+
+__all__ = [
+    "VAE",
+    "Data",
+    "DemoPictures",
+    "Evaluate",
+    "Launch",
+    "Model",
+    "Objective",
+    "Recipe",
+    "Sample",
+    "Sweep",
+    "Train",
+    "check_together",
+    "denoiser_config",
+    "describe_network",
+    "diffusion",
+    "latent_shape",
+    "with_world_size",
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Launch:
+    """What one job of a stage asks for, on any cluster. Where it runs is `pipeline/run.py --cluster`."""
+
+    nodes: Count = 1
+    """Nodes of a training job."""
+    processes: Count = 1
+    """Training processes on a node: one a GPU."""
+    cpus_per_process: Count = 1
+    """CPU cores of one process."""
+    gpus_per_process: CountOrZero = 0
+    """GPUs of one process. 0: it runs on CPUs."""
+    timeout_minutes: Count = 240
+    """Time limit of a job, in minutes."""
+    signal_seconds: Count = 120
+    """Seconds before the time limit at which training saves; every job that is not finished is queued again."""
+    jobs: Count = 1
+    """Jobs, of one process each, into which encoding, sampling and evaluation are divided on SLURM."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """An experiment. `name` is its folder below `runs`."""
+
+    name: Name
+    """The experiment's name: letters, digits, `.`, `_` and `-`, at most 100."""
+    runs: Place = "runs"
+    """Folder of all runs."""
+    seed: Seed = 0
+    """Everything random is a function of it."""
+    demo: DemoPictures | None = None
+    data: Data = Data()
+    vae: VAE = VAE()
+    model: Model = Model()
+    objective: Objective = Objective()
+    train: Train = Train()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    sweep: Sweep = Sweep()
+    launch: Launch = Launch()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def check_together(recipe: Recipe) -> None:
+    """Raises ValueError that names a field whose value does not go with the others."""
+    check_data(recipe.data)
+    if recipe.train.batch_size % recipe.data.lanes:
+        raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
+    check_network(recipe)
+    check_training(recipe.train)
+    check_sampling(recipe)

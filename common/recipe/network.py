@@ -1,0 +1,121 @@
+"""The denoiser and its objective, and both as `fpdm` takes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import StrictBool
+from pydantic.dataclasses import dataclass
+
+from common.recipe.fields import STRICT, Count, CountOrZero, Positive
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from common.recipe import Recipe
+    from fpdm.denoiser import DenoiserConfig
+    from fpdm.diffusion import Diffusion
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """The denoiser: FPDM, with a fixed point of one block between explicit layers, or DiT."""
+
+    kind: Literal["fpdm", "dit"] = "fpdm"
+    """`fpdm`: fixed point diffusion model. `dit`: diffusion transformer, the paper's baseline."""
+    size: Literal["S", "B", "L", "XL"] | None = "XL"
+    """Sets hidden_size, num_heads and depth to DiT's values of this size; each of them can be set alone instead."""
+    hidden_size: Count | None = None
+    """Width of a token. null: that of `size`."""
+    num_heads: Count | None = None
+    """Attention heads; divides hidden_size. null: that of `size`."""
+    depth: Count | None = None
+    """Blocks of DiT. null: that of `size`."""
+    patch_size: Count = 2
+    """Side of the square of the latent that becomes one token; divides the latent's side."""
+    mlp_ratio: Positive = 4.0
+    """Width of a block's MLP, in units of hidden_size."""
+    pre_depth: CountOrZero = 1
+    """Explicit blocks before the fixed point."""
+    post_depth: CountOrZero = 1
+    """Explicit blocks after the fixed point."""
+    pre_post_timestep_conditioning: StrictBool = False
+    """Whether the explicit blocks see the timestep. In the paper they do not."""
+    num_classes: Count = 1000
+    """Classes of the data. 1: unconditional."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Objective:
+    """What the network learns (paper, section 4.1)."""
+
+    schedule: Literal["linear", "cosine", "flow"] = "linear"
+    """Noise schedule. `flow`: straight lines between data and noise, together with prediction flow."""
+    num_timesteps: Count = 1000
+    """Timesteps of the diffusion process."""
+    zero_terminal_snr: StrictBool = True
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al., WACV 2024)."""
+    prediction: Literal["epsilon", "v", "flow"] = "v"
+    """What the network predicts: the noise, the velocity of diffusion, or that of flow matching."""
+    learned_variance: StrictBool = True
+    """Also learn the variance of a reverse step, from a second half of the output channels (Nichol and Dhariwal, ICML
+    2021)."""
+    loss_weight: Literal["none", "p2", "min_snr"] = "none"
+    """Weight of the loss by timestep: none, P2 (Choi et al., CVPR 2022) or Min-SNR (Hang et al., ICCV 2023)."""
+
+
+def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """(C, h, w) of one latent."""
+    side = recipe.data.resolution // recipe.vae.downsampling
+    return recipe.vae.latent_channels, side, side
+
+
+def denoiser_config(recipe: Recipe) -> DenoiserConfig:
+    """The network's own settings: `size` resolved, the latents' shape from the VAE. ValueError names a field."""
+    from fpdm.denoiser import SIZES, DenoiserConfig
+
+    model = recipe.model
+    size = dict(SIZES[model.size]) if model.size else {}
+    size |= {key: value for key in ("hidden_size", "num_heads", "depth") if (value := getattr(model, key)) is not None}
+    return DenoiserConfig(
+        kind=model.kind,
+        input_size=latent_shape(recipe)[1],
+        in_channels=recipe.vae.latent_channels,
+        patch_size=model.patch_size,
+        mlp_ratio=model.mlp_ratio,
+        pre_depth=model.pre_depth,
+        post_depth=model.post_depth,
+        pre_post_timestep_conditioning=model.pre_post_timestep_conditioning,
+        num_classes=model.num_classes,
+        self_conditioned=False,  # only imported weights are
+        learned_variance=recipe.objective.learned_variance,
+        **size,
+    )
+
+
+def describe_network(recipe: Recipe) -> str:
+    """One line: the network, the latents' shape, and its exact size."""
+    from fpdm.denoiser import count_parameters
+
+    parameters = count_parameters(denoiser_config(recipe))
+    return f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"
+
+
+def diffusion(recipe: Recipe) -> Diffusion:
+    """The objective as `fpdm` computes it. ValueError names a field that does not go with another."""
+    from fpdm.diffusion import Diffusion
+
+    return Diffusion(**vars(recipe.objective))
+
+
+def check_network(recipe: Recipe) -> None:
+    """Raises ValueError for a network that cannot be built, does not fit the latents, or an impossible objective."""
+    resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
+    if resolution % downsampling:
+        raise ValueError(f"data.resolution: {resolution} is not a multiple of vae.downsampling, {downsampling}")
+    side = latent_shape(recipe)[1]
+    if side % recipe.model.patch_size:
+        raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
+    for section, build in (("model", denoiser_config), ("objective", diffusion)):
+        try:
+            build(recipe)
+        except ValueError as error:
+            raise ValueError(f"{section}.{error}") from None

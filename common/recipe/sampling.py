@@ -1,0 +1,206 @@
+"""Sampling, its evaluation, and sweeps over ways of sampling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, StrictBool
+from pydantic.dataclasses import dataclass
+
+from common.recipe.fields import (
+    STRICT,
+    AtLeastZero,
+    Count,
+    Fraction,
+    Number,
+    Place,
+    Positive,
+    SamplesSeen,
+    TwoOrMore,
+)
+from common.recipe.network import diffusion
+
+if TYPE_CHECKING:
+    from common.recipe import Recipe
+
+MEASURED = ("adaptive", "calibrated")  # allocations that are measured on the weights
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sample:
+    """How images are generated."""
+
+    num_samples: Count = 50_000
+    """Images that are generated."""
+    batch_size: Count = 32
+    """Images that one process generates at once. Image i does not depend on it."""
+    chunk_samples: Count = 1000
+    """Images in one file, and the most that a kill costs."""
+    output: Literal["chunks", "features", "webdataset", "npz", "folder"] = "chunks"
+    """What is kept. `chunks`: arrays. `features`: only what the evaluation's extractor computes, and the first images.
+    `webdataset`: tars of PNGs. `npz`: chunks, then one file for ADM's evaluator (arr_0). `folder`: chunks, then
+    PNGs."""
+    labels: Literal["balanced", "uniform"] = "balanced"
+    """`balanced`: as many images of each class, worth about 0.1 FID. `uniform`: drawn at random."""
+    rounding: Literal["half_away", "truncate"] = "half_away"
+    """To 8 bits. `half_away`: to the nearest level, as DiT. `truncate`: half a level darker, as REPA and EDM2."""
+    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
+    """`flow_euler` goes with prediction flow, the others with the other predictions."""
+    eta: Fraction = 0.0
+    """Noise of ddim, from 0 (deterministic) to 1 (as much as ddpm's)."""
+    num_steps: Count = 28
+    """Timesteps at which the network is evaluated; at most objective.num_timesteps."""
+    iterations: Count | Annotated[Number, Field(ge=1)] | tuple[Count, ...] = 8
+    """Fixed point iterations: the mean of a step, or for allocation `list` one number a step, noisiest first. 28 steps
+    of 8 with one explicit block before and one after are the paper's 280 blocks."""
+    allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
+    """How iterations are distributed over the steps. `adaptive` (one threshold of the residual) and `calibrated` (least
+    sum of residuals) are measured on the weights."""
+    step_choices: tuple[Count, ...] = ()
+    """With allocation `calibrated`: further numbers of steps to try at the same cost. The one whose samples are nearest
+    to those of many more steps is taken. Not with ddpm or eta above 0, whose noise differs with the steps."""
+    reuse: Literal["always", "none", "calibrated"] = "always"
+    """Whether a step starts from the previous step's solution."""
+    solver: Literal["picard", "anderson"] = "picard"
+    """Of the fixed point. `picard`: the plain iteration of the paper."""
+    tolerance: Positive | None = None
+    """A sample whose relative residual falls to this ends its step: the iterations are then the most it takes. null:
+    every sample takes all iterations."""
+    calibration_samples: Count = 32
+    """Samples on which `adaptive` and `calibrated` are measured."""
+    guidance_scale: AtLeastZero = 1.0
+    """Scale of classifier-free guidance. 1: no guidance."""
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Guidance acts where t / T lies in this interval; 1 is pure noise."""
+    guidance_channels: Count | None = None
+    """The first channels of the latent, on which guidance acts; 3 is what DiT and FPDM published. null: all."""
+    weights: Literal["latest"] | SamplesSeen = "latest"
+    """Weights of the run: the newest, or those after this number of training samples."""
+    ema: str | None = None
+    """Average of the weights, as `0.9999` or `power-0.05`. null: the first of train.ema."""
+    save_images: Count = 64
+    """Images of each set that are drawn into samples.png."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluate:
+    """Distances of the samples to the images, and other metrics."""
+
+    feature_extractor: Literal[
+        "inception-v3-compat", "efficientnet-lite0", "dinov2-vit-l-14-local", "dinov2-vit-s-14-local"
+    ] = "inception-v3-compat"
+    """Network whose features are compared. `inception-v3-compat` gives FID. DINOv2 takes its weights from a local file,
+    Facebook's `dinov2_vitl14_pretrain.pth` or `dinov2_vits14_pretrain.pth`."""
+    feature_extractor_weights: Place | None = None
+    """Local file of the extractor's weights. null: torch-fidelity's usual download."""
+    metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
+    """`frechet`: FID with Inception's published weights. `spatial`: sFID. null: all that extractor and reference
+    allow."""
+    batch_size: Count = 64
+    """Images whose features one process computes at once."""
+    reference: Place | None = None
+    """What the samples are compared with: ADM's statistics (.npz), or the folder of another run. null: the training
+    images."""
+    reference_samples: Count | None = None
+    """Training images that are compared with, evenly spaced over all. null: all."""
+    seed_ranges: Count = 1
+    """Sets of `num_samples` that are generated and measured apart. 3: EDM2's protocol, samples 0..N-1, N..2N-1 and
+    2N..3N-1."""
+    bootstrap: Literal[0] | TwoOrMore = 0
+    """Bootstrap replicates for the standard error of the Fréchet distance. 0: no standard error."""
+    untrained_baseline: StrictBool = False
+    """Also sample and measure the network before its first training step: twice the work."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sweep:
+    """Ways of sampling that `pipeline/sweep.py` compares: every combination, each at every budget of blocks an image.
+
+    A budget is spent exactly on FPDM: on as many steps as it pays for, the rest on more iterations. DiT takes the steps
+    that the budget pays for. Guidance computes a block twice, and pays for both.
+    """
+
+    budgets: tuple[Count, ...] = (140, 280, 560)
+    """Transformer blocks for one image. The default is the paper's Table 1."""
+    iterations: tuple[Count, ...] = (8,)
+    """About this many iterations a step: the number of steps follows from the budget."""
+    num_steps: tuple[Count, ...] | None = None
+    """Numbers of steps, instead of `iterations`: the iterations follow from the budget."""
+    allocation: tuple[Literal["constant", "more_at_noise", "more_at_data", "adaptive", "calibrated"], ...] = (
+        "constant",
+    )
+    """As sample.allocation."""
+    reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
+    """As sample.reuse."""
+    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
+    """As sample.sampler."""
+    guidance_scale: tuple[AtLeastZero, ...] = (1.0,)
+    """As sample.guidance_scale."""
+
+
+def total_iterations(recipe: Recipe) -> int:
+    """Of all steps; exact whatever the allocation. ValueError names the field that does not fit."""
+    from fpdm.allocation import allocate
+
+    settings = recipe.sample
+    kind = "constant" if settings.allocation in MEASURED else settings.allocation
+    return sum(allocate(kind, settings.num_steps, settings.iterations))
+
+
+def check_sampling(recipe: Recipe) -> None:
+    """Raises ValueError for samples that the network or the sampler cannot give."""
+    _check_guidance(recipe)
+    try:
+        _check_steps(recipe)
+    except ValueError as error:
+        raise ValueError(f"sample.{error}") from None
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    """Guidance compares a class with the null label: the network must have seen both, and they must differ."""
+    for name, scales in (("sample", (recipe.sample.guidance_scale,)), ("sweep", recipe.sweep.guidance_scale)):
+        for scale in scales:
+            if scale == 1:
+                continue
+            if recipe.train.label_dropout == 0:
+                raise ValueError(
+                    f"{name}.guidance_scale: {scale:g} with train.label_dropout 0, whose network never sees the null "
+                    "label that guidance needs; set guidance_scale to 1, or train with label_dropout above 0"
+                )
+            if recipe.model.num_classes == 1:
+                raise ValueError(
+                    f"{name}.guidance_scale: {scale:g} with model.num_classes 1: a single class says no more than the "
+                    "null label, and guidance would double the cost for nothing; set it to 1"
+                )
+
+
+def _check_steps(recipe: Recipe) -> None:
+    from fpdm.sampling import build_sampler, check_guidance, guided_steps
+
+    settings, latent_channels = recipe.sample, recipe.vae.latent_channels
+    check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
+    if recipe.model.kind == "fpdm":
+        _check_step_choices(recipe, total_iterations(recipe))
+    elif settings.step_choices:
+        raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
+    process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
+    sampler = build_sampler(process, settings.sampler, settings.num_steps, settings.eta)
+    if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):
+        raise ValueError(f"guidance_interval: {list(interval)} holds none of the {settings.num_steps} steps; widen it")
+
+
+def _check_step_choices(recipe: Recipe, iterations: int) -> None:
+    from fpdm.allocation import allocate
+    from fpdm.sampling import build_sampler
+
+    settings, outer = recipe.sample, recipe.model.pre_depth + recipe.model.post_depth
+    if settings.step_choices and settings.allocation != "calibrated":
+        raise ValueError(f"step_choices: allocation {settings.allocation!r} compares none; use 'calibrated'")
+    if settings.step_choices and (settings.sampler == "ddpm" or settings.eta > 0):
+        raise ValueError("step_choices: ddpm, and eta above 0, draw other samples with other steps; use ddim, eta 0")
+    for num_steps in settings.step_choices:
+        try:
+            allocate("constant", num_steps, block_budget=iterations + outer * settings.num_steps, outer_depth=outer)
+            build_sampler(diffusion(recipe), settings.sampler, num_steps)
+        except ValueError as error:
+            raise ValueError(f"step_choices: {error}") from None

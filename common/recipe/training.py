@@ -1,0 +1,181 @@
+"""Training. Everything counted is counted in samples, so that batch size and number of ranks change no schedule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import StrictBool
+from pydantic.dataclasses import dataclass
+
+from common.recipe.fields import (
+    STRICT,
+    AtLeastZero,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Fraction,
+    Place,
+    Positive,
+    TwoOrMore,
+    Width,
+)
+
+if TYPE_CHECKING:
+    from common.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optimizer:
+    """AdamW, and the schedule of its learning rate."""
+
+    learning_rate: Positive = 1e-4
+    """The learning rate after the warm-up."""
+    warmup_samples: CountOrZero = 0
+    """Samples over which the learning rate rises from 0. 0: no warm-up."""
+    learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate falls to 0 at train.total_samples; the paper keeps it constant."""
+    weight_decay: AtLeastZero = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decays of Adam's first and second moments."""
+    gradient_clipping: AtLeastZero = 1.0
+    """Largest global norm of the gradient; a longer one is scaled down to it. 0: no clipping."""
+    offload: StrictBool = False
+    """Keep Adam's moments and the fp32 parameters in the host's memory."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EMA:
+    """fp32 averages of the weights. Sampling uses the first unless sample.ema names another."""
+
+    decays: tuple[Fraction, ...] = (0.9999,)
+    """Constant decays, one average each: what a step of `reference_batch` samples leaves of the average."""
+    widths: tuple[Width, ...] = ()
+    """Relative widths of power-function averages (Karras et al., CVPR 2024), one average each. From [0.05, 0.1]
+    pipeline/reconstruct_ema.py makes any other width after training."""
+    reference_batch: Count = 512
+    """Samples for which `decays` hold; with another batch size the average is as long in samples."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Checkpoints:
+    """Checkpoints, from which an interrupted run goes on."""
+
+    every_samples: Count = 5_120_000
+    """Samples between two checkpoints, and the most that a kill costs."""
+    background: StrictBool = False
+    """Write a checkpoint while training goes on; a kill during that costs these steps too."""
+    keep: TwoOrMore = 3
+    """The newest checkpoints, which are kept. At least 2, because the newest may be damaged."""
+    keep_every_samples: CountOrZero = 0
+    """The first checkpoint after every multiple of this is kept for good. 0: none is."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Log:
+    """What is written of the progress: metrics.jsonl, TensorBoard and Weights & Biases."""
+
+    every_samples: Count = 51_200
+    """Samples between two lines of the log."""
+    tensorboard: StrictBool = True
+    """Also write TensorBoard's files."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases; its package must be installed. null: do not."""
+    peak_tflops: Positive | None = None
+    """Peak TFLOP/s of one device, for flop_utilisation in the log. null: known for some GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Previews:
+    """What rank 0 draws and measures with the run's first average while training goes on; the other ranks wait."""
+
+    grid_every_samples: CountOrZero = 0
+    """Training samples between two grids of generated images. 0: no grids."""
+    grid_images: Count = 16
+    """Images in a grid, always of the same noise."""
+    distance_every_samples: CountOrZero = 0
+    """Training samples between two measurements of the Fréchet distance. 0: no measurements."""
+    distance_images: TwoOrMore = 1000
+    """Images that are generated for such a measurement."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    """Batches, iterations, precision and memory. Sections below it: optimizer, ema, checkpoint, log, previews."""
+
+    total_samples: Count = 204_800_000
+    """Length of the training in samples, rounded up to a multiple of `batch_size`. The default is the paper's 400,000
+    steps of 512 (4 days on 8 GPUs)."""
+    batch_size: Count = 512
+    """Samples of one step, over all ranks."""
+    micro_batch_size: Count | None = None
+    """Samples that one rank computes at once. Less than its share of the batch means gradient accumulation. null: all
+    of its share."""
+    label_dropout: BelowOne = 0.1
+    """Probability that a label is replaced by the null label, which guidance needs."""
+    max_no_grad_iterations: CountOrZero = 6
+    """N of S-JFB: a step has n ~ U{0..N} iterations without gradient. The paper's main models use 12; its ablation
+    prefers 3 to 6 (FID 43.2 at 6, 61.5 at 12), which cost half."""
+    max_grad_iterations: Count = 6
+    """M of S-JFB: then m ~ U{1..M} iterations with gradient. The paper's main models use 12."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs, fp32 on CPUs. `fp16`: on GPUs only, with zero_stage 1 to 3."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed's ZeRO stage. A single rank in fp32 has nothing to share and uses 0."""
+    activation_checkpointing: StrictBool = False
+    """Recompute blocks and iterations in the backward pass: a third more computation for a fraction of the memory."""
+    compile: StrictBool = False
+    """torch.compile of each block; takes minutes at the start. Not with zero_stage 3."""
+    deepspeed_config: Place | None = None
+    """A JSON file of DeepSpeed's settings. What the recipe also says must agree; what it leaves out comes from the
+    recipe."""
+    resume_from: Place | None = None
+    """Folder of a checkpoint, of another run for example, to begin with while this run has none of its own."""
+    max_skipped_steps: CountOrZero = 0
+    """Steps in a row that are skipped where loss or gradient is not finite, before training stops. 0: it stops at the
+    first."""
+    spike_deviations: Positive | None = 10.0
+    """A loss this many standard deviations above the last 100 is reported in events.jsonl. null: none is."""
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    checkpoint: Checkpoints = Checkpoints()
+    log: Log = Log()
+    previews: Previews = Previews()
+
+
+def check_training(train: Train) -> None:
+    """Raises ValueError for fields of the section that do not go together."""
+    if train.zero_stage == 0 and train.precision == "fp16":
+        raise ValueError(
+            "train.zero_stage: at 0 DeepSpeed does not scale the loss that fp16 needs scaled; use 1, 2 or 3"
+        )
+    if train.zero_stage == 0 and train.optimizer.offload:
+        raise ValueError(
+            "train.optimizer.offload: ZeRO stage 0 has no optimizer of its own to move; use train.zero_stage 1, 2 or 3"
+        )
+    if train.zero_stage == 3 and train.compile:
+        raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
+    if not (train.ema.decays or train.ema.widths):
+        raise ValueError("train.ema.decays: sampling needs an average; give one, such as [0.9999]")
+
+
+def with_world_size(recipe: Recipe, world_size: int) -> Recipe:
+    """Resolves `micro_batch_size` for this number of ranks.
+
+    Raises ValueError where the ranks do not divide the batch, or a rank's share is no multiple of the micro-batch.
+    """
+    train = recipe.train
+    if train.batch_size % world_size:
+        raise ValueError(
+            f"train.batch_size: {train.batch_size} is not divisible by the {world_size} ranks; "
+            f"use {train.batch_size // world_size * world_size or world_size} or another number of processes"
+        )
+    share = train.batch_size // world_size
+    micro = train.micro_batch_size or share
+    if share % micro:
+        raise ValueError(
+            f"train.micro_batch_size: {micro} does not divide a rank's share of {share} "
+            f"(train.batch_size {train.batch_size} over {world_size} ranks); use a divisor of {share}"
+        )
+    return replace(recipe, train=replace(train, micro_batch_size=micro))
