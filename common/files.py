@@ -98,7 +98,7 @@ NOT_WRITTEN = frozenset(
 
 
 @contextmanager
-def disk_faults_told(place: str | Path, only: Container[int] | None = None) -> Iterator[None]:
+def disk_errors_as_user_errors(place: str | Path, only: Container[int] | None = None) -> Iterator[None]:
     """Makes a UserError that names `place` of what a full disk, a read-only folder or a quota raises.
 
     `only`: the errors, such as NOT_WRITTEN, that come of writing, where the block also reads what may be missing.
@@ -116,7 +116,7 @@ def disk_faults_told(place: str | Path, only: Container[int] | None = None) -> I
 
 
 @contextmanager
-def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Holds `folder` for this process until the block, or the process, ends. Raises UserError naming who holds it.
 
     `shared`: holds it together with others that hold it so, and against all that do not. `wait`: until nobody else
@@ -128,7 +128,7 @@ def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: b
 
 
 @contextmanager
-def together_in(folder: Path) -> Iterator[None]:
+def shared_folder_lock(folder: Path) -> Iterator[None]:
     """Holds `folder`, and the folders in it, together with other processes that write there. Who finds nobody deletes
     what killed ones left.
     """
@@ -144,7 +144,7 @@ def together_in(folder: Path) -> Iterator[None]:
 @contextmanager
 def _opened_lock(folder: Path, name: str) -> Iterator[int]:
     """A descriptor of the lock's file."""
-    with disk_faults_told(folder, NOT_WRITTEN):
+    with disk_errors_as_user_errors(folder, NOT_WRITTEN):
         _make(folder)
         lock = open_own(folder / name)
     _locks.add(lock)

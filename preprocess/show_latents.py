@@ -9,7 +9,7 @@ PSNR. Writes `<data.shards>/latents.png` unless told otherwise.
 import sys
 from pathlib import Path
 
-from common.command import argument_parser, guarded
+from common.command import argument_parser, exit_status_of
 from common.errors import UserError
 
 
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

@@ -11,7 +11,7 @@ Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and w
 import argparse
 import sys
 
-from common.command import guarded
+from common.command import exit_status_of
 from common.errors import UserError
 from common.ranks import own_cores
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
     parser.add_argument("--deep", metavar="RECIPE.yaml", help="the recipe by which the folder was encoded")
     parser.add_argument("--pictures", type=int, default=64, help="with --deep: how many are encoded again (64)")
-    return guarded(lambda: work(**vars(parser.parse_args())))
+    return exit_status_of(lambda: work(**vars(parser.parse_args())))
 
 
 def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.recipe import VAE
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
@@ -279,7 +279,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     variant = _weights(folder)[1]
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it logs what is told below
     remedy = f"get {CONFIG_NAME} and the weights of one VAE"
-    with faults_told(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
+    with errors_as(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
         network, found = kind.from_pretrained(
             folder,
             torch_dtype=dtype,

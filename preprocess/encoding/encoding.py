@@ -15,11 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError, printable
-from common.files import NOT_WRITTEN, alone_in, disk_faults_told
+from common.files import NOT_WRITTEN, disk_errors_as_user_errors, folder_lock
 from common.recipe import Recipe, latent_shape
 from preprocess.encoding.changed_pictures import check_pictures
 from preprocess.encoding.encoder import Identity, fetch_vae, find_vae, identify
-from preprocess.encoding.guards import at_work, memory_faults_told
+from preprocess.encoding.guards import at_work, memory_errors_as_user_errors
 from preprocess.encoding.loop import encode_pictures
 from preprocess.shards import (
     LatentShards,
@@ -223,8 +223,8 @@ def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
     with (
-        disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
-        memory_faults_told(encoding.recipe),
+        disk_errors_as_user_errors(f"data.shards: {encoding.folder}", NOT_WRITTEN),
+        memory_errors_as_user_errors(encoding.recipe),
         at_work(encoding.folder, part, parts),
     ):
         remove_unfinished(encoding.folder, mine)
@@ -277,8 +277,8 @@ def merge_shards(encoding: Encoding) -> None:
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
     with (
-        disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
-        alone_in(encoding.folder, ".merging", wait=True),
+        disk_errors_as_user_errors(f"data.shards: {encoding.folder}", NOT_WRITTEN),
+        folder_lock(encoding.folder, ".merging", wait=True),
     ):
         check_pictures(encoding.source, encoding.slices, encoding.folder, records)
         shape, source = (2 * channels, height, width), encoding.source

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import faults_told
+from common.errors import errors_as
 from preprocess.images.images import CROPS, Rejected, decode
 from preprocess.shards import Rejection
 from preprocess.sources import Entry, Source
@@ -48,7 +48,7 @@ class Pictures:
                 data = open_picture(self.source, entry)
                 digest = picture_digest(data)
                 image = decode(data)
-                with faults_told(Rejected, "cannot be cropped"):
+                with errors_as(Rejected, "cannot be cropped"):
                     cropped = np.asarray(self.crop(image, self.resolution)).transpose(2, 0, 1)  # (3, H, W) uint8
                 places[len(loaded.positions)] = cropped
             except Rejected as reason:
@@ -62,7 +62,7 @@ class Pictures:
 
 def open_picture(source: Source, entry: Entry) -> bytes:
     """A picture's encoded bytes. Raises Rejected where they cannot be read."""
-    with faults_told(Rejected, "cannot be read"):
+    with errors_as(Rejected, "cannot be read"):
         return source.open(entry)
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import Told, faults_told
+from common.errors import OneLineError, errors_as
 from preprocess.images.file_kinds import kind_of_file
 from preprocess.images.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
@@ -26,7 +26,7 @@ WHITE = (255, 255, 255, 255)
 UNREADABLE = "not readable as a picture"
 
 
-class Rejected(Told):
+class Rejected(OneLineError):
     """A picture that cannot be used. The message is the reason, the same in every run."""
 
     limit = 200
@@ -51,7 +51,7 @@ def decode(data: bytes) -> Image.Image:
     """
     if not data:
         raise Rejected("empty file")
-    with faults_told(Rejected, UNREADABLE):
+    with errors_as(Rejected, UNREADABLE):
         if data.startswith(np.lib.format.MAGIC_PREFIX):
             return _from_array(data)
         bare, exif = without_metadata(data)
@@ -75,7 +75,7 @@ def _check_pixels(width: int, height: int) -> None:
 def _from_array(data: bytes) -> Image.Image:
     """The picture in a .npy file."""
     file = io.BytesIO(data)
-    with faults_told(Rejected, f"{UNREADABLE}: its .npy header is damaged"):
+    with errors_as(Rejected, f"{UNREADABLE}: its .npy header is damaged"):
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read(file)

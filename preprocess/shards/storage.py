@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write, disk_faults_told, open_own
+from common.files import atomic_write, disk_errors_as_user_errors, open_own
 from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
 from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
@@ -162,7 +162,10 @@ class CachedFolder:
         if not self.is_here(name, size, sha256):
             with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
                 if not self.is_here(name, size, sha256):  # another process may have fetched it meanwhile
-                    with disk_faults_told(f"data.cache: {self.cache.folder}"), atomic_write(path) as temporary:
+                    with (
+                        disk_errors_as_user_errors(f"data.cache: {self.cache.folder}"),
+                        atomic_write(path) as temporary,
+                    ):
                         self._reserve(temporary, size)
                         self._download(name, temporary, size, sha256)
         return path

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
 
 PICTURE_SUFFIXES = frozenset(
@@ -118,7 +118,7 @@ def file_stamp(status: os.stat_result) -> int:
 def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
     """`size` bytes of a file, opened anew: any number of forked workers may read at once. Raises Rejected."""
     check_size(size)
-    with faults_told(Rejected, "cannot be opened"), open(path, "rb") as file:
+    with errors_as(Rejected, "cannot be opened"), open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
 

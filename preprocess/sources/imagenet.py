@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
 from preprocess.sources.layouts import check_classes, check_not_empty
 from preprocess.sources.listing import Layout, Listing, base, some
@@ -66,7 +66,7 @@ class ImageNetTar:
 
     def __init__(self, path: str | Path, field: str) -> None:
         self.path, self.left_out = Path(path), Counter[str]()
-        with faults_told(UserError, f"{field}: {path} cannot be read"):
+        with errors_as(UserError, f"{field}: {path} cannot be read"):
             file = open(self.path, "rb")  # noqa: SIM115
         with file:
             members = sorted(tar_members(self.path, field, Window(file, 0, os.stat(path).st_size), self.left_out))

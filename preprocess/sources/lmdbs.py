@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
 from preprocess.sources.entries import Entries, Entry, check_size, file_stamp, is_picture, kind_of
 from preprocess.sources.folders import walk_visible
@@ -45,7 +45,7 @@ class LmdbSource:
 
     def open(self, entry: Entry) -> bytes:
         check_size(entry.size)
-        with faults_told(Rejected, "cannot be read"), _environment(self.file).begin() as transaction:
+        with errors_as(Rejected, "cannot be read"), _environment(self.file).begin() as transaction:
             value = transaction.get(entry.key.encode(errors="surrogateescape"))
         if value is None:
             raise Rejected("no longer in its LMDB")
@@ -62,7 +62,7 @@ class LmdbSource:
     def _entries(self) -> Iterator[Entry]:
         stamp = file_stamp(os.stat(self.file))
         damaged = f"{self.field}: {self.file} is damaged; get it anew"
-        with faults_told(UserError, damaged), _environment(self.file).begin(buffers=True) as transaction:
+        with errors_as(UserError, damaged), _environment(self.file).begin(buffers=True) as transaction:
             self._check_values(transaction)
             side = self._largest_side(transaction)
             previous = None
@@ -101,7 +101,7 @@ class LmdbSource:
 
     def _check_size(self) -> None:
         remedy = "name another, or get it anew where it is damaged"
-        with faults_told(UserError, f"{self.field}: {self.file} is not an LMDB that can be read; {remedy}"):
+        with errors_as(UserError, f"{self.field}: {self.file} is not an LMDB that can be read; {remedy}"):
             environment = _environment(self.file)
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             size = self.file.stat().st_size
