@@ -42,7 +42,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DemoPictures:
-    """The portraits that `preprocess/demo_pictures.py` composes; only the demo has this section."""
+    """The portraits that `preprocess/demo_images.py` composes; only the demo has this section."""
 
     per_class: Count = 1024
     held_out_per_class: Count = 128

@@ -61,7 +61,7 @@ class FPDMTransformer2DModel(ModelMixin):
 
 
 class FPDMPipeline(DiffusionPipeline):
-    """Class labels to pictures. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
+    """Class labels to images. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
 
     def __init__(
         self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC
@@ -86,14 +86,14 @@ class FPDMPipeline(DiffusionPipeline):
         first_index: int = 0,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draws one picture a label.
+        """Draws one image a label.
 
         Args:
             class_labels: (B,) classes.
             num_inference_steps: steps of the sampler.
             iterations, allocation: of the fixed point, as in `fpdm.allocate`; DiT takes none.
             sampler, reuse, guidance_scale: as in `fpdm.sample`.
-            seed, first_index: picture i of the batch starts from the noise of sample first_index + i of this seed: the
+            seed, first_index: image i of the batch starts from the noise of sample first_index + i of this seed: the
                 same as the project's own sample of that index, whatever the batch.
             output_type: "pil", "np" or "pt".
 

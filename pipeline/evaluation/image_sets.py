@@ -22,7 +22,7 @@ from pipeline.sampling.plans import read_plan
 from pipeline.sampling.sample_set import sample_set, vae_settings
 from preprocess.encoding.decoding import decoded
 from preprocess.encoding.encoder import Encoder, draw_latents
-from preprocess.encoding.pictures import Pictures as Batches
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import to_tensor, to_uint8
 from preprocess.sources import Source, Which, fingerprint, open_source
 
@@ -157,9 +157,9 @@ def _read(recipe: Recipe, source: Source, positions: Sequence[int]) -> Pictures:
     """In order, decoded by one process a core. What encoding rejects is left out here too; the count beside a distance
     shows it.
     """
-    pictures = Batches(source, recipe.data.crop, recipe.data.resolution)
+    loader = ImageLoader(source, recipe.data.crop, recipe.data.resolution)
     batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
-    with decoded(pictures, batches, share_of_cores()) as loaded:
+    with decoded(loader, batches, share_of_cores()) as loaded:
         for batch in loaded:
             if batch.images is not None:
                 yield from batch.images.permute(0, 2, 3, 1).numpy()

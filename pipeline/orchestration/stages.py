@@ -63,7 +63,7 @@ def _resources(recipe: Recipe, nodes: int, processes: int) -> Resources:
 
 
 STAGES = (
-    Stage("compose", "preprocess.demo_pictures", "compose", wanted=lambda recipe: recipe.demo is not None),
+    Stage("compose", "preprocess.demo_images", "compose", wanted=lambda recipe: recipe.demo is not None),
     Stage(
         "encode",
         "preprocess.encode_latents",

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to posterior moments, latents back to pictures.
+"""The autoencoder: images to posterior moments, latents back to images.
 
 The latents' scaling has its one home here.
 """
@@ -197,9 +197,9 @@ def _sha256(files: list[Path]) -> str:
 
 
 class Encoder:
-    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and pictures are float32.
+    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and images are float32.
 
-    AutoencoderTiny and AutoencoderDC give one latent a picture, no distribution: its standard deviation is 0.
+    AutoencoderTiny and AutoencoderDC give one latent an image, no distribution: its standard deviation is 0.
     """
 
     def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
@@ -213,7 +213,7 @@ class Encoder:
         self._busy = 0.0
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
+        """Images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
         return self.moments(images).cpu().contiguous()
 
     @torch.no_grad()
@@ -235,15 +235,15 @@ class Encoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
         parts = self._parts(latents, self._settings.downsampling)
-        pictures = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
-        return pictures.float().clamp(-1, 1).contiguous()
+        images = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
+        return images.float().clamp(-1, 1).contiguous()
 
     def _parts(self, values: Tensor, pixels_a_side: int) -> tuple[Tensor, ...]:
         """What goes through the network at once: `vae.batch_size`, since decoding takes far more memory than a
-        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the picture's.
+        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the image's.
         """
         size = self._settings.batch_size
         if self.device.type == "cpu":

@@ -18,7 +18,7 @@ def memory_errors_as_user_errors(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"vae.batch_size: the device has no memory for {recipe.vae.batch_size} pictures of "
+            f"vae.batch_size: the device has no memory for {recipe.vae.batch_size} images of "
             f"{recipe.data.resolution} px at once; set fewer"
         ) from None
 

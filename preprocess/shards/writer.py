@@ -33,7 +33,7 @@ from preprocess.shards.forms import (
     Index,
     OtherVersion,
     Record,
-    RejectedPicture,
+    RejectedImage,
     Settings,
     Statistics,
     read_local_index,
@@ -47,16 +47,16 @@ def write_shard(
 ) -> Record:
     """Writes one shard, whole or not at all, and returns its record.
 
-    `settings`: what it is made with; `stamp`: `Entries.stamp` of its pictures.
+    `settings`: what it is made with; `stamp`: `Entries.stamp` of its images.
     """
     tar_path = folder / shard_name(number)
     rows: list[tuple[int, ...]] = []
-    rejected: list[RejectedPicture] = []
+    rejected: list[RejectedImage] = []
     sums = np.zeros((2, 0))
-    pictures: list[tuple[int, str]] = []
+    digests: list[tuple[int, str]] = []
     with atomic_write(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for outcome in outcomes:
-            pictures.append((outcome.position, outcome.picture))
+            digests.append((outcome.position, outcome.digest))
             if isinstance(outcome, Rejection):
                 rejected.append({"key": outcome.key, "reason": outcome.reason})
             else:
@@ -75,7 +75,7 @@ def write_shard(
         "samples_sha256": sha256_file(rows_path(tar_path)),
         "rejected": rejected,
         "channel_sums": [row.tolist() for row in sums],
-        "pictures": [digest for _, digest in sorted(pictures)],
+        "pictures": [digest for _, digest in sorted(digests)],
         "stamp": stamp,
     }
     write_sealed(tar_path.with_suffix(".json"), record)
@@ -166,7 +166,7 @@ def write_index(
     """Merges the shards' records into samples.npy and index.json; for one at a time.
 
     `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason; `warnings` is what
-    is unlike the data set that it should be; `stamp` is `Entries.stamp` of all pictures.
+    is unlike the data set that it should be; `stamp` is `Entries.stamp` of all images.
     """
     for name in (SAMPLES, INDEX):
         for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
@@ -220,7 +220,7 @@ def _rows_data(tar_path: Path, record: Record) -> bytes:
 
 
 def _statistics(records: list[Record], count: int) -> Statistics:
-    """Mean and standard deviation a channel of unscaled latents, over all pixels of all pictures, without flips."""
+    """Mean and standard deviation a channel of unscaled latents, over all pixels of all images, without flips."""
     sums = [np.array(record["channel_sums"]) for record in records if record["nsamples"]]
     if not sums:
         return {"mean": [], "std": []}

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from common.errors import UserError, errors_as
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
+from preprocess.sources.entries import Entries, Entry, file_stamp, is_image, kind_of, read_at
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 from preprocess.sources.tars import TarMember, Window, tar_members
 
@@ -100,7 +100,7 @@ class Samples:
                 yield image, self._labels(tar, file, others)
 
     def _image(self, tar: Path, members: list[Member]) -> TarMember | None:
-        images = [each for each in members if is_picture(each.member.name)]
+        images = [each for each in members if is_image(each.member.name)]
         if self.image_field is None:
             own = [each for each in images if "." not in each.field]
         else:
@@ -121,7 +121,7 @@ class Samples:
         found: dict[str, Value] = {}
         for field, member in members:
             before = len(found)
-            if is_picture(member.name):
+            if is_image(member.name):
                 self.left_out[f"image beside the sample's own (.{field[-40:]})"] += 1
                 continue
             if field.rpartition(".")[2] == "json":

@@ -12,8 +12,8 @@ from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
 from preprocess.sources.entries import (
     HIDDEN_FOLDER,
+    IMAGE_SUFFIXES,
     MAX_ENCODED,
-    PICTURE_SUFFIXES,
     Entry,
     is_hidden,
     member_name,
@@ -34,7 +34,7 @@ def find_zip(path: str) -> tuple[Path, str] | None:
     return None
 
 
-def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> Listing:
+def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
     """Everything in a zip, or in its folder `inside`.
 
     Raises UserError naming the member for links, encryption, methods other than stored and deflated, names that lead
@@ -77,7 +77,7 @@ def _visible(name: str) -> str:
 def _open(archive: Path, entry: Entry) -> bytes:
     offset, crc32 = entry.place
     if entry.size > MAX_ENCODED:
-        raise Rejected(f"unpacks to {entry.size:,} bytes, above {MAX_ENCODED:,}: too many for a picture")
+        raise Rejected(f"unpacks to {entry.size:,} bytes, above {MAX_ENCODED:,}: too many for an image")
     header = read_at(archive, offset, LOCAL_HEADER.size)
     if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
         raise Rejected("damaged in its zip: no header where the directory says")

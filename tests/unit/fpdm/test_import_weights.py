@@ -32,7 +32,7 @@ def command(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return run
 
 
-def test_imported_weights_draw_the_same_pictures(command, tiny_recipe: Recipe) -> None:
+def test_imported_weights_draw_the_same_images(command, tiny_recipe: Recipe) -> None:
     imported = replace(tiny_recipe, name="imported")
     assert command("name=imported", "--dry-run") == 0
     assert not imported.folder.exists()

@@ -32,8 +32,8 @@ SHARDS = COUNT // SHARD
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Recipe:
     folder = tmp_path_factory.mktemp("kills")
-    pictures = {f"{number % 2}/{number}.png": data for number, data in enumerate(photographs(COUNT, "png", (24, 20)))}
-    write_folder(folder / "images", pictures)
+    images = {f"{number % 2}/{number}.png": data for number, data in enumerate(photographs(COUNT, "png", (24, 20)))}
+    write_folder(folder / "images", images)
     recipe = Recipe(
         name="test",
         runs=str(folder / "runs"),

@@ -67,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(SHARDS):
         part = SAMPLES_OF_ALL[EACH * number : EACH * (number + 1)]
         records.append(write_shard(made, number, part, SETTINGS, "0" * 16))
-    write_index(made, records, SHAPE, CLASSES, {"no picture: .txt": 2}, ["a warning"], "0" * 16)
+    write_index(made, records, SHAPE, CLASSES, {"not an image: .txt": 2}, ["a warning"], "0" * 16)
     return made
 
 
