@@ -19,6 +19,7 @@ from torch import Tensor
 from fpdm.allocation import AllocationKind, allocate
 from fpdm.denoiser import Denoiser
 from fpdm.diffusion import Diffusion
+from fpdm.latents import unscale_latents
 from fpdm.sampling import SamplerName, sample, sample_noise
 from fpdm.weights import load_pretrained, read_extra, save_pretrained
 
@@ -124,6 +125,6 @@ class FPDMPipeline(DiffusionPipeline):
             reuse=reuse,
             guidance_scale=guidance_scale,
         )  # (B, C, h, w)
-        latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+        latents = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
         images = vae.decode(latents.to(vae.dtype)).sample.float()  # (B, 3, H, W)
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type))

@@ -14,6 +14,7 @@ from PIL import Image
 from common.ranks import share_of_cores
 from common.recipe import Data, Recipe
 from common.run_folder import Weights
+from fpdm.latents import draw_latents
 from pipeline.evaluation.metrics import Statistics
 from pipeline.evaluation.statistics import Summary, summarise
 from pipeline.sampling.chunks import Span, cover_gap, iterate
@@ -21,7 +22,7 @@ from pipeline.sampling.features import extract_missing, features_folder, read_fe
 from pipeline.sampling.plans import read_plan
 from pipeline.sampling.sample_set import sample_set, vae_settings
 from preprocess.encoding.decoding import decoded
-from preprocess.encoding.encoder import Encoder, draw_latents
+from preprocess.encoding.encoder import Encoder
 from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import to_tensor, to_uint8
 from preprocess.sources import Source, Which, fingerprint, open_source

@@ -1,7 +1,4 @@
-"""The autoencoder: images to posterior moments, latents back to images.
-
-The latents' scaling has its one home here.
-"""
+"""The autoencoder: images to posterior moments, latents back to images."""
 
 import hashlib
 import logging
@@ -19,6 +16,7 @@ from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.recipe import VAE
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
+from fpdm.latents import unscale_latents
 
 # What is read, and what its configuration calls the encoder's stages, of which all but the first halve the side.
 KINDS = {
@@ -41,25 +39,6 @@ class Identity:
     weights_sha256: str
     scaling_factor: float
     shift_factor: float
-
-
-def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
-    """A draw from the posterior, scaled for diffusion: (mean + std * normal - shift_factor) * scaling_factor.
-
-    Args:
-        moments: (B, 2C, h, w) posterior mean and standard deviation, unscaled, of any floating-point type.
-        normals: (B, C, h, w) standard normal numbers; zeros give the posterior's mean.
-
-    Returns:
-        (B, C, h, w) float32, of about unit variance.
-    """
-    mean, std = moments.float().chunk(2, dim=1)
-    return (mean + std * normals - shift_factor) * scaling_factor
-
-
-def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
-    """The inverse of `draw_latents`' scaling: latents of diffusion -> latents that the decoder takes."""
-    return latents / scaling_factor + shift_factor
 
 
 def find_vae(settings: VAE) -> Path | None:

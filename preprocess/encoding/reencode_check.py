@@ -9,10 +9,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 from common.errors import UserError, printable
 from common.recipe import Recipe
-from preprocess.encoding.encoder import Encoder, draw_latents
+from fpdm.latents import draw_latents
+from preprocess.encoding.encoder import Encoder
 from preprocess.encoding.encoding import Encoding, resolve
 from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import from_uint8, to_uint8
@@ -88,7 +91,8 @@ def draw_sheet(recipe: Recipe, count: int) -> tuple[Image.Image, list[float]]:
             ratios.append(psnr(original, again))
             name = f"{encoding.source.class_names[entry.label]}: {entry.key.rpartition('/')[2]}"
             pairs.append(_pair(original, again, f"{ratios[-1]:.1f} dB  {printable(name)}"))
-    return _sheet(pairs), ratios
+    sheet = make_grid([pil_to_tensor(pair) for pair in pairs], nrow=PAIRS_A_ROW, padding=GAP, pad_value=255)
+    return to_pil_image(sheet), ratios
 
 
 def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
@@ -109,12 +113,3 @@ def _pair(original: NDArray[np.uint8], again: NDArray[np.uint8], caption: str) -
         caption = caption[:-1]
     ImageDraw.Draw(pair).text((0, side * scale + 2), caption, fill="black", font=font)
     return pair
-
-
-def _sheet(pairs: list[Image.Image]) -> Image.Image:
-    columns = min(PAIRS_A_ROW, len(pairs))
-    width, height = pairs[0].width + GAP, pairs[0].height + GAP
-    sheet = Image.new("RGB", (columns * width + GAP, -(-len(pairs) // columns) * height + GAP), "white")
-    for number, pair in enumerate(pairs):
-        sheet.paste(pair, (GAP + number % columns * width, GAP + number // columns * height))
-    return sheet

@@ -1,7 +1,6 @@
 """Where a data set's files lie: in a local folder, or at any fsspec address behind a verified local cache."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -10,13 +9,13 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write, disk_errors_as_user_errors, open_own
+from common.files import atomic_write, disk_errors_as_user_errors, folder_lock
 from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
 from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
@@ -230,22 +229,8 @@ class CachedFolder:
                 excess -= status.st_size
         return excess <= 0
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        folder = self.cache.folder / ".locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open_own(folder / name)
-        except OSError as error:
-            raise UserError(
-                f"data.cache: {self.cache.folder} cannot be written by this user ({error.strerror}); name a folder of "
-                "one's own, such as /tmp/$USER/latents"
-            ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return folder_lock(self.cache.folder / ".locks", name, wait=True, place=f"data.cache: {self.cache.folder}")
 
 
 def shard_files(shard: Shard) -> tuple[ShardFile, ShardFile]:

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -41,6 +42,9 @@ from preprocess.shards.forms import (
     write_index_file,
 )
 
+if TYPE_CHECKING:
+    from webdataset import TarWriter
+
 
 def write_shard(
     folder: Path, number: int, outcomes: Iterable[Sample | Rejection], settings: Settings, stamp: str = ""
@@ -54,7 +58,7 @@ def write_shard(
     rejected: list[RejectedImage] = []
     sums = np.zeros((2, 0))
     digests: list[tuple[int, str]] = []
-    with atomic_write(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_write(tar_path) as temporary, open(temporary, "wb") as file, _tar_writer(file) as tar:
         for outcome in outcomes:
             digests.append((outcome.position, outcome.digest))
             if isinstance(outcome, Rejection):
@@ -82,33 +86,38 @@ def write_shard(
     return record
 
 
-def _add_sample(tar: tarfile.TarFile, shard: int, sample: Sample) -> tuple[int, ...]:
+def _tar_writer(file: BinaryIO) -> "TarWriter":
+    """A writer of reproducible tars: no time, no user, bytes as they are given."""
+    from webdataset import TarWriter  # imports torch, which readers of shards do without
+
+    return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+
+def _add_sample(tar: "TarWriter", shard: int, sample: Sample) -> tuple[int, ...]:
     """Appends a sample's members; returns its row."""
     name = member_name(sample.position)
-    offset, crc32 = _add_moments(tar, f"{name}.moments.npy", sample.moments, sample.label)
+    offset, crc32 = _add_moments(tar, name, "moments.npy", sample.moments, sample.label)
     flip_offset, flip_crc32 = 0, 0
     if sample.flipped is not None:
-        flip_offset, flip_crc32 = _add_moments(tar, f"{name}.moments_flip.npy", sample.flipped, sample.label)
+        flip_offset, flip_crc32 = _add_moments(tar, name, "moments_flip.npy", sample.flipped, sample.label)
     source = {"key": sample.key, "width": sample.width, "height": sample.height}
-    _add_member(tar, f"{name}.cls", str(sample.label).encode())
-    _add_member(tar, f"{name}.json", json.dumps(source).encode())
+    _add_member(tar, name, "cls", str(sample.label).encode())
+    _add_member(tar, name, "json", json.dumps(source).encode())
     return sample.position, offset, flip_offset, shard, sample.label, crc32, flip_crc32
 
 
-def _add_moments(tar: tarfile.TarFile, name: str, moments: np.ndarray, label: int) -> tuple[int, int]:
+def _add_moments(tar: "TarWriter", name: str, field: str, moments: np.ndarray, label: int) -> tuple[int, int]:
     """Returns the offset of the array's bytes and their checksum."""
     array, buffer = np.ascontiguousarray(moments, MOMENTS), io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
-    offset = _add_member(tar, name, buffer.getvalue()) + buffer.tell() - array.nbytes
+    offset = _add_member(tar, name, field, buffer.getvalue()) + buffer.tell() - array.nbytes
     return offset, checksum(array.data.cast("B"), label)
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Returns the offset of the member's first byte. TarInfo's own defaults are time 0, user 0, mode 0644."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(member, io.BytesIO(data))
+def _add_member(tar: "TarWriter", name: str, field: str, data: bytes) -> int:
+    """Returns the offset of the member's first byte. One `write` each: a sample's members would be sorted otherwise."""
+    offset = tar.tarstream.offset + tarfile.BLOCKSIZE
+    tar.write({"__key__": name, field: data})
     return offset
 
 
