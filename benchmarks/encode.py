@@ -1,14 +1,14 @@
-"""Encoding, from pictures on disk to shards, against the VAE alone and against a loop of one picture at a time.
+"""Encoding, from images on disk to shards, against the VAE alone and against a loop of one image at a time.
 
-    python benchmarks/encode.py [--vae FOLDER] [--resolution N] [--pictures N] [--rounds N] [--json FILE]
+    python benchmarks/encode.py [--vae FOLDER] [--resolution N] [--images N] [--rounds N] [--json FILE]
 
   vae      the VAE's forward passes alone, over batches that are in memory already: the limit
   ours     preprocess/encoding: listing, decoding and cropping in worker processes, the VAE, shards and checksums
-  one      as peers do: open, decode, crop, encode one picture, write one .npy, and again
+  one      as peers do: open, decode, crop, encode one image, write one .npy, and again
 The VAE is loaded before all of them. They take turns; of each one's rounds the fastest counts, by the clock and, on a
 CPU, by this process's CPU time: that does not count the decoding processes, nor waiting: it is the share
-where decoding has cores of its own. Pictures are JPEGs of 500 x 375 made of smooth noise. Memory is the peak of a
-process that lists a data set of so many pictures and encodes one shard.
+where decoding has cores of its own. Images are JPEGs of 500 x 375 made of smooth noise. Memory is the peak of a
+process that lists a data set of so many images and encodes one shard.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
 from preprocess.encoding.encoder import Encoder
 from preprocess.encoding.encoding import make_shards, merge_shards, resolve
-from preprocess.encoding.pictures import Pictures
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import CROPS, decode, from_uint8, to_tensor
 
 AIM = 0.95  # of the VAE's own rate
-LISTED = (1_000, 10_000, 100_000)  # pictures of the data sets whose listing is held in memory
+LISTED = (1_000, 10_000, 100_000)  # images of the data sets whose listing is held in memory
 LINKS = 30_000  # to one file: file systems have a limit
 
 MEMORY = """
@@ -52,7 +52,7 @@ print("peak", int(peak.split()[1]) / 1024)
 """
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     random = np.random.default_rng(0)
     folder.mkdir()
     for number in range(count):
@@ -76,11 +76,11 @@ def one_at_a_time(recipe: Recipe, encoder: Encoder, folder: Path) -> None:
 
 
 def measure(recipe: Recipe, rounds: int, scratch: Path) -> dict[str, dict[str, float]]:
-    """Pictures a second of each contender, by each clock."""
+    """Images a second of each contender, by each clock."""
     encoder, count = Encoder(recipe.vae), len(list(Path(recipe.data.images).iterdir()))
     source = resolve(recipe, download=False).source
-    pictures, size = Pictures(source, recipe.data.crop, recipe.data.resolution), recipe.vae.batch_size
-    batches = [pictures[range(start, min(start + size, count))].images for start in range(0, count, size)]
+    loader, size = ImageLoader(source, recipe.data.crop, recipe.data.resolution), recipe.vae.batch_size
+    batches = [loader[range(start, min(start + size, count))].images for start in range(0, count, size)]
 
     def vae(_: Path) -> None:
         for images in batches:
@@ -106,7 +106,7 @@ def measure(recipe: Recipe, rounds: int, scratch: Path) -> dict[str, dict[str, f
 
 
 def peak_memory(recipe: Recipe, count: int, scratch: Path) -> float:
-    """MiB, of a process that lists `count` pictures and encodes the first shard."""
+    """MiB, of a process that lists `count` images and encodes the first shard."""
     folder, originals = scratch / f"listed-{count}", sorted(Path(recipe.data.images).iterdir())
     folder.mkdir()
     for number in range(count):
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--vae", default=str(Path(__file__).parents[1] / "assets/vae-demo"))
     parser.add_argument("--downsampling", type=int, default=4, help="of the VAE (4)")
     parser.add_argument("--resolution", type=int, default=128, help="pixels (128)")
-    parser.add_argument("--pictures", type=int, default=256, help="(256)")
+    parser.add_argument("--images", type=int, default=256, help="(256)")
     parser.add_argument("--batch-size", type=int, default=32, help="(32)")
     parser.add_argument("--workers", type=int, default=1, help="decoding processes (1)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds that count, after one to warm up (8)")
@@ -132,7 +132,7 @@ def main() -> None:
     machine = show_machine()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        make_pictures(scratch / "images", arguments.pictures)
+        make_images(scratch / "images", arguments.images)
         recipe = Recipe(
             name="benchmark",
             data=Data(
@@ -148,17 +148,15 @@ def main() -> None:
         )
         rates = measure(recipe, arguments.rounds, scratch)
         memory = {count: peak_memory(recipe, count, scratch) for count in LISTED}
-    print(
-        f"{arguments.resolution} px, batch {arguments.batch_size}, {arguments.workers} decoding processes; pictures/s"
-    )
+    print(f"{arguments.resolution} px, batch {arguments.batch_size}, {arguments.workers} decoding processes; images/s")
     for clock, of in rates.items():
         share, times = of["ours"] / of["vae"], of["ours"] / of["one"]
         print(f"by {clock:5}  vae {of['vae']:8.1f}  ours {of['ours']:8.1f}  one {of['one']:8.1f}", end="  ")
         print(f"ours is {share:.3f} of vae (aim: at least {AIM}), {times:.2f} times one")
     for count, peak in memory.items():
-        print(f"peak memory with {count:9,} pictures listed: {peak:7.1f} MiB")
+        print(f"peak memory with {count:9,} images listed: {peak:7.1f} MiB")
     if arguments.json:
-        table = {"pictures_per_second": rates, "share": share, "aim": AIM, "peak_mib": memory}
+        table = {"images_per_second": rates, "share": share, "aim": AIM, "peak_mib": memory}
         record = table | machine | {"arguments": vars(arguments) | {"json": None}}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--samples N] [--rounds N] [--json FILE]
 
-Makes N latents of (8, 32, 32) float16, as the Stable Diffusion VAE makes of 256 px pictures, in each format, and reads
+Makes N latents of (8, 32, 32) float16, as the Stable Diffusion VAE makes of 256 px images, in each format, and reads
 all of them in random order (plain WebDataset: as its reader gives them), in batches of 256, from a warm page cache:
   shards         preprocess/shards: every sample's CRC-32 verified before it is used
   memory map     the same samples from one array on disk, nothing verified: what verifying costs
@@ -227,7 +227,7 @@ def synthetic_folder(folder: Path, count: int, shard_samples: int) -> None:
 
 
 def opening(folder: Path) -> dict[str, float]:
-    """Seconds and MiB of a process that opens a folder of as many latents as ImageNet has pictures."""
+    """Seconds and MiB of a process that opens a folder of as many latents as ImageNet has images."""
     synthetic_folder(folder, IMAGENET, 8192)
     command = [sys.executable, "-c", OPENING, str(folder)]
     imports, opens, memory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.files import atomic_write
 from common.sealed import KEY
 
@@ -25,7 +25,7 @@ def read_arrays(path: Path, command: str) -> Arrays:
     again.
     """
     remedy = f"delete it and run {command} again"
-    with faults_told(UserError, f"{path}: damaged; {remedy}"), np.load(path, allow_pickle=False) as file:
+    with errors_as(UserError, f"{path}: damaged; {remedy}"), np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
         whole = str(arrays.pop(KEY, None)) == _key(arrays)
     if not whole:

@@ -38,7 +38,7 @@ def run_command(
     parser = argument_parser(description)
     if in_jobs is not None:
         add_job_options(parser)
-    return guarded(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs, shared))
+    return exit_status_of(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs, shared))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -65,7 +65,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="with --cluster: how many; launch.jobs otherwise")
 
 
-def guarded(work: Callable[[], None]) -> int:
+def exit_status_of(work: Callable[[], None]) -> int:
     """The exit status of `work`: 0, or with one line on stderr 2 for a UserError, INTERRUPTED for an Interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale cannot show is escaped, and ends nothing
         sys.stdout.reconfigure(errors="backslashreplace")

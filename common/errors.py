@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Told(Exception):
+class OneLineError(Exception):
     """An error whose message is for the user already: one line that names what is at fault.
 
     Whatever foreign text is put into it, it is printable and has at most `limit` characters.
@@ -16,7 +16,7 @@ class Told(Exception):
         super().__init__(shortened(printable(shortened(message, 2 * self.limit)), self.limit))
 
 
-class UserError(Told):
+class UserError(OneLineError):
     """A mistake of the user's, or a fault in a user's file.
 
     The message is one line: the field or file, what was found, what is allowed, what to do. Commands print it and exit
@@ -35,7 +35,7 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @contextmanager
-def faults_told(kind: type[Told], message: str) -> Iterator[None]:
+def errors_as(kind: type[OneLineError], message: str) -> Iterator[None]:
     """Makes `kind` of whatever a parser raises over foreign bytes: `message`, then its own words on the same line.
 
     What is `kind` already passes. Damaged files make parsers raise nearly anything (RecursionError, struct.error,
@@ -53,7 +53,7 @@ def _words(error: Exception) -> str:
     """What an error says; its type too where that says more. An OSError's path is none of it: `message` names it."""
     known = isinstance(error, OSError) and error.strerror
     words = one_line(str(known or error), 200)
-    if words and isinstance(error, Told | OSError | ValueError):
+    if words and isinstance(error, OneLineError | OSError | ValueError):
         return words
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 

@@ -98,7 +98,7 @@ NOT_WRITTEN = frozenset(
 
 
 @contextmanager
-def disk_faults_told(place: str | Path, only: Container[int] | None = None) -> Iterator[None]:
+def disk_errors_as_user_errors(place: str | Path, only: Container[int] | None = None) -> Iterator[None]:
     """Makes a UserError that names `place` of what a full disk, a read-only folder or a quota raises.
 
     `only`: the errors, such as NOT_WRITTEN, that come of writing, where the block also reads what may be missing.
@@ -116,35 +116,45 @@ def disk_faults_told(place: str | Path, only: Container[int] | None = None) -> I
 
 
 @contextmanager
-def alone_in(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for this process until the block, or the process, ends. Raises UserError naming who holds it.
+def folder_lock(
+    folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False, place: str = ""
+) -> Iterator[None]:
+    """Locks `folder` until the block, or the process, ends.
 
-    `shared`: holds it together with others that hold it so, and against all that do not. `wait`: until nobody else
-    does. `name`: of the lock's file.
+    Args:
+        name: the lock file in `folder`.
+        shared: allows other shared locks at the same time, but no exclusive one.
+        wait: waits for the lock instead of raising.
+        place: what errors name; `folder` by default.
+
+    Raises:
+        UserError: naming the process that holds the lock; for a file system without locks; for a read-only `folder`.
     """
-    with _opened_lock(folder, name) as lock:
-        _take(folder, lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    place = place or str(folder)
+    with _open_lock(folder, name, place) as lock:
+        _take(place, lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
 @contextmanager
-def together_in(folder: Path) -> Iterator[None]:
-    """Holds `folder`, and the folders in it, together with other processes that write there. Who finds nobody deletes
-    what killed ones left.
+def shared_folder_lock(folder: Path) -> Iterator[None]:
+    """Locks `folder` together with other processes that write in it or in its sub-folders.
+
+    The first of them deletes what killed processes left in these folders.
     """
-    with _opened_lock(folder, ".lock") as lock:
+    with _open_lock(folder, ".lock", str(folder)) as lock:
         with suppress(BlockingIOError):
-            _flock(folder, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(str(folder), lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for written in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
                 remove_leftovers(written)
-        _flock(folder, lock, fcntl.LOCK_SH)
+        _flock(str(folder), lock, fcntl.LOCK_SH)
         yield
 
 
 @contextmanager
-def _opened_lock(folder: Path, name: str) -> Iterator[int]:
-    """A descriptor of the lock's file."""
-    with disk_faults_told(folder, NOT_WRITTEN):
+def _open_lock(folder: Path, name: str, place: str) -> Iterator[int]:
+    """The lock file's descriptor."""
+    with disk_errors_as_user_errors(place, NOT_WRITTEN):
         _make(folder)
         lock = open_own(folder / name)
     _locks.add(lock)
@@ -171,25 +181,26 @@ def open_own(path: Path, flags: int = 0) -> int:
 _locks: set[int] = set()  # descriptors
 
 
-def _take(folder: Path, lock: int, how: int) -> None:
+def _take(place: str, lock: int, how: int) -> None:
     try:
-        _flock(folder, lock, how)
+        _flock(place, lock, how)
     except BlockingIOError:
         holder = printable(os.pread(lock, 1000, 0).decode(errors="replace"))
-        raise UserError(f"{folder}: {holder} is at work in it; wait for it or end it") from None
-    os.truncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        raise UserError(f"{place}: {holder} is at work in it; wait for it or end it") from None
+    with suppress(OSError):  # the name is for messages only: a full disk must not keep a process from its lock
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
-def _flock(folder: Path, lock: int, how: int) -> None:
-    """Raises BlockingIOError where it is held, and UserError where there are no locks."""
+def _flock(place: str, lock: int, how: int) -> None:
+    """Raises BlockingIOError if another process holds the lock, UserError if the file system has no locks."""
     try:
         fcntl.flock(lock, how)
     except BlockingIOError:
         raise
     except OSError as error:
         raise UserError(
-            f"{folder}: no file locks on its file system ({error.strerror}); mount it with them (Lustre: -o flock), "
+            f"{place}: no file locks on its file system ({error.strerror}); mount it with them (Lustre: -o flock), "
             "or choose another folder"
         ) from None
 

@@ -187,8 +187,8 @@ def own_device() -> "torch.device":
 def float32_throughout() -> None:
     """For this process: cuDNN would round the factors of float32 convolutions to TF32's 10 bits, as torch's default.
 
-    Pictures and features are compared with ones that were computed in float32. It is no setting of a call: a thread
-    that extracts features beside one that decodes pictures would change the other's.
+    Images and features are compared with ones that were computed in float32. It is no setting of a call: a thread
+    that extracts features beside one that decodes images would change the other's.
     """
     import torch
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.files import atomic_write
 from common.loading import dump_recipe, parse_recipe
 from common.recipe import Recipe
@@ -30,6 +30,6 @@ def read_recipe(folder: Path) -> Recipe:
     text, sealed, key = read_bytes(path).rpartition(_SEAL.encode())
     if sealed and sha256(text).hexdigest().encode() != key.strip():
         raise UserError(f"{path}: changed after it was written; put it back as it was, or name another run")
-    with faults_told(UserError, f"{path}: not a text file"):
+    with errors_as(UserError, f"{path}: not a text file"):
         settings = (text if sealed else key).decode()
     return replace(parse_recipe(settings, (), path), name=folder.name, runs=str(folder.parent))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from common.errors import UserError, faults_told, one_line
+from common.errors import UserError, errors_as, one_line
 from common.files import content_key, write_json
 
 Form = TypeVar("Form")
@@ -25,7 +25,7 @@ OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # of what ma
 
 def parse_json(data: bytes | str, where: str | Path, remedy: str = REMEDY) -> Any:
     """The value of JSON from `where`. Raises UserError for bytes that are none, whatever they are."""
-    with faults_told(UserError, f"{where}: not readable as JSON; {remedy}"):
+    with errors_as(UserError, f"{where}: not readable as JSON; {remedy}"):
         return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
 
 
@@ -57,7 +57,7 @@ def read_sealed(path: str | Path, form: type[Form], remedy: str = REMEDY) -> For
 def unseal(data: bytes | str, where: str | Path, form: type[Form], remedy: str = REMEDY) -> Form:
     """As `read_sealed`, from the file's bytes; `where` is what errors name."""
     value = parse_json(data, where, remedy)
-    with faults_told(UserError, f"{where}: not readable as JSON; {remedy}"):  # nested too deep for its key
+    with errors_as(UserError, f"{where}: not readable as JSON; {remedy}"):  # nested too deep for its key
         whole = isinstance(value, dict) and value.pop(KEY, None) == content_key(value)
     if not whole:
         raise UserError(f"{where}: changed after it was written; {remedy}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from fpdm.allocation import AllocationKind, allocate
 from fpdm.denoiser import Denoiser
 from fpdm.diffusion import Diffusion
+from fpdm.latents import unscale_latents
 from fpdm.sampling import SamplerName, sample, sample_noise
 from fpdm.weights import load_pretrained, read_extra, save_pretrained
 
@@ -61,7 +62,7 @@ class FPDMTransformer2DModel(ModelMixin):
 
 
 class FPDMPipeline(DiffusionPipeline):
-    """Class labels to pictures. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
+    """Class labels to images. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
 
     def __init__(
         self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC
@@ -86,14 +87,14 @@ class FPDMPipeline(DiffusionPipeline):
         first_index: int = 0,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draws one picture a label.
+        """Draws one image a label.
 
         Args:
             class_labels: (B,) classes.
             num_inference_steps: steps of the sampler.
             iterations, allocation: of the fixed point, as in `fpdm.allocate`; DiT takes none.
             sampler, reuse, guidance_scale: as in `fpdm.sample`.
-            seed, first_index: picture i of the batch starts from the noise of sample first_index + i of this seed: the
+            seed, first_index: image i of the batch starts from the noise of sample first_index + i of this seed: the
                 same as the project's own sample of that index, whatever the batch.
             output_type: "pil", "np" or "pt".
 
@@ -124,6 +125,6 @@ class FPDMPipeline(DiffusionPipeline):
             reuse=reuse,
             guidance_scale=guidance_scale,
         )  # (B, C, h, w)
-        latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+        latents = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
         images = vae.decode(latents.to(vae.dtype)).sample.float()  # (B, 3, H, W)
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type))

@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.command import argument_parser, guarded
+from common.command import argument_parser, exit_status_of
 from common.errors import UserError
-from common.files import disk_faults_told
+from common.files import disk_errors_as_user_errors
 from common.recipe import Recipe, denoiser_config, describe_network
 
 
@@ -64,11 +64,11 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
         if name not in (*unused, "self_conditioned") and (found := getattr(model.config, name)) != value:
             raise UserError(f"--checkpoint: {path} has {name} {found}, the recipe makes it {value}; change the recipe")
     config = replace(wanted, self_conditioned=model.config.self_conditioned)
-    with disk_faults_told(recipe.folder):
+    with disk_errors_as_user_errors(recipe.folder):
         parameters = {name: value.detach() for name, value in model.named_parameters()}
         export_weights(recipe, parameters, recipe.train.total_samples, config=config, imported_from=path.name)
     print(f"{report}; next: python pipeline/sample.py with the same recipe and overrides")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import argument_parser, ended_by_signals, guarded
+from common.command import argument_parser, ended_by_signals, exit_status_of
 from common.errors import UserError
 from common.recipe import Recipe
 
@@ -95,4 +95,4 @@ def say_where(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.command import run_command
 from common.errors import UserError
-from common.files import alone_in, atomic_write, remove_leftovers, sha256_file
+from common.files import atomic_write, folder_lock, remove_leftovers, sha256_file
 from common.recipe import Recipe
 from preprocess.shards import INDEX, SAMPLE, SAMPLES, LatentShards, rows_name, verify
 from preprocess.shards.forms import Index, Shard, write_index_file
@@ -71,7 +71,7 @@ def convert(folder: Path, processes: int = 1) -> None:
     for fault in verify(folder, processes):  # a fault inside FFCV's writer would make it wait for ever
         raise UserError(fault)
     shards, target = LatentShards(folder), folder / FOLDER
-    with alone_in(target, wait=True):
+    with folder_lock(target, wait=True):
         remove_leftovers(target)
         needed, free = _bytes(shards), shutil.disk_usage(target).free
         if needed > free:

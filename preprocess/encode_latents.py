@@ -1,4 +1,4 @@
-"""Encodes pictures to verified latent shards.
+"""Encodes images to verified latent shards.
 
     python preprocess/encode_latents.py --config recipes/demo.yaml
     torchrun --nproc-per-node 8 preprocess/encode_latents.py --config recipes/imagenet256.yaml
@@ -67,7 +67,7 @@ def encode_in_jobs(recipe: Recipe, cluster: str, jobs: int) -> None:
 def merge(recipe: Recipe) -> None:
     """What follows when all shards are made, by however many jobs; anyone may, any number of times.
 
-    Raises UserError naming the shards that are missing, and where too many pictures are rejected.
+    Raises UserError naming the shards that are missing, and where too many images are rejected.
     """
     from preprocess.encoding.encoding import resolve
 

@@ -1,21 +1,21 @@
-"""Draws pictures beside what the autoencoder makes of their latents: look before you train.
+"""Draws images beside what the autoencoder makes of their latents: look before you train.
 
     python preprocess/show_latents.py --config recipes/demo.yaml [--count 16] [--out latents.png]
 
-Left of each pair the picture as it was cropped, right the decoded mean of its latents in `data.shards`; below, their
+Left of each pair the image as it was cropped, right the decoded mean of its latents in `data.shards`; below, their
 PSNR. Writes `<data.shards>/latents.png` unless told otherwise.
 """
 
 import sys
 from pathlib import Path
 
-from common.command import argument_parser, guarded
+from common.command import argument_parser, exit_status_of
 from common.errors import UserError
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--count", type=int, default=16, help="pictures, evenly spaced over the shards (16)")
+    parser.add_argument("--count", type=int, default=16, help="images, evenly spaced over the shards (16)")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="where to write it")
     arguments = parser.parse_intermixed_args()
     if arguments.count < 1:
@@ -26,17 +26,17 @@ def main() -> None:
     recipe = load_recipe(arguments.config, arguments.overrides)
     path = arguments.out or Path(recipe.data.shards) / "latents.png"
     if arguments.dry_run:
-        print(f"plan: {arguments.count} pictures of {recipe.data.images} beside their latents, in {path}")
+        print(f"plan: {arguments.count} images of {recipe.data.images} beside their latents, in {path}")
         return
 
     from common.files import atomic_write
-    from preprocess.encoding.comparison import draw_sheet
+    from preprocess.encoding.reencode_check import draw_sheet
 
     sheet, ratios = draw_sheet(recipe, arguments.count)
     with atomic_write(path) as temporary:
         sheet.save(temporary, "png")
-    print(f"{path}: {len(ratios)} pictures, PSNR {min(ratios):.1f} to {max(ratios):.1f} dB")
+    print(f"{path}: {len(ratios)} images, PSNR {min(ratios):.1f} to {max(ratios):.1f} dB")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

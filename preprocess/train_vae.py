@@ -2,7 +2,7 @@
 
     python preprocess/train_vae.py --config recipes/demo.yaml
 
-It sees none of the demo's held-out portraits: those measure it. Every picture, noise and initial weight is a function
+It sees none of the demo's held-out portraits: those measure it. Every image, noise and initial weight is a function
 of the recipe's seed and a count. What is there so far is written every few minutes, whole.
 """
 
@@ -22,7 +22,7 @@ from common.recipe import Recipe
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
 
-PICTURES = 48_000
+IMAGES = 48_000
 EXPORT_SECONDS = 300
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -30,7 +30,7 @@ NOTE = """# The demo's autoencoder
 
 A `diffusers.AutoencoderKL`, {parameters:,} parameters, fp16: {resolution} px RGB to {channels} x {side} x {side}
 latents, each channel of mean 0 and standard deviation 1. Trained by this repository from nothing, on portraits that
-`preprocess/demo_pictures.py` composes from robohash's picture parts (CC-BY, see CREDITS.md): real artwork,
+`preprocess/demo_images.py` composes from robohash's image parts (CC-BY, see CREDITS.md): real artwork,
 combinatorially composed. It is good for nothing else.
 
 | | |
@@ -38,7 +38,7 @@ combinatorially composed. It is good for nothing else.
 | command | `python preprocess/train_vae.py --config recipes/demo.yaml` |
 | machine | {machine} |
 | time | {minutes:.0f} minutes |
-| pictures seen | {seen:,} of {pictures:,}, each once |
+| images seen | {seen:,} of {images:,}, each once |
 | PSNR | {psnr:.2f} dB, mean over {held_out} held-out portraits (combinations of parts never trained on) |
 | latents | means {channel_means}, standard deviations {channel_stds}; the posterior's own is {posterior_std:.3f} |
 | sha256 | `{sha256}` ({WEIGHTS}) |
@@ -49,7 +49,7 @@ def plan(recipe: Recipe) -> list[str]:
     if recipe.demo is None:
         raise UserError("demo: the recipe has no such section; this trains the demo's VAE, use recipes/demo.yaml")
     return [
-        f"pictures: {PICTURES:,} portraits of {recipe.data.resolution} px, each seen once, composed on the way; "
+        f"images: {IMAGES:,} portraits of {recipe.data.resolution} px, each seen once, composed on the way; "
         f"measured on {recipe.demo.held_out_per_class} held-out ones of each class",
         f"result: {recipe.vae.path}, replaced every {EXPORT_SECONDS // 60} minutes and at the end",
     ]
@@ -61,15 +61,15 @@ def work(recipe: Recipe) -> None:
     portraits = Portraits(recipe)
     held_out = portraits.held_out()
     began = last = time.monotonic()
-    for seen, vae in train(recipe, portraits, PICTURES):
+    for seen, vae in train(recipe, portraits, IMAGES):
         now = time.monotonic()
-        if now - last > EXPORT_SECONDS or seen == PICTURES:
+        if now - last > EXPORT_SECONDS or seen == IMAGES:
             last = now
             finished = finish(vae, portraits.training_part())
             measured = measure(finished, held_out)
-            note = {"seen": seen, "pictures": PICTURES, "minutes": (now - began) / 60, "held_out": len(held_out)}
+            note = {"seen": seen, "images": IMAGES, "minutes": (now - began) / 60, "held_out": len(held_out)}
             export(recipe, finished, note | measured)
-            print(f"\n{seen} pictures: {measured}", flush=True)
+            print(f"\n{seen} images: {measured}", flush=True)
 
 
 def export(recipe: Recipe, vae: "AutoencoderKL", note: dict[str, Any]) -> None:

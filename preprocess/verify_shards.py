@@ -1,9 +1,9 @@
 """Proves a folder of latent shards whole: every byte, checksum, count and number.
 
     python preprocess/verify_shards.py data/demo/shards [--processes 8]
-    python preprocess/verify_shards.py data/demo/shards --deep recipes/demo.yaml [--pictures 64]
+    python preprocess/verify_shards.py data/demo/shards --deep recipes/demo.yaml [--images 64]
 
-With --deep also encodes some of the pictures again, and compares.
+With --deep also encodes some of the images again, and compares.
 
 Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and what to do.
 """
@@ -11,7 +11,7 @@ Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and w
 import argparse
 import sys
 
-from common.command import guarded
+from common.command import exit_status_of
 from common.errors import UserError
 from common.ranks import own_cores
 
@@ -22,11 +22,11 @@ def main() -> int:
     cores = own_cores()
     parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
     parser.add_argument("--deep", metavar="RECIPE.yaml", help="the recipe by which the folder was encoded")
-    parser.add_argument("--pictures", type=int, default=64, help="with --deep: how many are encoded again (64)")
-    return guarded(lambda: work(**vars(parser.parse_args())))
+    parser.add_argument("--images", type=int, default=64, help="with --deep: how many are encoded again (64)")
+    return exit_status_of(lambda: work(**vars(parser.parse_args())))
 
 
-def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
+def work(folder: str, processes: int, deep: str | None, images: int) -> None:
     from pathlib import Path
 
     from tqdm import tqdm
@@ -45,23 +45,23 @@ def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
     index = read_local_index(Path(folder))
     print(f"{folder}: {index['accepted']:,} samples in {len(index['shardlist'])} shards, all whole")
     if deep is not None:
-        compare(folder, deep, pictures)
+        compare(folder, deep, images)
 
 
-def compare(folder: str, recipe: str, pictures: int) -> None:
-    """Encodes some pictures again. Raises UserError where their latents or labels are not those in the folder."""
+def compare(folder: str, recipe: str, images: int) -> None:
+    """Encodes some images again. Raises UserError where their latents or labels are not those in the folder."""
     from common.loading import load_recipe
-    from preprocess.encoding.comparison import deep_faults
+    from preprocess.encoding.reencode_check import deep_faults
 
-    if pictures < 1:
-        raise UserError(f"--pictures: {pictures}; at least 1")
+    if images < 1:
+        raise UserError(f"--images: {images}; at least 1")
     faults = 0
-    for fault in deep_faults(load_recipe(recipe), folder, pictures):
+    for fault in deep_faults(load_recipe(recipe), folder, images):
         print(fault)
         faults += 1
     if faults:
-        raise UserError(f"{folder}: {faults} of {pictures} pictures have other latents or labels, listed above")
-    print(f"{folder}: up to {pictures} pictures encoded again, all of them as they were")
+        raise UserError(f"{folder}: {faults} of {images} images have other latents or labels, listed above")
+    print(f"{folder}: up to {images} images encoded again, all of them as they were")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import guarded
+from common.command import exit_status_of
 from common.errors import UserError, printable
 from common.job_listing import LISTING, JobForm, ListingForm
 from common.log_lines import read_log
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=5, help="how many lines of the newest log to show")
     arguments = parser.parse_args()
     try:
-        return guarded(lambda: print("\n".join(status(arguments.run, arguments.lines))))
+        return exit_status_of(lambda: print("\n".join(status(arguments.run, arguments.lines))))
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -85,15 +85,15 @@ def write_lmdb(folder: Path, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
-def write_parquet(path: Path, pictures: list[bytes | None], labels: list[int], class_names: list[str] | None) -> Path:
+def write_parquet(path: Path, images: list[bytes | None], labels: list[int], class_names: list[str] | None) -> Path:
     """As Hugging Face's `datasets` writes it, in small row groups."""
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": data, "path": f"{number}.JPEG"} for number, data in enumerate(pictures)]
+    structs = [{"bytes": data, "path": f"{number}.JPEG"} for number, data in enumerate(images)]
     features = {"label": {"names": class_names, "_type": "ClassLabel"}} if class_names else {}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pyarrow.table({"image": images, "label": labels}).replace_schema_metadata(metadata)
+    table = pyarrow.table({"image": structs, "label": labels}).replace_schema_metadata(metadata)
     parquet.write_table(table, path, row_group_size=4)
     return path

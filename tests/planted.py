@@ -1,4 +1,4 @@
-"""Bad pictures and odd ones, by what is wrong with them."""
+"""Bad images and odd ones, by what is wrong with them."""
 
 import io
 import struct
@@ -29,12 +29,12 @@ def flipped(data: bytes, position: int) -> bytes:
     return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
-# One picture's bytes, and what the reason says.
-REJECTED_PICTURES: dict[str, tuple[bytes, str]] = (
+# One image's bytes, and what the reason says.
+REJECTED_IMAGES: dict[str, tuple[bytes, str]] = (
     {
         "zero bytes": (b"", "empty file"),
-        "text": (b"a picture of a cat", "not readable as a picture"),
-        "html, as downloads that failed": (b"<!DOCTYPE html><html></html>", "not readable as a picture: an HTML page"),
+        "text": (b"an image of a cat", "not readable as an image"),
+        "html, as downloads that failed": (b"<!DOCTYPE html><html></html>", "not readable as an image: an HTML page"),
         "a png with a wrong checksum": (flipped(PNG, PNG.index(b"IDAT") + 100), "not readable"),
         "a bomb of 3.6 gigapixels": (png_claiming(60_000), "decompression bomb"),
         "a bomb below Pillow's own limit": (png_claiming(12_000), "decompression bomb"),
@@ -72,7 +72,7 @@ def pages(*images: np.ndarray) -> bytes:
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4)
 COLOUR = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
 # What looks odd and is accepted by a rule, with the pixels that the rule gives.
-ACCEPTED_PICTURES: dict[str, tuple[bytes, np.ndarray]] = {
+ACCEPTED_IMAGES: dict[str, tuple[bytes, np.ndarray]] = {
     "a wrong extension: the bytes tell the format": (PNG, np.asarray(photograph(1))),
     "bytes after the end": (PNG + b"appended", np.asarray(photograph(1))),
     "16-bit colour is divided by 256": (

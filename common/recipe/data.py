@@ -14,7 +14,7 @@ WITH_FIELDS = ("webdataset", "parquet", "imagenet")  # data.source whose samples
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DemoPictures:
-    """The portraits that `preprocess/demo_pictures.py` composes. Only the demo has this section."""
+    """The portraits that `preprocess/demo_images.py` composes. Only the demo has this section."""
 
     per_class: Count = 1024
     """Training images of each class."""

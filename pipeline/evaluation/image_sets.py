@@ -14,6 +14,7 @@ from PIL import Image
 from common.ranks import share_of_cores
 from common.recipe import Data, Recipe
 from common.run_folder import Weights
+from fpdm.latents import draw_latents
 from pipeline.evaluation.metrics import Statistics
 from pipeline.evaluation.statistics import Summary, summarise
 from pipeline.sampling.chunks import Span, cover_gap, iterate
@@ -21,8 +22,8 @@ from pipeline.sampling.features import extract_missing, features_folder, read_fe
 from pipeline.sampling.plans import read_plan
 from pipeline.sampling.sample_set import sample_set, vae_settings
 from preprocess.encoding.decoding import decoded
-from preprocess.encoding.encoder import Encoder, draw_latents
-from preprocess.encoding.pictures import Pictures as Batches
+from preprocess.encoding.encoder import Encoder
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import to_tensor, to_uint8
 from preprocess.sources import Source, Which, fingerprint, open_source
 
@@ -157,9 +158,9 @@ def _read(recipe: Recipe, source: Source, positions: Sequence[int]) -> Pictures:
     """In order, decoded by one process a core. What encoding rejects is left out here too; the count beside a distance
     shows it.
     """
-    pictures = Batches(source, recipe.data.crop, recipe.data.resolution)
+    loader = ImageLoader(source, recipe.data.crop, recipe.data.resolution)
     batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
-    with decoded(pictures, batches, share_of_cores()) as loaded:
+    with decoded(loader, batches, share_of_cores()) as loaded:
         for batch in loaded:
             if batch.images is not None:
                 yield from batch.images.permute(0, 2, 3, 1).numpy()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import content_key, together_in
+from common.files import content_key, shared_folder_lock
 from common.log_lines import Count
 from common.provenance import Provenance, provenance
 from common.recipe import Recipe
@@ -194,7 +194,7 @@ class Evaluation:
             "recipe": TypeAdapter(Recipe).dump_python(self.recipe, mode="json"),
             "provenance": provenance(),
         }
-        with together_in(self.path_of(pictures).parent):
+        with shared_folder_lock(self.path_of(pictures).parent):
             write_sealed(self.path_of(pictures), found)
 
     def measure_reference(self) -> None:
@@ -251,6 +251,6 @@ class Evaluation:
         bar = tqdm(opened(pictures), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
         features = extract(extractor, bar, self.recipe.evaluate.batch_size)
         kept = ("pooled",) if is_reference else KEPT_LAYERS  # nobody asks for a reference's Inception Score
-        with together_in(folder if is_reference else folder.parent):
+        with shared_folder_lock(folder if is_reference else folder.parent):
             write_summary(path, summarise(features, pictures.size, kept))
         return read_summary(path, COMMAND)

@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.recipe import Recipe
 from common.run_recipe import RECIPE, read_recipe
@@ -107,7 +107,7 @@ class Header:
 
 
 def _readable(path: Path) -> AbstractContextManager[None]:
-    return faults_told(UserError, f"evaluate.reference: {path} is not readable as an npz file; get it again")
+    return errors_as(UserError, f"evaluate.reference: {path} is not readable as an npz file; get it again")
 
 
 def _headers(path: Path) -> dict[str, Header]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.arrays import read_arrays, write_arrays
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from pipeline.evaluation.metrics import (
     ISC_SPLITS,
     NEIGHBOURHOOD,
@@ -69,7 +69,7 @@ def write_summary(path: Path, summary: Summary) -> None:
 def read_summary(path: Path, command: str) -> Summary:
     """Raises UserError naming the file, and `command`, which makes it again, where it is no summary."""
     arrays = read_arrays(path, command)
-    with faults_told(UserError, f"{path}: no summary of features; delete it and run {command} again"):
+    with errors_as(UserError, f"{path}: no summary of features; delete it and run {command} again"):
         layers = [layer for layer in FITTED if f"mean_{layer}" in arrays]
         statistics = {
             layer: Statistics(arrays[f"mean_{layer}"], arrays[f"covariance_{layer}"], int(arrays["count"]))

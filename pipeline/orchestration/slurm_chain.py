@@ -12,7 +12,7 @@ from pathlib import Path
 import submitit
 
 from common.errors import UserError
-from common.files import alone_in, content_key
+from common.files import content_key, folder_lock
 from common.job_listing import LISTING, ListingForm
 from common.loading import dump_recipe
 from common.recipe import Recipe
@@ -42,7 +42,7 @@ def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> 
     Returns all jobs that are now on their way. Raises UserError where SLURM refuses one (those before it stay, and the
     same call goes on from there), and where jobs of another recipe are at work in the run folder.
     """
-    with alone_in(recipe.folder / "logs"):
+    with folder_lock(recipe.folder / "logs"):
         listed = listed_jobs(recipe.folder)
         alive = _alive(listed)
         key = content_key(dump_recipe(recipe))

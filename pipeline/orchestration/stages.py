@@ -12,7 +12,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import disk_faults_told
+from common.files import disk_errors_as_user_errors
 from common.jobs import Job
 from common.recipe import Recipe
 from common.sealed import STRICT, read_sealed, write_sealed
@@ -63,7 +63,7 @@ def _resources(recipe: Recipe, nodes: int, processes: int) -> Resources:
 
 
 STAGES = (
-    Stage("compose", "preprocess.demo_pictures", "compose", wanted=lambda recipe: recipe.demo is not None),
+    Stage("compose", "preprocess.demo_images", "compose", wanted=lambda recipe: recipe.demo is not None),
     Stage(
         "encode",
         "preprocess.encode_latents",
@@ -152,7 +152,7 @@ def keep_time(recipe: Recipe, stage: str, seconds: float) -> None:
     """Notes how long a stage took. Where it cannot be noted that is told, and fails no stage: it is finished."""
     times = read_times(recipe) | {stage: seconds}
     try:
-        with disk_faults_told(recipe.folder / TIMES):
+        with disk_errors_as_user_errors(recipe.folder / TIMES):
             write_sealed(recipe.folder / TIMES, {"seconds": times})
     except UserError as fault:
         print(f"warning: {fault}", file=sys.stderr, flush=True)

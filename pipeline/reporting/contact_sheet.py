@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,16 +69,15 @@ def _samples_by_class(recipe: Recipe, weights: Weights, classes: int, each: int)
     return found
 
 
-def grid(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures (H, W, 3) of one size, row by row in the smallest square that holds them."""
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    rows = -(-len(pictures) // columns)
-    height, width, _ = pictures[0].shape
-    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), PAPER, dtype=np.uint8)
-    for place, picture in enumerate(pictures):
-        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
-        sheet[top : top + height, left : left + width] = picture
-    return sheet
+def grid(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Images (H, W, 3) of one size, row by row in the smallest square that holds them."""
+    import torch
+    from torchvision.utils import make_grid
+
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    sheet = make_grid(stacked, nrow=math.isqrt(len(images) - 1) + 1, padding=GAP, pad_value=255)
+    frame = GAP if len(images) > 1 else 0  # make_grid draws none around a single image
+    return sheet[:, frame : sheet.shape[1] - frame, frame : sheet.shape[2] - frame].permute(1, 2, 0).numpy()
 
 
 def contact_sheet(panels: Sequence[Sequence[Block]], resolution: int) -> Image.Image:

@@ -23,7 +23,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.arrays import read_arrays, write_arrays
-from common.errors import UserError, faults_told, one_line
+from common.errors import UserError, errors_as, one_line
 from common.files import atomic_write, content_key
 from common.sealed import KEY, STRICT, unseal
 
@@ -158,12 +158,12 @@ class Facts(TypedDict):
 
 def _read_tar(path: Path) -> Chunk:
     """As an npz of the same samples is read. Raises UserError naming the sample that is damaged."""
-    with faults_told(UserError, f"{path}: damaged; {_REMEDY}"), tarfile.open(path, "r:") as tar:
+    with errors_as(UserError, f"{path}: damaged; {_REMEDY}"), tarfile.open(path, "r:") as tar:
         members = {member.name: _content(tar, member) for member in tar}
     first, end = _span(path)
     keys, images, labels = set(), [], []
     for index in range(first, end):
-        with faults_told(UserError, f"{path}: damaged: sample {index}; {_REMEDY}"):
+        with errors_as(UserError, f"{path}: damaged: sample {index}; {_REMEDY}"):
             facts = unseal(members[f"{index:08d}.json"], f"{path}: sample {index}", Facts, _REMEDY)
             image = np.asarray(Image.open(io.BytesIO(members[f"{index:08d}.png"])))
             told = (facts["index"], facts["label"], facts["sha256"])
@@ -176,7 +176,7 @@ def _read_tar(path: Path) -> Chunk:
         labels.append(label)
     if len(keys) > 1:
         raise _damaged(path, "samples of several settings")
-    with faults_told(UserError, f"{path}: damaged; {_REMEDY}"):
+    with errors_as(UserError, f"{path}: damaged; {_REMEDY}"):
         rows = {"images": np.stack(images), "labels": np.array(labels, dtype=np.int64)}
     return rows | {"key": np.array(keys.pop()), "first": np.array(first), "names": np.array(_names(rows))}
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.files import content_key, together_in
+from common.files import content_key, shared_folder_lock
 from common.recipe import Recipe
 from common.run_folder import Weights
 from pipeline.features.extractors import Extractor, extract, find_weights, load_extractor, wanted_layers
@@ -48,7 +48,7 @@ def extract_missing(recipe: Recipe, weights: Weights, part: int = 0, parts: int 
     spans = chunk_spans(total_samples(recipe), recipe.sample.chunk_samples)[part::parts]
     spans = [span for span in spans if cover_gap(write.folder, span)]
     if spans:
-        with together_in(folder):
+        with shared_folder_lock(folder):
             for span in spans:
                 write(span, np.concatenate([rows["images"] for rows in iterate(folder, span)]))
 

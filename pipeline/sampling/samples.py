@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import together_in
+from common.files import shared_folder_lock
 from common.ranks import float32_throughout, own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from common.run_folder import Weights
@@ -40,7 +40,7 @@ def sample(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     if finished(recipe):
         return
     for weights in wanted_weights(recipe):
-        with together_in(sample_set(recipe, weights).folder):
+        with shared_folder_lock(sample_set(recipe, weights).folder):
             folder = generate(recipe, weights, part * world_size + rank, parts * world_size)
             if not missing_chunks(recipe, weights):
                 outputs.finish(recipe, folder)

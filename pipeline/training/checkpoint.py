@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_folder, disk_faults_told, remove_folder, sha256_file
+from common.files import atomic_folder, disk_errors_as_user_errors, remove_folder, sha256_file
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import counted, ema_names, weights_folder
 from common.sealed import write_sealed
@@ -55,7 +55,7 @@ def write(
     _refuse_non_finite(recipe, state, samples_seen)
     folder, last = folder_of(recipe) / f"{samples_seen:012d}", samples_seen == total_samples(recipe)
     averages = {name: part(state, f"ema-{name}") for name in ema_names(recipe)} if with_weights else {}
-    with disk_faults_told(folder):
+    with disk_errors_as_user_errors(folder):
         if not last:
             export_averages(recipe, averages, samples_seen, identity)
         _write_folder(folder, state, {"samples_seen": samples_seen, "identity": identity, "progress": progress})

@@ -9,7 +9,7 @@ from pydantic import Field, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.log_lines import Count
 from common.recipe import Recipe, denoiser_config
@@ -128,7 +128,7 @@ def _out_of_range(marker: MarkerForm, recipe: Recipe, samples_seen: int | None) 
 def _read_state(path: Path, sha256: str) -> State:
     from safetensors.torch import load_file
 
-    with faults_told(UserError, f"{path}: not readable"):
+    with errors_as(UserError, f"{path}: not readable"):
         if sha256_file(path) != sha256:
             raise UserError(f"{path}: damaged (its checksum differs)")
         return load_file(path)

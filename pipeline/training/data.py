@@ -18,9 +18,9 @@ from common.loading import expanded
 from common.recipe import Recipe, latent_shape
 from fpdm import rng
 from fpdm.diffusion import Diffusion
+from fpdm.latents import draw_latents
 from pipeline.training.order import BlockOrder, RandomOrder
 from preprocess import beton
-from preprocess.encoding.encoder import draw_latents
 from preprocess.shards import INDEX, Cache, LatentShards
 from preprocess.shards.storage import CachedFolder
 

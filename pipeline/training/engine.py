@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.recipe import Recipe
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
@@ -139,7 +139,7 @@ def _read(path: str) -> Any:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"train.deepspeed_config: {path}: {error.strerror}") from None
-    with faults_told(UserError, f"train.deepspeed_config: {path} is not readable as JSON; correct it there"):
+    with errors_as(UserError, f"train.deepspeed_config: {path} is not readable as JSON; correct it there"):
         return json.loads(data.decode(), object_pairs_hook=once)
 
 

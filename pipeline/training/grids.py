@@ -24,7 +24,8 @@ class GridPainter:
 
     def paint(self, weights: dict[str, Tensor], samples_seen: int) -> Path:
         """Writes `grids/<samples seen>.png`. Raises ValueError where samples come out non-finite or constant."""
-        from PIL import Image
+        from torchvision.io import write_png
+        from torchvision.utils import make_grid
 
         recipe = self.recipe
         model = assemble(weights, denoiser_config(recipe)).to(self.device).eval()
@@ -39,16 +40,8 @@ class GridPainter:
             num_steps=steps,
             iterations=even_iterations(recipe),
         )
+        images = to_uint8(self.vae.decode(latents)).cpu()  # (N, 3, H, W)
         path = recipe.folder / "grids" / f"{samples_seen:012d}.png"
         with atomic_write(path) as file:
-            Image.fromarray(_tile(to_uint8(self.vae.decode(latents)).cpu()).numpy()).save(file, format="png")
+            write_png(make_grid(images, nrow=math.isqrt(len(images) - 1) + 1), str(file))
         return path
-
-
-def _tile(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> (rows * H, columns * W, 3), as square as N allows, black where there is none."""
-    columns = math.isqrt(len(images) - 1) + 1
-    rows = -(-len(images) // columns)
-    padded = torch.cat([images, images.new_zeros(rows * columns - len(images), *images.shape[1:])])
-    tiles = padded.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
-    return tiles.flatten(2, 3).flatten(0, 1).contiguous()

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_write, content_key, disk_faults_told, sync
+from common.files import atomic_write, content_key, disk_errors_as_user_errors, sync
 from common.log_lines import append_line, log_line, read_log
 from common.recipe import Recipe
 
@@ -51,7 +51,7 @@ class TrainingLog:
 
     def sync(self) -> None:
         """Puts the lines on disk. Raises UserError where it does not take them."""
-        with disk_faults_told(self.metrics):
+        with disk_errors_as_user_errors(self.metrics):
             for path in (self.metrics, self.events):
                 if path.exists():
                     sync(path)

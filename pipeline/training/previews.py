@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import disk_faults_told
+from common.files import disk_errors_as_user_errors
 from common.recipe import Recipe
 from pipeline.training.grids import GridPainter
 from pipeline.training.log import TrainingLog
@@ -33,7 +33,7 @@ class Previews:
         """A grid, in its file and in the log. Raises UserError where it cannot be written."""
         assert self.painter is not None
         try:
-            with disk_faults_told(self.folder):
+            with disk_errors_as_user_errors(self.folder):
                 self.log.picture(self.painter.paint(weights, samples_seen), samples_seen)
         except ValueError as error:
             self.log.event({"samples": samples_seen, "event": "no grid", "reason": str(error)})

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from common.errors import Interrupted, UserError
-from common.files import alone_in, disk_faults_told, remove_leftovers, write_json
+from common.files import disk_errors_as_user_errors, folder_lock, remove_leftovers, write_json
 from common.log_lines import append_line
 from common.provenance import provenance
 from common.ranks import rank_and_world_size
@@ -68,8 +68,8 @@ def train(recipe: Recipe) -> None:
         control = control_group()
         with told_by_all(control):
             if rank == 0:
-                with disk_faults_told(recipe.folder):
-                    open_things.enter_context(alone_in(recipe.folder))
+                with disk_errors_as_user_errors(recipe.folder):
+                    open_things.enter_context(folder_lock(recipe.folder))
             shards = staged(recipe, open_shards(recipe))
             shards.prove_places(rank, world_size)
         Trainer(recipe, shards, rank, world_size, control, stop).run()
@@ -319,7 +319,7 @@ class Trainer:
             values["distance"], words["distance_name"] = distance
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         try:
-            with disk_faults_told(self.log.metrics):
+            with disk_errors_as_user_errors(self.log.metrics):
                 self.log.write(values, **words)
         except UserError as fault:
             self.fault = fault
@@ -366,7 +366,7 @@ class Trainer:
         weights = gather(self.engine, parameter_shards(self.engine)) if new else {}
         with told_by_all(self.control):
             if self.rank == 0:
-                with disk_faults_told(self.recipe.folder):
+                with disk_errors_as_user_errors(self.recipe.folder):
                     self._describe()
                     self.log = TrainingLog(self.recipe, self.samples_seen, self.identity)
                     if new:  # the untrained network, by every average's name, for the comparison in the report

@@ -1,4 +1,4 @@
-"""How the demo's autoencoder is made: network, pictures, loss, schedule. `train_vae.py` is the command."""
+"""How the demo's autoencoder is made: network, images, loss, schedule. `train_vae.py` is the command."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.recipe import Recipe
 from fpdm.rng import normal
-from preprocess.demo_pictures import CLASSES, held_out_combinations, load_portraits, training_combinations
+from preprocess.demo_images import CLASSES, held_out_combinations, load_portraits, training_combinations
 from preprocess.images.images import to_tensor
 
 BLOCK_CHANNELS = (24, 48, 96)  # 1.45 M parameters; a wider first block costs most, at full resolution
@@ -28,7 +28,7 @@ STATISTICS_BATCHES = 64
 
 
 class Portraits:
-    """Training and held-out pictures of all classes, drawn by number."""
+    """Training and held-out images of all classes, drawn by number."""
 
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.demo is not None, "train_vae.plan refuses such a recipe"
@@ -37,14 +37,14 @@ class Portraits:
         self.held_out_per_class = recipe.demo.held_out_per_class
 
     def training_batch(self, step: int) -> torch.Tensor:
-        """(BATCH_SIZE, 3, H, W): the classes in equal parts, no picture twice."""
+        """(BATCH_SIZE, 3, H, W): the classes in equal parts, no image twice."""
         share = BATCH_SIZE // len(self.sets)
         return self._compose(
             {n: training_combinations(self.seed, n, s, step * share, share) for n, s in self.sets.items()}
         )
 
     def training_part(self) -> torch.Tensor:
-        """The first training pictures, as many as are enough for statistics."""
+        """The first training images, as many as are enough for statistics."""
         return torch.cat([self.training_batch(step) for step in range(STATISTICS_BATCHES)])
 
     def held_out(self) -> torch.Tensor:
@@ -95,12 +95,12 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(recipe: Recipe, portraits: Portraits, pictures: int) -> Iterator[tuple[int, AutoencoderKL]]:
-    """Yields (pictures seen, averaged autoencoder) after every step."""
+def train(recipe: Recipe, portraits: Portraits, images: int) -> Iterator[tuple[int, AutoencoderKL]]:
+    """Yields (images seen, averaged autoencoder) after every step."""
     vae = build(recipe)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
-    steps = pictures // BATCH_SIZE
+    steps = images // BATCH_SIZE
     for step in (bar := tqdm(range(steps), unit="step")):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         value = loss(vae, portraits.training_batch(step), recipe.seed, step)
@@ -117,7 +117,7 @@ def train(recipe: Recipe, portraits: Portraits, pictures: int) -> Iterator[tuple
 def finish(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
     """A copy, its weights rounded to fp16, that encodes `images` with mean 0 and standard deviation 1 a channel.
 
-    The affine map goes into the 1 x 1 convolutions on either side of the latents, so the pictures stay the same; the
+    The affine map goes into the 1 x 1 convolutions on either side of the latents, so the images stay the same; the
     noise of diffusion then hides every channel alike.
     """
     finished = AutoencoderKL.from_config(vae.config)
@@ -135,7 +135,7 @@ def finish(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, float | list[float]]:
-    """PSNR in dB (mean over pictures, decoded from the posterior's mean) and the latents' statistics, as encoded."""
+    """PSNR in dB (mean over images, decoded from the posterior's mean) and the latents' statistics, as encoded."""
     vae.eval()
     errors, latents, stds = [], [], []
     for batch in images.split(MEASURE_BATCH):

@@ -1,4 +1,4 @@
-"""Decoding in processes of its own, so that the VAE never waits for pictures.
+"""Decoding in processes of its own, so that the VAE never waits for images.
 
 Process w of n prepares the batches w, w + n, w + 2n, ... and writes their pixels into memory that it shares with its
 parent: mapped before its birth and without a name, this takes no room in /dev/shm, which containers make small. The
@@ -19,26 +19,26 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from preprocess.encoding.pictures import Loaded, Pictures
+from preprocess.encoding.image_loader import ImageLoader, LoadedBatch
 
 AHEAD = 4  # batches that each process may be ahead
-MAX_SECONDS = 600  # of a processor's time for one picture; the slowest of MAX_PIXELS take minutes
+MAX_SECONDS = 600  # of a processor's time for one image; the slowest of MAX_PIXELS take minutes
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGFPE", "SIGILL", "SIGPROF")  # a decoder's own
-BETWEEN = -1  # the position in hand between two pictures
+BETWEEN = -1  # the position in hand between two images
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 ENDING_SECONDS = 30  # a process that has closed its pipe is about to end
 
 
 @contextmanager
-def decoded(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int) -> Iterator[Iterator[Loaded]]:
+def decoded(loader: ImageLoader, batches: Sequence[Sequence[int]], processes: int) -> Iterator[Iterator[LoadedBatch]]:
     """The batches, in their order, prepared by so many processes.
 
-    The iterator raises UserError naming the picture in hand where a process has died, or was ended after MAX_SECONDS.
+    The iterator raises UserError naming the image in hand where a process has died, or was ended after MAX_SECONDS.
     """
     decoders: list[_Decoder] = []
     try:
         for number in range(min(processes, len(batches))):
-            decoders.append(_started(pictures, batches[number::processes], processes))
+            decoders.append(_started(loader, batches[number::processes], processes))
         yield (decoders[number % len(decoders)].next() for number in range(len(batches)))
     finally:
         for decoder in decoders:
@@ -49,22 +49,22 @@ def decoded(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int
 class _Decoder:
     """One process, as its parent sees it."""
 
-    def __init__(self, pictures: Pictures, batches: Sequence[Sequence[int]]) -> None:
-        shape = (AHEAD, max(map(len, batches)), 3, pictures.resolution, pictures.resolution)
+    def __init__(self, loader: ImageLoader, batches: Sequence[Sequence[int]]) -> None:
+        shape = (AHEAD, max(map(len, batches)), 3, loader.resolution, loader.resolution)
         memory = mmap.mmap(-1, 8 + int(np.prod(shape)))  # shared with children, zero, and real only where written to
-        self.in_hand = np.frombuffer(memory, np.int64, 1)  # position of the picture that is read
+        self.in_hand = np.frombuffer(memory, np.int64, 1)  # position of the image that is read
         self.places = np.frombuffer(memory, np.uint8, offset=8).reshape(shape)
-        self.pictures, self.given = pictures, 0
+        self.loader, self.given = loader, 0
         self.connection, theirs = get_context("fork").Pipe()
-        arguments = (pictures, batches, self.in_hand, self.places, theirs, os.getpid())
+        arguments = (loader, batches, self.in_hand, self.places, theirs, os.getpid())
         self.process = get_context("fork").Process(target=_decode, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
-    def next(self) -> Loaded:
+    def next(self) -> LoadedBatch:
         """Its next batch. Raises UserError where there will be none."""
         try:
-            loaded: Loaded = self.connection.recv()
+            loaded: LoadedBatch = self.connection.recv()
         except (EOFError, ConnectionError):
             raise self._death() from None
         places = torch.from_numpy(self.places[self.given % AHEAD])
@@ -82,7 +82,7 @@ class _Decoder:
         by = signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"
         where, remedy = "a decoding process", "look for the reason above"
         if position != BETWEEN:
-            where = f"{self.pictures.source.entries[position].key}: its decoding process"
+            where = f"{self.loader.source.entries[position].key}: its decoding process"
         what = f"ended with {by}"
         if by == "SIGPROF":
             what = f"took more than {MAX_SECONDS} seconds of computing"
@@ -94,9 +94,9 @@ class _Decoder:
         return UserError(f"{where} {what}; {remedy}, and run this again: what is finished is kept")
 
 
-def _started(pictures: Pictures, batches: Sequence[Sequence[int]], processes: int) -> _Decoder:
+def _started(loader: ImageLoader, batches: Sequence[Sequence[int]], processes: int) -> _Decoder:
     try:
-        return _Decoder(pictures, batches)
+        return _Decoder(loader, batches)
     except OSError as error:
         raise UserError(
             f"launch.cpus_per_process: no room for {processes} decoding processes ({error.strerror}); set fewer"
@@ -104,7 +104,7 @@ def _started(pictures: Pictures, batches: Sequence[Sequence[int]], processes: in
 
 
 def _decode(
-    pictures: Pictures,
+    loader: ImageLoader,
     batches: Sequence[Sequence[int]],
     in_hand: np.ndarray,
     places: np.ndarray,
@@ -119,11 +119,11 @@ def _decode(
     for number, batch in enumerate(batches):
         if number >= AHEAD:
             connection.recv_bytes()  # a place is free again
-        connection.send(pictures.fill(places[number % AHEAD], _watched(batch, in_hand)))
+        connection.send(loader.fill(places[number % AHEAD], _watched(batch, in_hand)))
 
 
 def _watched(batch: Sequence[int], in_hand: np.ndarray) -> Iterator[int]:
-    """Notes which picture is in hand, and has the system end this process where it takes too long."""
+    """Notes which image is in hand, and has the system end this process where it takes too long."""
     for position in batch:
         in_hand[0] = position
         signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)

@@ -1,7 +1,4 @@
-"""The autoencoder: pictures to posterior moments, latents back to pictures.
-
-The latents' scaling has its one home here.
-"""
+"""The autoencoder: images to posterior moments, latents back to images."""
 
 import hashlib
 import logging
@@ -15,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.recipe import VAE
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
+from fpdm.latents import unscale_latents
 
 # What is read, and what its configuration calls the encoder's stages, of which all but the first halve the side.
 KINDS = {
@@ -41,25 +39,6 @@ class Identity:
     weights_sha256: str
     scaling_factor: float
     shift_factor: float
-
-
-def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
-    """A draw from the posterior, scaled for diffusion: (mean + std * normal - shift_factor) * scaling_factor.
-
-    Args:
-        moments: (B, 2C, h, w) posterior mean and standard deviation, unscaled, of any floating-point type.
-        normals: (B, C, h, w) standard normal numbers; zeros give the posterior's mean.
-
-    Returns:
-        (B, C, h, w) float32, of about unit variance.
-    """
-    mean, std = moments.float().chunk(2, dim=1)
-    return (mean + std * normals - shift_factor) * scaling_factor
-
-
-def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
-    """The inverse of `draw_latents`' scaling: latents of diffusion -> latents that the decoder takes."""
-    return latents / scaling_factor + shift_factor
 
 
 def find_vae(settings: VAE) -> Path | None:
@@ -197,9 +176,9 @@ def _sha256(files: list[Path]) -> str:
 
 
 class Encoder:
-    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and pictures are float32.
+    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and images are float32.
 
-    AutoencoderTiny and AutoencoderDC give one latent a picture, no distribution: its standard deviation is 0.
+    AutoencoderTiny and AutoencoderDC give one latent an image, no distribution: its standard deviation is 0.
     """
 
     def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
@@ -213,7 +192,7 @@ class Encoder:
         self._busy = 0.0
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
+        """Images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation, unscaled."""
         return self.moments(images).cpu().contiguous()
 
     @torch.no_grad()
@@ -235,15 +214,15 @@ class Encoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
         parts = self._parts(latents, self._settings.downsampling)
-        pictures = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
-        return pictures.float().clamp(-1, 1).contiguous()
+        images = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
+        return images.float().clamp(-1, 1).contiguous()
 
     def _parts(self, values: Tensor, pixels_a_side: int) -> tuple[Tensor, ...]:
         """What goes through the network at once: `vae.batch_size`, since decoding takes far more memory than a
-        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the picture's.
+        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the image's.
         """
         size = self._settings.batch_size
         if self.device.type == "cpu":
@@ -279,7 +258,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     variant = _weights(folder)[1]
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it logs what is told below
     remedy = f"get {CONFIG_NAME} and the weights of one VAE"
-    with faults_told(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
+    with errors_as(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
         network, found = kind.from_pretrained(
             folder,
             torch_dtype=dtype,

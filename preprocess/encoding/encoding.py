@@ -1,4 +1,4 @@
-"""Pictures to latent shards: what there is to do, and doing it.
+"""Images to latent shards: what there is to do, and doing it.
 
 Each shard is a pure function of the source list and the settings.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError, printable
-from common.files import NOT_WRITTEN, alone_in, disk_faults_told
+from common.files import NOT_WRITTEN, disk_errors_as_user_errors, folder_lock
 from common.recipe import Recipe, latent_shape
-from preprocess.encoding.changed_pictures import check_pictures
+from preprocess.encoding.changed_images import check_images
 from preprocess.encoding.encoder import Identity, fetch_vae, find_vae, identify
-from preprocess.encoding.guards import at_work, memory_faults_told
-from preprocess.encoding.loop import encode_pictures
+from preprocess.encoding.guards import at_work, memory_errors_as_user_errors
+from preprocess.encoding.loop import encode_images
 from preprocess.shards import (
     LatentShards,
     Record,
@@ -32,7 +32,7 @@ from preprocess.shards import (
     write_index,
     write_shard,
 )
-from preprocess.shards.forms import Autoencoder, RejectedPicture
+from preprocess.shards.forms import Autoencoder, RejectedImage
 from preprocess.sources import Source, fingerprint, open_source, warnings
 
 SHOWN = 5  # of many names, reasons or rejected images
@@ -59,7 +59,7 @@ class Encoding:
 
     @property
     def stamp(self) -> str:
-        """Of all pictures."""
+        """Of all images."""
         return self.source.entries.stamp(range(len(self.source.entries)))
 
     @property
@@ -68,7 +68,7 @@ class Encoding:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder opens as shards of these settings and of pictures that nobody has written since; the
+        """Whether the folder opens as shards of these settings and of images that nobody has written since; the
         shards' bytes are checked when they are read.
         """
         try:
@@ -169,7 +169,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
 
 
 def check_disk(encoding: Encoding, missing: int) -> str:
-    """How much `missing` pictures will take of what is free. Raises UserError where it is not enough."""
+    """How much `missing` images will take of what is free. Raises UserError where it is not enough."""
     folder = encoding.folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     needed, free = missing * encoding.sample_bytes, shutil.disk_usage(existing).free
@@ -179,7 +179,7 @@ def check_disk(encoding: Encoding, missing: int) -> str:
 
 
 def describe_plan(encoding: Encoding) -> list[str]:
-    """A line each: the pictures, what becomes of them, the shards, and what is to do. Raises UserError without room."""
+    """A line each: the images, what becomes of them, the shards, and what is to do. Raises UserError without room."""
     recipe, source, slices, data = encoding.recipe, encoding.source, encoding.slices, encoding.recipe.data
     shape = " x ".join(map(str, latent_shape(recipe)))
     vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
@@ -190,10 +190,10 @@ def describe_plan(encoding: Encoding) -> list[str]:
         *encoding.warnings,
         f"images: {len(source.entries):,} in {_classes(source.class_names)} below {data.images}",
         *_left_out(source),
-        f"latents: {data.crop} to {data.resolution} px, each picture{flips} as {shape} by {vae}",
+        f"latents: {data.crop} to {data.resolution} px, each image{flips} as {shape} by {vae}",
         f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
         f"{len(records) - records.count(None)} there already",
-        f"to do: {missing:,} pictures, {check_disk(encoding, missing)}",
+        f"to do: {missing:,} images, {check_disk(encoding, missing)}",
     ]
 
 
@@ -214,7 +214,7 @@ def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
     """Makes the shards i with i % parts == part that are missing or damaged, and keeps the rest.
 
     Raises UserError where another run is at work in the folder (the other parts of the same array are not another
-    run), as soon as more than `data.max_rejected` of all pictures are rejected, and where the disk is full.
+    run), as soon as more than `data.max_rejected` of all images are rejected, and where the disk is full.
     """
     make_shards(resolve(recipe, download=True), part, parts)
 
@@ -223,15 +223,15 @@ def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
     with (
-        disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
-        memory_faults_told(encoding.recipe),
+        disk_errors_as_user_errors(f"data.shards: {encoding.folder}", NOT_WRITTEN),
+        memory_errors_as_user_errors(encoding.recipe),
         at_work(encoding.folder, part, parts),
     ):
         remove_unfinished(encoding.folder, mine)
         records = _proved_records(encoding, mine)
         missing = [number for number, record in records.items() if record is None]
         finished = [record for record in records.values() if record is not None]
-        check_pictures(encoding.source, encoding.slices, encoding.folder, finished)
+        check_images(encoding.source, encoding.slices, encoding.folder, finished)
         check_rejected(encoding, finished)
         if missing:
             _make_missing(encoding, missing, finished)
@@ -251,7 +251,7 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
     stamps = {number: encoding.source.entries.stamp(positions) for number, positions in slices.items()}
     writing: Future[Record] | None = None
     with ThreadPoolExecutor(1) as writer:
-        for number, outcomes in encode_pictures(encoding.recipe, encoding.source, slices):
+        for number, outcomes in encode_images(encoding.recipe, encoding.source, slices):
             if writing:
                 finished.append(writing.result())
             writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings, stamps[number])
@@ -263,7 +263,7 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
 def merge_shards(encoding: Encoding) -> None:
     """Checks that all shards are there and writes the index over them; anyone may, at any time, any number of times.
 
-    Raises UserError naming the shards that are missing, and where too many pictures are rejected.
+    Raises UserError naming the shards that are missing, and where too many images are rejected.
     """
     found = _records(encoding)
     missing = [number for number, record in enumerate(found) if record is None]
@@ -277,10 +277,10 @@ def merge_shards(encoding: Encoding) -> None:
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
     with (
-        disk_faults_told(f"data.shards: {encoding.folder}", NOT_WRITTEN),
-        alone_in(encoding.folder, ".merging", wait=True),
+        disk_errors_as_user_errors(f"data.shards: {encoding.folder}", NOT_WRITTEN),
+        folder_lock(encoding.folder, ".merging", wait=True),
     ):
-        check_pictures(encoding.source, encoding.slices, encoding.folder, records)
+        check_images(encoding.source, encoding.slices, encoding.folder, records)
         shape, source = (2 * channels, height, width), encoding.source
         write_index(
             encoding.folder, records, shape, source.class_names, source.left_out, encoding.warnings, encoding.stamp
@@ -301,13 +301,13 @@ def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
     found, allowed = len(encoding.source.entries), encoding.recipe.data.max_rejected
     if len(rejected) > allowed * found:
         raise UserError(
-            f"data.max_rejected: {len(rejected)} of {found} pictures are unusable, {allowed:.2%} may be; "
+            f"data.max_rejected: {len(rejected)} of {found} images are unusable, {allowed:.2%} may be; "
             f"{describe(rejected)}; repair or remove them, or raise data.max_rejected"
         )
 
 
-def describe(rejected: Sequence[RejectedPicture]) -> str:
-    """The first few rejected pictures with their reasons, one line."""
+def describe(rejected: Sequence[RejectedImage]) -> str:
+    """The first few rejected images with their reasons, one line."""
     first = "; ".join(f"{printable(rejection['key'])}: {rejection['reason']}" for rejection in rejected[:SHOWN])
     more = len(rejected) - SHOWN
     return first + (f"; and {more} more" if more > 0 else "")
@@ -317,9 +317,9 @@ def summarise(encoding: Encoding) -> None:
     """Prints what there is now, with the latents' statistics and what was rejected."""
     shards = LatentShards(encoding.folder)
     index, (scaling, _) = shards.index, shards.scaling
-    counts = f"{index['accepted']:,} samples of {index['found']:,} pictures"
+    counts = f"{index['accepted']:,} samples of {index['found']:,} images"
     print(f"{encoding.folder}: {counts} in {len(index['shardlist'])} shards")
-    print("latents over all pictures, unscaled; scaled for diffusion, deviations about 1 are wanted:")
+    print("latents over all images, unscaled; scaled for diffusion, deviations about 1 are wanted:")
     print("  channel     mean  deviation  scaled")
     for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
         print(f"  {channel:7} {mean:8.3f}  {std:9.3f}  {std * scaling:6.3f}")

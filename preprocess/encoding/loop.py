@@ -1,4 +1,4 @@
-"""The loop that encodes: pictures from worker processes through the VAE, one shard after another."""
+"""The loop that encodes: images from worker processes through the VAE, one shard after another."""
 
 import itertools
 import time
@@ -13,7 +13,7 @@ from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from preprocess.encoding.decoding import decoded
 from preprocess.encoding.encoder import Encoder
-from preprocess.encoding.pictures import Loaded, Pictures
+from preprocess.encoding.image_loader import ImageLoader, LoadedBatch
 from preprocess.images.images import from_uint8
 from preprocess.shards import Rejection, Sample
 from preprocess.sources import Source
@@ -22,20 +22,20 @@ Outcome = Sample | Rejection
 Moments = Callable[[], list[np.ndarray]]  # waits for them: none, one or two of (B, 2C, h, w) float16
 
 
-def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
-    """Yields (shard, what became of each of its pictures); `slices` has the shards' positions in the source's list.
+def encode_images(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
+    """Yields (shard, what became of each of its images); `slices` has the shards' positions in the source's list.
 
-    Shows pictures a second, the time left, and the share of it for which the VAE was busy.
+    Shows images a second, the time left, and the share of it for which the VAE was busy.
     """
     share_cores()
     encoder = Encoder(recipe.vae, own_device())
-    pictures = Pictures(source, recipe.data.crop, recipe.data.resolution)
+    loader = ImageLoader(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
     total, others = sum(map(len, every)), rank_and_world_size()[0] > 0  # one rank's bar stands for all
     with (
-        decoded(pictures, every, recipe.launch.cpus_per_process) as loaded,
-        tqdm(total=total, unit="picture", desc="encode", disable=others) as bar,
+        decoded(loader, every, recipe.launch.cpus_per_process) as loaded,
+        tqdm(total=total, unit="image", desc="encode", disable=others) as bar,
     ):
         started = time.monotonic()
         for number, of_shard in batches.items():
@@ -48,17 +48,17 @@ def encode_pictures(recipe: Recipe, source: Source, slices: Mapping[int, range])
                 bar.update(len(given.positions) + len(given.rejected))
             yield number, outcomes
         seconds = time.monotonic() - started
-    print(f"encoded {total:,} pictures, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+    print(f"encoded {total:,} images, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
 
 
 def _batches(positions: range, size: int) -> list[range]:
-    """Batches are cut inside a shard, so that timing and kills never decide which pictures meet in one."""
+    """Batches are cut inside a shard, so that timing and kills never decide which images meet in one."""
     return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
-def _one_ahead(encoder: Encoder, batches: Iterator[Loaded], flips: bool) -> Iterator[tuple[Loaded, Moments]]:
+def _one_ahead(encoder: Encoder, batches: Iterator[LoadedBatch], flips: bool) -> Iterator[tuple[LoadedBatch, Moments]]:
     """Each batch with its moments; the VAE has the next batch before these are waited for, so that no GPU waits."""
-    waiting: list[tuple[Loaded, Moments]] = []
+    waiting: list[tuple[LoadedBatch, Moments]] = []
     for loaded in batches:
         waiting.append((loaded, _submit(encoder, loaded.images, flips)))
         if len(waiting) > 1:
@@ -89,7 +89,7 @@ def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
     return wait
 
 
-def _collect(recipe: Recipe, source: Source, loaded: Loaded, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
+def _collect(recipe: Recipe, source: Source, loaded: LoadedBatch, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
     yield from loaded.rejected
     for number, position in enumerate(loaded.positions):
         digest, arrays = loaded.digests[number], [array[number] for array in moments]

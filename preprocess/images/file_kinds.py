@@ -47,7 +47,7 @@ LOOKED_AT = 1024  # bytes
 
 
 def kind_of_file(data: bytes) -> str:
-    """What is known of it, in words that follow "not readable as a picture: "."""
+    """What is known of it, in words that follow "not readable as an image: "."""
     beginning = data[:LOOKED_AT].removeprefix(b"\xef\xbb\xbf")  # a text's mark of UTF-8
     for pattern, kind in _PATTERNS:
         if pattern.match(beginning):

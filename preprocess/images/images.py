@@ -1,4 +1,4 @@
-"""Bytes to pixels and back: how a picture is read, cropped, and turned into numbers.
+"""Bytes to pixels and back: how an image is read, cropped, and turned into numbers.
 
 Each rule has its one home here.
 """
@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import Told, faults_told
+from common.errors import OneLineError, errors_as
 from preprocess.images.file_kinds import kind_of_file
 from preprocess.images.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
@@ -23,11 +23,11 @@ MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, EPS above all, run programs or none
 WHITE = (255, 255, 255, 255)
 
-UNREADABLE = "not readable as a picture"
+UNREADABLE = "not readable as an image"
 
 
-class Rejected(Told):
-    """A picture that cannot be used. The message is the reason, the same in every run."""
+class Rejected(OneLineError):
+    """An image that cannot be used. The message is the reason, the same in every run."""
 
     limit = 200
 
@@ -36,22 +36,22 @@ class Rejected(Told):
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture in an encoded file, as RGB.
+    """The image in an encoded file, as RGB.
 
     - The format is found from the bytes, whatever the file's name says: one of FORMATS, or NPY of uint8 (CelebA-HQ):
       (H, W), (H, W, 3), (3, H, W) or (1, 3, H, W). Of an animation, or several pages, the first counts.
-    - EXIF orientation is applied: the picture stands as its photographer saw it. Of other metadata nothing is read,
+    - EXIF orientation is applied: the image stands as its photographer saw it. Of other metadata nothing is read,
       ICC profiles are not applied; whatever is wrong with them, the pixels count.
     - Alpha, a palette's transparent colour included, is composed on white. Grey is repeated in three channels. 16-bit
       values are divided by 256, 12-bit ones by 16, those of a PGM up to another maximum are scaled to 16 bits first;
       palettes, 1-bit, CMYK and other colour spaces take Pillow's conversion.
 
-    Raises Rejected for what is truncated, damaged, above MAX_PIXELS, of floating-point pixels, or no picture, and for
+    Raises Rejected for what is truncated, damaged, above MAX_PIXELS, of floating-point pixels, or no image, and for
     whatever else a decoder raises.
     """
     if not data:
         raise Rejected("empty file")
-    with faults_told(Rejected, UNREADABLE):
+    with errors_as(Rejected, UNREADABLE):
         if data.startswith(np.lib.format.MAGIC_PREFIX):
             return _from_array(data)
         bare, exif = without_metadata(data)
@@ -73,9 +73,9 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _from_array(data: bytes) -> Image.Image:
-    """The picture in a .npy file."""
+    """The image in a .npy file."""
     file = io.BytesIO(data)
-    with faults_told(Rejected, f"{UNREADABLE}: its .npy header is damaged"):
+    with errors_as(Rejected, f"{UNREADABLE}: its .npy header is damaged"):
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read(file)
@@ -151,7 +151,7 @@ def short_side_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
-    """The whole picture, `resolution` pixels wide and high, by Lanczos: for pictures that are square and aligned."""
+    """The whole image, `resolution` pixels wide and high, by Lanczos: for images that are square and aligned."""
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -163,7 +163,7 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]: 0 is -1, 255 is 1."""
+    """RGB image -> (3, H, W) float32 in [-1, 1]: 0 is -1, 255 is 1."""
     return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 

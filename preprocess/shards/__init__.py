@@ -2,7 +2,7 @@
 
     latents-000000.tar          plain ustar, reproducible to the byte; a sample's members lie next to each other:
         0000000042.moments.npy          float16 (2C, h, w): posterior mean and standard deviation, unscaled
-        0000000042.moments_flip.npy     the same of the mirrored picture, where data.flips asks for it
+        0000000042.moments_flip.npy     the same of the mirrored image, where data.flips asks for it
         0000000042.cls                  class index as text
         0000000042.json                 key in the source, width, height
     latents-000000.samples.npy  one row (SAMPLE) a sample; all that a reader of remote shards fetches beside the tar
@@ -10,7 +10,7 @@
     samples.npy                 all rows, memory-mapped by the reader of a local folder
     index.json                  all records and what they were made with; written last of all
 
-A member's number is the picture's position in the sorted source list, and shard i covers a fixed slice of that list:
+A member's number is the image's position in the sorted source list, and shard i covers a fixed slice of that list:
 any worker can write any shard, and a kill costs the shard in hand.
 
 `format` has the names, the row and the checksum; `forms` what the JSON files hold; `writer`, `reader` and

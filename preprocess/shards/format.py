@@ -34,26 +34,26 @@ REMEDY = "delete that file and run preprocess/encode_latents.py again: it makes 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture's latents, on their way into a shard."""
+    """One image's latents, on their way into a shard."""
 
     position: int
     key: str
     label: int
-    width: int  # of the picture before cropping, pixels
+    width: int  # of the image before cropping, pixels
     height: int
     moments: np.ndarray  # (2C, h, w) float16
     flipped: np.ndarray | None
-    picture: str = ""  # the first 16 hex digits of the sha256 of its encoded bytes
+    digest: str = ""  # the first 16 hex digits of the sha256 of its encoded bytes
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """One picture that could not be used, and why."""
+    """One image that could not be used, and why."""
 
     key: str
     reason: str
     position: int = field(default=-1, compare=False)
-    picture: str = field(default="", compare=False)  # as a Sample's, where its bytes could be read
+    digest: str = field(default="", compare=False)  # as a Sample's, where its bytes could be read
 
 
 def shard_name(number: int) -> str:

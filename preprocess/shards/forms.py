@@ -54,7 +54,7 @@ class Settings(TypedDict):
 
 
 @with_config(STRICT)
-class RejectedPicture(TypedDict):
+class RejectedImage(TypedDict):
     key: str
     reason: str
 
@@ -81,9 +81,9 @@ class Record(TypedDict):
     filesize: Count
     sha256: Digest
     samples_sha256: Digest
-    rejected: list[RejectedPicture]
+    rejected: list[RejectedImage]
     channel_sums: Annotated[list[list[float]], Field(min_length=2, max_length=2)]  # (2, C); (2, 0) without samples
-    pictures: list[Annotated[str, Field(pattern=r"\A([0-9a-f]{16})?\z")]]  # what it was made of: `Sample.picture`
+    pictures: list[Annotated[str, Field(pattern=r"\A([0-9a-f]{16})?\z")]]  # the `Sample.digest` of each image
     stamp: str  # of the files that these lay in: `sources.entries.Entries.stamp`
 
 
@@ -107,12 +107,12 @@ class Index(TypedDict):
     shape: Annotated[list[Side], Field(min_length=3, max_length=3)]  # (2C, h, w)
     found: Count
     accepted: Count
-    rejected: list[RejectedPicture]
+    rejected: list[RejectedImage]
     left_out: dict[str, Count]
     warnings: list[str]
     samples_sha256: Digest
     latents: Statistics
-    stamp: str  # of all files that the pictures lay in
+    stamp: str  # of all files that the images lay in
     converted_from: NotRequired[Digest]
 
 

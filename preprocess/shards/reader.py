@@ -101,7 +101,7 @@ class LatentShards:
     def gather(self, indices: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
         """Samples `indices` (B,) -> moments (B, 2C, h, w) float16: mean and standard deviation, unscaled.
 
-        Where `flip` (B,) is true, those of the mirrored picture. Each sample's checksum, which covers its label, is
+        Where `flip` (B,) is true, those of the mirrored image. Each sample's checksum, which covers its label, is
         verified before anything is returned; a damaged copy in the cache is fetched again, once. Raises UserError
         naming shard and sample for damage, or for flips that the shards do not hold.
         """

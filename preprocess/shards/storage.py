@@ -1,7 +1,6 @@
 """Where a data set's files lie: in a local folder, or at any fsspec address behind a verified local cache."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -10,13 +9,13 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write, disk_faults_told, open_own
+from common.files import atomic_write, disk_errors_as_user_errors, folder_lock
 from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
 from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
@@ -162,7 +161,10 @@ class CachedFolder:
         if not self.is_here(name, size, sha256):
             with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
                 if not self.is_here(name, size, sha256):  # another process may have fetched it meanwhile
-                    with disk_faults_told(f"data.cache: {self.cache.folder}"), atomic_write(path) as temporary:
+                    with (
+                        disk_errors_as_user_errors(f"data.cache: {self.cache.folder}"),
+                        atomic_write(path) as temporary,
+                    ):
                         self._reserve(temporary, size)
                         self._download(name, temporary, size, sha256)
         return path
@@ -227,22 +229,8 @@ class CachedFolder:
                 excess -= status.st_size
         return excess <= 0
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        folder = self.cache.folder / ".locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open_own(folder / name)
-        except OSError as error:
-            raise UserError(
-                f"data.cache: {self.cache.folder} cannot be written by this user ({error.strerror}); name a folder of "
-                "one's own, such as /tmp/$USER/latents"
-            ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return folder_lock(self.cache.folder / ".locks", name, wait=True, place=f"data.cache: {self.cache.folder}")
 
 
 def shard_files(shard: Shard) -> tuple[ShardFile, ShardFile]:

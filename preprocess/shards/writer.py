@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from preprocess.shards.forms import (
     Index,
     OtherVersion,
     Record,
-    RejectedPicture,
+    RejectedImage,
     Settings,
     Statistics,
     read_local_index,
@@ -41,22 +42,25 @@ from preprocess.shards.forms import (
     write_index_file,
 )
 
+if TYPE_CHECKING:
+    from webdataset import TarWriter
+
 
 def write_shard(
     folder: Path, number: int, outcomes: Iterable[Sample | Rejection], settings: Settings, stamp: str = ""
 ) -> Record:
     """Writes one shard, whole or not at all, and returns its record.
 
-    `settings`: what it is made with; `stamp`: `Entries.stamp` of its pictures.
+    `settings`: what it is made with; `stamp`: `Entries.stamp` of its images.
     """
     tar_path = folder / shard_name(number)
     rows: list[tuple[int, ...]] = []
-    rejected: list[RejectedPicture] = []
+    rejected: list[RejectedImage] = []
     sums = np.zeros((2, 0))
-    pictures: list[tuple[int, str]] = []
-    with atomic_write(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    digests: list[tuple[int, str]] = []
+    with atomic_write(tar_path) as temporary, open(temporary, "wb") as file, _tar_writer(file) as tar:
         for outcome in outcomes:
-            pictures.append((outcome.position, outcome.picture))
+            digests.append((outcome.position, outcome.digest))
             if isinstance(outcome, Rejection):
                 rejected.append({"key": outcome.key, "reason": outcome.reason})
             else:
@@ -75,40 +79,45 @@ def write_shard(
         "samples_sha256": sha256_file(rows_path(tar_path)),
         "rejected": rejected,
         "channel_sums": [row.tolist() for row in sums],
-        "pictures": [digest for _, digest in sorted(pictures)],
+        "pictures": [digest for _, digest in sorted(digests)],
         "stamp": stamp,
     }
     write_sealed(tar_path.with_suffix(".json"), record)
     return record
 
 
-def _add_sample(tar: tarfile.TarFile, shard: int, sample: Sample) -> tuple[int, ...]:
+def _tar_writer(file: BinaryIO) -> "TarWriter":
+    """A writer of reproducible tars: no time, no user, bytes as they are given."""
+    from webdataset import TarWriter  # imports torch, which readers of shards do without
+
+    return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+
+def _add_sample(tar: "TarWriter", shard: int, sample: Sample) -> tuple[int, ...]:
     """Appends a sample's members; returns its row."""
     name = member_name(sample.position)
-    offset, crc32 = _add_moments(tar, f"{name}.moments.npy", sample.moments, sample.label)
+    offset, crc32 = _add_moments(tar, name, "moments.npy", sample.moments, sample.label)
     flip_offset, flip_crc32 = 0, 0
     if sample.flipped is not None:
-        flip_offset, flip_crc32 = _add_moments(tar, f"{name}.moments_flip.npy", sample.flipped, sample.label)
+        flip_offset, flip_crc32 = _add_moments(tar, name, "moments_flip.npy", sample.flipped, sample.label)
     source = {"key": sample.key, "width": sample.width, "height": sample.height}
-    _add_member(tar, f"{name}.cls", str(sample.label).encode())
-    _add_member(tar, f"{name}.json", json.dumps(source).encode())
+    _add_member(tar, name, "cls", str(sample.label).encode())
+    _add_member(tar, name, "json", json.dumps(source).encode())
     return sample.position, offset, flip_offset, shard, sample.label, crc32, flip_crc32
 
 
-def _add_moments(tar: tarfile.TarFile, name: str, moments: np.ndarray, label: int) -> tuple[int, int]:
+def _add_moments(tar: "TarWriter", name: str, field: str, moments: np.ndarray, label: int) -> tuple[int, int]:
     """Returns the offset of the array's bytes and their checksum."""
     array, buffer = np.ascontiguousarray(moments, MOMENTS), io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
-    offset = _add_member(tar, name, buffer.getvalue()) + buffer.tell() - array.nbytes
+    offset = _add_member(tar, name, field, buffer.getvalue()) + buffer.tell() - array.nbytes
     return offset, checksum(array.data.cast("B"), label)
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Returns the offset of the member's first byte. TarInfo's own defaults are time 0, user 0, mode 0644."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(member, io.BytesIO(data))
+def _add_member(tar: "TarWriter", name: str, field: str, data: bytes) -> int:
+    """Returns the offset of the member's first byte. One `write` each: a sample's members would be sorted otherwise."""
+    offset = tar.tarstream.offset + tarfile.BLOCKSIZE
+    tar.write({"__key__": name, field: data})
     return offset
 
 
@@ -166,7 +175,7 @@ def write_index(
     """Merges the shards' records into samples.npy and index.json; for one at a time.
 
     `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason; `warnings` is what
-    is unlike the data set that it should be; `stamp` is `Entries.stamp` of all pictures.
+    is unlike the data set that it should be; `stamp` is `Entries.stamp` of all images.
     """
     for name in (SAMPLES, INDEX):
         for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
@@ -220,7 +229,7 @@ def _rows_data(tar_path: Path, record: Record) -> bytes:
 
 
 def _statistics(records: list[Record], count: int) -> Statistics:
-    """Mean and standard deviation a channel of unscaled latents, over all pixels of all pictures, without flips."""
+    """Mean and standard deviation a channel of unscaled latents, over all pixels of all images, without flips."""
     sums = [np.array(record["channel_sums"]) for record in records if record["nsamples"]]
     if not sums:
         return {"mean": [], "std": []}

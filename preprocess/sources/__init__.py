@@ -1,4 +1,4 @@
-"""Where pictures come from. A source lists its pictures in a stable order without reading one, and opens any of them.
+"""Where images come from. A source lists its images in a stable order without reading one, and opens any of them.
 
 `open_source` opens what the recipe's section `data` names; each kind finds out by itself in which form the data set is
 there.
@@ -10,7 +10,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.recipe import Data
-from preprocess.sources.entries import PICTURE_SUFFIXES, Entries, Entry, Source, fingerprint
+from preprocess.sources.entries import IMAGE_SUFFIXES, Entries, Entry, Source, fingerprint
 from preprocess.sources.folders import list_folder
 from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
 from preprocess.sources.known import warnings
@@ -31,7 +31,7 @@ HUB_PARQUET = ("*.parquet", "data/*.parquet", "*/train/*.parquet")  # where a cl
 
 
 def open_source(data: Data, which: Which = "images") -> Source:
-    """The pictures that `data.images` names, or `data.held_out`, which is of the same kind.
+    """The images that `data.images` names, or `data.held_out`, which is of the same kind.
 
     Raises UserError that begins with the field's name.
     """
@@ -61,19 +61,19 @@ def _imagenet(path: str, field: str, data: Data) -> Source:
 
 def _faces(path: str, field: str, data: Data) -> Source:
     """FFHQ (a tree of thousands, or flat) and CelebA-HQ (JPG, PNG or NPY), in a folder or a zip."""
-    listing = _listing(path, field, data, PICTURE_SUFFIXES | {".npy"})
+    listing = _listing(path, field, data, IMAGE_SUFFIXES | {".npy"})
     return ListedSource(listing, faces(listing))
 
 
 def _lsun(path: str, field: str, data: Data) -> Source:
-    """A category: its LMDB, or its pictures in a folder or a zip; the class is named as that is."""
+    """A category: its LMDB, or its images in a folder or a zip; the class is named as that is."""
     if database := find_lmdb(path, field):
         return LmdbSource(database, field)
     listing = _listing(path, field, data)
     return ListedSource(listing, scene(listing))
 
 
-def _listing(path: str, field: str, data: Data, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> Listing:
+def _listing(path: str, field: str, data: Data, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
     if found := find_zip(path):
         return list_zip(*found, field, suffixes)
     return list_folder(path, field, suffixes, follow_links=data.follow_links)

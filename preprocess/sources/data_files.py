@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.sources.entries import is_hidden, kind_of
 from preprocess.sources.folders import walk_visible
 
@@ -74,7 +74,7 @@ def _below(folder: Path, suffix: str, field: str, left_out: Counter[str]) -> Ite
 def _alternatives(path: str, field: str) -> list[str]:
     from braceexpand import braceexpand
 
-    with faults_told(UserError, f"{field}: {path} has unbalanced braces; close them"):
+    with errors_as(UserError, f"{field}: {path} has unbalanced braces; close them"):
         ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
         lists = re.findall(r"\{([^{},]*,[^{}]*)\}", path)
         count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
@@ -86,7 +86,7 @@ def _alternatives(path: str, field: str) -> list[str]:
 def _matching(pattern: str, field: str, suffix: str, left_out: Counter[str]) -> list[Path]:
     if os.path.isfile(pattern):
         return [Path(pattern)]
-    with faults_told(UserError, f"{field}: {pattern} cannot be looked for; name a folder"):
+    with errors_as(UserError, f"{field}: {pattern} cannot be looked for; name a folder"):
         matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
     files = [file for file in matches if file.suffix.lower() == suffix]
     left_out.update(kind_of(file.name) for file in matches if file.suffix.lower() != suffix)

@@ -5,7 +5,7 @@ from collections import Counter
 from reprlib import repr as short
 from typing import Any
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.sources.entries import MAX_CLASSES
 from preprocess.sources.listing import LABELS, Folder, Layout, Listing
 
@@ -41,7 +41,7 @@ def labelled(listing: Listing, home: Folder) -> Layout | None:
 
 def _pairs(listing: Listing, key: str, path: str) -> list[Any] | None:
     remedy = "mend it, or rename it where it holds no labels"
-    with faults_told(UserError, f"{listing.field}: {path} cannot be read; {remedy}"):
+    with errors_as(UserError, f"{listing.field}: {path} cannot be read; {remedy}"):
         content = json.loads(listing.read(key))
     pairs = content.get("labels") if isinstance(content, dict) else None
     if pairs is not None and not isinstance(pairs, list):

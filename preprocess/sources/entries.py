@@ -1,4 +1,4 @@
-"""What every source of pictures gives: entries in a stable order, and the bytes of any of them."""
+"""What every source of images gives: entries in a stable order, and the bytes of any of them."""
 
 import hashlib
 import os
@@ -11,10 +11,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
 
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -41,11 +41,11 @@ MAX_CLASSES = 1_000_000  # a label above is taken for damage
 
 
 class Entry(NamedTuple):
-    """One picture of a source."""
+    """One image of a source."""
 
     key: str  # its name within the source; no two entries share one
     label: int  # class index
-    size: int  # of the encoded picture, bytes; of the file it lies in where the format does not tell
+    size: int  # of the encoded image, bytes; of the file it lies in where the format does not tell
     place: tuple[int, int] = (0, 0)  # where the source finds it: the source's own affair
     stamp: int = 0  # of the file it lies in: `file_stamp`; 0 where `place` tells its content, as a checksum does
 
@@ -73,7 +73,7 @@ class Entries:
         return Entry(key, label, size, (place[0], place[1]), stamp)
 
     def stamp(self, positions: range) -> str:
-        """Of where these pictures lie: while it is the same, so are their bytes. Sixteen hex digits."""
+        """Of where these images lie: while it is the same, so are their bytes. Sixteen hex digits."""
         columns = np.ascontiguousarray(self._columns[positions.start : positions.stop, 1:])
         return hashlib.sha256(columns.tobytes()).hexdigest()[:16]
 
@@ -94,12 +94,12 @@ class Source(Protocol):
     left_out: Counter[str]  # files not taken, by reason: with those taken every one; a hidden folder counts as one
 
     def open(self, entry: Entry) -> bytes:
-        """A picture's encoded bytes. Raises Rejected where they cannot be read."""
+        """An image's encoded bytes. Raises Rejected where they cannot be read."""
         ...
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 over every key, label and size and the class names, in order: another list of pictures has another one."""
+    """sha256 over every key, label and size and the class names, in order: another list of images has another one."""
     digest = hashlib.sha256("\n".join(source.class_names).encode(errors="surrogateescape"))
     for entry in source.entries:
         digest.update(f"\n{entry.key}\t{entry.label}\t{entry.size}".encode(errors="surrogateescape"))
@@ -118,31 +118,31 @@ def file_stamp(status: os.stat_result) -> int:
 def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
     """`size` bytes of a file, opened anew: any number of forked workers may read at once. Raises Rejected."""
     check_size(size)
-    with faults_told(Rejected, "cannot be opened"), open(path, "rb") as file:
+    with errors_as(Rejected, "cannot be opened"), open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
 def check_size(size: int) -> None:
-    """Raises Rejected for more bytes than a picture may have, before they are read."""
+    """Raises Rejected for more bytes than an image may have, before they are read."""
     if size > MAX_ENCODED:
-        raise Rejected(f"{size:,} bytes, above {MAX_ENCODED:,}: too many for a picture")
+        raise Rejected(f"{size:,} bytes, above {MAX_ENCODED:,}: too many for an image")
 
 
 def read_whole(path: os.PathLike[str], size: int) -> bytes:
     """A file that had `size` bytes when it was listed. Raises Rejected where it has not."""
     data = read_at(path, 0, size)
     if len(data) != size or read_at(path, size, 1):
-        raise Rejected(f"changed while pictures were read: it had {size:,} bytes")
+        raise Rejected(f"changed while images were read: it had {size:,} bytes")
     return data
 
 
-def is_picture(name: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
+def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
     return os.path.splitext(name)[1].lower() in suffixes
 
 
 def kind_of(name: str) -> str:
-    """Why a file that is no picture by its name is left out: its suffix, as a reason for `Source.left_out`."""
+    """Why a file that is no image by its name is left out: its suffix, as a reason for `Source.left_out`."""
     if is_hidden(name):
         return HIDDEN
     suffix = os.path.splitext(name)[1].lower()
@@ -150,7 +150,7 @@ def kind_of(name: str) -> str:
         return f"{ENCODED_AS} {UNREAD[suffix]}, which is not read; convert to PNG or JPEG"
     if len(suffix) > 12 or not suffix[1:].isalnum():  # no kind, but part of a name
         suffix = ""
-    return f"no picture: {suffix or 'no suffix'}"
+    return f"not an image: {suffix or 'no suffix'}"
 
 
 def is_hidden(name: str) -> bool:

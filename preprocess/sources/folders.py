@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, PICTURE_SUFFIXES, Entry, file_stamp, is_hidden, read_whole
+from preprocess.sources.entries import HIDDEN, HIDDEN_FOLDER, IMAGE_SUFFIXES, Entry, file_stamp, is_hidden, read_whole
 from preprocess.sources.listing import Folder, Listing, Place
 
 
 def list_folder(
-    path: str | Path, field: str, suffixes: frozenset[str] = PICTURE_SUFFIXES, *, follow_links: bool = False
+    path: str | Path, field: str, suffixes: frozenset[str] = IMAGE_SUFFIXES, *, follow_links: bool = False
 ) -> Listing:
     """Everything below a folder; inodes are read of symbolic links alone, or with `follow_links` of folders too.
 

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from common.errors import UserError, faults_told
-from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
+from common.errors import UserError, errors_as
+from preprocess.sources.entries import Entries, Entry, file_stamp, is_image, kind_of, read_at
 from preprocess.sources.layouts import check_classes, check_not_empty
 from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource
@@ -40,7 +40,7 @@ def check_wnids(names: list[str], path: object, field: str) -> None:
     if strange is not None:
         raise UserError(
             f"{field}: {path} holds {strange!r}, which is none of ImageNet-1k's 1,000 wnids "
-            "(n01440764, ...); name the folder or tar of the training pictures, or set data.source=folder"
+            "(n01440764, ...); name the folder or tar of the training images, or set data.source=folder"
         )
 
 
@@ -66,7 +66,7 @@ class ImageNetTar:
 
     def __init__(self, path: str | Path, field: str) -> None:
         self.path, self.left_out = Path(path), Counter[str]()
-        with faults_told(UserError, f"{field}: {path} cannot be read"):
+        with errors_as(UserError, f"{field}: {path} cannot be read"):
             file = open(self.path, "rb")  # noqa: SIM115
         with file:
             members = sorted(tar_members(self.path, field, Window(file, 0, os.stat(path).st_size), self.left_out))
@@ -87,11 +87,11 @@ class ImageNetTar:
         for label, inner in enumerate(classes):
             inside = Path(f"{self.path}/{inner.name}")
             members = sorted(tar_members(inside, field, Window(file, inner.offset, inner.size), self.left_out))
-            pictures = [member for member in members if is_picture(member.name)]
-            if not pictures:
+            images = [member for member in members if is_image(member.name)]
+            if not images:
                 raise UserError(f"{field}: {inside} holds no images; complete {self.path}, or pack it without that one")
-            self.left_out.update(kind_of(member.name) for member in members if not is_picture(member.name))
-            for member in pictures:
+            self.left_out.update(kind_of(member.name) for member in members if not is_image(member.name))
+            for member in images:
                 yield Entry(f"{inner.name[:-4]}/{member.name}", label, member.size, (member.offset, 0), stamp)
 
 

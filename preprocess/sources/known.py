@@ -63,7 +63,7 @@ def warnings(kind: str, source: Source) -> list[str]:
         )
     if unread := sum(count for reason, count in left_out.items() if reason.startswith(ENCODED_AS)):
         told.append(f"warning: {unread:,} images are in formats that are not read, and left out")
-    unnamed = sum(count for reason, count in left_out.items() if reason.startswith("no picture"))
+    unnamed = sum(count for reason, count in left_out.items() if reason.startswith("not an image"))
     if unnamed > found:
         told.append(f"warning: most files are left out: {unnamed:,} are no images by their names, {found:,} are")
     return told

@@ -109,7 +109,7 @@ def check_not_empty(listing: Listing) -> None:
     if listing.root.has_images():
         return
     reasons = listing.root.reasons()
-    advice = [text for suffix, text in ELSEWHERE.items() if f"no picture: {suffix}" in reasons]
+    advice = [text for suffix, text in ELSEWHERE.items() if f"not an image: {suffix}" in reasons]
     remedy = advice[0] if advice else "docs/data.md lists in what forms each data.source is read"
     raise listing.refusal(listing.root, f"{what_it_holds(listing.root)}: there are no images; {remedy}")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.entries import Entries, Entry, is_hidden, is_picture, kind_of
+from preprocess.sources.entries import Entries, Entry, is_hidden, is_image, kind_of
 
 LABELS = "dataset.json"  # where StyleGAN's dataset_tool keeps labels
 SHOWN = 4  # of many names or reasons, in one line
@@ -33,7 +33,7 @@ class Folder:
 
     def add(self, name: str, suffixes: frozenset[str]) -> None:
         """A file of this folder. A hidden one is none of the images, whatever its suffix."""
-        if is_picture(name, suffixes) and not is_hidden(name):
+        if is_image(name, suffixes) and not is_hidden(name):
             self.images.append(self.below(name))
         else:
             self.others[kind_of(name)] += 1

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
-from preprocess.sources.entries import Entries, Entry, check_size, file_stamp, is_picture, kind_of
+from preprocess.sources.entries import Entries, Entry, check_size, file_stamp, is_image, kind_of
 from preprocess.sources.folders import walk_visible
 
 DATA = "data.mdb"
@@ -45,7 +45,7 @@ class LmdbSource:
 
     def open(self, entry: Entry) -> bytes:
         check_size(entry.size)
-        with faults_told(Rejected, "cannot be read"), _environment(self.file).begin() as transaction:
+        with errors_as(Rejected, "cannot be read"), _environment(self.file).begin() as transaction:
             value = transaction.get(entry.key.encode(errors="surrogateescape"))
         if value is None:
             raise Rejected("no longer in its LMDB")
@@ -56,13 +56,13 @@ class LmdbSource:
         for parent, links, names in walk_visible(self.file.parent, self.field, self.left_out):
             others = [name for name in names + links if parent / name != self.file]
             self.left_out.update(
-                "beside the LMDB, which is read" if is_picture(name) else kind_of(name) for name in others
+                "beside the LMDB, which is read" if is_image(name) else kind_of(name) for name in others
             )
 
     def _entries(self) -> Iterator[Entry]:
         stamp = file_stamp(os.stat(self.file))
         damaged = f"{self.field}: {self.file} is damaged; get it anew"
-        with faults_told(UserError, damaged), _environment(self.file).begin(buffers=True) as transaction:
+        with errors_as(UserError, damaged), _environment(self.file).begin(buffers=True) as transaction:
             self._check_values(transaction)
             side = self._largest_side(transaction)
             previous = None
@@ -72,7 +72,7 @@ class LmdbSource:
                     raise UserError(f"{self.field}: {self.file} has two values of the key {name!r}; keep one of them")
                 previous = name
                 if name in NO_IMAGES:
-                    self.left_out["no picture: what an LMDB tells of itself"] += 1
+                    self.left_out["not an image: what an LMDB tells of itself"] += 1
                 elif side and not name.startswith(side):
                     self.left_out["of a smaller resolution"] += 1
                 else:
@@ -101,7 +101,7 @@ class LmdbSource:
 
     def _check_size(self) -> None:
         remedy = "name another, or get it anew where it is damaged"
-        with faults_told(UserError, f"{self.field}: {self.file} is not an LMDB that can be read; {remedy}"):
+        with errors_as(UserError, f"{self.field}: {self.file} is not an LMDB that can be read; {remedy}"):
             environment = _environment(self.file)
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             size = self.file.stat().st_size
@@ -136,7 +136,7 @@ def _environment(file: Path) -> Any:
 
 
 def _close_all() -> None:
-    """An LMDB must not be carried over a fork either: parent and child open theirs when they read the next picture."""
+    """An LMDB must not be carried over a fork either: parent and child open theirs when they read the next image."""
     while _opened:
         _opened.popitem()[1].close()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
 from preprocess.sources.data_files import common_folder, data_files
 from preprocess.sources.entries import Entries, Entry, check_size, file_stamp, refuse_lfs_pointer
@@ -51,7 +51,7 @@ class ParquetSource:
     def open(self, entry: Entry) -> bytes:
         """Reads the row group that holds the image, and keeps it: the next image is most likely in it too."""
         number, row = entry.place
-        with faults_told(Rejected, "cannot be read"):
+        with errors_as(Rejected, "cannot be read"):
             image = self._row(number, row)
             is_structure = image.is_valid and isinstance(image, Mapping)
             path, content = (image.get("path"), image["bytes"]) if is_structure else (None, image)
@@ -107,7 +107,7 @@ def _describe(file: Path, field: str) -> Table:
     """Raises UserError for a file that is no parquet, and for two columns of one name."""
     from pyarrow import parquet
 
-    with faults_told(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
         with open(file, "rb") as start:
             refuse_lfs_pointer(file, field, start.read(40))
         schema = parquet.read_schema(file)
@@ -115,7 +115,7 @@ def _describe(file: Path, field: str) -> Table:
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{field}: {file} has two columns {twice!r}; write it with one of them")
-    with faults_told(UserError, f"{field}: {file} has metadata that `datasets` does not write; write it again"):
+    with errors_as(UserError, f"{field}: {file} has metadata that `datasets` does not write; write it again"):
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata.get("info", {}).get("features", {})
         return Table(file, schema, {name: dict(feature) for name, feature in features.items()})
@@ -149,7 +149,7 @@ def _check_embedded(file: Path, field: str, name: str) -> None:
     """Raises UserError where the file's own statistics say that it has paths in place of all images."""
     from pyarrow import parquet
 
-    with faults_told(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
         metadata = parquet.read_metadata(file)
         places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in (name, f"{name}.bytes")]
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -198,13 +198,13 @@ def _labels(file: Path, field: str, columns: list[str]) -> Iterator[dict[str, Va
     """What each row has in these columns."""
     from pyarrow import parquet
 
-    with faults_told(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
         with parquet.ParquetFile(file) as opened:
             rows = opened.metadata.num_rows
             table = opened.read(columns=columns) if columns else None
         lists = [table[name].to_pylist() for name in columns] if table else []
     for row in range(rows):
-        with faults_told(UserError, f"{field}: {file}, row {row}, has no label that is read; {REMEDY}"):
+        with errors_as(UserError, f"{field}: {file}, row {row}, has no label that is read; {REMEDY}"):
             found = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
         yield found
 
@@ -215,7 +215,7 @@ def _names(tables: list[Table], field: str, label: str) -> list[str] | None:
     other = next((table.file for table, names in zip(tables[1:], others, strict=True) if names != first), None)
     if other:
         raise UserError(f"{field}: {other} has other class names than {tables[0].file}; name files of one data set")
-    with faults_told(UserError, f"{field}: {tables[0].file} has no list of class names for {label}; write it again"):
+    with errors_as(UserError, f"{field}: {tables[0].file} has no list of class names for {label}; write it again"):
         names = None if first is None else list(map(str, first))
         "".join(names or ()).encode()  # JSON may hold halves of characters, which are no text
     return names

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.sources.entries import is_hidden, kind_of, member_name, refuse_lfs_pointer
 
 MAX_HEADER = 2**20  # bytes; what tarfile reads at once for a name or for pax headers: kilobytes
@@ -69,7 +69,7 @@ def tar_members(path: Path, field: str, file: Window, left_out: Counter[str]) ->
 
 def _headers(path: Path, field: str, file: Window) -> Iterator[tarfile.TarInfo]:
     """What `tarfile` finds, to the archive's end."""
-    with faults_told(UserError, f"{field}: {path} is not a whole tar: damaged or cut off; get it anew"):
+    with errors_as(UserError, f"{field}: {path} is not a whole tar: damaged or cut off; get it anew"):
         tar = tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload] # noqa: SIM115
         while member := tar.next():
             tar.members = []  # else it keeps all it has met

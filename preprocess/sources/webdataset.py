@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.sources.data_files import common_folder, data_files
-from preprocess.sources.entries import Entries, Entry, file_stamp, is_picture, kind_of, read_at
+from preprocess.sources.entries import Entries, Entry, file_stamp, is_image, kind_of, read_at
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 from preprocess.sources.tars import TarMember, Window, tar_members
 
@@ -76,7 +76,7 @@ class Samples:
     def read(self, tars: list[Path], root: Path) -> Iterator[Entry]:
         for number, tar in enumerate(tars):
             name = tar.absolute().relative_to(root)
-            with faults_told(UserError, f"{self.field}: {tar} cannot be read"):
+            with errors_as(UserError, f"{self.field}: {tar} cannot be read"):
                 file = open(tar, "rb")  # noqa: SIM115
             with file:
                 stamp = file_stamp(os.fstat(file.fileno()))
@@ -100,7 +100,7 @@ class Samples:
                 yield image, self._labels(tar, file, others)
 
     def _image(self, tar: Path, members: list[Member]) -> TarMember | None:
-        images = [each for each in members if is_picture(each.member.name)]
+        images = [each for each in members if is_image(each.member.name)]
         if self.image_field is None:
             own = [each for each in images if "." not in each.field]
         else:
@@ -121,7 +121,7 @@ class Samples:
         found: dict[str, Value] = {}
         for field, member in members:
             before = len(found)
-            if is_picture(member.name):
+            if is_image(member.name):
                 self.left_out[f"image beside the sample's own (.{field[-40:]})"] += 1
                 continue
             if field.rpartition(".")[2] == "json":
@@ -134,7 +134,7 @@ class Samples:
 
     def _text_label(self, tar: Path, file: BinaryIO, member: TarMember) -> Value:
         data = _content(file, member, MAX_TEXT)
-        with faults_told(UserError, f"{self.field}: {tar}: {member.name} is no label; mend it, or {REMEDY}"):
+        with errors_as(UserError, f"{self.field}: {tar}: {member.name} is no label; mend it, or {REMEDY}"):
             return as_label(data.decode())
 
     def _json_labels(self, tar: Path, file: BinaryIO, member: TarMember, field: str) -> dict[str, Value]:
@@ -143,7 +143,7 @@ class Samples:
             return {}
         if member.size > MAX_JSON:
             raise UserError(f"{place} has {member.size:,} bytes, too many for a sample's description; {REMEDY}")
-        with faults_told(UserError, f"{place} is no JSON that is read; mend it, or {REMEDY}"):
+        with errors_as(UserError, f"{place} is no JSON that is read; mend it, or {REMEDY}"):
             content = json.loads(_content(file, member, MAX_JSON), object_pairs_hook=_unique)
             if not isinstance(content, dict):
                 raise ValueError(f"{str(content)[:50]!r} in place of an object")
@@ -214,6 +214,6 @@ def _names_beside(root: Path, field: str) -> list[str] | None:
     file = next((file for file in (root / NAMES_FILE, root.parent / NAMES_FILE) if file.is_file()), None)
     if file is None:
         return None
-    with faults_told(UserError, f"{field}: {file} is no list of class names; mend it or move it away"):
+    with errors_as(UserError, f"{field}: {file} is no list of class names; mend it or move it away"):
         names = file.read_text(encoding="utf-8").splitlines()
     return [name.strip() for name in names]

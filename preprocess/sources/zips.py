@@ -8,12 +8,12 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-from common.errors import UserError, faults_told
+from common.errors import UserError, errors_as
 from preprocess.images.images import Rejected
 from preprocess.sources.entries import (
     HIDDEN_FOLDER,
+    IMAGE_SUFFIXES,
     MAX_ENCODED,
-    PICTURE_SUFFIXES,
     Entry,
     is_hidden,
     member_name,
@@ -34,7 +34,7 @@ def find_zip(path: str) -> tuple[Path, str] | None:
     return None
 
 
-def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> Listing:
+def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
     """Everything in a zip, or in its folder `inside`.
 
     Raises UserError naming the member for links, encryption, methods other than stored and deflated, names that lead
@@ -77,14 +77,14 @@ def _visible(name: str) -> str:
 def _open(archive: Path, entry: Entry) -> bytes:
     offset, crc32 = entry.place
     if entry.size > MAX_ENCODED:
-        raise Rejected(f"unpacks to {entry.size:,} bytes, above {MAX_ENCODED:,}: too many for a picture")
+        raise Rejected(f"unpacks to {entry.size:,} bytes, above {MAX_ENCODED:,}: too many for an image")
     header = read_at(archive, offset, LOCAL_HEADER.size)
     if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
         raise Rejected("damaged in its zip: no header where the directory says")
     _, method, name_length, extra_length = LOCAL_HEADER.unpack(header)
     slack = entry.size // 1000 + 1024 if method else 0  # deflating what does not shrink makes it longer
     data = read_at(archive, offset + LOCAL_HEADER.size + name_length + extra_length, entry.size + slack)
-    with faults_told(Rejected, "damaged in its zip"):
+    with errors_as(Rejected, "damaged in its zip"):
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.size + 1) if method else data
     if len(data) != entry.size or zlib.crc32(data) != crc32:
         raise Rejected("damaged in its zip: its checksum does not match")
@@ -96,7 +96,7 @@ def _members(path: Path, field: str) -> dict[str, zipfile.ZipInfo]:
     if not path.is_file():
         raise UserError(f"{field}: {path} is not there")
     with (
-        faults_told(UserError, f"{field}: {path} is not a whole zip, or cannot be read"),
+        errors_as(UserError, f"{field}: {path} is not a whole zip, or cannot be read"),
         zipfile.ZipFile(path) as archive,
     ):
         infos = archive.infolist()

@@ -62,8 +62,8 @@ def test_recipes_are_utf8_and_lines_are_printed_whatever_the_locale(tmp_path: Pa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: test  # für später\ndata: {images: Bücher}\n", encoding="utf-8")
     program = (
-        "import sys; from common.command import guarded; from common.loading import load_recipe\n"
-        "sys.exit(guarded(lambda: print(load_recipe(sys.argv[1]).data.images)))"
+        "import sys; from common.command import exit_status_of; from common.loading import load_recipe\n"
+        "sys.exit(exit_status_of(lambda: print(load_recipe(sys.argv[1]).data.images)))"
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.command import guarded
-from common.errors import Told, UserError, faults_told, one_line, printable, shortened
+from common.command import exit_status_of
+from common.errors import OneLineError, UserError, errors_as, one_line, printable, shortened
 from preprocess.images.images import Rejected
 
 FOREIGN = "\x1b[2J two\nlines\r\u202e \ud800\x00"
@@ -13,7 +13,7 @@ def test_a_users_error_shows_no_terminal_a_command_and_keeps_how_it_ends(capsys:
     def fail() -> None:
         raise UserError(f"data.images: {FOREIGN * 10**6}; name another")
 
-    assert guarded(fail) == 2
+    assert exit_status_of(fail) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: data.images: \\x1b[2J two\\nlines\\r\\u202e \\ud800\\x00")
     assert line.endswith("; name another")
@@ -34,14 +34,14 @@ def test_a_users_error_shows_no_terminal_a_command_and_keeps_how_it_ends(capsys:
     ],
 )
 def test_whatever_a_parser_raises_is_told_in_its_words(error: Exception, words: str) -> None:
-    with pytest.raises(UserError) as found, faults_told(UserError, "x.tar: damaged"):
+    with pytest.raises(UserError) as found, errors_as(UserError, "x.tar: damaged"):
         raise error
     assert str(found.value) == f"x.tar: damaged ({words})"
 
 
 @pytest.mark.parametrize("kind", [UserError, Rejected])
-def test_what_is_told_already_passes(kind: type[Told]) -> None:
-    with pytest.raises(kind, match=r"^told$"), faults_told(kind, "x.tar: damaged"):
+def test_what_is_told_already_passes(kind: type[OneLineError]) -> None:
+    with pytest.raises(kind, match=r"^told$"), errors_as(kind, "x.tar: damaged"):
         raise kind("told")
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from common.errors import UserError
 from common.files import (
-    alone_in,
     atomic_folder,
     atomic_write,
     content_key,
+    folder_lock,
     remove_leftovers,
-    together_in,
+    shared_folder_lock,
     write_json,
 )
 from common.log_lines import append_line
@@ -72,7 +72,7 @@ def test_what_a_link_leads_to_is_never_written_locked_or_deleted(tmp_path: Path)
         (temporary / "new").touch()
     with atomic_write(ours / "file") as temporary:
         temporary.write_text("ours")
-    with pytest.raises(UserError, match=r"ours/\.lock: a symbolic link"), alone_in(ours):
+    with pytest.raises(UserError, match=r"ours/\.lock: a symbolic link"), folder_lock(ours):
         pass
     with pytest.raises(UserError, match="ours/log: a symbolic link"):
         append_line(ours / "log", {})
@@ -88,9 +88,9 @@ def test_leftovers_go_when_nobody_is_at_work_and_nothing_else_goes(tmp_path: Pat
     kept = ["mine.tmp", ".mine.tmp", ".12.tmp"]
     for name in (".chunk.npz.node.12.tmp", "below/.chunk.npz.node.12.tmp", *kept):
         (tmp_path / name).touch()
-    with alone_in(tmp_path, shared=True), together_in(tmp_path), together_in(tmp_path):
+    with folder_lock(tmp_path, shared=True), shared_folder_lock(tmp_path), shared_folder_lock(tmp_path):
         assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2 + len(kept) + 1
-    with together_in(tmp_path):
+    with shared_folder_lock(tmp_path):
         assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*kept, ".lock"])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common import meeting
-from common.command import guarded
+from common.command import exit_status_of
 from common.errors import UserError
 from common.meeting import meet
 from slurm.cluster import free_port
@@ -42,7 +42,7 @@ def start(
             os.dup2(sink.fileno(), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         before()
-        sys.exit(guarded(meet))
+        sys.exit(exit_status_of(meet))
 
     log.touch()
     process = forking.Process(target=work, daemon=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from common.command import guarded
+from common.command import exit_status_of
 from common.loading import dump_recipe
 from common.recipe import Recipe
 from common.run_folder import weights_folder
@@ -27,12 +27,12 @@ def command(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def run(*options: str, checkpoint: Path = tmp_path / "published.pt") -> int:
         arguments = ["--config", str(tmp_path / "recipe.yaml"), "--checkpoint", str(checkpoint), *options]
         monkeypatch.setattr(sys, "argv", ["import_weights.py", *arguments])
-        return guarded(import_weights.main)
+        return exit_status_of(import_weights.main)
 
     return run
 
 
-def test_imported_weights_draw_the_same_pictures(command, tiny_recipe: Recipe) -> None:
+def test_imported_weights_draw_the_same_images(command, tiny_recipe: Recipe) -> None:
     imported = replace(tiny_recipe, name="imported")
     assert command("name=imported", "--dry-run") == 0
     assert not imported.folder.exists()

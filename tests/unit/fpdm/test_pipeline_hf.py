@@ -1,4 +1,4 @@
-"""The diffusers pipeline draws the same pictures as `sample.py`, and loads from what `export.py` wrote."""
+"""The diffusers pipeline draws the same images as `sample.py`, and loads from what `export.py` wrote."""
 
 import subprocess
 import sys
@@ -19,15 +19,17 @@ from tests.seals import resealed
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_the_pipeline_draws_the_same_pictures_as_the_command(tiny_recipe: Recipe, sampler: str) -> None:
+def test_the_pipeline_draws_the_same_images_as_the_command(tiny_recipe: Recipe, sampler: str) -> None:
     recipe = replace(tiny_recipe, sample=replace(tiny_recipe.sample, sampler=sampler, guidance_scale=1.5))
     images, labels = load_samples(samples.generate(recipe, "latest"), 10)
     export.export(recipe)
-    loaded = FPDMPipeline.from_pretrained(export.folder_of(recipe))
-    found = loaded(labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3)
-    pictures = np.stack([np.asarray(image) for image in found.images])
-    assert np.abs(pictures.astype(int) - images[3:7]).max() <= 1
-    assert (pictures == images[3:7]).mean() > 0.99
+    pipeline = FPDMPipeline.from_pretrained(export.folder_of(recipe))
+    result = pipeline(
+        labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3
+    )
+    drawn = np.stack([np.asarray(image) for image in result.images])
+    assert np.abs(drawn.astype(int) - images[3:7]).max() <= 1
+    assert (drawn == images[3:7]).mean() > 0.99
 
 
 def tiny() -> AutoencoderTiny:
@@ -49,9 +51,9 @@ def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recip
     recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "vae")))
     images, labels = load_samples(samples.generate(recipe, "latest"), 10)
     export.export(recipe)
-    found = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
-    pictures = np.stack([np.asarray(image) for image in found.images])
-    assert np.abs(pictures.astype(int) - images).max() <= 1
+    result = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
+    drawn = np.stack([np.asarray(image) for image in result.images])
+    assert np.abs(drawn.astype(int) - images).max() <= 1
 
 
 def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_after_an_export(
@@ -75,8 +77,8 @@ def test_an_autoencoder_that_scales_by_channel_is_refused(tiny_recipe: Recipe) -
 def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:
     transformer = FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64))
     vae = AutoencoderKL.from_pretrained(tiny_recipe.vae.path)
-    pictures = FPDMPipeline(transformer, vae)([0, 1], num_inference_steps=2, iterations=1, output_type="np").images
-    assert pictures.shape == (2, 16, 16, 3)
+    images = FPDMPipeline(transformer, vae)([0, 1], num_inference_steps=2, iterations=1, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
 
 
 def test_weights_that_do_not_say_what_they_predict_are_refused(tiny_recipe: Recipe) -> None:

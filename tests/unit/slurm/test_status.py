@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.command import guarded
+from common.command import exit_status_of
 from common.loading import parse_recipe
 from common.log_lines import append_line
 from common.run_recipe import write_recipe
@@ -73,7 +73,7 @@ def told(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What status prints, or its one line of error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "/nowhere")
-        done = guarded(lambda: print("\n".join(status(run, 3))))
+        done = exit_status_of(lambda: print("\n".join(status(run, 3))))
     shown = capsys.readouterr()
     if done:
         assert shown.err.count("\n") == 1

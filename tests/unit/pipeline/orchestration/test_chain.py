@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.files import alone_in
+from common.files import folder_lock
 from common.recipe import Recipe
 from common.sealed import write_sealed
 from pipeline.orchestration.slurm_chain import Submitted, _alive, listed_jobs, submit_chain
@@ -26,7 +26,7 @@ def test_a_damaged_listing_is_named_and_nothing_is_submitted(text: str, tmp_path
 
 
 def test_of_two_submissions_at_the_same_moment_one_gives_way(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "a/logs"), pytest.raises(UserError, match=r"process \d+ on .* is at work in it"):
+    with folder_lock(tmp_path / "a/logs"), pytest.raises(UserError, match=r"process \d+ on .* is at work in it"):
         submit_chain(Recipe(name="a", runs=str(tmp_path)), STAGES, None)
 
 

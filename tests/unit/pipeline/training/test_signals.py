@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from common.command import ended_by_signals, guarded
+from common.command import ended_by_signals, exit_status_of
 from common.errors import INTERRUPTED, Interrupted
 from pipeline.training import signals
 from pipeline.training.signals import STOP_SIGNALS, stop_requests
@@ -84,5 +84,5 @@ def test_a_command_that_was_interrupted_says_so_in_one_line_with_status_75(capsy
     def work() -> None:
         raise Interrupted("runs/a: saved after 64 samples; run again to go on")
 
-    assert guarded(work) == INTERRUPTED == 75
+    assert exit_status_of(work) == INTERRUPTED == 75
     assert capsys.readouterr().err == "interrupted: runs/a: saved after 64 samples; run again to go on\n"

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.recipe import VAE
-from preprocess.encoding.encoder import Encoder, draw_latents, fetch_vae, find_vae, identify, load_vae
+from fpdm.latents import draw_latents
+from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae, identify, load_vae
 
 PUBLISHED = Path(__file__).parents[3] / "published"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

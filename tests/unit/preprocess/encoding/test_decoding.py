@@ -1,4 +1,4 @@
-"""Decoding in processes: in order, without /dev/shm, and whatever ends one is told with the picture it had in hand."""
+"""Decoding in processes: in order, without /dev/shm, and whatever ends one is told with the image it had in hand."""
 
 import faulthandler
 import multiprocessing
@@ -18,9 +18,9 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import VAE, Data, Launch, Model, Recipe
 from preprocess.encode_latents import encode
-from preprocess.encoding import pictures as pictures_module
+from preprocess.encoding import image_loader
 from preprocess.encoding.decoding import AHEAD, decoded
-from preprocess.encoding.pictures import Pictures
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.shards import Rejection, shard_name
 from preprocess.sources import Entry, open_source
 from tests.photographs import photographs, write_folder
@@ -28,28 +28,28 @@ from tests.photographs import photographs, write_folder
 COUNT, SIDE, BATCH = 60, 16, 3
 BAD = b"ends its decoder"
 BATCHES = [range(start, min(start + BATCH, COUNT)) for start in range(0, COUNT, BATCH)]
-real_decode = pictures_module.decode
+real_decode = image_loader.decode
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     files = {f"{number:02d}.png": data for number, data in enumerate(photographs(COUNT, "png", (24, 20)))}
-    return write_folder(tmp_path / "images", files | {"31.png": b"no picture"})
+    return write_folder(tmp_path / "images", files | {"31.png": b"not an image"})
 
 
 @pytest.fixture
-def pictures(folder: Path) -> Pictures:
-    return Pictures(open_source(Data(images=str(folder))), "center", SIDE)
+def loader(folder: Path) -> ImageLoader:
+    return ImageLoader(open_source(Data(images=str(folder))), "center", SIDE)
 
 
 @pytest.mark.parametrize("processes", [1, 3, 50])
-def test_batches_come_whole_and_in_order_from_any_number_of_processes(pictures: Pictures, processes: int) -> None:
+def test_batches_come_whole_and_in_order_from_any_number_of_processes(loader: ImageLoader, processes: int) -> None:
     assert len(BATCHES) > AHEAD  # places are used again
-    with decoded(pictures, BATCHES, processes) as loaded:
+    with decoded(loader, BATCHES, processes) as loaded:
         kept = list(loaded)
     assert [position for batch in kept for position in batch.positions] == [*range(31), *range(32, COUNT)]
     for batch, positions in zip(kept, BATCHES, strict=True):
-        alone = pictures[positions]
+        alone = loader[positions]
         assert (batch.positions, batch.sizes, batch.rejected) == (alone.positions, alone.sizes, alone.rejected)
         assert batch.images is not None
         assert alone.images is not None
@@ -60,24 +60,24 @@ def test_batches_come_whole_and_in_order_from_any_number_of_processes(pictures: 
 def test_batches_of_which_nothing_can_be_read_have_no_images(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{number}.png": b"none" for number in range(5)})
     with decoded(
-        Pictures(open_source(Data(images=str(tmp_path))), "center", SIDE), [range(2), range(2, 5)], 2
+        ImageLoader(open_source(Data(images=str(tmp_path))), "center", SIDE), [range(2), range(2, 5)], 2
     ) as loaded:
         first, second = loaded
     assert first.images is second.images is None
     assert len(first.rejected + second.rejected) == 5
 
 
-def test_leaving_early_ends_the_processes(pictures: Pictures) -> None:
-    with decoded(pictures, BATCHES, 3) as loaded:
+def test_leaving_early_ends_the_processes(loader: ImageLoader) -> None:
+    with decoded(loader, BATCHES, 3) as loaded:
         next(loaded)
         assert len(multiprocessing.active_children()) == 3
     assert not multiprocessing.active_children()
 
 
-def test_whatever_a_source_or_a_crop_raises_names_its_picture(
-    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+def test_whatever_a_source_or_a_crop_raises_names_its_image(
+    loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_open, real_crop = pictures.source.open, pictures.crop
+    real_open, real_crop = loader.source.open, loader.crop
 
     def open_(entry: Entry) -> bytes:
         if entry.key == "01.png":
@@ -87,13 +87,13 @@ def test_whatever_a_source_or_a_crop_raises_names_its_picture(
         return real_open(entry)
 
     def crop(image: Image.Image, resolution: int) -> Image.Image:
-        if np.array_equal(np.asarray(image), np.asarray(real_decode(real_open(pictures.source.entries[4])))):
+        if np.array_equal(np.asarray(image), np.asarray(real_decode(real_open(loader.source.entries[4])))):
             raise MemoryError
         return real_crop(image, resolution)
 
-    monkeypatch.setattr(pictures.source, "open", open_)
-    monkeypatch.setattr(pictures, "crop", crop)
-    with decoded(pictures, [range(6)], 1) as loaded:
+    monkeypatch.setattr(loader.source, "open", open_)
+    monkeypatch.setattr(loader, "crop", crop)
+    with decoded(loader, [range(6)], 1) as loaded:
         (batch,) = loaded
     assert batch.positions == [0, 3, 5]
     assert batch.rejected == [
@@ -128,7 +128,7 @@ ENDS: dict[str, tuple[Callable[[], None], str]] = {
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_what_ends_a_decoding_process_is_told_with_the_picture_and_what_is_finished_is_kept(
+def test_what_ends_a_decoding_process_is_told_with_the_image_and_what_is_finished_is_kept(
     case: str, folder: Path, tmp_path: Path, tiny_vae: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end, told = ENDS[case]
@@ -140,7 +140,7 @@ def test_what_ends_a_decoding_process_is_told_with_the_picture_and_what_is_finis
             end()
         return real_decode(data)
 
-    monkeypatch.setattr(pictures_module, "decode", decode)
+    monkeypatch.setattr(image_loader, "decode", decode)
     monkeypatch.setattr("preprocess.encoding.decoding.MAX_SECONDS", 0.3)
     recipe = Recipe(
         name="test",
@@ -156,10 +156,10 @@ def test_what_ends_a_decoding_process_is_told_with_the_picture_and_what_is_finis
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_dies_between_two_pictures_is_told(pictures: Pictures) -> None:
-    with decoded(pictures, BATCHES, 2) as loaded:
+def test_a_process_that_dies_between_two_images_is_told(loader: ImageLoader) -> None:
+    with decoded(loader, BATCHES, 2) as loaded:
         next(loaded)
-        time.sleep(0.2)  # until it waits for a free place: if it does not yet, a picture is named
+        time.sleep(0.2)  # until it waits for a free place: if it does not yet, an image is named
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
@@ -167,8 +167,8 @@ def test_a_process_that_dies_between_two_pictures_is_told(pictures: Pictures) ->
             list(loaded)
 
 
-def test_a_signal_to_the_whole_group_is_left_to_the_parent(pictures: Pictures) -> None:
-    with decoded(pictures, BATCHES, 2) as loaded:
+def test_a_signal_to_the_whole_group_is_left_to_the_parent(loader: ImageLoader) -> None:
+    with decoded(loader, BATCHES, 2) as loaded:
         next(loaded), next(loaded)
         for process in multiprocessing.active_children():
             assert process.pid is not None
@@ -178,7 +178,7 @@ def test_a_signal_to_the_whole_group_is_left_to_the_parent(pictures: Pictures) -
 
 
 def test_where_no_process_can_be_started_the_setting_is_named(
-    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(12, "Cannot allocate memory")
@@ -186,7 +186,7 @@ def test_where_no_process_can_be_started_the_setting_is_named(
     monkeypatch.setattr("mmap.mmap", full)
     with (
         pytest.raises(UserError, match=r"launch\.cpus_per_process: no room for 2 .*Cannot allocate memory"),
-        decoded(pictures, BATCHES, 2),
+        decoded(loader, BATCHES, 2),
     ):
         pass
 
@@ -195,11 +195,11 @@ PROGRAM = """
 import multiprocessing, sys, time
 from common.recipe import Data
 from preprocess.encoding.decoding import decoded
-from preprocess.encoding.pictures import Pictures
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.sources import open_source
 
-pictures = Pictures(open_source(Data(images=sys.argv[1])), "center", 64)
-with decoded(pictures, [range(n, n + 10) for n in range(0, 60, 10)], 4) as all:
+loader = ImageLoader(open_source(Data(images=sys.argv[1])), "center", 64)
+with decoded(loader, [range(n, n + 10) for n in range(0, 60, 10)], 4) as all:
     images = sum(len(each.positions) for each in all)
     print(images, *(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(float(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Encoding is a pure function of pictures and settings: no kill, number of workers or batch size changes it."""
+"""Encoding is a pure function of images and settings: no kill, number of workers or batch size changes it."""
 
 import shutil
 from dataclasses import replace
@@ -12,9 +12,10 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
 from common.sealed import read_json, write_sealed
+from fpdm.latents import draw_latents, unscale_latents
 from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoding import encoder as encoder_module
-from preprocess.encoding.encoder import Encoder, draw_latents, fetch_vae, find_vae, unscale_latents
+from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae
 from preprocess.encoding.encoding import resolve
 from preprocess.images.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
@@ -25,7 +26,7 @@ COUNT = len(CLASSES) * PER_CLASS
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_vae: Path) -> Recipe:
-    """18 pictures of two classes, in shards of 5."""
+    """18 images of two classes, in shards of 5."""
     random = np.random.default_rng(0)
     for name in CLASSES:
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -55,20 +56,20 @@ def truncate(recipe: Recipe, key: str) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def picture(recipe: Recipe, key: str) -> torch.Tensor:
+def image(recipe: Recipe, key: str) -> torch.Tensor:
     return to_tensor(Image.open(Path(recipe.data.images) / key))
 
 
-def test_shards_hold_every_picture_its_mirror_image_and_its_label(recipe: Recipe) -> None:
+def test_shards_hold_every_image_its_mirror_image_and_its_label(recipe: Recipe) -> None:
     encode(recipe)
     shards = LatentShards(recipe.data.shards)
     assert shards.labels.tolist() == [0] * PER_CLASS + [1] * PER_CLASS
     assert shards.class_names == list(CLASSES)
-    images = torch.stack([picture(recipe, f"{name}/{index}.png") for name in CLASSES for index in range(PER_CLASS)])
+    originals = torch.stack([image(recipe, f"{name}/{index}.png") for name in CLASSES for index in range(PER_CLASS)])
     encoder, everything = Encoder(recipe.vae), np.arange(COUNT)
-    for flip, pictures in ((False, images), (True, images.flip(-1))):
+    for flip, images in ((False, originals), (True, originals.flip(-1))):
         moments = torch.from_numpy(shards.gather(everything, np.full(COUNT, flip))).float()
-        assert torch.allclose(moments, encoder.encode(pictures), rtol=2e-3, atol=2e-3)
+        assert torch.allclose(moments, encoder.encode(images), rtol=2e-3, atol=2e-3)
     assert not list(verify(recipe.data.shards))
 
 
@@ -111,13 +112,13 @@ def test_a_flipped_bit_in_a_finished_encoding_is_mended_by_the_same_command(reci
 def test_a_finished_encoding_is_not_done_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(recipe)
     before = contents(recipe)
-    monkeypatch.setattr("preprocess.encoding.encoding.encode_pictures", None)  # would raise where it is called
+    monkeypatch.setattr("preprocess.encoding.encoding.encode_images", None)  # would raise where it is called
     encode(recipe)
     assert contents(recipe) == before
 
 
 def as_bitmaps(recipe: Recipe) -> Path:
-    """The recipe's pictures in files of one size; returns their folder."""
+    """The recipe's images in files of one size; returns their folder."""
     folder = Path(recipe.data.images)
     for path in folder.rglob("*.png"):
         Image.open(path).save(path.with_suffix(".bmp"))
@@ -133,7 +134,7 @@ def exchange(first: Path, second: Path) -> None:
     first.with_suffix(".aside").rename(second)
 
 
-def test_pictures_of_one_size_that_were_exchanged_copied_or_written_over_are_named(recipe: Recipe) -> None:
+def test_images_of_one_size_that_were_exchanged_copied_or_written_over_are_named(recipe: Recipe) -> None:
     folder = as_bitmaps(recipe)
     encode(recipe)
     assert finished(recipe)
@@ -142,21 +143,19 @@ def test_pictures_of_one_size_that_were_exchanged_copied_or_written_over_are_nam
     held = first.read_bytes()
     exchange(first, second)
     assert not finished(recipe)
-    with pytest.raises(
-        UserError, match=r"data\.images: cat/1\.bmp is another picture than the one encoded to .*-000000"
-    ):
+    with pytest.raises(UserError, match=r"data\.images: cat/1\.bmp is another image than the one encoded to .*-000000"):
         encode(recipe)
     exchange(first, second)
     shutil.copy2(second, first)
-    with pytest.raises(UserError, match=r"cat/1\.bmp is another picture"):
+    with pytest.raises(UserError, match=r"cat/1\.bmp is another image"):
         encode(recipe)
     first.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"cat/1\.bmp is another picture"):
+    with pytest.raises(UserError, match=r"cat/1\.bmp is another image"):
         encode(recipe)
     assert contents(recipe) == before
 
 
-def test_the_same_pictures_in_newer_files_are_read_once_more_and_not_encoded(
+def test_the_same_images_in_newer_files_are_read_once_more_and_not_encoded(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a data set was copied to another disk."""
@@ -170,7 +169,7 @@ def test_the_same_pictures_in_newer_files_are_read_once_more_and_not_encoded(
     shutil.copytree(folder, folder.with_name("copy"), copy_function=shutil.copy)
     moved = changed(recipe, "data", images=str(folder.with_name("copy")))
     assert not finished(moved)
-    monkeypatch.setattr("preprocess.encoding.encoding.encode_pictures", None)  # would raise where it is called
+    monkeypatch.setattr("preprocess.encoding.encoding.encode_images", None)  # would raise where it is called
     encode(moved)
     assert finished(moved)
     assert not finished(recipe)  # whose files are others
@@ -178,7 +177,7 @@ def test_the_same_pictures_in_newer_files_are_read_once_more_and_not_encoded(
     assert [name for name in before if before[name] != after[name]] == [
         name for name in before if name.endswith(".json")
     ]
-    monkeypatch.setattr("preprocess.encoding.changed_pictures.open_picture", None)
+    monkeypatch.setattr("preprocess.encoding.changed_images.open_image", None)
     encode(moved)
 
 
@@ -201,7 +200,7 @@ def test_a_shard_copied_over_another_with_its_record_is_made_again(recipe: Recip
     assert contents(recipe) == before
 
 
-def test_a_truncated_picture_is_listed_and_the_rest_encoded(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_image_is_listed_and_the_rest_encoded(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     truncate(recipe, "cat/4.png")
     truncate(recipe, "dog/0.png")
     encode(changed(recipe, "data", max_rejected=0.2))
@@ -212,7 +211,7 @@ def test_a_truncated_picture_is_listed_and_the_rest_encoded(recipe: Recipe, caps
     assert "2 rejected: cat/4.png: " in capsys.readouterr().out
 
 
-def test_too_many_rejected_pictures_stop_the_run_with_the_list(recipe: Recipe) -> None:
+def test_too_many_rejected_images_stop_the_run_with_the_list(recipe: Recipe) -> None:
     truncate(recipe, "dog/3.png")
     for _ in range(2):  # the second run finds the first one's shards
         with pytest.raises(UserError, match=r"data\.max_rejected: 1 of 18 .* 0\.10% may be; dog/3\.png: .*truncated"):
@@ -222,7 +221,7 @@ def test_too_many_rejected_pictures_stop_the_run_with_the_list(recipe: Recipe) -
     assert len(LatentShards(recipe.data.shards)) == COUNT - 1
 
 
-def test_a_picture_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_cannot_be_opened_is_rejected_by_name(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -254,7 +253,7 @@ def test_a_batch_that_the_device_cannot_hold_is_told(recipe: Recipe, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr(Encoder, "moments", full)
-    with pytest.raises(UserError, match=r"vae\.batch_size: the device has no memory for 3 pictures of 16 px at once"):
+    with pytest.raises(UserError, match=r"vae\.batch_size: the device has no memory for 3 images of 16 px at once"):
         encode(recipe)
 
 
@@ -332,7 +331,7 @@ def test_shards_of_another_vae_are_never_overwritten(recipe: Recipe, tmp_path: P
         encode(changed(recipe, "vae", path=str(other)))
 
 
-def test_shards_of_other_pictures_are_never_overwritten(recipe: Recipe) -> None:
+def test_shards_of_other_images_are_never_overwritten(recipe: Recipe) -> None:
     encode(recipe)
     (Path(recipe.data.images) / "dog/0.png").unlink()
     with pytest.raises(UserError, match="made with another source_fingerprint"):
@@ -344,7 +343,7 @@ def test_a_plan_touches_nothing_and_counts_what_is_there(recipe: Recipe) -> None
     assert not Path(recipe.data.shards).exists()
     encode(recipe)
     (Path(recipe.data.shards) / shard_name(3)).unlink()
-    assert "3 there already\nto do: 3 pictures" in "\n".join(plan(recipe))
+    assert "3 there already\nto do: 3 images" in "\n".join(plan(recipe))
 
 
 def test_the_disk_estimate_is_what_a_shard_takes(recipe: Recipe) -> None:
@@ -366,7 +365,7 @@ def test_latents_are_drawn_from_the_moments_and_scaled(recipe: Recipe) -> None:
 def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
     encoder = Encoder(recipe.vae)
     encoder.identity = replace(encoder.identity, scaling_factor=0.5, shift_factor=0.25)
-    images = torch.stack([picture(recipe, "cat/0.png"), picture(recipe, "dog/1.png")])
+    images = torch.stack([image(recipe, "cat/0.png"), image(recipe, "dog/1.png")])
     moments = encoder.encode(images)
     decoded = encoder.decode(draw_latents(moments, torch.zeros(2, 4, 4, 4), 0.5, 0.25))
     mean = moments.chunk(2, dim=1)[0]
@@ -374,12 +373,10 @@ def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_what_a_cpu_takes_at_once_changes_no_picture(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_what_a_cpu_takes_at_once_changes_no_image(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     encoder = Encoder(recipe.vae)
-    images = picture(recipe, "cat/0.png").lerp(
-        picture(recipe, "dog/1.png"), torch.linspace(0, 1, count)[:, None, None, None]
+    images = image(recipe, "cat/0.png").lerp(
+        image(recipe, "dog/1.png"), torch.linspace(0, 1, count)[:, None, None, None]
     )
     moments = encoder.moments(images)
     latents = moments[:, : moments.shape[1] // 2]

@@ -1,4 +1,4 @@
-"""The four data sets, each in a form in which it is passed on, become latents of the right pictures and labels."""
+"""The four data sets, each in a form in which it is passed on, become latents of the right images and labels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,59 +18,58 @@ from tests.photographs import photographs, tar_bytes, write_folder, write_lmdb, 
 
 COUNT, SIDE = 9, 16
 WNIDS = ("n01440764", "n02123045", "n15075141")
-Pictures = list[bytes]
+Images = list[bytes]
 
 
-def imagenet(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+def imagenet(folder: Path, images: Images) -> tuple[Path, list[int]]:
     classes = [
-        {f"{wnid}_{number}.JPEG": pictures[3 * label + number] for number in range(3)}
-        for label, wnid in enumerate(WNIDS)
+        {f"{wnid}_{number}.JPEG": images[3 * label + number] for number in range(3)} for label, wnid in enumerate(WNIDS)
     ]
     tars = {f"{wnid}.tar": tar_bytes(files) for wnid, files in zip(WNIDS, classes, strict=True)}
     (folder / "train.tar").write_bytes(tar_bytes(tars))
     return folder / "train.tar", [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def imagenet_parquet(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+def imagenet_parquet(folder: Path, images: Images) -> tuple[Path, list[int]]:
     labels = [7, 999, 0, 7, 388, 0, 1, 2, 999]
     names = [f"name {label}" for label in range(1000)]
-    write_parquet(folder / "data/train-00000-of-00001.parquet", list(pictures), labels, names)
+    write_parquet(folder / "data/train-00000-of-00001.parquet", list(images), labels, names)
     return folder / "data", labels
 
 
-def ffhq(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
-    files = {f"{number // 3 * 1000:05d}/{number:05d}.png": data for number, data in enumerate(pictures)}
+def ffhq(folder: Path, images: Images) -> tuple[Path, list[int]]:
+    files = {f"{number // 3 * 1000:05d}/{number:05d}.png": data for number, data in enumerate(images)}
     return write_folder(folder / "images1024x1024", files), [0] * COUNT
 
 
-def celebahq(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
-    return write_zip(folder / "celeba_hq.zip", {f"{n:05d}.jpg": data for n, data in enumerate(pictures)}), [0] * COUNT
+def celebahq(folder: Path, images: Images) -> tuple[Path, list[int]]:
+    return write_zip(folder / "celeba_hq.zip", {f"{n:05d}.jpg": data for n, data in enumerate(images)}), [0] * COUNT
 
 
-def celebahq_npy(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+def celebahq_npy(folder: Path, images: Images) -> tuple[Path, list[int]]:
     """As its authors' script writes them: (1, 3, H, W)."""
-    arrays = [np.asarray(decode(data)).transpose(2, 0, 1)[None] for data in pictures]
+    arrays = [np.asarray(decode(data)).transpose(2, 0, 1)[None] for data in images]
     (folder / "npy").mkdir()
     for number, array in enumerate(arrays):
         np.save(folder / f"npy/imgHQ{number:05d}.npy", array)
     return folder / "npy", [0] * COUNT
 
 
-def webdataset(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
+def webdataset(folder: Path, images: Images) -> tuple[Path, list[int]]:
     labels = [number % 3 for number in range(COUNT)]
     files: dict[str, bytes] = {}
-    for number, data in enumerate(pictures):
+    for number, data in enumerate(images):
         files |= {f"{number:03d}.jpg": data, f"{number:03d}.cls": str(labels[number]).encode()}
     (folder / "train-000000.tar").write_bytes(tar_bytes(files))
     return folder / "train-000000.tar", labels
 
 
-def lsun(folder: Path, pictures: Pictures) -> tuple[Path, list[int]]:
-    files = {f"{number}a9f": data for number, data in enumerate(pictures)}
+def lsun(folder: Path, images: Images) -> tuple[Path, list[int]]:
+    files = {f"{number}a9f": data for number, data in enumerate(images)}
     return write_lmdb(folder / "church_outdoor_train_lmdb", files), [0] * COUNT
 
 
-LAYOUTS: dict[str, tuple[Callable[[Path, Pictures], tuple[Path, list[int]]], str, str, str]] = {
+LAYOUTS: dict[str, tuple[Callable[[Path, Images], tuple[Path, list[int]]], str, str, str]] = {
     "imagenet's tar of tars": (imagenet, "imagenet", "jpeg", "center"),
     "imagenet's parquet": (imagenet_parquet, "imagenet", "jpeg", "center"),
     "ffhq's tree": (ffhq, "ffhq", "png", "resize"),
@@ -82,10 +81,10 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Pictures], tuple[Path, list[int]]], str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_latent_is_of_its_picture_and_has_its_label(layout: str, tmp_path: Path, tiny_vae: Path) -> None:
+def test_each_latent_is_of_its_image_and_has_its_label(layout: str, tmp_path: Path, tiny_vae: Path) -> None:
     make, data_set, suffix, crop = LAYOUTS[layout]
-    pictures = photographs(COUNT, suffix, (40, 32))
-    path, labels = make(tmp_path, pictures)
+    originals = photographs(COUNT, suffix, (40, 32))
+    path, labels = make(tmp_path, originals)
     data = Data(
         images=str(path), source=data_set, crop=crop, resolution=SIDE, shards=str(tmp_path / "shards"), shard_samples=4
     )
@@ -95,10 +94,10 @@ def test_each_latent_is_of_its_picture_and_has_its_label(layout: str, tmp_path: 
     encode(recipe)
     shards = LatentShards(data.shards)
     assert shards.labels.tolist() == labels
-    images = torch.stack([to_tensor(CROPS[crop](decode(data), SIDE)) for data in pictures])
+    images = torch.stack([to_tensor(CROPS[crop](decode(data), SIDE)) for data in originals])
     expected = Encoder(recipe.vae).encode(images).numpy()
     found = shards.gather(np.arange(COUNT)).astype(np.float32)
-    distances = np.abs(found[:, None] - expected[None]).max(axis=(2, 3, 4))  # (of a latent, to a picture)
+    distances = np.abs(found[:, None] - expected[None]).max(axis=(2, 3, 4))  # (of a latent, to an image)
     assert (distances.argmin(axis=1) == np.arange(COUNT)).all()
     assert distances.diagonal().max() < 5e-3 < np.sort(distances, axis=1)[:, 1].min()
     assert not list(verify(data.shards))

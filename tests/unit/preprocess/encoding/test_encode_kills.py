@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import alone_in
+from common.files import folder_lock
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
 from preprocess.encode_latents import encode, encode_in_jobs, merge
@@ -32,8 +32,8 @@ SHARDS = COUNT // SHARD
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Recipe:
     folder = tmp_path_factory.mktemp("kills")
-    pictures = {f"{number % 2}/{number}.png": data for number, data in enumerate(photographs(COUNT, "png", (24, 20)))}
-    write_folder(folder / "images", pictures)
+    images = {f"{number % 2}/{number}.png": data for number, data in enumerate(photographs(COUNT, "png", (24, 20)))}
+    write_folder(folder / "images", images)
     recipe = Recipe(
         name="test",
         runs=str(folder / "runs"),
@@ -135,11 +135,11 @@ def test_parts_that_are_missing_are_named(recipe: Recipe, tmp_path: Path) -> Non
 def test_two_runs_in_one_folder_are_refused_but_parts_of_one_array_are_not(recipe: Recipe, tmp_path: Path) -> None:
     """Each held as another process holds it: a lock belongs to an opened file, not to a process."""
     chosen, whole = into(recipe, tmp_path), re.escape(str(tmp_path))
-    with alone_in(tmp_path), pytest.raises(UserError, match=f"{whole}: process .* is at work in it"):
+    with folder_lock(tmp_path), pytest.raises(UserError, match=f"{whole}: process .* is at work in it"):
         encode(chosen)
-    with alone_in(tmp_path), pytest.raises(UserError, match="is at work in it"):
+    with folder_lock(tmp_path), pytest.raises(UserError, match="is at work in it"):
         encode_part(chosen, 0, 2)
-    with alone_in(tmp_path, shared=True), alone_in(tmp_path, ".lock-0-of-2"):
+    with folder_lock(tmp_path, shared=True), folder_lock(tmp_path, ".lock-0-of-2"):
         for part, parts in ((0, 1), (0, 2), (0, 3)):  # a whole run, the same part, a part of another array
             with pytest.raises(UserError, match="is at work in it"):
                 encode_part(chosen, part, parts)
@@ -172,10 +172,10 @@ FULL_DISK = """
 import resource, sys
 from common.loading import parse_recipe
 from preprocess.encode_latents import encode
-from common.command import guarded
+from common.command import exit_status_of
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-sys.exit(guarded(lambda: encode(parse_recipe(sys.argv[1]))))
+sys.exit(exit_status_of(lambda: encode(parse_recipe(sys.argv[1]))))
 """
 
 

@@ -1,4 +1,4 @@
-"""The demo's autoencoder is trained on pictures that are not held out, and finished without changing a picture."""
+"""The demo's autoencoder is trained on images that are not held out, and finished without changing an image."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_finishing_standardises_the_latents_and_keeps_the_pictures(offset: float) -> None:
+def test_finishing_standardises_the_latents_and_keeps_the_images(offset: float) -> None:
     vae, batch = build(RECIPE), images(8)
     vae.quant_conv.bias.data[:4] = offset
     finished = finish(vae, batch)
@@ -53,7 +53,7 @@ def test_an_exported_autoencoder_loads_with_its_note(tmp_path: Path) -> None:
     vae, batch = build(recipe), images(8)
     finished = finish(vae, batch)
     measured = measure(finished, batch)
-    export(recipe, finished, {"seen": 8, "pictures": 16, "minutes": 1.0, "held_out": 8} | measured)
+    export(recipe, finished, {"seen": 8, "images": 16, "minutes": 1.0, "held_out": 8} | measured)
     loaded = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert measure(loaded, batch)["psnr"] == pytest.approx(measured["psnr"], abs=0.01)
     assert loaded.config.scaling_factor == pytest.approx(1, abs=0.02)
@@ -72,4 +72,4 @@ def test_training_never_sees_a_held_out_portrait(monkeypatch: pytest.MonkeyPatch
     training = torch.cat([portraits.training_batch(step) for step in range(4)])
     held_out = portraits.held_out()
     assert (training.shape, held_out.shape) == ((32, 3, 16, 16), (4, 3, 16, 16))
-    assert len({picture.numpy().tobytes() for picture in [*training, *held_out]}) == 36
+    assert len({image.numpy().tobytes() for image in [*training, *held_out]}) == 36

@@ -56,7 +56,7 @@ def along(pixels: Pixels, axis: int, wanted: int, kernel: Callable[[float], floa
 
 
 def resized(pixels: Pixels, width: int, height: int, kernel: Callable[[float], float]) -> Pixels:
-    """Rows, then columns. Pillow 13 begins with the columns of some tall pictures, and rounds some pixels otherwise."""
+    """Rows, then columns. Pillow 13 begins with the columns of some tall images, and rounds some pixels otherwise."""
     return along(along(pixels, 1, width, kernel), 0, height, kernel)
 
 
@@ -85,6 +85,6 @@ RULES = {"center": adm, "short_side": short_side, "resize": lambda pixels: resiz
 @pytest.mark.parametrize("size", [(75, 50), (75, 100), (131, 129), (63, 64), (20, 27), (97, 33), (200, 140)])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_crop_is_its_published_rule_to_the_bit(rule: str, size: tuple[int, int]) -> None:
-    picture = photograph(3, *size)
-    expected = Image.fromarray(np.ascontiguousarray(RULES[rule](np.asarray(picture))))
-    assert CROPS[rule](picture, SIDE).tobytes() == expected.tobytes()
+    image = photograph(3, *size)
+    expected = Image.fromarray(np.ascontiguousarray(RULES[rule](np.asarray(image))))
+    assert CROPS[rule](image, SIDE).tobytes() == expected.tobytes()

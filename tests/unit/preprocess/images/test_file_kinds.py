@@ -58,7 +58,7 @@ KINDS = {
     "PFM": [encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "ppm").replace(b"Pf", b"PF")],
     "ICO": [encoded(IMAGE, "ico")],
     "empty file": [b""],
-    "of no known format": [b"a picture of a cat", bytes(range(200, 256)) * 9, b"\0" * 500 + b"x"],
+    "of no known format": [b"an image of a cat", bytes(range(200, 256)) * 9, b"\0" * 500 + b"x"],
     "header of its PNG or JPEG": [b"\xff\xd8\xff\xc0\0\x0b\x0c" + bytes(9), b"\xff\xd8\xff\xe0" + bytes(50)],
     "header of its TIFF": [b"II*\0" + bytes(99)],
     "header of its GIF or WebP": [b"GIF89b" + bytes(20), b"RIFF\0\0\0\0WEBPVP9 "],
@@ -99,7 +99,7 @@ def test_whatever_a_decoder_raises_rejects_the_image_by_the_errors_type(
         raise error
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", fail)
-    with pytest.raises(Rejected, match=rf"^not readable as a picture \({type(error).__name__}"):
+    with pytest.raises(Rejected, match=rf"^not readable as an image \({type(error).__name__}"):
         decode(encoded(IMAGE))
 
 

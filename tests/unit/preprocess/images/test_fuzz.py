@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from preprocess.encoding.decoding import decoded
-from preprocess.encoding.pictures import Pictures
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import Rejected
 from tests.mutations import Mutations, originals
 
@@ -30,10 +30,10 @@ def bounded() -> Iterator[None]:
 
 def check(first: int, count: int, again: int) -> None:
     """Every mutation, and every `again`th of them twice. A process that one ends is an error that names it."""
-    pictures = Pictures(Mutations(first, count), "center", 16)
+    loader = ImageLoader(Mutations(first, count), "center", 16)
     batches = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     accepted, reasons = 0, dict[str, str]()
-    with decoded(pictures, batches, 2) as loaded:
+    with decoded(loader, batches, 2) as loaded:
         for batch in loaded:
             accepted += len(batch.positions)
             reasons |= {rejection.key: rejection.reason for rejection in batch.rejected}
@@ -41,7 +41,7 @@ def check(first: int, count: int, again: int) -> None:
     assert accepted > count / 20
     assert all(0 < len(reason) <= Rejected.limit and reason.isprintable() for reason in reasons.values())
     assert not any(" at 0x" in reason for reason in reasons.values())
-    second = pictures[range(0, count, again)]
+    second = loader[range(0, count, again)]
     assert {rejection.key for rejection in second.rejected} == reasons.keys() & {
         str(first + number) for number in range(0, count, again)
     }
@@ -51,7 +51,7 @@ def check(first: int, count: int, again: int) -> None:
 def test_what_is_mutated_is_whole_before() -> None:
     source = Mutations(0, len(originals()))
     source.open = lambda entry: originals()[entry.place[0]]
-    assert not Pictures(source, "center", 16)[range(len(originals()))].rejected
+    assert not ImageLoader(source, "center", 16)[range(len(originals()))].rejected
 
 
 @pytest.mark.usefixtures("bounded")

@@ -1,4 +1,4 @@
-"""Every kind of picture is read by its documented rule or rejected with a reason, and pixels survive the round trip."""
+"""Every kind of image is read by its documented rule or rejected with a reason, and pixels survive the round trip."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from preprocess.encoding.pictures import Pictures
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import CROPS, Rejected, decode, to_tensor, to_uint8
 from preprocess.shards import Rejection
 from tests.photographs import source_of
@@ -60,7 +60,7 @@ def test_a_palettes_transparent_colour_is_white() -> None:
     assert np.asarray(decode(encoded(image, transparency=1))).tolist() == [[[10, 20, 30], [255] * 3]]
 
 
-def test_cmyk_and_bilevel_pictures_become_rgb() -> None:
+def test_cmyk_and_bilevel_images_become_rgb() -> None:
     cmyk = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
     assert np.asarray(decode(encoded(cmyk, "jpeg"))).min() >= 250
     assert np.asarray(decode(encoded(Image.new("1", (8, 8), 1)))).min() == 255
@@ -81,7 +81,7 @@ def test_of_an_animation_the_first_frame_counts() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "webp", "bmp"])
-def test_a_truncated_picture_is_rejected_with_a_reason(suffix: str) -> None:
+def test_a_truncated_image_is_rejected_with_a_reason(suffix: str) -> None:
     whole = encoded(noise(48, 48), suffix)
     decode(whole)
     for length in [0, 1, *(len(whole) * twelfth // 12 for twelfth in range(1, 12))]:
@@ -119,8 +119,8 @@ def test_every_crop_gives_a_square_of_the_resolution(rule: str, size: tuple[int,
 def test_a_strip_that_would_be_resized_to_a_bomb_is_rejected_by_name(tmp_path: Path) -> None:
     Image.new("RGB", (1, 40_000)).save(tmp_path / "strip.png")  # 256 x 10,240,000 on the way to 256 x 256
     noise(8, 9).save(tmp_path / "whole.png")
-    pictures = Pictures(source_of("folder", tmp_path), "center", 256)
-    loaded = pictures[[0, 1]]
+    loader = ImageLoader(source_of("folder", tmp_path), "center", 256)
+    loaded = loader[[0, 1]]
     assert loaded.rejected == [
         Rejection("strip.png", "1 x 40000 pixels: too long a strip to be resized to 256"),
     ]
@@ -128,7 +128,7 @@ def test_a_strip_that_would_be_resized_to_a_bomb_is_rejected_by_name(tmp_path: P
 
 
 @pytest.mark.parametrize("rule", sorted(CROPS))
-def test_a_picture_of_the_right_size_is_kept_to_the_bit(rule: str) -> None:
+def test_an_image_of_the_right_size_is_kept_to_the_bit(rule: str) -> None:
     image = noise(RESOLUTION, RESOLUTION)
     assert np.array_equal(np.asarray(CROPS[rule](image, RESOLUTION)), np.asarray(image))
 

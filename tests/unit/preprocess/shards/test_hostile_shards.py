@@ -67,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(SHARDS):
         part = SAMPLES_OF_ALL[EACH * number : EACH * (number + 1)]
         records.append(write_shard(made, number, part, SETTINGS, "0" * 16))
-    write_index(made, records, SHAPE, CLASSES, {"no picture: .txt": 2}, ["a warning"], "0" * 16)
+    write_index(made, records, SHAPE, CLASSES, {"not an image: .txt": 2}, ["a warning"], "0" * 16)
     return made
 
 
@@ -243,7 +243,7 @@ def test_an_index_that_no_parser_likes_is_told(folder: Path, data: bytes) -> Non
 
 
 def test_links_are_not_followed_where_we_write_lock_or_delete(folder: Path, victim: Path, tmp_path: Path) -> None:
-    from common.files import alone_in, remove_leftovers
+    from common.files import folder_lock, remove_leftovers
 
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -251,7 +251,7 @@ def test_links_are_not_followed_where_we_write_lock_or_delete(folder: Path, vict
     for name in (".lock", f".{shard_name(1)}.node.1.tmp", f".{INDEX}.node.1.tmp", ".latents-x.tmp"):
         (folder / name).symlink_to(victim)
     (folder / ".folder.1.tmp").symlink_to(precious)
-    with pytest.raises(UserError, match=r"\.lock: a symbolic link where a file of ours is needed"), alone_in(folder):
+    with pytest.raises(UserError, match=r"\.lock: a symbolic link where a file of ours is needed"), folder_lock(folder):
         pass
     remove_unfinished(folder, range(SHARDS))
     write_index(folder, [each for number in range(SHARDS) if (each := finished_record(folder, number, thorough=True))],

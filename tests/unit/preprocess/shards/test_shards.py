@@ -359,7 +359,7 @@ def test_flips_that_the_shards_do_not_hold_are_refused(tmp_path: Path) -> None:
         LatentShards(tmp_path).gather(np.array([0]), np.array([True]))
 
 
-def test_a_shard_whose_pictures_were_all_rejected_is_empty_and_whole(tmp_path: Path) -> None:
+def test_a_shard_whose_images_were_all_rejected_is_empty_and_whole(tmp_path: Path) -> None:
     records = [
         write_shard(tmp_path, 0, [Rejection("0.png", "truncated")], SETTINGS),
         write_shard(tmp_path, 1, [sample(1)], SETTINGS),

@@ -1,5 +1,5 @@
 """Bad inputs, far over forty: each is accepted by its rule or rejected by name; none ends the program, none passes
-silently. `test_hostile_input.py` has those that are made to harm, and encodes all the pictures."""
+silently. `test_hostile_input.py` has those that are made to harm, and encodes all the images."""
 
 import os
 import stat
@@ -14,21 +14,21 @@ import pytest
 from common.errors import UserError
 from preprocess.images.images import Rejected, decode
 from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
-from tests.planted import ACCEPTED_PICTURES, JPEG, PNG, REJECTED_PICTURES, flipped
+from tests.planted import ACCEPTED_IMAGES, JPEG, PNG, REJECTED_IMAGES, flipped
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("case", REJECTED_PICTURES)
-def test_a_bad_picture_is_rejected_with_its_reason_on_one_line(case: str) -> None:
-    data, reason = REJECTED_PICTURES[case]
+@pytest.mark.parametrize("case", REJECTED_IMAGES)
+def test_a_bad_image_is_rejected_with_its_reason_on_one_line(case: str) -> None:
+    data, reason = REJECTED_IMAGES[case]
     with pytest.raises(Rejected, match=reason) as found:
         decode(data)
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("case", ACCEPTED_PICTURES)
-def test_an_odd_picture_is_accepted_by_its_rule(case: str) -> None:
-    data, pixels = ACCEPTED_PICTURES[case]
+@pytest.mark.parametrize("case", ACCEPTED_IMAGES)
+def test_an_odd_image_is_accepted_by_its_rule(case: str) -> None:
+    data, pixels = ACCEPTED_IMAGES[case]
     assert np.array_equal(np.asarray(decode(data)), pixels)
 
 
@@ -129,7 +129,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         "webdataset",
         r"two members '0\.jpg'",
     ),
-    "a sample with two pictures": (
+    "a sample with two images": (
         lambda f: tar_file(f / "x.tar", {"0.jpg": JPEG, "0.png": PNG}),
         "webdataset",
         r"two images of one sample, .*data\.image_field=jpg",
@@ -140,7 +140,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         "webdataset",
         r"0\.cls is no label; .*'3\.5', which is no class index and no name",
     ),
-    "a tar cut off in a picture": (
+    "a tar cut off in an image": (
         lambda f: cut(tar_file(f / "x.tar", {"0.jpg": JPEG}), 0.15),
         "webdataset",
         "1,523 bytes, of 1,024 that are left: damaged or cut off",
@@ -196,7 +196,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         r"2 sets of files .*: test-\*-of-.*, or name one, as .*/train-\*-of-00001\.parquet",
     ),
     "a loop of symbolic links": (link_loop, "folder", "symbolic link"),
-    "a pipe among the pictures": (pipe, "folder", r"a/1\.jpg is no plain file"),
+    "a pipe among the images": (pipe, "folder", r"a/1\.jpg is no plain file"),
     "folders that are no wnids": (lambda f: write_folder(f, {"cat/0.jpg": JPEG}), "imagenet", "none of ImageNet-1k's"),
     "a tar that is not ILSVRC's": (
         lambda f: tar_file(f / "x.tar", {"cat.tar": tar_bytes({"0.jpg": JPEG})}),
@@ -219,7 +219,7 @@ def test_a_bad_source_is_refused_with_one_line_that_names_what_it_found(case: st
 
 
 def check_rejected(source: str, path: Path, key: str, reason: str) -> None:
-    """Of two pictures the one named `key` is rejected when it is opened, and the other one read."""
+    """Of two images the one named `key` is rejected when it is opened, and the other one read."""
     opened = source_of(source, path)
     entries = {entry.key: entry for entry in opened.entries}
     with pytest.raises(Rejected, match=reason):
@@ -242,26 +242,26 @@ def test_a_damaged_member_of_a_zip_is_rejected_by_name(tmp_path: Path, method: i
     check_rejected("ffhq", path, "b.jpg", "damaged in its zip")
 
 
-def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": b""})
     with open(tmp_path / "b.jpg", "wb") as file:
         file.truncate(2**28 + 1)
-    check_rejected("celebahq", tmp_path, "b.jpg", "too many for a picture")
+    check_rejected("celebahq", tmp_path, "b.jpg", "too many for an image")
 
 
-def test_a_picture_that_changes_or_goes_while_others_are_read_is_rejected_by_name(tmp_path: Path) -> None:
+def test_an_image_that_changes_or_goes_while_others_are_read_is_rejected_by_name(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "c.jpg": JPEG})
     opened = source_of("ffhq", tmp_path)
     (tmp_path / "b.jpg").write_bytes(JPEG + b"more")
     (tmp_path / "c.jpg").unlink()
     first, second, third = opened.entries
     assert opened.open(first) == JPEG
-    with pytest.raises(Rejected, match="changed while pictures were read"):
+    with pytest.raises(Rejected, match="changed while images were read"):
         opened.open(second)
     with pytest.raises(Rejected, match=r"cannot be opened \(No such file"):
         opened.open(third)
 
 
-def test_a_row_without_a_picture_is_rejected_by_name(tmp_path: Path) -> None:
+def test_a_row_without_an_image_is_rejected_by_name(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [None, JPEG], [0, 0], None)
     check_rejected("parquet", path, "x.parquet/000000", "no bytes in its row")

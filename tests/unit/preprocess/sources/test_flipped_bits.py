@@ -1,4 +1,4 @@
-"""A bit flipped anywhere in a header: the picture or the source is read, or refused in one printable line."""
+"""A bit flipped anywhere in a header: the image or the source is read, or refused in one printable line."""
 
 import faulthandler
 import json
@@ -24,7 +24,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("shape", [(24, 24, 3), (3, 20, 24), (24, 24)])
-def test_of_each_flip_in_the_header_of_a_npy_face_comes_the_right_picture_or_none(shape: tuple[int, ...]) -> None:
+def test_of_each_flip_in_the_header_of_a_npy_face_comes_the_right_image_or_none(shape: tuple[int, ...]) -> None:
     data = npy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     right, reasons = np.asarray(decode(data)), []
     for bit in range(1024):

@@ -1,4 +1,4 @@
-"""Archives made to harm are refused in one line; all planted pictures at once are encoded, and none is lost."""
+"""Archives made to harm are refused in one line; all planted images at once are encoded, and none is lost."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from preprocess.encode_latents import encode
 from preprocess.images.images import Rejected
 from preprocess.shards import LatentShards, verify
 from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
-from tests.planted import ACCEPTED_PICTURES, JPEG, REJECTED_PICTURES
+from tests.planted import ACCEPTED_IMAGES, JPEG, REJECTED_IMAGES
 
 NAMES = (b"caf\xe9.jpg", b"two\nlines.jpg", b"\x1b[2J.jpg")  # Latin-1, a line's end, a terminal's command
 
@@ -31,16 +31,16 @@ def recipe_of(images: Path, tiny_vae: Path, shards: Path) -> Recipe:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_of_all_planted_pictures_each_is_encoded_or_listed_with_its_reason(tmp_path: Path, tiny_vae: Path) -> None:
-    planted = REJECTED_PICTURES | ACCEPTED_PICTURES
+def test_of_all_planted_images_each_is_encoded_or_listed_with_its_reason(tmp_path: Path, tiny_vae: Path) -> None:
+    planted = REJECTED_IMAGES | ACCEPTED_IMAGES
     names = {f"{number:03d}.jpg": case for number, case in enumerate(planted)}
     images = write_folder(tmp_path / "images", {name: planted[case][0] for name, case in names.items()})
     encode(recipe_of(images, tiny_vae, tmp_path / "shards"))
     index = LatentShards(tmp_path / "shards").index
     rejected = {names[each["key"]]: each["reason"] for each in index["rejected"]}
-    assert set(rejected) == set(REJECTED_PICTURES)
-    assert all(re.search(REJECTED_PICTURES[case][1], reason) for case, reason in rejected.items())
-    assert (index["found"], index["accepted"]) == (len(planted), len(ACCEPTED_PICTURES))
+    assert set(rejected) == set(REJECTED_IMAGES)
+    assert all(re.search(REJECTED_IMAGES[case][1], reason) for case, reason in rejected.items())
+    assert (index["found"], index["accepted"]) == (len(planted), len(ACCEPTED_IMAGES))
     assert not list(verify(tmp_path / "shards"))
 
 
@@ -49,15 +49,15 @@ def test_names_that_no_terminal_shows_are_listed_on_one_line(
 ) -> None:
     images = write_folder(tmp_path / "images", {"whole.jpg": JPEG})
     for name in NAMES:
-        (images / os.fsdecode(name)).write_bytes(b"no picture")
+        (images / os.fsdecode(name)).write_bytes(b"not an image")
     encode(recipe_of(images, tiny_vae, tmp_path / "shards"))
     line = capsys.readouterr().out.encode().splitlines()[-1].decode()  # has an encoding
-    assert line.startswith("3 rejected: \\x1b[2J.jpg: not readable as a picture")
+    assert line.startswith("3 rejected: \\x1b[2J.jpg: not readable as an image")
     assert all(name in line for name in ("caf\\udce9.jpg", "two\\nlines.jpg"))
 
 
 def tar_of_sizes(path: Path, size: Callable[[tarfile.TarInfo], bytes]) -> Path:
-    """Two pictures, the second with the size field that `size` gives."""
+    """Two images, the second with the size field that `size` gives."""
     with open(path, "wb") as file:
         for name in ("0.jpg", "1.jpg"):
             member = tarfile.TarInfo(name)
@@ -136,7 +136,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "parquet",
         "metadata that `datasets` does not write",
     ),
-    "a parquet of names in place of pictures": (
+    "a parquet of names in place of images": (
         lambda f: parquet_of_names(f / "x.parquet"),
         "parquet",
         "column 'image' is of string, encoded images are read",
@@ -242,7 +242,7 @@ def test_an_image_beyond_all_sizes_is_rejected_and_the_other_read(
     else:
         path = write_parquet(tmp_path / "x.parquet", [large, JPEG], [0, 0], None)
     source = source_of(kind, path)
-    with pytest.raises(Rejected, match=r"bytes, above .*: too many for a picture"):
+    with pytest.raises(Rejected, match=r"bytes, above .*: too many for an image"):
         source.open(source.entries[0])
     assert source.open(source.entries[1]) == JPEG
 
@@ -260,7 +260,7 @@ def as_nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_pictures_and_folders_without_permission_are_named() -> None:
+def test_images_and_folders_without_permission_are_named() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to others
         images = write_folder(Path(name), {"a/0.jpg": JPEG, "b/1.jpg": JPEG})
         for path in (images, images / "a", images / "b"):

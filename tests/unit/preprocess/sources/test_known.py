@@ -73,7 +73,7 @@ TOLD: dict[str, tuple[str, Counted, list[str]]] = {
     ),
     "most files left out": (
         "folder",
-        Counted(9, ["a"], {"no picture: no suffix": 10, "hidden": 99}),
+        Counted(9, ["a"], {"not an image: no suffix": 10, "hidden": 99}),
         ["warning: most files are left out: 10 are no images by their names, 9 are"],
     ),
 }
@@ -94,8 +94,8 @@ def test_all_of_imagenet_needs_no_warning(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_vae: Path) -> Recipe:
     """Faces beside masks and others, whose number is not that of CelebA-HQ."""
-    pictures = photographs(3, side=(16, 16))
-    files = {f"CelebA-HQ-img/{number}.jpg": data for number, data in enumerate(pictures)}
+    images = photographs(3, side=(16, 16))
+    files = {f"CelebA-HQ-img/{number}.jpg": data for number, data in enumerate(images)}
     files |= {"CelebAMask-HQ-mask-anno/0/00000_hair.png": b"", "README": b"", "CelebA-HQ-img/3.heic": b""}
     images = write_folder(tmp_path / "CelebAMask-HQ", files)
     return Recipe(
@@ -123,7 +123,7 @@ def test_warnings_and_files_left_out_are_in_the_plan_the_summary_and_the_index(
     assert index["left_out"] == {
         "encoded as HEIC, which is not read; convert to PNG or JPEG": 1,
         "masks and maps of faces": 1,
-        "no picture: no suffix": 1,
+        "not an image: no suffix": 1,
     }
     for told in (lines, summary):
         assert [line for line in told if line.startswith("warning:")] == WARNINGS

@@ -68,7 +68,7 @@ REFUSED = {
     "splits and more": (["train/a/1.png", "val/a/1.png", "extra/a/1.png"], "the splits train, val"),
     "splits in each class": (["a/train/1.png", "a/test/1.png", "b/train/1.png"], "/a is a class that holds the splits"),
     "images beside classes": (["a/1.png", "b/1.png", "1.png"], r"both images \(1\.png\) and folders .* \(a, b\)"),
-    "a class of text": (["a/1.png", "b/1.png", "c/n.txt"], r"/c holds no images but .* \(1 no picture: \.txt\)"),
+    "a class of text": (["a/1.png", "b/1.png", "c/n.txt"], r"/c holds no images but .* \(1 not an image: \.txt\)"),
     "a class of HEIC": (["a/1.png", "b/1.heic"], r"/b holds no images .*1 encoded as HEIC.*; convert them, or move"),
     "a class of hidden files": (["a/1.png", "b/1.png", "c/.1.png"], r"/c holds no images but other files \(1 hidden\)"),
 }  # fmt: skip
@@ -213,7 +213,7 @@ def faces(*groups: str, count: int = 2, number: int = 0) -> list[str]:
 FACES = {
     "CelebAMask-HQ": (
         ["CelebA-HQ-img/0.jpg", "CelebA-HQ-img/1.jpg", "CelebAMask-HQ-mask-anno/0/00000_hair.png", "pose.txt"],
-        {"masks and maps of faces": 1, "no picture: .txt": 1},
+        {"masks and maps of faces": 1, "not an image: .txt": 1},
     ),
     "CelebAMask-HQ in one folder": (
         ["CelebAMask-HQ/CelebA-HQ-img/0.jpg", "CelebAMask-HQ/CelebAMask-HQ-mask-anno/14/00000_l_eye.png"],
@@ -223,9 +223,9 @@ FACES = {
     "FFHQ as published": (
         ["ffhq-dataset-v2.json", "images1024x1024/00000/00000.png", "images1024x1024/01000/01000.png",
          "thumbnails128x128/00000/00000.png", "in-the-wild-images/00000/00000.png"],
-        {"no picture: .json": 1, "thumbnails": 1, "in-the-wild images, not aligned": 1},
+        {"not an image: .json": 1, "thumbnails": 1, "in-the-wild images, not aligned": 1},
     ),
-    "FFHQ's thumbnails alone": (["thumbnails128x128/00000/00000.png", "LICENSE"], {"no picture: no suffix": 1}),
+    "FFHQ's thumbnails alone": (["thumbnails128x128/00000/00000.png", "LICENSE"], {"not an image: no suffix": 1}),
     "maps beside": (["images/0.jpg", "sketch/0.jpg", "seg_maps/0.png", "text/0.txt"], None),
     "by another name": (["female/1.jpg", "male/2.jpg"], {}),
     "one resolution": (["data256x256/1.jpg", "data256x256/2.jpg"], {}),

@@ -28,7 +28,7 @@ def test_images_are_read_under_any_keys(tmp_path: Path, webps: list[bytes], keys
     source = source_of("lsun", path)
     assert read(source) == files
     assert source.class_names == ["church_outdoor_train"]
-    assert source.left_out == {"no picture: what an LMDB tells of itself": 2, "no picture: .mdb": 1}  # lock.mdb
+    assert source.left_out == {"not an image: what an LMDB tells of itself": 2, "not an image: .mdb": 1}  # lock.mdb
 
 
 def test_files_beside_an_lmdb_are_counted(tmp_path: Path, webps: list[bytes]) -> None:
@@ -36,7 +36,7 @@ def test_files_beside_an_lmdb_are_counted(tmp_path: Path, webps: list[bytes]) ->
     write_folder(path, {"README.md": b"", "preview/1.png": b"", ".cache/2": b""})
     source = source_of("lsun", path)
     assert len(source.entries) == 1
-    beside = {"beside the LMDB, which is read": 1, "no picture: .md": 1, "no picture: .mdb": 1}
+    beside = {"beside the LMDB, which is read": 1, "not an image: .md": 1, "not an image: .mdb": 1}
     assert source.left_out == beside | {"hidden folder, not looked into": 1}
 
 
@@ -64,7 +64,7 @@ def test_what_lies_beside_an_lmdb_is_counted_and_not_opened(tmp_path: Path, webp
     else:
         targets = {"link to nothing": "nowhere", "link to a folder": "..", "link outside": "/etc/passwd"}
         (path / "other").symlink_to(targets[kind])
-    assert source_of("lsun", path).left_out == {"no picture: no suffix": 1}
+    assert source_of("lsun", path).left_out == {"not an image: no suffix": 1}
 
 
 def test_a_pipe_in_place_of_an_lmdb_is_refused(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_of_several_columns_of_images_the_usual_one_is_taken_or_one_is_to_be_nam
     check(source)
     assert source_of("parquet", path, image_field="mask").open(source.entries[0]) == b"mask"
     for other in ("scan", "photo"):
-        path = write(tmp_path / "y.parquet", {"picture" if other == "photo" else "plan": masks, other: STRUCTS})
+        path = write(tmp_path / "y.parquet", {"image" if other == "photo" else "plan": masks, other: STRUCTS})
         assert "several columns that may hold the images" in refused(path)
         check(source_of("parquet", path, image_field=other), [0] * 4)
     assert "has no column 'nowhere'" in refused(path, image_field="nowhere")
@@ -319,7 +319,7 @@ def test_one_split_is_read_from_the_folder_of_the_whole_clone(tmp_path: Path, ro
     write_folder(tmp_path, beside)
     source = source_of("parquet", tmp_path)
     assert [entry.key for entry in source.entries][3:5] == ["0000.parquet/000003", "0001.parquet/000000"]
-    assert source.left_out == {"no picture: .md": 1, "no picture: .json": 1, "hidden": 1} | {
+    assert source.left_out == {"not an image: .md": 1, "not an image: .json": 1, "hidden": 1} | {
         "hidden folder, not looked into": 1
     }
 

@@ -37,7 +37,7 @@ def test_classes_and_keys_are_in_the_order_of_their_names_however_they_were_made
     assert len({fingerprint(source) for source in sources}) == 1
 
 
-def test_pictures_alone_are_one_class(tmp_path: Path) -> None:
+def test_images_alone_are_one_class(tmp_path: Path) -> None:
     source = source_of("folder", fill(tmp_path / "faces", ["2.png", "1.png"]))
     assert source.class_names == ["faces"]
     assert [entry[:3] for entry in source.entries] == [("1.png", 0, 5), ("2.png", 0, 5)]
@@ -46,7 +46,7 @@ def test_pictures_alone_are_one_class(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_names_labels_and_sizes(tmp_path: Path) -> None:
     folder = fill(tmp_path, KEYS)
     before = fingerprint(source_of("folder", folder))
-    (folder / "a/x.jpeg").write_bytes(b"another picture")
+    (folder / "a/x.jpeg").write_bytes(b"another image")
     resized = fingerprint(source_of("folder", folder))
     (folder / "b").rename(folder / "c")
     renamed = fingerprint(source_of("folder", folder))
@@ -54,12 +54,12 @@ def test_the_fingerprint_follows_names_labels_and_sizes(tmp_path: Path) -> None:
 
 
 LEFT_OUT = {
-    "README.md": "no picture: .md",
-    "a/notes.txt": "no picture: .txt",
-    "LICENSE": "no picture: no suffix",
-    "a/odd.a b": "no picture: no suffix",
-    "a/Thumbs.db": "no picture: .db",
-    "a/array.npy": "no picture: .npy",
+    "README.md": "not an image: .md",
+    "a/notes.txt": "not an image: .txt",
+    "LICENSE": "not an image: no suffix",
+    "a/odd.a b": "not an image: no suffix",
+    "a/Thumbs.db": "not an image: .db",
+    "a/array.npy": "not an image: .npy",
     ".marker.json": "hidden",
     "a/.x.png": "hidden",
     "a/.DS_Store": "hidden",
@@ -193,7 +193,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 NO_IMAGES = {
     "nothing": ([], "is empty: there are no images; docs/data"),
-    "text": (["README.md"], r"holds no images but other files \(1 no picture: \.md\)"),
+    "text": (["README.md"], r"holds no images but other files \(1 not an image: \.md\)"),
     "hidden files": ([".a.png"], r"\(1 hidden\)"),
     "tars": (["n01440764.tar"], "tars are read with data.source=webdataset"),
     "a zip": (["images.zip"], "name the zip itself"),
@@ -222,7 +222,7 @@ def test_a_symbolic_link_that_leaves_or_leads_to_a_folder_is_refused(tmp_path: P
         source_of("folder", folder)
 
 
-def test_a_symbolic_link_to_a_picture_inside_is_a_picture(tmp_path: Path) -> None:
+def test_a_symbolic_link_to_an_image_inside_is_an_image(tmp_path: Path) -> None:
     folder = fill(tmp_path, ["a/1.png"])
     (folder / "a/2.png").symlink_to(folder / "a/1.png")
     assert [entry.size for entry in source_of("folder", folder).entries] == [7, 7]

@@ -222,7 +222,7 @@ def test_imagenets_tar_of_tars_accounts_for_all_its_members(tmp_path: Path) -> N
     (tmp_path / "x.tar").write_bytes(tar_bytes(files))
     source = source_of("imagenet", tmp_path / "x.tar")
     assert [(entry.key, entry.label) for entry in source.entries] == [("n01440764/0.JPEG", 0), ("n01443537/1.JPEG", 1)]
-    assert source.left_out == {"no picture: .md": 1, "hidden": 1}
+    assert source.left_out == {"not an image: .md": 1, "hidden": 1}
 
 
 @pytest.mark.parametrize("tail", [ONE, b"x"])

@@ -131,7 +131,7 @@ def test_labels_that_agree_may_be_there_twice_and_others_need_a_choice(tmp_path:
     assert "set data.label_field to the one that labels the images, or to none" in message
     assert labels(source_of("webdataset", path, label_field="cls")) == [0, 2, 1]
     chosen = source_of("webdataset", path, label_field="json:label")
-    assert (labels(chosen), chosen.left_out) == ([0, 2, 5], {"no picture: .cls": 3})
+    assert (labels(chosen), chosen.left_out) == ([0, 2, 5], {"not an image: .cls": 3})
     none = source_of("webdataset", path, label_field="none")
     assert (labels(none), none.left_out.total()) == ([0, 0, 0], 6)
     assert "contradict" not in message
@@ -208,7 +208,7 @@ UNLABELLED: dict[str, tuple[dict[str, bytes], str]] = {
         "description without a label that is read (.json)",
     ),
     "boxes": ({"json": b'{"box": {"x": 1, "y": 2}}'}, "description without a label that is read (.json)"),
-    "latents": ({"npy": b"\x93NUMPY" + bytes(99)}, "no picture: .npy"),
+    "latents": ({"npy": b"\x93NUMPY" + bytes(99)}, "not an image: .npy"),
 }
 
 
@@ -284,12 +284,12 @@ def test_every_member_and_every_file_is_taken_or_counted(tmp_path: Path) -> None
         "caption (.txt)": 2,
         "description without a label that is read (.json)": 4,
         "image beside the sample's own (.seg.png)": 2,
-        "no picture: .npy": 2,
+        "not an image: .npy": 2,
         "in a sample without an image: .mp4": 2,
         "in a sample without an image: .cls": 2,
         "in a sample without an image: .json": 2,
-        "no picture: .json": 3,
-        "no picture: .idx": 1,
+        "not an image: .json": 3,
+        "not an image: .idx": 1,
         "hidden folder, not looked into": 1,
     }
 
@@ -347,7 +347,7 @@ BAD_PATHS = {
     "gs://bucket/x-0.tar": "begins with a scheme",
     "hf://datasets/a/b/x.tar": "begins with a scheme",
     "empty": "holds no .tar; name where",
-    "others": r"holds no .tar \(2 no picture: .zip, 1 no picture: .md\)",
+    "others": r"holds no .tar \(2 not an image: .zip, 1 not an image: .md\)",
     "linked": "is a symbolic link to a folder",
 }
 

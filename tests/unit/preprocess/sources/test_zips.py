@@ -167,7 +167,7 @@ def test_dataset_tools_labels_are_read(tmp_path: Path, form: str, top: str) -> N
         (IMAGES[2], 2),
     ]
     assert source.class_names == ["0", "1", "2"]
-    assert source.left_out == {"no picture: .json": 1}
+    assert source.left_out == {"not an image: .json": 1}
 
 
 @FORMS

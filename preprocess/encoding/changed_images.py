@@ -1,4 +1,4 @@
-"""Pictures that are others now than when they were encoded, though their names and sizes are the same."""
+"""Images that are others now than when they were encoded, though their names and sizes are the same."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,16 +7,16 @@ from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.sealed import write_sealed
-from preprocess.encoding.pictures import open_picture, picture_digest
+from preprocess.encoding.image_loader import image_digest, open_image
 from preprocess.images.images import Rejected
 from preprocess.shards import Record, shard_name
 from preprocess.sources import Entry, Source
 
 
-def check_pictures(source: Source, slices: Sequence[range], folder: Path, records: Sequence[Record]) -> None:
-    """Reads the pictures of `records` again where their files are of another time than those encoded; no others.
+def check_images(source: Source, slices: Sequence[range], folder: Path, records: Sequence[Record]) -> None:
+    """Reads the images of `records` again where their files are of another time than those encoded; no others.
 
-    Where the bytes are the same, the record has these files' times from now on. Raises UserError naming a picture that
+    Where the bytes are the same, the record has these files' times from now on. Raises UserError naming an image that
     is another one. `slices`: the positions in the source of each shard in `folder`.
     """
     moved = [each for each in records if each["stamp"] != source.entries.stamp(slices[each["number"]])]
@@ -28,8 +28,8 @@ def check_pictures(source: Source, slices: Sequence[range], folder: Path, record
             entry = source.entries[position]
             if digest != _digest(source, entry):
                 raise UserError(
-                    f"data.images: {printable(entry.key)} is another picture than the one encoded to {shard}, of the "
-                    "same size; delete that shard to encode the pictures that are there now, or choose another folder"
+                    f"data.images: {printable(entry.key)} is another image than the one encoded to {shard}, of the "
+                    "same size; delete that shard to encode the images that are there now, or choose another folder"
                 )
         record["stamp"] = source.entries.stamp(positions)
         write_sealed(shard.with_suffix(".json"), record)
@@ -37,6 +37,6 @@ def check_pictures(source: Source, slices: Sequence[range], folder: Path, record
 
 def _digest(source: Source, entry: Entry) -> str:
     try:
-        return picture_digest(open_picture(source, entry))
+        return image_digest(open_image(source, entry))
     except Rejected:
         return ""

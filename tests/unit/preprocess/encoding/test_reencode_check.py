@@ -1,4 +1,4 @@
-"""Latents are compared with the pictures they were made of: by eye, and by encoding them again."""
+"""Latents are compared with the images they were made of: by eye, and by encoding them again."""
 
 import sys
 from dataclasses import replace
@@ -13,8 +13,8 @@ from common.loading import dump_recipe
 from common.recipe import VAE, Data, Model, Recipe
 from preprocess import show_latents, verify_shards
 from preprocess.encode_latents import encode
-from preprocess.encoding.comparison import deep_faults, psnr
 from preprocess.encoding.encoding import resolve
+from preprocess.encoding.reencode_check import deep_faults, psnr
 from preprocess.shards import LatentShards, Sample, write_index, write_shard
 from tests.photographs import photographs, write_folder
 
@@ -24,8 +24,8 @@ ASSETS = Path(__file__).parents[4] / "assets/vae-demo"
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    pictures = {f"{number % 2}/{number}.png": data for number, data in enumerate(photographs(COUNT, "png", (128, 96)))}
-    data = Data(images=str(write_folder(tmp_path / "images", pictures)), shards=str(tmp_path / "shards"), resolution=64)
+    images = {f"{number % 2}/{number}.png": data for number, data in enumerate(photographs(COUNT, "png", (128, 96)))}
+    data = Data(images=str(write_folder(tmp_path / "images", images)), shards=str(tmp_path / "shards"), resolution=64)
     return Recipe(name="test", data=data, vae=VAE(path=str(ASSETS), downsampling=4), model=Model(num_classes=2))
 
 
@@ -34,16 +34,16 @@ def run(module: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> obj
     return module.main()  # type: ignore[attr-defined]
 
 
-def test_a_sheet_shows_pictures_beside_their_decoded_latents(
+def test_a_sheet_shows_images_beside_their_decoded_latents(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(recipe)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     run(show_latents, monkeypatch, "--config", str(tmp_path / "recipe.yaml"), "--count", "4")
-    assert "4 pictures, PSNR " in capsys.readouterr().out
+    assert "4 images, PSNR " in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "shards/latents.png")).astype(float)
     original, decoded = sheet[8:136, 8:136], sheet[8:136, 136:264]  # the first pair, twice its size
-    assert 1 < np.abs(original - decoded).mean() < 30  # the same picture, not the same pixels
+    assert 1 < np.abs(original - decoded).mean() < 30  # the same image, not the same pixels
 
 
 def test_psnr_is_that_of_the_definition() -> None:
@@ -61,8 +61,8 @@ def test_deep_verification_passes_what_was_encoded(
     assert "all of them as they were" in capsys.readouterr().out
 
 
-def test_deep_verification_names_latents_of_another_picture_and_wrong_labels(recipe: Recipe, tmp_path: Path) -> None:
-    """Shards that are whole in themselves, and wrong: two pictures exchanged, and one label."""
+def test_deep_verification_names_latents_of_another_image_and_wrong_labels(recipe: Recipe, tmp_path: Path) -> None:
+    """Shards that are whole in themselves, and wrong: two images exchanged, and one label."""
     encode(recipe)
     shards, encoding = LatentShards(recipe.data.shards), resolve(recipe, download=False)
     moments, flipped = (shards.gather(np.arange(COUNT), np.full(COUNT, flip)) for flip in (False, True))
@@ -82,7 +82,7 @@ def test_deep_verification_names_latents_of_another_picture_and_wrong_labels(rec
     assert "label 0, the source says 1" in faults[2]
 
 
-def test_deep_verification_refuses_other_pictures_than_were_encoded(recipe: Recipe) -> None:
+def test_deep_verification_refuses_other_images_than_were_encoded(recipe: Recipe) -> None:
     encode(recipe)
     (Path(recipe.data.images) / "0/0.png").unlink()
     with pytest.raises(UserError, match="made with another source_fingerprint"):

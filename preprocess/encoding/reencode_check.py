@@ -1,4 +1,4 @@
-"""Latents beside the pictures they were made of: a sheet to look at, and a check that they are theirs."""
+"""Latents beside the images they were made of: a sheet to look at, and a check that they are theirs."""
 
 import math
 from collections.abc import Iterator
@@ -9,25 +9,28 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 from common.errors import UserError, printable
 from common.recipe import Recipe
-from preprocess.encoding.encoder import Encoder, draw_latents
+from fpdm.latents import draw_latents
+from preprocess.encoding.encoder import Encoder
 from preprocess.encoding.encoding import Encoding, resolve
-from preprocess.encoding.pictures import Pictures
+from preprocess.encoding.image_loader import ImageLoader
 from preprocess.images.images import from_uint8, to_uint8
 from preprocess.shards import LatentShards, shard_name
 from preprocess.sources import Entry
 
-# Largest relative distance ||a - b|| / ||b|| between moments of one picture by one VAE. It allows for other machines
-# and batches, and is far below the distance between two pictures, which is about 1.
+# Largest relative distance ||a - b|| / ||b|| between moments of one image by one VAE. It allows for other machines
+# and batches, and is far below the distance between two images, which is about 1.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.2}
 PAIRS_A_ROW, CAPTION, GAP = 4, 18, 8  # pixels
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples of the shards, and their pictures read again."""
+    """Some samples of the shards, and their images read again."""
 
     entries: list[Entry]
     rows: np.ndarray  # of the shards' samples
@@ -36,16 +39,16 @@ class Batch:
 
 
 def read_again(encoding: Encoding, count: int) -> Iterator[Batch]:
-    """`count` samples, or all, evenly spaced. Raises UserError where a picture cannot be read any more."""
+    """`count` samples, or all, evenly spaced. Raises UserError where an image cannot be read any more."""
     recipe, shards = encoding.recipe, LatentShards(encoding.folder)
-    pictures = Pictures(encoding.source, recipe.data.crop, recipe.data.resolution)
+    loader = ImageLoader(encoding.source, recipe.data.crop, recipe.data.resolution)
     count = min(count, len(shards))
     chosen = np.arange(count) * len(shards) // max(1, count)
     for start in range(0, count, recipe.vae.batch_size):
         indices = chosen[start : start + recipe.vae.batch_size]
         rows = shards.rows(indices)
         positions = rows["position"].tolist()
-        loaded = pictures[positions]
+        loaded = loader[positions]
         for rejection in loaded.rejected:
             raise UserError(
                 f"data.images: {printable(rejection.key)} was encoded, and now is unusable: {rejection.reason}"
@@ -56,9 +59,9 @@ def read_again(encoding: Encoding, count: int) -> Iterator[Batch]:
 
 
 def deep_faults(recipe: Recipe, folder: str, count: int) -> Iterator[str]:
-    """Encodes `count` pictures again: a line for each whose latents or label in `folder` are not theirs.
+    """Encodes `count` images again: a line for each whose latents or label in `folder` are not theirs.
 
-    Raises UserError where the folder was made of other pictures, by another VAE or with other settings than the
+    Raises UserError where the folder was made of other images, by another VAE or with other settings than the
     recipe's.
     """
     encoding = resolve(replace(recipe, data=replace(recipe.data, shards=folder)), download=True)
@@ -75,7 +78,7 @@ def deep_faults(recipe: Recipe, folder: str, count: int) -> Iterator[str]:
 
 
 def draw_sheet(recipe: Recipe, count: int) -> tuple[Image.Image, list[float]]:
-    """Pairs of a picture as it was cropped and what the VAE makes of its latents' mean, and each pair's PSNR in dB."""
+    """Pairs of an image as it was cropped and what the VAE makes of its latents' mean, and each pair's PSNR in dB."""
     encoding = resolve(recipe, download=True)
     encoder, pairs, ratios = Encoder(recipe.vae), [], []
     scaling, shift = encoder.identity.scaling_factor, encoder.identity.shift_factor
@@ -88,18 +91,19 @@ def draw_sheet(recipe: Recipe, count: int) -> tuple[Image.Image, list[float]]:
             ratios.append(psnr(original, again))
             name = f"{encoding.source.class_names[entry.label]}: {entry.key.rpartition('/')[2]}"
             pairs.append(_pair(original, again, f"{ratios[-1]:.1f} dB  {printable(name)}"))
-    return _sheet(pairs), ratios
+    sheet = make_grid([pil_to_tensor(pair) for pair in pairs], nrow=PAIRS_A_ROW, padding=GAP, pad_value=255)
+    return to_pil_image(sheet), ratios
 
 
 def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio of two uint8 images in dB; infinite where they are equal."""
     error = float(np.mean((first.astype(np.float64) - second) ** 2))
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _pair(original: NDArray[np.uint8], again: NDArray[np.uint8], caption: str) -> Image.Image:
     side = original.shape[0]
-    scale = max(1, 128 // side)  # small pictures are enlarged: people look at them
+    scale = max(1, 128 // side)  # small images are enlarged: people look at them
     shown = [Image.fromarray(each).resize((side * scale,) * 2, Image.Resampling.NEAREST) for each in (original, again)]
     pair = Image.new("RGB", (2 * side * scale, side * scale + CAPTION), "white")
     for number, image in enumerate(shown):
@@ -109,12 +113,3 @@ def _pair(original: NDArray[np.uint8], again: NDArray[np.uint8], caption: str) -
         caption = caption[:-1]
     ImageDraw.Draw(pair).text((0, side * scale + 2), caption, fill="black", font=font)
     return pair
-
-
-def _sheet(pairs: list[Image.Image]) -> Image.Image:
-    columns = min(PAIRS_A_ROW, len(pairs))
-    width, height = pairs[0].width + GAP, pairs[0].height + GAP
-    sheet = Image.new("RGB", (columns * width + GAP, -(-len(pairs) // columns) * height + GAP), "white")
-    for number, pair in enumerate(pairs):
-        sheet.paste(pair, (GAP + number % columns * width, GAP + number // columns * height))
-    return sheet

@@ -1,6 +1,6 @@
-"""Composes the demo's pictures: portraits of robots, monsters, robot heads and cats, from robohash's picture parts.
+"""Composes the demo's images: portraits of robots, monsters, robot heads and cats, from robohash's image parts.
 
-    python preprocess/demo_pictures.py --config recipes/demo.yaml
+    python preprocess/demo_images.py --config recipes/demo.yaml
 
 Writes `<data.images>/<class>/<index>.png` and `<data.held_out>/<class>/<index>.png`. Real artwork, combinatorially
 composed: no combination of parts appears twice, but held-out portraits share single parts with the training ones.
@@ -25,7 +25,7 @@ from common.sealed import read_sealed, write_sealed
 
 CLASSES = {"robot": "set1", "monster": "set2", "robot-head": "set3", "cat": "set4"}
 BACKGROUND = (238, 238, 238, 255)
-MARKER = ".demo-pictures.json"  # hidden: no source takes it for a picture
+MARKER = ".demo-pictures.json"  # hidden: no source takes it for an image
 
 Layers = tuple[tuple[Image.Image, ...], ...]  # bottom layer first; one part of each is drawn
 
@@ -44,11 +44,11 @@ class Portraits:
         """Portrait number `combination`, below `combinations`: RGB, resolution x resolution."""
         combination, variant = divmod(combination, len(self.variants))
         layers = self.variants[variant]
-        picture = Image.new("RGBA", layers[0][0].size, BACKGROUND)
+        image = Image.new("RGBA", layers[0][0].size, BACKGROUND)
         for parts in layers:
             combination, part = divmod(combination, len(parts))
-            picture.alpha_composite(parts[part])
-        return picture.convert("RGB")
+            image.alpha_composite(parts[part])
+        return image.convert("RGB")
 
 
 def load_portraits(class_name: str, resolution: int) -> Portraits:
@@ -62,7 +62,7 @@ def load_portraits(class_name: str, resolution: int) -> Portraits:
 def _robohash_sets() -> Path:
     specification = importlib.util.find_spec("robohash")
     if specification is None or specification.origin is None:
-        raise UserError("robohash: not installed, and the demo's pictures come from it; run: pip install robohash==2.0")
+        raise UserError("robohash: not installed, and the demo's images come from it; run: pip install robohash==2.0")
     return Path(specification.origin).parent / "sets"
 
 
@@ -93,7 +93,7 @@ def _permuted(seed: int, class_name: str, portraits: Portraits, start: int, coun
     from fpdm.rng import permute
 
     positions = torch.arange(start, start + count)
-    return permute(seed, f"demo_pictures/{class_name}", positions, portraits.combinations).tolist()
+    return permute(seed, f"demo_images/{class_name}", positions, portraits.combinations).tolist()
 
 
 class Marker(TypedDict):
@@ -129,7 +129,7 @@ class Part:
 def parts(recipe: Recipe) -> list[Part]:
     """What there is to compose. Raises UserError where the recipe has no section `demo`."""
     if recipe.demo is None:
-        raise UserError("demo: the recipe has no such section; add it, or name your own pictures in data.images")
+        raise UserError("demo: the recipe has no such section; add it, or name your own images in data.images")
     folders = [("training", recipe.data.images, recipe.demo.per_class)]
     if recipe.data.held_out is not None:
         folders.append(("held-out", recipe.data.held_out, recipe.demo.held_out_per_class))

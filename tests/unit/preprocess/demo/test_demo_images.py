@@ -9,8 +9,8 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import Data, DemoPictures, Recipe
-from preprocess import demo_pictures
-from preprocess.demo_pictures import (
+from preprocess import demo_images
+from preprocess.demo_images import (
     CLASSES,
     MARKER,
     Portraits,
@@ -32,7 +32,7 @@ def monsters() -> Portraits:
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Monsters alone, which load in a moment."""
-    monkeypatch.setattr(demo_pictures, "CLASSES", {"monster": "set2"})
+    monkeypatch.setattr(demo_images, "CLASSES", {"monster": "set2"})
     return Recipe(
         name="test",
         demo=DemoPictures(per_class=6, held_out_per_class=3),

@@ -1,4 +1,4 @@
-"""Batches of pictures: read, decoded and cropped."""
+"""Batches of images: read, decoded and cropped."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -8,47 +8,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import faults_told
+from common.errors import errors_as
 from preprocess.images.images import CROPS, Rejected, decode
 from preprocess.shards import Rejection
 from preprocess.sources import Entry, Source
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedBatch:
     """A batch: one tensor for all that could be read, and the rest by name."""
 
     positions: list[int]
     sizes: list[tuple[int, int]]  # width, height before cropping
-    digests: list[str]  # `picture_digest` of each
+    digests: list[str]  # `image_digest` of each
     images: Tensor | None  # (B, 3, resolution, resolution) uint8; None if none could be read
     rejected: list[Rejection]
 
-    def with_images(self, places: Tensor) -> "Loaded":
-        """With the pixels that `Pictures.fill` wrote."""
+    def with_images(self, places: Tensor) -> "LoadedBatch":
+        """With the pixels that `ImageLoader.fill` wrote."""
         return replace(self, images=places[: len(self.positions)] if self.positions else None)
 
 
-class Pictures:
+class ImageLoader:
     """Batches by their positions in a source."""
 
     def __init__(self, source: Source, crop: str, resolution: int) -> None:
         self.source, self.crop, self.resolution = source, CROPS[crop], resolution
 
-    def __getitem__(self, batch: Sequence[int]) -> Loaded:
+    def __getitem__(self, batch: Sequence[int]) -> LoadedBatch:
         places = np.empty((len(batch), 3, self.resolution, self.resolution), np.uint8)
         return self.fill(places, batch).with_images(torch.from_numpy(places))
 
-    def fill(self, places: np.ndarray, batch: Iterable[int]) -> Loaded:
-        """Writes the pictures that can be read into the first of `places`, (B, 3, resolution, resolution) uint8."""
-        loaded = Loaded([], [], [], None, [])
+    def fill(self, places: np.ndarray, batch: Iterable[int]) -> LoadedBatch:
+        """Writes the images that can be read into the first of `places`, (B, 3, resolution, resolution) uint8."""
+        loaded = LoadedBatch([], [], [], None, [])
         for position in batch:
             entry, digest = self.source.entries[position], ""
             try:
-                data = open_picture(self.source, entry)
-                digest = picture_digest(data)
+                data = open_image(self.source, entry)
+                digest = image_digest(data)
                 image = decode(data)
-                with faults_told(Rejected, "cannot be cropped"):
+                with errors_as(Rejected, "cannot be cropped"):
                     cropped = np.asarray(self.crop(image, self.resolution)).transpose(2, 0, 1)  # (3, H, W) uint8
                 places[len(loaded.positions)] = cropped
             except Rejected as reason:
@@ -60,12 +60,12 @@ class Pictures:
         return loaded
 
 
-def open_picture(source: Source, entry: Entry) -> bytes:
-    """A picture's encoded bytes. Raises Rejected where they cannot be read."""
-    with faults_told(Rejected, "cannot be read"):
+def open_image(source: Source, entry: Entry) -> bytes:
+    """An image's encoded bytes. Raises Rejected where they cannot be read."""
+    with errors_as(Rejected, "cannot be read"):
         return source.open(entry)
 
 
-def picture_digest(data: bytes) -> str:
-    """Sixteen hex digits that name a picture's encoded bytes."""
+def image_digest(data: bytes) -> str:
+    """Sixteen hex digits that name an image's encoded bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
