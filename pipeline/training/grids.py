@@ -1,4 +1,4 @@
-"""Pictures drawn while training: always of the same noise and labels, so that only the weights change."""
+"""Grids of samples drawn while training, always from the same noise and labels, so that only the weights change."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from preprocess.images.images import to_uint8
 
 
 class GridPainter:
-    """Draws `train.previews.grid_images` samples of given weights as one picture."""
+    """Draws `train.previews.grid_images` samples as one image."""
 
     def __init__(self, recipe: Recipe, vae: Encoder, device: torch.device) -> None:
         self.recipe, self.vae, self.device = recipe, vae, device
