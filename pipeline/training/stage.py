@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import folder_lock, disk_errors_as_user_errors
+from common.files import disk_errors_as_user_errors, folder_lock
 from common.ranks import rank_and_world_size
 from common.recipe import Recipe, with_world_size
 from common.run_folder import ema_names, weights_folder
