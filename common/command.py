@@ -10,11 +10,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from common.errors import INTERRUPTED, Interrupted, UserError
 from common.recipe import Recipe
+from slurm.paths import expanded
 
 
 def run_command(
@@ -47,13 +49,27 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="docs/recipe.md explains every field of a recipe.",
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe, such as recipes/demo.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=path_argument,
+        metavar="RECIPE.yaml",
+        help="the recipe, such as recipes/demo.yaml",
+    )
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print the plan; touch nothing")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher inserts it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="replaces one field, as train.batch_size=64"
     )
     return parser
+
+
+def path_argument(text: str) -> Path:
+    """The `type` of an argument that is a path, which is expanded as paths in a recipe are."""
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,9 @@ from pydantic_core import ErrorDetails
 from common.errors import UserError
 from common.recipe import Recipe, check_together
 from common.recipe.fields import Place
+from slurm import paths
 from slurm.plain_yaml import NULLS, members, read_yaml, settle
 
-VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*)|\{)")
 SHORT = reprlib.Repr()  # of what a recipe has in a wrong place
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel = 3
@@ -79,34 +78,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(settings, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
 
 
-def expanded(field: str, place: str) -> str:
-    """The place that `place` names: `~` is the home folder, `$NAME` and `${NAME}` are variables, `$$` is a `$`.
-
-    An address (`s3://...`) stays as it is. Raises UserError naming `field` and what is not known here.
-    """
-    if "://" in place:
-        return place
-    if not place:
-        raise UserError(f"{field}: empty; name a folder or file, . for the one that you are in")
-
-    def variable(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        if found[0] == "$$":
-            return "$"
-        if name is None:
-            raise UserError(f"{field}: {place} has a ${{ without a name and }}; write ${{NAME}}, or $$ for a $")
-        if not os.environ.get(name):
-            raise UserError(f"{field}: {place} names a variable that is not set, {name}; set it, or write the path")
-        return os.environ[name]
-
-    head, slash, rest = place.partition("/")
-    if head.startswith("~"):
-        home = os.path.expanduser(head)
-        if home == head:
-            raise UserError(f"{field}: {place}: no user {head[1:]} here; write ./{head} for what is named so")
-    else:
-        home = VARIABLE.sub(variable, head)
-    return home + slash + VARIABLE.sub(variable, rest)
+def expanded(field: str, path: str) -> str:
+    """`slurm.paths.expanded`, with a UserError that names `field`."""
+    try:
+        return paths.expanded(path)
+    except ValueError as error:
+        raise UserError(f"{field}: {error}") from None
 
 
 def _parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
@@ -170,19 +147,20 @@ def _explain(error: ValidationError) -> str:
 
 
 def _near(path: Sequence[str]) -> str:
-    """What an unknown key may have been meant to be: a field beside it, or one of its name elsewhere."""
+    """What an unknown key is perhaps meant to be: a field beside it, or a field or section of its name elsewhere."""
     *sections, key = path
     allowed = sorted(_hints(sections))
+    below = [dotted for dotted, _ in _fields() if "." in dotted]
+    elsewhere = dict.fromkeys([*(dotted.rpartition(".")[0] for dotted in below), *below])
+    names = {dotted.rpartition(".")[2] for dotted in elsewhere}
     near = difflib.get_close_matches(key, allowed, n=1)
-    elsewhere = [dotted.rpartition(".") for dotted, _ in _fields()]
-    names = {field for _, _, field in elsewhere}
     if "." in key:
         return f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
     if key in RENAMED:
         near = [f"train.{RENAMED[key]}"]
     elif key in names or not near:
         meant = difflib.get_close_matches(key, names, n=1)
-        near = [f"{section}.{field}" for section, _, field in elsewhere if section and field in meant]
+        near = [dotted for dotted in elsewhere if "." in dotted and dotted.rpartition(".")[2] in meant]
     return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
 
 

@@ -10,25 +10,27 @@ Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and w
 
 import argparse
 import sys
+from pathlib import Path
 
-from common.command import guarded
+from common.command import guarded, path_argument
 from common.errors import UserError
 from common.ranks import own_cores
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="the folder that holds index.json")
+    parser.add_argument("folder", type=path_argument, help="the folder that holds index.json")
     cores = own_cores()
     parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
-    parser.add_argument("--deep", metavar="RECIPE.yaml", help="the recipe by which the folder was encoded")
+    parser.add_argument(
+        "--deep", type=path_argument, metavar="RECIPE.yaml", help="the recipe by which the folder was encoded"
+    )
     parser.add_argument("--pictures", type=int, default=64, help="with --deep: how many are encoded again (64)")
-    return guarded(lambda: work(**vars(parser.parse_args())))
+    arguments = parser.parse_args()
+    return guarded(lambda: work(str(arguments.folder), arguments.processes, arguments.deep, arguments.pictures))
 
 
-def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
-    from pathlib import Path
-
+def work(folder: str, processes: int, deep: Path | None, pictures: int) -> None:
     from tqdm import tqdm
 
     from preprocess.shards import verify
@@ -48,7 +50,7 @@ def work(folder: str, processes: int, deep: str | None, pictures: int) -> None:
         compare(folder, deep, pictures)
 
 
-def compare(folder: str, recipe: str, pictures: int) -> None:
+def compare(folder: str, recipe: Path, pictures: int) -> None:
     """Encodes some pictures again. Raises UserError where their latents or labels are not those in the folder."""
     from common.loading import load_recipe
     from preprocess.encoding.comparison import deep_faults

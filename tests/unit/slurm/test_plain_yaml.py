@@ -193,6 +193,7 @@ def test_a_list_that_names_itself_a_million_times_is_refused_in_a_short_line() -
         ("learning_rat: 1", "learning_rat: unknown key; did you mean train.optimizer.learning_rate?"),
         ("train: {learning_rate: 1}", "train.learning_rate: unknown key; did you mean train.optimizer.learning_rate?"),
         ("train: {log: {betas: [0, 0]}}", "train.log.betas: unknown key; did you mean train.optimizer.betas?"),
+        ("optimizer: {betas: [0, 0]}", "optimizer: unknown key; did you mean train.optimizer?"),
         ("train.batch_size: 4", "train.batch_size: unknown key; write train: {batch_size: ...}"),
         ("train: {log.tensorboard: true}", "train.log.tensorboard: unknown key; write log: {tensorboard: ...}"),
         ("'': 4", ": unknown key; allowed: data, demo"),
@@ -204,6 +205,22 @@ def test_an_unknown_key_is_answered_with_where_the_field_is(text: str, expected:
     with pytest.raises(UserError, match="unknown key") as raised:
         parse_recipe(f"name: a\n{text}")
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "places"),
+    [
+        ("batch_size=64", "vae.batch_size or train.batch_size or sample.batch_size or evaluate.batch_size"),
+        ("betas=[0, 0]", "train.optimizer.betas"),
+        ("every_samples=64", "train.checkpoint.every_samples or train.log.every_samples"),
+        ("optimizer.learning_rate=1", "train.optimizer"),
+        ("seeds=3", "seed"),
+    ],
+)
+def test_an_override_without_its_section_is_answered_with_where_it_belongs(override: str, places: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_recipe("name: a", [override])
+    assert str(raised.value).endswith(f": unknown key; did you mean {places}?")
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
