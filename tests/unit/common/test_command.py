@@ -64,7 +64,7 @@ def test_an_unknown_key_ends_every_command_with_one_line_and_status_2(path: Path
     done = run(path, "--config", "recipes/demo.yaml", "train.batch_szie=4")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: recipes/demo.yaml: train.batch_szie: unknown key; did you mean batch_size?"
+        "error: recipes/demo.yaml: train.batch_szie: unknown key; did you mean train.batch_size?"
     ]
 
 

@@ -139,18 +139,18 @@ def test_a_written_recipe_is_read_back_whatever_its_text(place: str, word: str, 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\na: 2", "a stands twice"),
-        ("train: {lr: 1}\ntrain: {lr: 2}", "train stands twice"),
-        ("{x: {b: 1, b: 1}}", "b stands twice"),
-        ("[a]: 1\n[a]: 2", "a key that is no word"),
-        ("? [1]\n: 2", "a key that is no word"),
+        ("a: 1\na: 2", "a occurs twice"),
+        ("train: {lr: 1}\ntrain: {lr: 2}", "train occurs twice"),
+        ("{x: {b: 1, b: 1}}", "b occurs twice"),
+        ("[a]: 1\n[a]: 2", "a key that is not plain text"),
+        ("? [1]\n: 2", "a key that is not plain text"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: !!binary aGk=", "could not determine a constructor"),
-        ("a: !!int 0x10", "0x10 is no int"),
-        ("a: !!bool yes", "yes is no bool"),
+        ("a: !!int 0x10", "0x10 is not a plain int"),
+        ("a: !!bool yes", "yes is not a plain bool"),
         ("[" * 5000, "nested too deeply"),
         ("a: 1\n---\na: 2", "expected a single document"),
-        ("a: " + "9" * 5000, "is no int"),
+        ("a: " + "9" * 5000, "is not a plain int"),
         ("a: " + "[" * 100 + "]" * 100, "nested too deeply"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: &a {b: *a}", "nested too deeply"),
@@ -167,7 +167,7 @@ def test_what_is_no_plain_yaml_is_refused(text: str, expected: str) -> None:
 
 
 def test_a_key_twice_in_a_recipe_is_refused_with_its_line() -> None:
-    with pytest.raises(UserError, match=r"not readable as YAML: batch_size stands twice .*line 4"):
+    with pytest.raises(UserError, match=r"not readable as YAML: batch_size occurs twice .*line 4"):
         parse_recipe("name: a\ntrain:\n  batch_size: 4\n  batch_size: 8")
 
 
@@ -284,7 +284,7 @@ def test_a_site_file_is_read_the_same_way(tmp_path: Path) -> None:
     assert (site.account, site.qos, site.exclusive, site.memory_gb) == ("00123", "off", True, 4)
     assert sbatch_options(site) == {"requeue": True, "mail_type": "NONE", "nice": "010", "hold": True}
     path.write_text("account: a\naccount: b")
-    with pytest.raises(ValueError, match=r"site\.yaml: not readable as YAML: account stands twice"):
+    with pytest.raises(ValueError, match=r"site\.yaml: not readable as YAML: account occurs twice"):
         load_site(path)
 
 
