@@ -1,7 +1,7 @@
 """The command line that every stage shares: `--config recipe.yaml [section.field=value ...] [--dry-run]`.
 
 Resolve, check, print, and only then work. Exit status 2 and one line on stderr for a user's mistake; status 75 and one
-line where the command was asked to stop and has saved its work.
+line for a command that was asked to stop and has saved its work.
 """
 
 import argparse
@@ -10,11 +10,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from common.errors import INTERRUPTED, Interrupted, UserError
 from common.recipe import Recipe
+from slurm.paths import expanded
 
 
 def run_command(
@@ -47,27 +49,41 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="docs/recipe.md explains every field of a recipe.",
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe, such as recipes/demo.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=path_argument,
+        metavar="RECIPE.yaml",
+        help="the recipe, such as recipes/demo.yaml",
+    )
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print the plan; touch nothing")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher inserts it
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="replaces one field, as train.batch_size=64"
+        "overrides", nargs="*", metavar="section.field=value", help="replace one field, such as train.batch_size=64"
     )
     return parser
+
+
+def path_argument(text: str) -> Path:
+    """The `type` of an argument that is a path, which is expanded as paths in a recipe are."""
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster",
         metavar="local|debug|slurm|auto",
-        help="work in jobs: on this machine, in this process, on SLURM, or on SLURM where it answers",
+        help="work in jobs: on this machine, in this process, on SLURM, or on SLURM if it answers",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="with --cluster: how many; launch.jobs otherwise")
 
 
 def exit_status_of(work: Callable[[], None]) -> int:
-    """The exit status of `work`: 0, or with one line on stderr 2 for a UserError, INTERRUPTED for an Interrupted."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale cannot show is escaped, and ends nothing
+    """Exit status of `work`: 0; 2 for a UserError and INTERRUPTED for an Interrupted, each with one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape names that the locale cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
@@ -85,8 +101,8 @@ def exit_status_of(work: Callable[[], None]) -> int:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and a closed terminal raise, as Ctrl-C does: jobs that live in processes of their own, or on a
-    cluster, are ended by whoever waits for them.
+    """Makes SIGTERM and a closed terminal raise SystemExit, so that whoever waits for jobs can end them first: they
+    run in processes of their own, or on a cluster.
     """
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
@@ -102,12 +118,12 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def outlived(number: int) -> bool:
-    """Whether this process was told to outlive its terminal (`nohup`)."""
+    """Whether this signal is ignored on purpose: SIGHUP, under `nohup`."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _say(line: str) -> None:
-    """On stderr, in one write: ranks that end together share a terminal."""
+    """Writes one line to stderr in one call, because ranks that end together share a terminal."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
@@ -129,7 +145,7 @@ def _run(
         raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
     in_this_process = not arguments.dry_run and (cluster is None or in_jobs is None)
-    if shared and in_this_process:  # before what may take one rank longer than another
+    if shared and in_this_process:  # before work that takes one rank longer than another
         meet()
     first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:

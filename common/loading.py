@@ -1,8 +1,7 @@
-"""YAML and `section.field=value` overrides to a checked recipe, or one line that says what is wrong."""
+"""Reads recipes: YAML and `section.field=value` overrides to a checked `Recipe`, or to one line about the fault."""
 
 import dataclasses
 import difflib
-import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -17,14 +16,14 @@ from pydantic_core import ErrorDetails
 from common.errors import UserError
 from common.recipe import Recipe, check_together
 from common.recipe.fields import Place
+from slurm import paths
 from slurm.plain_yaml import NULLS, members, read_yaml, settle
 
-VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*)|\{)")
-SHORT = reprlib.Repr()  # of what a recipe has in a wrong place
+SHORT = reprlib.Repr()  # for values in error messages
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel = 3
 
-# What `train` named alone before it had sections.
+# Fields of `train` from before it had sections, with their places below `train` now.
 RENAMED = {
     **{"offload_optimizer": "optimizer.offload", "ema_decays": "ema.decays", "ema_widths": "ema.widths"},
     **{"ema_reference_batch": "ema.reference_batch", "checkpoint_samples": "checkpoint.every_samples"},
@@ -36,10 +35,10 @@ RENAMED = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads `path`, applies overrides in order, validates everything.
+    """Reads `path`, applies overrides in order, and checks the result.
 
-    Raises UserError with one line for the first fault: unknown key, wrong type, value out of range, or fields that do
-    not go together.
+    Raises UserError with one line for the first fault: an unknown key, a wrong type, a value out of range, or fields
+    that do not go together.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -75,38 +74,16 @@ def dump_recipe(recipe: Recipe) -> str:
         if "://" not in section[field]:
             section[field] = section[field].replace("$", "$$")
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    # PyYAML writes these as they are, and reads them as the ends of lines.
+    # PyYAML writes these unescaped, and reads them as line breaks.
     return yaml.safe_dump(settings, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
 
 
-def expanded(field: str, place: str) -> str:
-    """The place that `place` names: `~` is the home folder, `$NAME` and `${NAME}` are variables, `$$` is a `$`.
-
-    An address (`s3://...`) stays as it is. Raises UserError naming `field` and what is not known here.
-    """
-    if "://" in place:
-        return place
-    if not place:
-        raise UserError(f"{field}: empty; name a folder or file, . for the one that you are in")
-
-    def variable(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        if found[0] == "$$":
-            return "$"
-        if name is None:
-            raise UserError(f"{field}: {place} has a ${{ without a name and }}; write ${{NAME}}, or $$ for a $")
-        if not os.environ.get(name):
-            raise UserError(f"{field}: {place} names a variable that is not set, {name}; set it, or write the path")
-        return os.environ[name]
-
-    head, slash, rest = place.partition("/")
-    if head.startswith("~"):
-        home = os.path.expanduser(head)
-        if home == head:
-            raise UserError(f"{field}: {place}: no user {head[1:]} here; write ./{head} for what is named so")
-    else:
-        home = VARIABLE.sub(variable, head)
-    return home + slash + VARIABLE.sub(variable, rest)
+def expanded(field: str, path: str) -> str:
+    """`slurm.paths.expanded`, with a UserError that names `field`."""
+    try:
+        return paths.expanded(path)
+    except ValueError as error:
+        raise UserError(f"{field}: {error}") from None
 
 
 def _parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
@@ -115,7 +92,7 @@ def _parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: holds {type(settings).__name__}, a recipe is a mapping of sections; see recipes/")
+        raise UserError(f"{path}: holds {type(settings).__name__}, but a recipe is a mapping of sections; see recipes/")
     return settings
 
 
@@ -143,7 +120,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 
 def _places(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """What names a folder or a file: its section, its name with the sections before it, and its name alone."""
+    """Every path in `settings`: the section that holds it, its dotted name, and its name in the section."""
     for dotted, hint in _fields():
         *sections, field = dotted.split(".")
         section: Any = settings
@@ -159,35 +136,41 @@ def _explain(error: ValidationError) -> str:
     path, first = faults[0]
     same = [fault for where, fault in faults if where == path]  # a field of two types has a fault of each
     others = f" (and {len(faults) - len(same)} more)" if len(faults) > len(same) else ""
-    name = ".".join(path) or "recipe"
+    name, found = ".".join(path) or "recipe", SHORT.repr(first["input"])
     if first["type"] in ("unexpected_keyword_argument", "dataclass_exact_type"):
         return f"{name}: unknown key; {_near(path)}{others}"
     if first["type"] in ("missing", "missing_argument"):
+        if path[-1].isdigit():
+            return f"{'.'.join(path[:-1])}: too few values, no number {int(path[-1]) + 1}{others}"
         return f"{name}: missing; every recipe states it{others}"
-    reasons = [fault["msg"].removeprefix("Input ") for fault in same]
-    wanted, found = " or ".join(r[0].lower() + r[1:] for r in reasons), first["input"]
-    return f"{name}: {wanted}; found {SHORT.repr(found)}{_in_decimal(found)}{others}"
+    if first["type"] == "dataclass_type":
+        return f"{name}: is a section, with the fields {', '.join(_hints(path))}; found {found}{others}"
+    words = [fault["msg"].removeprefix("Input ").removeprefix("Value error, ") for fault in same]
+    reasons = [word.replace("a valid tuple", "a list, as [1, 2]").replace("tuple", "a list") for word in words]
+    wanted = " or ".join(reason[0].lower() + reason[1:] for reason in reasons)
+    return f"{name}: {wanted}; found {found}{_in_decimal(first['input'])}{others}"
 
 
 def _near(path: Sequence[str]) -> str:
-    """What an unknown key may have been meant to be: a field beside it, or one of its name elsewhere."""
+    """Suggests what an unknown key means: a field beside it, or a field or section with such a name elsewhere."""
     *sections, key = path
     allowed = sorted(_hints(sections))
-    near = difflib.get_close_matches(key, allowed, n=1)
-    elsewhere = [dotted.rpartition(".") for dotted, _ in _fields()]
-    names = {field for _, _, field in elsewhere}
+    below = [dotted for dotted, _ in _fields() if "." in dotted]
+    elsewhere = dict.fromkeys([*(dotted.rpartition(".")[0] for dotted in below), *below])
+    names = {dotted.rpartition(".")[2] for dotted in elsewhere}
+    near = [".".join([*sections, field]) for field in difflib.get_close_matches(key, allowed, n=1)]
     if "." in key:
         return f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
     if key in RENAMED:
         near = [f"train.{RENAMED[key]}"]
     elif key in names or not near:
         meant = difflib.get_close_matches(key, names, n=1)
-        near = [f"{section}.{field}" for section, _, field in elsewhere if section and field in meant]
+        near = [dotted for dotted in elsewhere if "." in dotted and dotted.rpartition(".")[2] in meant]
     return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
 
 
 def _in_decimal(found: Any) -> str:
-    """How to write a number that was written otherwise."""
+    """How to write a number in decimal notation."""
     if isinstance(found, str) and re.fullmatch(r"[-+]?_*[0-9][0-9_]{0,40}", found):
         return f"; write {int(found.replace('_', ''))}"
     return "; write a decimal number" if isinstance(found, str) and re.match(r"[-+]?\.?[0-9]", found) else ""
@@ -203,7 +186,7 @@ def _field_path(fault: ErrorDetails) -> list[str]:
 
 
 def _hints(sections: Sequence[str]) -> dict[str, Any]:
-    """The fields below `sections` and their types, found in the dataclasses themselves; none below what is unknown."""
+    """Fields and types of the section at `sections`, from the dataclasses; empty where there is no such section."""
     kind: Any = Recipe
     for section in sections:
         kind = _section(_types(kind).get(section))
@@ -218,12 +201,12 @@ def _types(kind: Any) -> dict[str, Any]:
 
 
 def _section(hint: Any) -> Any:
-    """The dataclass of a field that is a section."""
+    """The dataclass where a field is a section, else None."""
     return next((part for part in members(hint) if dataclasses.is_dataclass(part)), None)
 
 
 def _fields(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field that is no section, as `train.optimizer.betas`, and its type."""
+    """Every field that is not a section: its dotted name, such as `train.optimizer.betas`, and its type."""
     for name, hint in _types(kind).items():
         if section := _section(hint):
             yield from _fields(section, f"{prefix}{name}.")

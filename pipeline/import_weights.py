@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.command import argument_parser, exit_status_of
+from common.command import argument_parser, exit_status_of, path_argument
 from common.errors import UserError
 from common.files import disk_errors_as_user_errors
 from common.recipe import Recipe, denoiser_config, describe_network
@@ -22,7 +22,7 @@ from common.recipe import Recipe, denoiser_config, describe_network
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help=".pt, .safetensors, or a folder of diffusers' (needed)"
+        "--checkpoint", type=path_argument, metavar="FILE", help=".pt, .safetensors, or a folder of diffusers' (needed)"
     )
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training checkpoint (ema)")
     arguments = parser.parse_intermixed_args()

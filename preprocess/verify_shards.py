@@ -10,25 +10,27 @@ Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and w
 
 import argparse
 import sys
+from pathlib import Path
 
-from common.command import exit_status_of
+from common.command import exit_status_of, path_argument
 from common.errors import UserError
 from common.ranks import own_cores
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="the folder that holds index.json")
+    parser.add_argument("folder", type=path_argument, help="the folder that holds index.json")
     cores = own_cores()
     parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
-    parser.add_argument("--deep", metavar="RECIPE.yaml", help="the recipe by which the folder was encoded")
+    parser.add_argument(
+        "--deep", type=path_argument, metavar="RECIPE.yaml", help="the recipe by which the folder was encoded"
+    )
     parser.add_argument("--images", type=int, default=64, help="with --deep: how many are encoded again (64)")
-    return exit_status_of(lambda: work(**vars(parser.parse_args())))
+    arguments = parser.parse_args()
+    return exit_status_of(lambda: work(str(arguments.folder), arguments.processes, arguments.deep, arguments.images))
 
 
-def work(folder: str, processes: int, deep: str | None, images: int) -> None:
-    from pathlib import Path
-
+def work(folder: str, processes: int, deep: Path | None, images: int) -> None:
     from tqdm import tqdm
 
     from preprocess.shards import verify
@@ -48,7 +50,7 @@ def work(folder: str, processes: int, deep: str | None, images: int) -> None:
         compare(folder, deep, images)
 
 
-def compare(folder: str, recipe: str, images: int) -> None:
+def compare(folder: str, recipe: Path, images: int) -> None:
     """Encodes some images again. Raises UserError where their latents or labels are not those in the folder."""
     from common.loading import load_recipe
     from preprocess.encoding.reencode_check import deep_faults

@@ -1,8 +1,8 @@
-"""Settings in YAML, read as a person reads them: what a plain word means, the type of its field says.
+"""Settings in YAML in which the type of a field decides what a plain word means.
 
-YAML 1.1, which PyYAML reads, makes 010 an eight, 1:30 a ninety, off a false and 2024-01-01 a date. Here numbers are
-decimal, the booleans true and false, nothing is null or ~, and all else is text. What is no text keeps its text beside
-it: a commit 1234567, a name 2024 and an average 0.9999 are text where their field takes text.
+YAML 1.1, which PyYAML implements, reads 010 as 8, 1:30 as 90, off as false and 2024-01-01 as a date. Here numbers are
+decimal, booleans are true and false, null is null or ~, and everything else is text. A number, boolean or null keeps
+its spelling: a commit 1234567, a name 2024 and an average 0.9999 become text where their field takes text.
 """
 
 import re
@@ -13,17 +13,17 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 
 import yaml
 
-KEPT = (*(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str")), None)  # None: what is unknown
+KEPT = (*(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str")), None)  # None: any other tag
 DIGITS = r"(?:0|[1-9][0-9]*)"
-MAX_VALUES, MAX_DEPTH = 100_000, 50  # of a text with its aliases written out
+MAX_VALUES, MAX_DEPTH = 100_000, 50  # with aliases written out
 NULLS = ("", "~", "null", "Null", "NULL")
 WORDS = {form: word == "true" for word in ("true", "false") for form in (word, word.capitalize(), word.upper())}
-SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # where a field takes true or false and no text
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # only where a field takes a boolean and no text
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A word that is no text, as it is written and as what it is read; `settle` takes one of the two."""
+    """A number, boolean or null with its spelling; `settle` chooses between the two."""
 
     text: str
     value: int | float | bool | None
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def get_single_node(self) -> Any:
-        """The whole tree. Refused where it is endless, a bomb of aliases, or deeper than those who read it can go."""
+        """The document's tree. Refuses endless ones, alias bombs, and nesting beyond the recursion of later readers."""
         root = super().get_single_node()
         waiting, count = [(root, 0)] if root else [], 0
         while waiting:
@@ -53,13 +53,13 @@ class _Loader(yaml.SafeLoader):
         return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Keys are text, and each stands once."""
+        """Keys are text, each at most once."""
         keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key that is not plain text", key.start_mark)
             if key.value in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value[:40]} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value[:40]} occurs twice", key.start_mark)
             keys.add(key.value)
         self.flatten_mapping(node)  # `<<`
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
@@ -71,7 +71,7 @@ def _reads(kind: str, pattern: str, first: str, read: Callable[[str], Any]) -> N
             return Plain(node.value, read(node.value))
         except (ValueError, KeyError):
             raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value[:40]} is no {kind}", node.start_mark
+                None, None, f"{node.value[:40]} is not a plain {kind}", node.start_mark
             ) from None
 
     tag = f"tag:yaml.org,2002:{kind}"
@@ -89,24 +89,24 @@ _reads("int", rf"[-+]?(?:{DIGITS}|[1-9][0-9]{{0,2}}(?:_[0-9]{{3}})+)", "-+012345
 REAL = rf"[-+]?(?:{DIGITS}?\.[0-9]+|{DIGITS}\.|{DIGITS}(?=[eE]))(?:[eE][-+]?[0-9]+)?"
 _reads("float", rf"{REAL}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789.", _real)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
-_Loader.add_constructor("tag:yaml.org,2002:merge", lambda _, node: node.value)  # where it is no key
+_Loader.add_constructor("tag:yaml.org,2002:merge", lambda _, node: node.value)  # where it is not a key
 
 
 def read_yaml(text: str) -> Any:
-    """Dicts by text, lists, text and `Plain`. ValueError says in one line where `text` is no YAML, or holds more."""
+    """Dicts with text keys, lists, text and `Plain`. ValueError says in one line where `text` is not such YAML."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader that knows even less
+        return yaml.load(text, _Loader)  # a SafeLoader with fewer tags
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except Exception as error:  # noqa: BLE001 # PyYAML has more than its own for what it cannot read
+    except Exception as error:  # noqa: BLE001 # PyYAML also raises others' exceptions
         raise ValueError(" ".join(str(error).split())[:500]) from None
 
 
 def settle(hint: Any, tree: Any) -> Any:
-    """`tree`, as `read_yaml` gives it, with every `Plain` as its field's type wants it.
+    """`tree`, from `read_yaml`, with every `Plain` replaced by its value or its spelling, as its field's type asks.
 
     Args:
-        hint: the type of the whole: a dataclass, `dict[str, int]`, `str | None`. What it does not know stays as it is.
+        hint: the type of `tree`: a dataclass, `dict[str, int]`, `str | None`. Values of unknown fields become values.
     """
     kinds = list(members(hint))
     if isinstance(tree, Plain):
@@ -128,7 +128,7 @@ def settle(hint: Any, tree: Any) -> Any:
 
 
 def members(hint: Any) -> Iterator[Any]:
-    """The types that a field takes: those of a union apart, without what else is said of them."""
+    """The members of a union, or the type itself; without `Annotated`."""
     if get_origin(hint) is Annotated:
         yield from members(get_args(hint)[0])
     elif get_origin(hint) in (Union, types.UnionType):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from slurm.paths import expanded
 from slurm.plain_yaml import SWITCHES, read_yaml, settle
 
 DEFAULT = Path(__file__).parent / "site.yaml"
@@ -56,6 +57,14 @@ def _no_switch(value: str) -> str:
     return value
 
 
+def _home(path: str) -> str:
+    """The job's own home folder, for `_with_variables`."""
+    head, slash, rest = path.partition("/")
+    if head.startswith("~") and head != "~":
+        raise ValueError(f"{head} is not expanded in a job; write the folder in full")
+    return f"$HOME{slash}{rest}" if head == "~" else path
+
+
 Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_in_full)]
 SetupLine = Annotated[Line, AfterValidator(_no_option)]
 Value = Annotated[Line, AfterValidator(_no_switch)]
@@ -74,7 +83,8 @@ class Site:
     exclusive: StrictBool = False
     setup: tuple[SetupLine, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
-    scratch: Line | None = None  # a folder on each node's own disk, with a job's $VARIABLES; TMPDIR of every job
+    # A folder on each node's own disk, with a job's `~` and $VARIABLES; TMPDIR of every job.
+    scratch: Annotated[Line, AfterValidator(_home)] | None = None
     # Any other option of sbatch. One that asks for GPUs (gres, gpus-per-node), as where these have types, is what every
     # job asks for then, instead of the recipe's number.
     sbatch: dict[Option, Value | StrictBool | int] = Field(default_factory=dict)
@@ -86,7 +96,10 @@ def load_site(path: str | Path | None = None) -> Site:
     Raises ValueError with one line that names the file and the field.
     """
     named = path or os.environ.get(VARIABLE)
-    file = Path(named or DEFAULT)
+    try:
+        file = Path(expanded(str(named or DEFAULT)))
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from None
     if not file.exists():
         if named:
             raise ValueError(f"{file}: no such file; {VARIABLE} names it (slurm/site.example.yaml is one)")
@@ -142,7 +155,7 @@ def sbatch_options(site: Site) -> dict[str, str | bool | int]:
 
 
 def _with_variables(text: str) -> str:
-    """Shell words of `text` in which `$NAME` and `${NAME}` are put in when the job runs, and nothing else is special.
+    """Shell words of `text` in which `$NAME` and `${NAME}` are expanded when the job runs, and nothing else is special.
 
     A variable that is not set there ends the job with its name.
     """

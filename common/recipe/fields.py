@@ -3,13 +3,19 @@
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictInt
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, StrictInt
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _is_folder(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9]{12}", value) is not None
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise ValueError("should be at most 100 letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    return value
 
 
 Count = Annotated[StrictInt, Field(ge=1)]
@@ -25,4 +31,4 @@ Width = Annotated[Number, Field(gt=0, lt=0.28)]  # of a power-function average (
 Place = Annotated[str, "path"]  # of a folder or file; `~`, `$NAME` and `${NAME}` are expanded (`slurm.paths`)
 # A number of samples, or the name of its folder, which has 12 digits.
 SamplesSeen = Annotated[CountOrZero, BeforeValidator(lambda value: int(value) if _is_folder(value) else value)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Name = Annotated[str, AfterValidator(_name)]

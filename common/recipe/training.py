@@ -34,7 +34,7 @@ class Optimizer:
     warmup_samples: CountOrZero = 0
     """Samples over which the learning rate rises from 0. 0: no warm-up."""
     learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate falls to 0 at train.total_samples; the paper keeps it constant."""
+    """How the learning rate falls to 0 at train.total_samples. `constant`: it does not fall, as in the paper."""
     weight_decay: AtLeastZero = 0.0
     """Decoupled weight decay."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

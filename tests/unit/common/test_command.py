@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.command import argument_parser
+
 ROOT = Path(__file__).parents[3]
 SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
 # verify_shards.py takes a folder, no recipe: tests/unit/preprocess/shards/test_shards.py
@@ -39,12 +41,30 @@ def test_help_imports_nothing_heavy(path: Path) -> None:
     assert not heavy & imported, f"--help took {time.monotonic() - started:.1f} s"
 
 
+def test_a_path_on_the_command_line_is_expanded_as_in_a_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    parser = argument_parser("")
+    read = [parser.parse_args([f"--config={text}"]).config for text in ("~/a.yaml", "$DISK/a.yaml", "a$$b.yaml")]
+    assert read == [Path("/home/me/a.yaml"), Path("/disk/a.yaml"), Path("a$b.yaml")]
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--config=$NOT_SET/a.yaml"])
+    assert "argument --config: $NOT_SET/a.yaml names a variable that is not set, NOT_SET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "slurm/status.py"], ids=lambda path: path.name)
+def test_every_argument_that_is_a_path_is_expanded(path: Path) -> None:
+    assert "type=Path" not in path.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
 def test_an_unknown_key_ends_every_command_with_one_line_and_status_2(path: Path) -> None:
     done = run(path, "--config", "recipes/demo.yaml", "train.batch_szie=4")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: recipes/demo.yaml: train.batch_szie: unknown key; did you mean batch_size?"
+        "error: recipes/demo.yaml: train.batch_szie: unknown key; did you mean train.batch_size?"
     ]
 
 

@@ -139,18 +139,18 @@ def test_a_written_recipe_is_read_back_whatever_its_text(place: str, word: str, 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\na: 2", "a stands twice"),
-        ("train: {lr: 1}\ntrain: {lr: 2}", "train stands twice"),
-        ("{x: {b: 1, b: 1}}", "b stands twice"),
-        ("[a]: 1\n[a]: 2", "a key that is no word"),
-        ("? [1]\n: 2", "a key that is no word"),
+        ("a: 1\na: 2", "a occurs twice"),
+        ("train: {lr: 1}\ntrain: {lr: 2}", "train occurs twice"),
+        ("{x: {b: 1, b: 1}}", "b occurs twice"),
+        ("[a]: 1\n[a]: 2", "a key that is not plain text"),
+        ("? [1]\n: 2", "a key that is not plain text"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: !!binary aGk=", "could not determine a constructor"),
-        ("a: !!int 0x10", "0x10 is no int"),
-        ("a: !!bool yes", "yes is no bool"),
+        ("a: !!int 0x10", "0x10 is not a plain int"),
+        ("a: !!bool yes", "yes is not a plain bool"),
         ("[" * 5000, "nested too deeply"),
         ("a: 1\n---\na: 2", "expected a single document"),
-        ("a: " + "9" * 5000, "is no int"),
+        ("a: " + "9" * 5000, "is not a plain int"),
         ("a: " + "[" * 100 + "]" * 100, "nested too deeply"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: &a {b: *a}", "nested too deeply"),
@@ -167,7 +167,7 @@ def test_what_is_no_plain_yaml_is_refused(text: str, expected: str) -> None:
 
 
 def test_a_key_twice_in_a_recipe_is_refused_with_its_line() -> None:
-    with pytest.raises(UserError, match=r"not readable as YAML: batch_size stands twice .*line 4"):
+    with pytest.raises(UserError, match=r"not readable as YAML: batch_size occurs twice .*line 4"):
         parse_recipe("name: a\ntrain:\n  batch_size: 4\n  batch_size: 8")
 
 
@@ -193,6 +193,7 @@ def test_a_list_that_names_itself_a_million_times_is_refused_in_a_short_line() -
         ("learning_rat: 1", "learning_rat: unknown key; did you mean train.optimizer.learning_rate?"),
         ("train: {learning_rate: 1}", "train.learning_rate: unknown key; did you mean train.optimizer.learning_rate?"),
         ("train: {log: {betas: [0, 0]}}", "train.log.betas: unknown key; did you mean train.optimizer.betas?"),
+        ("optimizer: {betas: [0, 0]}", "optimizer: unknown key; did you mean train.optimizer?"),
         ("train.batch_size: 4", "train.batch_size: unknown key; write train: {batch_size: ...}"),
         ("train: {log.tensorboard: true}", "train.log.tensorboard: unknown key; write log: {tensorboard: ...}"),
         ("'': 4", ": unknown key; allowed: data, demo"),
@@ -204,6 +205,22 @@ def test_an_unknown_key_is_answered_with_where_the_field_is(text: str, expected:
     with pytest.raises(UserError, match="unknown key") as raised:
         parse_recipe(f"name: a\n{text}")
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "places"),
+    [
+        ("batch_size=64", "vae.batch_size or train.batch_size or sample.batch_size or evaluate.batch_size"),
+        ("betas=[0, 0]", "train.optimizer.betas"),
+        ("every_samples=64", "train.checkpoint.every_samples or train.log.every_samples"),
+        ("optimizer.learning_rate=1", "train.optimizer"),
+        ("seeds=3", "seed"),
+    ],
+)
+def test_an_override_without_its_section_is_answered_with_where_it_belongs(override: str, places: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_recipe("name: a", [override])
+    assert str(raised.value).endswith(f": unknown key; did you mean {places}?")
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
@@ -267,7 +284,7 @@ def test_a_site_file_is_read_the_same_way(tmp_path: Path) -> None:
     assert (site.account, site.qos, site.exclusive, site.memory_gb) == ("00123", "off", True, 4)
     assert sbatch_options(site) == {"requeue": True, "mail_type": "NONE", "nice": "010", "hold": True}
     path.write_text("account: a\naccount: b")
-    with pytest.raises(ValueError, match=r"site\.yaml: not readable as YAML: account stands twice"):
+    with pytest.raises(ValueError, match=r"site\.yaml: not readable as YAML: account occurs twice"):
         load_site(path)
 
 

@@ -128,6 +128,29 @@ def test_a_scratch_folder_takes_the_jobs_variables_and_nothing_else_of_the_shell
     assert "USER: parameter null or not set" in asked(env={}).stderr
 
 
+def test_a_scratch_folder_takes_the_jobs_home_and_no_other_users(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("scratch: ~/tmp")
+    (line,) = submission_parameters(load_site(path))["slurm_setup"]
+    command = ["bash", "-c", f'{line}; printf %s "$FPDM_SCRATCH"']
+    assert subprocess.run(command, capture_output=True, text=True, env={"HOME": "/home/me"}).stdout == "/home/me/tmp"
+    path.write_text("scratch: ~you/tmp")
+    with pytest.raises(
+        ValueError, match=r"site\.yaml: scratch: ~you is not expanded in a job; write the folder in full"
+    ):
+        load_site(path)
+
+
+def test_the_name_of_the_site_file_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("account: mine")
+    monkeypatch.setenv("DISK", str(tmp_path))
+    monkeypatch.setenv("FPDM_SITE", "$DISK/site.yaml")
+    assert load_site().account == "mine"
+    monkeypatch.setenv("FPDM_SITE", "$NOT_SET/site.yaml")
+    with pytest.raises(ValueError, match=r"FPDM_SITE: \$NOT_SET/site\.yaml names a variable that is not set, NOT_SET"):
+        load_site()
+
+
 def test_a_scratch_folder_that_cannot_be_made_is_told_by_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPDM_SCRATCH", "/proc/none/here")
     assert Job.of("os.path", "exists", Recipe(name="a"))()["error"].startswith("scratch: no folder /proc/none/here on ")
