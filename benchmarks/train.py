@@ -20,7 +20,7 @@ import json
 import os
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from fpdm.denoiser import build_denoiser
 from pipeline.training.data import open_shards
-from pipeline.training.distributed import control_group, process_group
-from pipeline.training.log import Progress, TrainingLog
+from pipeline.training.distributed import process_group
+from pipeline.training.log import ProgressBar
 from pipeline.training.trainer import Trainer
 from preprocess.shards import Sample, write_index, write_shard
 
@@ -113,17 +113,16 @@ def measure(size: str, batch: int, rounds: int) -> list[Row]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         make_shards(folder / "shards", 256)
         recipe = make_recipe(folder, size, batch, WARM_UP + rounds)
-        stack.enter_context(process_group())
-        trainer = Trainer(recipe, open_shards(recipe), rank=0, world_size=1, control=control_group())
-        recipe.folder.mkdir(parents=True)
-        trainer.log = TrainingLog(recipe, 0, trainer.identity)
+        trainer = Trainer(recipe, open_shards(recipe), stack.enter_context(process_group()))
         trainer.throughput.watch.clock = time.thread_time  # the batches' thread is not the network's
-        stack.enter_context(trainer.feed)
-        progress, bare = Progress(trainer.total, 0, rank=1), BareLoop(recipe)
+        stack.enter_context(trainer.open())
+        stack.enter_context(closing(trainer.batches))
+        trainer.progress = ProgressBar(trainer.total, 0, rank=1)  # which prints nothing
+        bare = BareLoop(recipe)
         ours, outside, theirs = [], [], []
         for number in range(WARM_UP + rounds):
             start = time.process_time()
-            trainer._advance(progress)
+            trainer.step()
             middle = time.process_time()
             bare.step()
             end = time.process_time()

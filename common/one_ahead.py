@@ -1,13 +1,13 @@
 """Computing the next item while the caller works on this one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+def one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
     """Yields `items`; a thread computes each while the caller works on the one before it.
 
     What computing an item raises is raised where that item would have been yielded. Closing the iterator waits for the

@@ -20,7 +20,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from pipeline.training.data import open_shards
     from pipeline.training.engine import deepspeed_config
     from pipeline.training.identity import total_samples
-    from pipeline.training.trainer import finished
+    from pipeline.training.stage import finished
 
     train = recipe.train
     if recipe.model.kind == "fpdm":
@@ -44,7 +44,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
 
 def work(recipe: Recipe) -> None:
-    from pipeline.training.trainer import train
+    from pipeline.training.stage import train
 
     train(recipe)
 

@@ -71,7 +71,7 @@ STAGES = (
         part="preprocess.encoding.encoding.encode_part",
         merge="preprocess.encode_latents.merge",
     ),
-    Stage("train", "pipeline.training.trainer", "train", parallel=True),
+    Stage("train", "pipeline.training.stage", "train", parallel=True),
     Stage("sample", "pipeline.sampling.samples", "sample", parallel=True, part="pipeline.sampling.samples.sample"),
     Stage(
         "evaluate",

@@ -1,51 +1,39 @@
-"""Writing beside the training: one thread, one job at a time."""
+"""Writing while training goes on: one thread, one job at a time."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 
 class BackgroundWriter:
-    """Runs jobs one after another on a thread that the process waits for. Leaving the block waits too.
+    """Runs jobs one after another on a thread. Leaving the `with` block waits for the job in hand.
 
-    What a job raises comes out of the next `check`, `start` or `wait`.
+    An error of a job is raised by the next `check`, `start` or `wait`.
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint writer")
+        self._job: Future[None] | None = None
 
     def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._join()
+        self._thread.shutdown()
         if kind is None:
-            self.check()
+            self.wait()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Begins a job, after the one before it has ended."""
+        """Waits for the job before it, and begins this one."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer", daemon=False)
-        self._thread.start()
+        self._job = self._thread.submit(job)
 
     def wait(self) -> None:
-        self._join()
-        self.check()
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
 
     def check(self) -> None:
-        """Raises what the last job raised, if it has ended and did."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _run(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: the main one does, in `check`
-            self._error = error
+        """Raises the error of a job that has failed; waits for nothing."""
+        if self._job is not None and self._job.done():
+            self.wait()

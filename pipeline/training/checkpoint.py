@@ -1,8 +1,8 @@
 """Checkpoints: `checkpoints/<samples seen>/` holds `state.safetensors` and `complete.json`, or does not exist.
 
-The state is whole fp32 tensors by parameter name (parameters, Adam's moments, the averages), gathered from whatever
-shards DeepSpeed keeps. So one format resumes at any number of ranks and any ZeRO stage, opens anywhere, and holds no
-pickle; the networks of this project are small enough for that (XL/2: 1.4 GB).
+The tensors are complete fp32 ones by parameter name (parameters, Adam's moments, EMAs), gathered from the shards that
+DeepSpeed keeps. So one format resumes at any number of ranks and any ZeRO stage, opens anywhere, and holds no pickle;
+the networks of this project are small enough for that (XL/2: 1.4 GB).
 """
 
 import platform
@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
+
 from common.errors import UserError
 from common.files import atomic_folder, disk_faults_told, remove_folder, sha256_file
 from common.recipe import Recipe, denoiser_config
@@ -18,9 +20,22 @@ from common.run_folder import counted, ema_names, weights_folder
 from common.sealed import write_sealed
 from fpdm.denoiser import DenoiserConfig
 from fpdm.weights import save_pretrained
-from pipeline.training.checkpoint_form import FORMAT, MARKER, STATE, Found, State, not_finite, part, read
-from pipeline.training.ema import Averages
+from pipeline.training.checkpoint_form import (
+    FORMAT,
+    MARKER,
+    STATE,
+    Checkpoint,
+    Damaged,
+    Tensors,
+    first_not_finite,
+    part,
+    read,
+)
+from pipeline.training.distributed import Ranks, raise_on_all_ranks
+from pipeline.training.ema import EMA
+from pipeline.training.engine import restore_scaler
 from pipeline.training.identity import total_samples
+from pipeline.training.state import TrainState
 from pipeline.training.zero import MOMENTS, gather, moment_shards, parameter_shards, scatter, start_moments
 
 
@@ -28,95 +43,91 @@ def folder_of(recipe: Recipe) -> Path:
     return recipe.folder / "checkpoints"
 
 
-def collect(engine: Any, averages: Averages) -> State:
-    """The state of this moment, on rank 0; copies, which training does not change. All ranks must call it."""
-    parts = {f"ema-{name}": shards for name, shards in averages.shards.items()}
+def collect(engine: Any, ema: EMA) -> Tensors:
+    """Copies of all tensors that training resumes from, on rank 0. A collective: every rank must call it."""
+    parts = {f"ema-{name}": shards for name, shards in ema.shards.items()}
     parts |= {"model": parameter_shards(engine)} | {moment: moment_shards(engine, moment) for moment in MOMENTS}
     return {
         f"{part}.{name}": tensor for part, shards in parts.items() for name, tensor in gather(engine, shards).items()
     }
 
 
-def write(
-    recipe: Recipe,
-    state: State,
-    samples_seen: int,
-    identity: dict[str, Any],
-    progress: dict[str, Any],
-    *,
-    with_weights: bool,
-) -> None:
-    """Writes what `collect` gave as a checkpoint and, `with_weights`, the averages to sample with.
+def write(recipe: Recipe, state: TrainState, tensors: Tensors, identity: dict[str, Any], *, with_weights: bool) -> None:
+    """Writes a checkpoint and, `with_weights`, the EMA weights that sampling reads.
 
-    Weights come first, so that every checkpoint passed has its own; the run's last ones come last, because they say
-    that it is finished. Raises UserError where the state is not finite, or the disk does not take it: then the
-    checkpoint before it stands.
+    The weights are written first, so that every earlier checkpoint has its weights; the run's last weights are written
+    after their checkpoint, because they mark the run as finished. Raises UserError where a tensor is not finite or the
+    disk does not take it; the checkpoint before it stays.
     """
-    _refuse_non_finite(recipe, state, samples_seen)
-    folder, last = folder_of(recipe) / f"{samples_seen:012d}", samples_seen == total_samples(recipe)
-    averages = {name: part(state, f"ema-{name}") for name in ema_names(recipe)} if with_weights else {}
+    _require_finite(recipe, tensors, state.samples_seen)
+    folder, last = folder_of(recipe) / f"{state.samples_seen:012d}", state.samples_seen == total_samples(recipe)
+    ema_weights = {name: part(tensors, f"ema-{name}") for name in ema_names(recipe)} if with_weights else {}
     with disk_faults_told(folder):
         if not last:
-            export_averages(recipe, averages, samples_seen, identity)
-        _write_folder(folder, state, {"samples_seen": samples_seen, "identity": identity, "progress": progress})
+            export_ema_weights(recipe, ema_weights, state.samples_seen, identity)
+        marker = {"samples_seen": state.samples_seen, "identity": identity, "progress": state.to_json()}
+        _write_folder(folder, tensors, marker)
         if last:
-            export_averages(recipe, averages, samples_seen, identity)
+            export_ema_weights(recipe, ema_weights, state.samples_seen, identity)
         prune(recipe)
 
 
-def _write_folder(folder: Path, state: State, marker: dict[str, Any]) -> None:
+def _write_folder(folder: Path, tensors: Tensors, marker: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as temporary:
-        save_file(state, temporary / STATE)
+        save_file(tensors, temporary / STATE)
         write_sealed(temporary / MARKER, {"format": FORMAT, **marker, "sha256": sha256_file(temporary / STATE)})
 
 
 def prune(recipe: Recipe) -> None:
-    """Deletes all checkpoints but the last ones, and those that `train.checkpoint.keep_every_samples` keeps for good.
+    """Deletes all checkpoints but the newest ones and those that `train.checkpoint.keep_every_samples` keeps for good.
 
-    One that a person has put elsewhere and linked is that person's to delete.
+    A symbolic link is left to the person who made it.
     """
     keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
-    for folder in [one for one in complete_checkpoints(recipe) if not one.is_symlink()][:-keep]:
-        if (
-            not every or int(folder.name) % every >= recipe.train.batch_size
-        ):  # the first step at or after a multiple stays
+    folders = [folder for folder in complete_checkpoints(recipe) if not folder.is_symlink()]
+    for folder in folders[:-keep]:
+        if not every or int(folder.name) % every >= recipe.train.batch_size:  # the first at or after a multiple stays
             remove_folder(folder)
 
 
-def _refuse_non_finite(recipe: Recipe, state: State, samples_seen: int) -> None:
-    if name := not_finite(state):
+def _require_finite(recipe: Recipe, tensors: Tensors, samples_seen: int) -> None:
+    if name := first_not_finite(tensors):
         raise UserError(
             f"train.optimizer.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of "
             f"this; lower it from {recipe.train.optimizer.learning_rate}"
         )
 
 
-def export_averages(
-    recipe: Recipe, averages: dict[str, State], samples_seen: int, identity: dict[str, Any] | None
+def export_ema_weights(
+    recipe: Recipe, ema_weights: dict[str, Tensors], samples_seen: int, identity: dict[str, Any]
 ) -> None:
-    """`export_weights` of each of the run's averages, by name."""
-    for name, state in averages.items():
-        export_weights(recipe, state, samples_seen, identity, name)
+    """`export_weights` for each of the run's EMAs, by name."""
+    for name, weights in ema_weights.items():
+        export_weights(recipe, weights, samples_seen, identity, name)
 
 
 def export_weights(
     recipe: Recipe,
-    weights: State,
+    weights: Tensors,
     samples_seen: int,
     identity: dict[str, Any] | None = None,
     ema: str | None = None,
     config: DenoiserConfig | None = None,
     **notes: Any,
 ) -> None:
-    """Writes averaged weights in diffusers' layout: what sampling reads.
+    """Writes weights in diffusers' layout, in the run folder, for sampling.
 
-    `identity`: of the run they come from; `config`: of their network, if it is none that a recipe describes.
+    Args:
+        identity: of the run that trained them (`pipeline.training.identity`).
+        ema: the name of the EMA that they are; None: the run's first.
+        config: of their network, if it is none that a recipe describes.
+        notes: further fields of their `config.json`.
     """
     with atomic_folder(weights_folder(recipe, samples_seen, ema)) as folder:
-        # The objective goes with the weights: a v-predicting network sampled as if it predicted noise still draws.
-        # So does how often it saw the null label: never, and there is no guidance.
+        # Sampling checks both: a v-predicting network sampled as if it predicted noise still draws images, and a
+        # network that never saw the null label cannot be guided.
         dropout = (identity or {}).get("train.label_dropout", recipe.train.label_dropout)
         known = {"objective": asdict(recipe.objective), "label_dropout": dropout}
         extra: dict[str, object] = {**known, "run": identity, **notes}
@@ -124,51 +135,77 @@ def export_weights(
 
 
 def complete_checkpoints(recipe: Recipe) -> list[Path]:
-    """Oldest first. A folder under another name than `write` gives it, or without its marker, is none."""
+    """Oldest first. Folders without a marker, or under names that `write` does not give, are left out."""
     return [path for path in counted(folder_of(recipe)) if (path / MARKER).is_file()]
 
 
-def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Found | None:
-    """The newest checkpoint whose checksum holds; the one of `train.resume_from` where the run has none; or None.
+def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that all ranks resume from, or None: rank 0's choice (`newest_checkpoint`).
 
-    A damaged one is named in a warning and the one before it taken. Raises UserError where every one is damaged, or
-    where the recipe no longer describes the run that the checkpoint belongs to.
+    Over a network file system another rank may still see an older listing. Every rank raises the UserError of any.
+    """
+    checkpoint = None
+    with raise_on_all_ranks(ranks):
+        if ranks.rank == 0:
+            checkpoint = newest_checkpoint(recipe, identity)
+    choice = [checkpoint.folder if checkpoint else None]
+    torch.distributed.broadcast_object_list(choice, src=0, group=ranks.control)
+    with raise_on_all_ranks(ranks):
+        if choice[0] is not None and checkpoint is None:
+            checkpoint = _read_choice(choice[0], recipe, identity)
+    if checkpoint and checkpoint.state.samples_seen > total_samples(recipe):
+        raise UserError(
+            f"train.total_samples: {recipe.train.total_samples}, but {recipe.folder} has trained on "
+            f"{checkpoint.state.samples_seen}; ask for more, or choose another name"
+        )
+    return checkpoint
+
+
+def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Checkpoint | None:
+    """The run's newest checkpoint that is not damaged; in a run without any, that of `train.resume_from`; or None.
+
+    Prints a warning for each damaged one. Raises UserError where all are damaged, or where the recipe no longer
+    describes the run that the checkpoint belongs to.
     """
     folders = complete_checkpoints(recipe)
     for folder in reversed(folders):
-        found = read(folder, recipe, identity, samples_seen=int(folder.name))
-        if isinstance(found, Found):
-            return found
-        print(f"warning: {found}; taking the checkpoint before it", file=sys.stderr, flush=True)
+        try:
+            return read(folder, recipe, identity, samples_seen=int(folder.name))
+        except Damaged as error:
+            print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
     if folders:
         raise UserError(
-            f"{folder_of(recipe)}: none of its {len(folders)} checkpoints is whole and of this version; delete it to "
-            "start again"
+            f"{folder_of(recipe)}: all of its {len(folders)} checkpoints are damaged or of another version; delete it "
+            "to start again"
         )
     if recipe.train.resume_from is None:
         return None
-    found = read(Path(recipe.train.resume_from), recipe, identity)
-    if isinstance(found, str):
-        raise UserError(f"train.resume_from: {found}; give a folder below a run's checkpoints/")
-    return found
+    try:
+        return read(Path(recipe.train.resume_from), recipe, identity)
+    except Damaged as error:
+        raise UserError(f"train.resume_from: {error}; give a folder below a run's checkpoints/") from None
 
 
-def whole_checkpoint(folder: Path, recipe: Recipe, identity: dict[str, Any]) -> Found:
-    """The checkpoint in a folder. Raises UserError where it is damaged, or another run's."""
-    found = read(folder, recipe, identity)
-    if isinstance(found, str):
-        raise UserError(f"{found}, though rank 0 could read it; look at the disks of {platform.node()}, and run again")
-    return found
+def _read_choice(folder: Path, recipe: Recipe, identity: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in a folder that rank 0 could read. Raises UserError where this rank cannot."""
+    try:
+        return read(folder, recipe, identity)
+    except Damaged as error:
+        raise UserError(
+            f"{error}, though rank 0 could read it; look at the disks of {platform.node()}, and run again"
+        ) from None
 
 
-def restore(engine: Any, averages: Averages, state: State, updates: int) -> None:
-    """Puts a saved state back, to the bit; all ranks must call it. The module must hold the same parameters already.
+def restore(engine: Any, ema: EMA, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint into the engine and the EMAs, to the bit. A collective: every rank must call it.
 
-    `updates`: how many updates Adam had made.
+    The engine's module must have been built from the same weights.
     """
-    start_moments(engine, updates)
-    scatter(engine, part(state, "model"), parameter_shards(engine))
-    for name, shards in averages.shards.items():
-        scatter(engine, part(state, f"ema-{name}"), shards)
+    tensors = checkpoint.tensors
+    start_moments(engine, checkpoint.state.updates)
+    scatter(engine, part(tensors, "model"), parameter_shards(engine))
+    for name, shards in ema.shards.items():
+        scatter(engine, part(tensors, f"ema-{name}"), shards)
     for moment in MOMENTS:
-        scatter(engine, part(state, moment), moment_shards(engine, moment))
+        scatter(engine, part(tensors, moment), moment_shards(engine, moment))
+    restore_scaler(engine, checkpoint.state.scaler)

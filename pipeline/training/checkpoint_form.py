@@ -1,5 +1,7 @@
-"""What a checkpoint must be: the form of its marker and of its tensors. Whoever reads one reads it here."""
+"""Reading a checkpoint, and the form that its marker and its tensors must have."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,15 +18,15 @@ from common.recipe import Recipe, denoiser_config
 from common.run_folder import ema_names
 from common.sealed import STRICT, read_sealed
 from fpdm.weights import tensor_shapes
-from pipeline.training.guards import WINDOW
 from pipeline.training.identity import changes
+from pipeline.training.state import WINDOW, TrainState
 from pipeline.training.throughput import QUARTILES
 from pipeline.training.zero import MOMENTS
 
 STATE, MARKER = "state.safetensors", "complete.json"
-FORMAT = 3  # of what is written; 2 named the recipe's fields before `train` had sections
+FORMAT = 3  # the version that is written; version 2 had the flat names of the section `train`
 
-State = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 Quarters = Field(min_length=QUARTILES, max_length=QUARTILES)
 
 
@@ -41,7 +43,7 @@ class IntervalForm(TypedDict):
 
 @with_config(STRICT)
 class ScalerForm(TypedDict):
-    """Of a loss scaler (`pipeline.training.engine.SCALER_STATE`)."""
+    """The fields `pipeline.training.engine.SCALER_STATE` of a loss scaler."""
 
     cur_scale: Annotated[float, Field(gt=0)]
     cur_iter: Count
@@ -51,12 +53,12 @@ class ScalerForm(TypedDict):
 
 @with_config(STRICT)
 class NoScaler(TypedDict):
-    """Where nothing is scaled."""
+    """In other precisions than fp16, where no loss is scaled."""
 
 
 @with_config(STRICT)
 class ProgressForm(TypedDict):
-    """The loop's own numbers (`Trainer`)."""
+    """`TrainState`, except `samples_seen`."""
 
     updates: Count
     skipped: Count
@@ -75,39 +77,46 @@ class MarkerForm(TypedDict):
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole checkpoint."""
+class Checkpoint:
+    """A complete checkpoint, as read from `folder`."""
 
     folder: Path
-    samples_seen: int
-    progress: dict[str, Any]  # of ProgressForm
-    state: State
+    state: TrainState
+    tensors: Tensors
 
 
-def read(folder: Path, recipe: Recipe, identity: dict[str, Any], samples_seen: int | None = None) -> Found | str:
-    """The checkpoint in a folder, or which file in it is not as it was written, and why.
+class Damaged(UserError):
+    """A checkpoint that cannot be used; the message names its file and the reason."""
 
-    `samples_seen`: what its place says. Raises UserError where it is another run's.
+
+def read(folder: Path, recipe: Recipe, identity: dict[str, Any], samples_seen: int | None = None) -> Checkpoint:
+    """The checkpoint in a folder. Raises Damaged, or another UserError where the checkpoint belongs to another run.
+
+    `samples_seen`: the number that the folder is named after, if it is in its own run.
     """
-    try:
+    with _as_damage():
         marker = read_sealed(folder / MARKER, MarkerForm, "no checkpoint of this version")
-    except UserError as told:
-        return str(told)
     if changed := changes(marker["identity"], identity):
         raise UserError(f"{folder}: belongs to a run with another {changed}; set it back, or choose another name")
-    if fault := _out_of_range(marker, recipe, samples_seen):
-        return f"{folder / MARKER}: {fault}"
+    if reason := _out_of_range(marker, recipe, samples_seen):
+        raise Damaged(f"{folder / MARKER}: {reason}")
+    with _as_damage():
+        tensors = _read_tensors(folder / STATE, marker["sha256"])
+    if reason := _misfit(tensors, recipe):
+        raise Damaged(f"{folder / STATE}: {reason}")
+    return Checkpoint(folder, TrainState.from_json(marker["samples_seen"], marker["progress"]), tensors)
+
+
+@contextmanager
+def _as_damage() -> Iterator[None]:
     try:
-        state = _read_state(folder / STATE, marker["sha256"])
-    except UserError as told:
-        return str(told)
-    if fault := _misfit(state, recipe):
-        return f"{folder / STATE}: {fault}"
-    return Found(folder, marker["samples_seen"], {**marker["progress"]}, state)
+        yield
+    except UserError as error:
+        raise Damaged(str(error)) from None
 
 
 def _out_of_range(marker: MarkerForm, recipe: Recipe, samples_seen: int | None) -> str | None:
-    """What cannot be of a run of this recipe."""
+    """The first number of a marker that no run of this recipe can have, and why; None if all are possible."""
     seen, progress, batch_size = marker["samples_seen"], marker["progress"], recipe.train.batch_size
     if samples_seen not in (None, seen):
         return f"samples_seen: {seen} in a folder of that name"
@@ -125,7 +134,7 @@ def _out_of_range(marker: MarkerForm, recipe: Recipe, samples_seen: int | None) 
     return None
 
 
-def _read_state(path: Path, sha256: str) -> State:
+def _read_tensors(path: Path, sha256: str) -> Tensors:
     from safetensors.torch import load_file
 
     with faults_told(UserError, f"{path}: not readable"):
@@ -134,30 +143,30 @@ def _read_state(path: Path, sha256: str) -> State:
         return load_file(path)
 
 
-def _misfit(state: State, recipe: Recipe) -> str | None:
-    """Which tensor is not one of a run of this recipe."""
+def _misfit(tensors: Tensors, recipe: Recipe) -> str | None:
+    """The first tensor that no run of this recipe can have, and why; None if all are possible."""
     parts = ("model", *(f"ema-{name}" for name in ema_names(recipe)), *MOMENTS)
     shapes = tensor_shapes(denoiser_config(recipe))
-    wanted = {f"{one}.{name}": shape for one in parts for name, shape in shapes.items() if name != "pos_embed"}
-    for name in sorted(wanted.keys() ^ state.keys()):
+    wanted = {f"{part}.{name}": shape for part in parts for name, shape in shapes.items() if name != "pos_embed"}
+    for name in sorted(wanted.keys() ^ tensors.keys()):
         return f"tensor {name!r} is {'missing' if name in wanted else 'unknown'}"
-    for name, tensor in state.items():
+    for name, tensor in tensors.items():
         if tuple(tensor.shape) != wanted[name] or tensor.dtype != torch.float32:
             return f"tensor {name!r} is {tensor.dtype} of {tuple(tensor.shape)}, not float32 of {wanted[name]}"
         if name.startswith("exp_avg_sq.") and tensor.numel() and tensor.min() < 0:
             return f"tensor {name!r} is negative, and a mean of squares"
-    bad = not_finite(state)
+    bad = first_not_finite(tensors)
     return f"tensor {bad!r} is not finite" if bad else None
 
 
-def not_finite(state: State) -> str | None:
-    """The first tensor that is not."""
-    for name, tensor in state.items():
+def first_not_finite(tensors: Tensors) -> str | None:
+    """The name of the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
         if not torch.stack(tensor.aminmax()).isfinite().all():  # a NaN is both; a tenth of the time of isfinite
             return name
     return None
 
 
-def part(state: State, name: str) -> State:
-    """The tensors of one part of a state ("model", "ema-0.9999", a moment) by parameter name."""
-    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+def part(tensors: Tensors, name: str) -> Tensors:
+    """The tensors of one part of a checkpoint ("model", "ema-0.9999", a moment) by parameter name."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

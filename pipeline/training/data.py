@@ -1,10 +1,11 @@
 """The stream of training samples: everything about position p is a function of (seed, p).
 
 Position p of the stream belongs to the step p // batch_size, whatever the number of ranks; a rank takes an equal,
-contiguous part of each step's positions. Which sample comes at p is decided in `pipeline/training/order.py`: each comes
+contiguous part of each step's positions. `pipeline/training/order.py` decides which sample comes at p: each comes
 exactly once an epoch, and a step may span two epochs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from preprocess.shards.storage import CachedFolder
 
 
 def open_latents(recipe: Recipe) -> LatentShards:
-    """The recipe's latents, wherever and in whatever format they lie. UserError where they are not there."""
+    """The recipe's latents, in a folder or at an address, in either format. Raises UserError where they are missing."""
     data = recipe.data
     address = data.shards.rstrip("/")
     if data.format == "ffcv":
@@ -40,7 +41,7 @@ def open_latents(recipe: Recipe) -> LatentShards:
 
 
 def open_shards(recipe: Recipe) -> LatentShards:
-    """The recipe's shards; UserError where they are not what the recipe describes."""
+    """As `open_latents`; raises UserError where latent shape or classes are not the recipe's."""
     shards = open_latents(recipe)
     channels, height, width = latent_shape(recipe)
     if shards.shape != (2 * channels, height, width):
@@ -55,16 +56,15 @@ def open_shards(recipe: Recipe) -> LatentShards:
     return shards
 
 
-def staged(recipe: Recipe, shards: LatentShards) -> LatentShards:
-    """The shards, all copied to this machine's cache now where data.stage_in says so."""
+def stage_in(recipe: Recipe, shards: LatentShards) -> None:
+    """Copies all shards to this machine's cache, if data.stage_in is set."""
     if recipe.data.stage_in and isinstance(shards.storage, CachedFolder):
         shards.storage.stage(shards.index["shardlist"])
-    return shards
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs: `latents` and `noise` (B, C, h, w), `timesteps` and `labels` (B,)."""
+    """The input of one forward pass: `latents` and `noise` (B, C, h, w), `timesteps` and `labels` (B,)."""
 
     latents: Tensor
     noise: Tensor
@@ -113,3 +113,25 @@ class Stream:
         if not self.recipe.data.flips:
             return None
         return rng.integers(self.recipe.seed, "train/flip", positions, 2).bool().numpy()
+
+    def sample_ids(self, positions: range) -> list[int]:
+        """The data set's samples at these positions."""
+        return self.order.indices(torch.arange(positions.start, positions.stop)).tolist()
+
+
+def rank_positions(recipe: Recipe, samples_seen: int, rank: int, world_size: int) -> range:
+    """A rank's stream positions in the step that starts at `samples_seen`."""
+    share = recipe.train.batch_size // world_size
+    return range(samples_seen + rank * share, samples_seen + (rank + 1) * share)
+
+
+def step_batches(stream: Stream, samples_seen: int, total: int, rank: int, world_size: int) -> Iterator[list[Batch]]:
+    """A rank's micro-batches of each step from `samples_seen` to `total`. Raises UserError naming a damaged sample.
+
+    `train.micro_batch_size` must be resolved.
+    """
+    settings = stream.recipe.train
+    assert settings.micro_batch_size is not None
+    for start in range(samples_seen, total, settings.batch_size):
+        positions = rank_positions(stream.recipe, start, rank, world_size)
+        yield [stream.batch(first, settings.micro_batch_size) for first in positions[:: settings.micro_batch_size]]

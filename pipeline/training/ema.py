@@ -1,4 +1,4 @@
-"""The averages of the weights that a run keeps, in fp32 under every ZeRO stage."""
+"""Exponential moving averages (EMA) of the weights, in fp32 under every ZeRO stage."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from fpdm.ema import constant_decay, power_decay
 from pipeline.training.zero import parameter_shards
 
 
-def decay_of(recipe: Recipe, name: str, before: int, after: int) -> float:
-    """What a step from `before` to `after` samples leaves of the average of this name (`ema_names`)."""
+def ema_decay(recipe: Recipe, name: str, before: int, after: int) -> float:
+    """The decay of the EMA called `name` (`ema_names`) over a step from `before` to `after` samples seen."""
     kind, _, width = name.rpartition("-")
     if kind:
         return power_decay(float(width), before, after)
     return constant_decay(float(name), recipe.train.ema.reference_batch, before, after)
 
 
-class Averages:
-    """fp32 averages of this rank's shards, by name. No communication: an average of parts is a part of the average."""
+class EMA:
+    """The run's EMAs of this rank's parameter shards, by name. Ranks need not communicate: each averages its own."""
 
     def __init__(self, recipe: Recipe, engine: Any) -> None:
         self.recipe, self.engine = recipe, engine
@@ -31,7 +31,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, before: int, after: int) -> None:
-        """After a step that took the samples seen from `before` to `after`."""
+        """Call it after a step that took the samples seen from `before` to `after`."""
         current = [shard.detach() for shard in parameter_shards(self.engine)]
         for name, shards in self.shards.items():
-            torch._foreach_lerp_(shards, current, 1 - decay_of(self.recipe, name, before, after))
+            torch._foreach_lerp_(shards, current, 1 - ema_decay(self.recipe, name, before, after))

@@ -1,4 +1,4 @@
-"""The optimiser under DeepSpeed: settings, learning rate, and an update that is left out where it would harm."""
+"""DeepSpeed's engine: its settings, learning rate, updates, and the loss scaler's state."""
 
 import copy
 import json
@@ -16,16 +16,16 @@ from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
 from pipeline.training.identity import precision, total_samples
 
-# What a loss scaler goes on from (fp16 alone has one); its other fields are settings.
+# The state of a loss scaler (only fp16 has one); its other fields are settings.
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-STATED = {"zero_optimization": "stage", "bf16": "enabled", "fp16": "enabled"}  # in sections: what the recipe says too
+# Settings that the recipe also states: fields of sections, and top-level ones.
+STATED = {"zero_optimization": "stage", "bf16": "enabled", "fp16": "enabled"}
 ARITHMETIC = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
-
-EVERY = "*"  # the whole section
+EVERY = "*"  # all fields of the section
 OURS = "the recipe's AdamW and learning rate are used, which resume exactly"
 HARM = "a gradient that is not finite would ruin the weights"
-REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: what alone is allowed, and why
+REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: the only value allowed, and the reason
     "optimizer": {EVERY: (None, OURS)},
     "scheduler": {EVERY: (None, OURS)},
     "torch_autocast": {"enabled": (False, "train.precision says it")},
@@ -37,17 +37,16 @@ REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: what
 
 
 def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> dict[str, Any]:
-    """DeepSpeed's own settings: generated, or the user's own file checked against the recipe and completed from it.
+    """DeepSpeed's settings: generated from the recipe, or the user's file, checked against the recipe and completed.
 
-    `micro_batch_size` must be resolved (`with_world_size`). `on_gpu`: whether training sees GPUs; None: as here.
-    Raises UserError for what DeepSpeed cannot do, or for a
-    file that contradicts the recipe.
+    `train.micro_batch_size` must be resolved (`with_world_size`). `on_gpu`: whether training sees GPUs; None: whether
+    this process does. Raises UserError for settings that DeepSpeed lacks, or a file that contradicts the recipe.
     """
     settings = recipe.train
     assert settings.micro_batch_size is not None
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     chosen = precision(recipe, on_gpu)
-    if chosen == "fp16" and not on_gpu:  # DeepSpeed takes some CPUs; a rule that holds on every one is better
+    if chosen == "fp16" and not on_gpu:  # DeepSpeed allows it on some CPUs; one rule for all is simpler
         raise UserError(
             "train.precision: fp16 needs a GPU, and training sees none (launch.gpus_per_process says how many a job "
             "asks for); use fp32, or bf16 to try it"
@@ -75,9 +74,9 @@ def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None
 
 
 def zero_stage(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> int:
-    """The stage that is used: a single rank in fp32 has nothing to share, and sharing costs a tenth of its speed.
+    """The stage that is used: 0 for a single rank in fp32, where sharding would cost a tenth of the speed for nothing.
 
-    Whoever brings DeepSpeed settings of their own, or offloads, gets what they ask for.
+    With a DeepSpeed file of the user's own, or offloading, it is the recipe's.
     """
     settings = recipe.train
     alone = world_size == 1 and precision(recipe, on_gpu) == "fp32"
@@ -85,7 +84,7 @@ def zero_stage(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> i
 
 
 def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
-    """The user's file; what the recipe states too must agree, and is filled in where the file leaves it out."""
+    """The user's file, completed. Settings that the recipe also states must agree, and are filled in if missing."""
     given = _without_auto(_read(path))
     if not isinstance(given, dict):
         raise UserError(f"train.deepspeed_config: {path} holds no JSON object; see deepspeed.json in a run's folder")
@@ -93,10 +92,10 @@ def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
         if section in (*STATED, *REFUSED) and not isinstance(values, dict):
             raise UserError(f"train.deepspeed_config: {path} has {section} {values!r}; DeepSpeed takes an object there")
         for field, (allowed, reason) in REFUSED.get(section, {}).items():
-            found = values if field == EVERY else values.get(field, allowed)
-            if found != allowed:
+            value = values if field == EVERY else values.get(field, allowed)
+            if value != allowed:
                 name = section if field == EVERY else f"{section}.{field}"
-                raise UserError(f"train.deepspeed_config: {path} has {name} {found!r}; {reason}: remove it")
+                raise UserError(f"train.deepspeed_config: {path} has {name} {value!r}; {reason}: remove it")
     for target in ("offload_optimizer", "offload_param"):
         section = given.get("zero_optimization", {}).get(target) or {}
         if not isinstance(section, dict):
@@ -115,10 +114,10 @@ def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
         (f"{section}.{field}", given.get(section, {}).get(field, generated[section][field]), generated[section][field])
         for section, field in STATED.items()
     ]
-    for name, found, expected in stated:
-        if found != expected:
+    for name, value, expected in stated:
+        if value != expected:
             raise UserError(
-                f"train.deepspeed_config: {path} has {name} {found!r}, the recipe and the ranks make it {expected!r}; "
+                f"train.deepspeed_config: {path} has {name} {value!r}, the recipe and the ranks make it {expected!r}; "
                 "correct one of the two, or leave it out there"
             )
     sections = {name: {**given.get(name, {}), field: generated[name][field]} for name, field in STATED.items()}
@@ -128,35 +127,35 @@ def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice")
-        return found
+    def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} stands twice")
+        return dict(pairs)
 
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"train.deepspeed_config: {path}: {error.strerror}") from None
     with faults_told(UserError, f"train.deepspeed_config: {path} is not readable as JSON; correct it there"):
-        return json.loads(data.decode(), object_pairs_hook=once)
+        return json.loads(data.decode(), object_pairs_hook=without_repeated_keys)
 
 
 def _without_auto(given: Any) -> Any:
-    """ "auto" is what others' programs put numbers of their own for: the recipe's stand there, or DeepSpeed's."""
+    """Without fields of the value "auto", which other trainers fill in: the recipe's or DeepSpeed's values are used."""
     if not isinstance(given, dict):
         return given
     return {name: _without_auto(value) for name, value in given.items() if value != "auto"}
 
 
 def _ask_deepspeed(path: str, config: dict[str, Any]) -> None:
-    """Raises UserError with DeepSpeed's own words for what it does not take, or no longer."""
+    """Raises UserError, in DeepSpeed's own words, for settings that it rejects."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     alone = {name: value for name, value in copy.deepcopy(config).items() if name != "train_batch_size"}
     try:
-        DeepSpeedConfig(alone)  # of one rank, unless there are more already
+        DeepSpeedConfig(alone)  # as for one rank, unless the process group exists
     except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         said = " ".join(str(error).split())[:400]
         raise UserError(f"train.deepspeed_config: DeepSpeed does not take {path}: {said}") from None
@@ -177,7 +176,7 @@ def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
-        engine.enable_backward_allreduce = False  # it would copy every gradient to and fro to add nothing
+        engine.enable_backward_allreduce = False  # it would copy every gradient and add nothing
     return engine
 
 
@@ -200,8 +199,8 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def spoiled_by(loss: Tensor) -> Tensor:
-    """The same loss, to the bit; where it is not finite its gradients are not either, whatever the network's are.
+def propagate_non_finite(loss: Tensor) -> Tensor:
+    """Identity for a finite loss; makes every gradient non-finite where the loss is.
 
     So one check before the update, that of the gradient's norm over all ranks, covers both.
     """
@@ -209,10 +208,10 @@ def spoiled_by(loss: Tensor) -> Tensor:
 
 
 def update(engine: Any, gradient_clipping: float) -> float:
-    """The optimiser's step at the end of an accumulation. Returns the norm of the gradient over all ranks, unclipped.
+    """The optimizer's step at the end of an accumulation. Returns the norm of the gradient over all ranks, unclipped.
 
-    Where it is not finite, nothing was updated. DeepSpeed sees to that, but in fp32 at stage 0, where it leaves torch's
-    optimiser as it is, and this does.
+    Where the norm is not finite, nothing is updated: by DeepSpeed itself, except in fp32 at stage 0, where it uses
+    torch's optimizer as it is and this function clips and checks.
     """
     if not isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.step()
@@ -224,14 +223,14 @@ def update(engine: Any, gradient_clipping: float) -> float:
         clip_grads_with_norm_(parameters, gradient_clipping, total)
     if not math.isfinite(norm):
         for parameter in parameters:
-            parameter.grad = None  # the optimiser passes over parameters without a gradient
+            parameter.grad = None  # the optimizer passes over parameters without a gradient
     engine.step()
     return norm
 
 
 def scaler_state(engine: Any) -> dict[str, float]:
-    """Where the fp16 loss scaler stands; empty where nothing is scaled."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)  # there is one of scale 1 in other precisions too
+    """The state of the fp16 loss scaler; empty in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)  # other precisions can have one of scale 1
     if not getattr(scaler, "dynamic", False):
         return {}
     return {name: getattr(scaler, name) for name in SCALER_STATE}

@@ -1,4 +1,4 @@
-"""Pictures drawn while training: always of the same noise and labels, so that only the weights change."""
+"""Grids of samples drawn while training, always from the same noise and labels, so that only the weights change."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from preprocess.images.images import to_uint8
 
 
 class GridPainter:
-    """Draws `train.previews.grid_images` samples of given weights as one picture."""
+    """Draws `train.previews.grid_images` samples as one image."""
 
     def __init__(self, recipe: Recipe, vae: Encoder, device: torch.device) -> None:
         self.recipe, self.vae, self.device = recipe, vae, device
@@ -46,7 +46,7 @@ class GridPainter:
 
 
 def _tile(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> (rows * H, columns * W, 3), as square as N allows, black where there is none."""
+    """(N, 3, H, W) uint8 -> (rows * H, columns * W, 3), as square as N allows, filled up with black."""
     columns = math.isqrt(len(images) - 1) + 1
     rows = -(-len(images) // columns)
     padded = torch.cat([images, images.new_zeros(rows * columns - len(images), *images.shape[1:])])

@@ -1,52 +1,58 @@
-"""What stops a training that has gone wrong, before it harms the weights or a checkpoint."""
+"""Checks of each step: losses and gradients that are not finite, and loss spikes."""
 
 import math
 import statistics
-from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
+
+import torch
 
 from common.errors import UserError
 from common.recipe import Recipe
+from pipeline.training.distributed import Ranks
+from pipeline.training.state import TrainState
+from pipeline.training.step import StepResult
 
-WINDOW = 100  # steps whose losses say what is usual
-FEWEST = 20  # steps without which nothing is said
+FEWEST = 20  # losses that a loss spike needs to be compared with
 
-
-class SpikeDetector:
-    """Tells a loss that lies far above those of the last steps; a spike is not counted among what is usual."""
-
-    def __init__(self, deviations: float | None, recent: list[float]) -> None:
-        """`deviations`: how many standard deviations are far; None: never. `recent`: from a checkpoint."""
-        self.deviations, self.recent = deviations, deque(recent, maxlen=WINDOW)
-
-    def check(self, loss: float) -> float | None:
-        """How many standard deviations this step's loss lies above the mean, if that is too many."""
-        if self.deviations is not None and len(self.recent) >= FEWEST:
-            mean, spread = statistics.fmean(self.recent), statistics.stdev(self.recent)
-            above = (loss - mean) / max(spread, 1e-12 * abs(mean), 1e-30)
-            if above > self.deviations:
-                return above
-        self.recent.append(loss)
-        return None
+Event = dict[str, Any]
 
 
-def describe_fault(recipe: Recipe, samples_seen: int, loss: float, norm: float, samples: list[int]) -> dict[str, Any]:
-    """The event of a step that started at `samples_seen` and whose loss or gradient is not finite.
+def check_finite(
+    recipe: Recipe,
+    state: TrainState,
+    result: StepResult,
+    ranks: Ranks,
+    *,
+    scaled: bool,
+    sample_ids: Callable[[], list[int]],
+) -> tuple[TrainState, Event | None]:
+    """The state after a step, and an event for `events.jsonl` if the step was out of the ordinary; on every rank.
 
-    `samples`: those of the data set whose own loss is not finite, over all ranks.
+    Args:
+        state: before the step.
+        result: `sums` over all ranks.
+        scaled: whether the gradient is scaled (fp16): then one that overflows is no event.
+        sample_ids: returns the data set's samples of `result.losses`.
     """
-    return {
-        "samples": samples_seen + recipe.train.batch_size,
-        "step": samples_seen // recipe.train.batch_size + 1,
-        "event": "not finite",
-        "loss": loss if math.isfinite(loss) else None,
-        "gradient_norm": norm if math.isfinite(norm) else None,
-        "sample_ids": samples,
-    }
+    settings = recipe.train
+    loss = float(result.sums[0]) / settings.batch_size
+    if math.isfinite(loss) and math.isfinite(result.norm):
+        deviations = loss_spike(state.recent_losses, loss, settings.spike_deviations)
+        event = None if deviations is None else _spike_event(recipe, state.samples_seen, loss, deviations)
+        return state.updated(result.sums.tolist(), settings.batch_size, spike=event is not None), event
+    if math.isfinite(loss) and scaled:
+        return state.passed_over(settings.batch_size, scaling=True), None
+    own = [each for each, loss in zip(sample_ids(), result.losses.tolist(), strict=True) if not math.isfinite(loss)]
+    by_rank: list[list[int]] = [[] for _ in range(ranks.world_size)]
+    torch.distributed.all_gather_object(by_rank, own, group=ranks.control)
+    event = _not_finite_event(recipe, state.samples_seen, loss, result.norm, [*chain.from_iterable(by_rank)])
+    return state.passed_over(settings.batch_size, scaling=False), event
 
 
-def fault_error(recipe: Recipe, event: dict[str, Any], skipped: int) -> UserError:
-    """What ends the training after such an event; `skipped` steps in a row before it were passed over."""
+def not_finite_error(recipe: Recipe, event: Event, skipped: int) -> UserError:
+    """Ends training after `skipped` consecutive steps that were not finite; `event` is the last one's."""
     what = "gradient" if event["loss"] is not None else "loss"
     ids = event["sample_ids"]
     if 0 < len(ids) <= recipe.train.batch_size / 2:
@@ -54,15 +60,39 @@ def fault_error(recipe: Recipe, event: dict[str, Any], skipped: int) -> UserErro
         cause = f"samples {named} of {recipe.data.shards}; look at them"
     else:
         cause = f"no single sample; lower train.optimizer.learning_rate from {recipe.train.optimizer.learning_rate}"
-    passed = f" after {skipped} skipped steps in a row" if skipped else ""
+    before = f" after {skipped - 1} skipped steps in a row" if skipped > 1 else ""
     return UserError(
-        f"{recipe.folder}: step {event['step']}: the {what} is not finite{passed}, through {cause}; this step updated "
-        "nothing and nothing was saved since (train.max_skipped_steps passes over such steps)"
+        f"{recipe.folder}: step {event['step']}: the {what} is not finite{before}, through {cause}; this step updated "
+        "nothing and nothing was saved since (train.max_skipped_steps skips such steps)"
     )
 
 
-def spike_event(recipe: Recipe, samples_seen: int, loss: float, deviations: float) -> dict[str, Any]:
-    """The event of a step that started at `samples_seen` and whose loss lies far above the usual."""
+def loss_spike(recent_losses: Sequence[float], loss: float, allowed: float | None) -> float | None:
+    """How many standard deviations `loss` lies above the mean of `recent_losses`, if more than `allowed`; else None.
+
+    `allowed`: None allows any number.
+    """
+    if allowed is None or len(recent_losses) < FEWEST:
+        return None
+    mean, spread = statistics.fmean(recent_losses), statistics.stdev(recent_losses)
+    deviations = (loss - mean) / max(spread, 1e-12 * abs(mean), 1e-30)
+    return deviations if deviations > allowed else None
+
+
+def _not_finite_event(recipe: Recipe, samples_seen: int, loss: float, norm: float, sample_ids: list[int]) -> Event:
+    """Of a step that started at `samples_seen`; `sample_ids`: the samples, over all ranks, with a bad loss."""
+    return {
+        "samples": samples_seen + recipe.train.batch_size,
+        "step": samples_seen // recipe.train.batch_size + 1,
+        "event": "not finite",
+        "loss": loss if math.isfinite(loss) else None,
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "sample_ids": sample_ids,
+    }
+
+
+def _spike_event(recipe: Recipe, samples_seen: int, loss: float, deviations: float) -> Event:
+    """Of a step that started at `samples_seen`; `stream`: its first position in the stream and the next step's."""
     return {
         "samples": samples_seen + recipe.train.batch_size,
         "step": samples_seen // recipe.train.batch_size + 1,

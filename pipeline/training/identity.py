@@ -1,4 +1,4 @@
-"""What makes a run this run and no other, and what is told when a recipe no longer describes it."""
+"""The identity of a run: the fields of its recipe that must not change while it trains."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from typing import Any
 from common.recipe import Recipe
 from preprocess.shards import LatentShards
 
-# Changing one of these in the middle of a run would make it another run.
 IDENTITY = {
     "model": None,
     "objective": None,
@@ -22,22 +21,22 @@ IDENTITY = {
 
 
 def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
-    """Field names and values, as JSON gives them back."""
-    found: dict[str, Any] = {
+    """Field names and values, JSON-able."""
+    fields: dict[str, Any] = {
         "seed": recipe.seed,
         "data.shards": shards.content_key,
         "train.precision": precision(recipe),
     }
     if recipe.train.optimizer.learning_rate_decay != "constant":  # every rate of the schedule depends on its end
-        found["train.total_samples"] = recipe.train.total_samples
+        fields["train.total_samples"] = recipe.train.total_samples
     for section, names in IDENTITY.items():
         values = vars(attrgetter(section)(recipe))
-        found |= {f"{section}.{name}": values[name] for name in names or values}
-    return json.loads(json.dumps(found))
+        fields |= {f"{section}.{name}": values[name] for name in names or values}
+    return json.loads(json.dumps(fields))  # with JSON's types, as it is compared
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The fields of two identities that differ, with both values; empty where they are the same run's."""
+    """The fields in which two identities differ, with both values; empty if they are equal."""
     return ", ".join(
         f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
         for field in sorted(before | now)
@@ -46,7 +45,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def precision(recipe: Recipe, on_gpu: bool | None = None) -> str:
-    """`train.precision`, with "auto" resolved: for this machine, or by whether training sees a GPU."""
+    """`train.precision`, with "auto" resolved. `on_gpu`: whether training sees GPUs; None: as this process."""
     import torch
 
     if recipe.train.precision == "auto":
@@ -55,10 +54,10 @@ def precision(recipe: Recipe, on_gpu: bool | None = None) -> str:
 
 
 def total_samples(recipe: Recipe) -> int:
-    """`train.total_samples`, up to whole batches."""
+    """`train.total_samples`, rounded up to a multiple of the batch size."""
     return math.ceil(recipe.train.total_samples / recipe.train.batch_size) * recipe.train.batch_size
 
 
 def crosses(before: int, after: int, interval: int) -> bool:
-    """Whether a multiple of `interval` samples lies in (before, after]; never for an interval of 0."""
+    """Whether a multiple of `interval` samples lies in (before, after]; false for an interval of 0."""
     return bool(interval) and after // interval > before // interval

@@ -1,6 +1,7 @@
-"""What a run writes and shows while it trains."""
+"""The log of a run while it trains: `metrics.jsonl`, `events.jsonl`, TensorBoard, Weights & Biases, the terminal."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,22 +14,62 @@ from common.errors import UserError
 from common.files import atomic_write, content_key, disk_faults_told, sync
 from common.log_lines import append_line, log_line, read_log
 from common.recipe import Recipe
+from pipeline.training.engine import learning_rate
+from pipeline.training.state import TrainState
+from pipeline.training.step import StepResult
 
 LINE_EVERY_SECONDS = 10.0
 
-Values = dict[str, float | int | None]
+Values = dict[str, float | int | str | None]
+
+
+def log_values(
+    recipe: Recipe,
+    state: TrainState,
+    result: StepResult,
+    iterations: tuple[int, int],
+    speed: dict[str, float | None],
+    distance: tuple[float, str] | None,
+) -> Values:
+    """One line of `metrics.jsonl`: means of the interval; gradient norm, residual and counts of its last step.
+
+    Args:
+        state: after that step.
+        result: `sums` over all ranks.
+        iterations: (n, m), without and with gradient.
+        speed: `Throughput.read`.
+        distance: the Fréchet distance of the preview and its name, if it was measured.
+    """
+    batch_size = recipe.train.batch_size
+    values: Values = {
+        "samples": state.samples_seen,
+        "step": state.samples_seen // batch_size,
+        **state.interval.means(),
+        "residual": float(result.sums[-1]) if recipe.model.kind == "fpdm" else None,
+        "gradient_norm": result.norm,
+        "learning_rate": learning_rate(recipe, state.samples_seen - batch_size),
+        "no_grad_iterations": iterations[0],
+        "grad_iterations": iterations[1],
+        **speed,
+    }
+    if distance is not None:
+        values["distance"], values["distance_name"] = distance
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 class TrainingLog:
-    """`metrics.jsonl` and `events.jsonl`, a line each; TensorBoard and Weights & Biases where the recipe asks for them.
+    """`metrics.jsonl` and `events.jsonl`; TensorBoard and Weights & Biases where the recipe asks for them.
 
-    Lines after the checkpoint resumed from are taken back. Raises UserError where wandb is asked for and not installed.
+    Opening it removes lines after the checkpoint that is resumed from. Raises UserError where the disk does not take a
+    line, or where wandb is asked for and not installed.
     """
 
     def __init__(self, recipe: Recipe, samples_seen: int, identity: dict[str, Any]) -> None:
         self.metrics, self.events = recipe.folder / "metrics.jsonl", recipe.folder / "events.jsonl"
         for path in (self.metrics, self.events):
-            _take_back(path, samples_seen)
+            _remove_lines_after(path, samples_seen)
         self.tensorboard = self.wandb = None
         if recipe.train.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -37,32 +78,34 @@ class TrainingLog:
         if recipe.train.log.wandb_project:
             self.wandb = _start_wandb(recipe, identity)
 
-    def write(self, values: Values, **words: str) -> None:
-        """One log line; `values["samples"]` is where it stands, `words` belong to it."""
-        append_line(self.metrics, values | words)
+    def write(self, values: Values) -> None:
+        """One line, of the training samples seen until `values["samples"]`."""
         samples = values["samples"]
-        numbers = {f"train/{name}": value for name, value in values.items() if value is not None}
-        if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, samples)
-            self.tensorboard.flush()
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=samples)
+        numbers = {f"train/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        with disk_faults_told(self.metrics):
+            append_line(self.metrics, values)
+            if self.tensorboard is not None:
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(name, value, samples)
+                self.tensorboard.flush()
+            if self.wandb is not None:
+                self.wandb.log(numbers, step=samples)
 
     def sync(self) -> None:
-        """Puts the lines on disk. Raises UserError where it does not take them."""
+        """Puts the lines on disk."""
         with disk_faults_told(self.metrics):
             for path in (self.metrics, self.events):
                 if path.exists():
                     sync(path)
 
     def event(self, values: dict[str, Any]) -> None:
-        """Something out of the ordinary, kept and said."""
-        append_line(self.events, values)
+        """Something out of the ordinary, written and printed."""
+        with disk_faults_told(self.events):
+            append_line(self.events, values)
         tqdm.write(f"train: {json.dumps(values)}", file=sys.stderr)
 
     def picture(self, path: Path, samples: int) -> None:
-        """A grid of samples, which lies at `path` already."""
+        """A grid of samples, an image file at `path`."""
         if self.tensorboard is not None:
             import numpy as np
             from PIL import Image
@@ -80,7 +123,7 @@ class TrainingLog:
 
 
 def _start_wandb(recipe: Recipe, identity: dict[str, Any]) -> Any:
-    """The same run however often it is queued again: its id is a function of what the run is."""
+    """Starts or resumes a run. Requeued jobs share it: its id is a function of the run's folder and identity."""
     from dataclasses import asdict
 
     return _import_wandb().init(
@@ -103,48 +146,47 @@ def _import_wandb() -> ModuleType:
     return wandb
 
 
-def _take_back(path: Path, samples_seen: int) -> None:
-    """Drops the lines of steps that will be done again; a damaged one too, with a warning."""
+def _remove_lines_after(path: Path, samples_seen: int) -> None:
+    """Removes the lines of steps that will be done again, and damaged lines with a warning."""
     if not path.exists():
         return
-    kept = [line for line in read_log(path) if line["samples"] <= samples_seen]
+    lines = [line for line in read_log(path) if line["samples"] <= samples_seen]
     with atomic_write(path) as file:
-        file.write_text("".join(map(log_line, kept)))
+        file.write_text("".join(map(log_line, lines)))
 
 
-class Progress:
-    """A bar for a person who watches a terminal; a line now and then in a log file; nothing on other ranks."""
+class ProgressBar:
+    """A bar on a terminal; a line every ten seconds in a log file; nothing on ranks other than 0."""
 
     def __init__(self, total: int, samples_seen: int, rank: int) -> None:
-        watched = sys.stderr.isatty()
-        self.lines = rank == 0 and not watched
-        self.total, self.said = total, 0.0
+        on_terminal = sys.stderr.isatty()
+        self.lines = rank == 0 and not on_terminal
+        self.total, self.last_line = total, 0.0
         self.bar = tqdm(
             total=total,
             initial=samples_seen,
             unit="sample",
             desc="train",
-            disable=rank != 0 or not watched,
+            disable=rank != 0 or not on_terminal,
             smoothing=0.05,
         )
 
     def advance(self, samples: int) -> None:
         self.bar.update(samples)
 
-    def show(self, values: Values) -> None:
-        """With each log line."""
-        if values["loss"] is None:
+    def show(self, state: TrainState, speed: dict[str, float | None]) -> None:
+        """The mean loss since the last log line; `speed`: `Throughput.read`."""
+        loss, samples, rate = state.interval.means()["loss"], state.samples_seen, speed["samples_per_second"]
+        if loss is None:
             return
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}")
-        samples, speed = values["samples"] or 0, values["samples_per_second"]
-        due = time.monotonic() - self.said > LINE_EVERY_SECONDS or samples == self.total
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+        due = time.monotonic() - self.last_line > LINE_EVERY_SECONDS or samples == self.total
         if self.lines and due:
-            left = f", {tqdm.format_interval((self.total - samples) / speed)} left" if speed else ""
+            left = f", {tqdm.format_interval((self.total - samples) / rate)} left" if rate else ""
             print(
-                f"train: {samples:,} of {self.total:,} samples, loss {values['loss']:.4f}, {speed:.1f} samples/s{left}",
-                flush=True,
+                f"train: {samples:,} of {self.total:,} samples, loss {loss:.4f}, {rate:.1f} samples/s{left}", flush=True
             )
-            self.said = time.monotonic()
+            self.last_line = time.monotonic()
 
     def close(self) -> None:
         self.bar.close()

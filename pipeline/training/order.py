@@ -1,4 +1,4 @@
-"""In which order training sees the samples: stream position -> sample index, at any position, in O(1) memory.
+"""The order in which training sees the samples: stream position -> sample index, at any position, in O(1) memory.
 
 Epoch e is the positions from e * size to (e + 1) * size, and in each every sample comes exactly once. Both orders are
 functions of the seed and the position, never of the number of ranks.
@@ -41,13 +41,13 @@ class BlockOrder:
     seed: int
     size: int
     batch_size: int  # a multiple of lanes
-    block: int  # samples; those of a shard
+    block: int  # samples of one, as many as a shard has
     mixed: int = 16
     lanes: int = 1
 
     @property
     def window(self) -> int:
-        """Samples that are shuffled together."""
+        """How many samples are shuffled together."""
         return self.block * self.mixed
 
     def indices(self, positions: Tensor) -> Tensor:
@@ -75,25 +75,25 @@ class BlockOrder:
         return self._in_blocks(epoch, self._below(last, lanes) - self._below(first, lanes) + starts + shuffled)
 
     def _in_lane(self, positions: Tensor, lanes: Tensor) -> Tensor:
-        """How many positions below `positions` belong to `lanes`."""
+        """The number of positions below `positions` that belong to `lanes`."""
         run = self.batch_size // self.lanes
         inside = (positions % self.batch_size - lanes * run).clamp(0, run)
         return positions // self.batch_size * run + inside
 
     def _below(self, positions: Tensor, lanes: Tensor) -> Tensor:
-        """How many positions below `positions` belong to lanes before `lanes`."""
+        """The number of positions below `positions` that belong to lanes before `lanes`."""
         width = lanes * (self.batch_size // self.lanes)
         return positions // self.batch_size * width + torch.minimum(positions % self.batch_size, width)
 
     def _in_blocks(self, epoch: int, places: Tensor) -> Tensor:
-        """Places in the epoch's sequence of blocks -> sample indices. The short last block comes anywhere in it."""
+        """Places in the epoch's sequence of blocks -> sample indices. The short last block can come anywhere in it."""
         full, rest = divmod(self.size, self.block)
         place_of_rest = rng.integers(
             self.seed, f"train/order/{epoch}/rest", torch.zeros(1, dtype=torch.int64), full + 1
         )
         rest_start = int(place_of_rest) * self.block
         after = places >= rest_start + rest
-        indices = full * self.block + places - rest_start  # right for those in the short block
+        indices = full * self.block + places - rest_start  # correct in the short block
         elsewhere = after | (places < rest_start)
         moved = (places - after * rest)[elsewhere]
         if full:

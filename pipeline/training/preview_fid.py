@@ -1,4 +1,4 @@
-"""The Fréchet distance of some samples, measured while training: where it is going, from few pictures and so biased."""
+"""The Fréchet distance of a few samples, measured while training: a trend, biased by so few images."""
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from preprocess.encoding.encoder import Encoder
 from preprocess.images.images import to_uint8
 
 
-class OnlineDistance:
-    """From the recipe's own reference, of samples 0 to `train.previews.distance_images` of its seed, drawn as it says.
+class PreviewDistance:
+    """From the recipe's reference to samples 0 to `train.previews.distance_images - 1` of its seed, drawn as it says.
 
-    So it is what `eval_fid.py` measures of as many samples of the same weights, where nothing is calibrated. The
-    extractor and the reference are there when this is: raises UserError for what is missing.
+    `eval_fid.py` measures the same with as many samples of the same weights, where nothing is calibrated. Loads the
+    extractor and measures the reference at once; raises UserError where one is missing.
     """
 
     def __init__(self, recipe: Recipe, vae: Encoder) -> None:
@@ -28,7 +28,7 @@ class OnlineDistance:
         self.name = f"{evaluation.weights.distance_name} of {recipe.train.previews.distance_images} samples"
 
     def measure(self, weights: dict[str, Tensor]) -> float:
-        """Of whole weights by name. Raises UserError where samples come out non-finite or constant."""
+        """`weights`: complete tensors by name. Raises UserError where samples come out non-finite or constant."""
         settings, device = self.recipe.sample, self.extractor.device
         model = assemble(weights, denoiser_config(self.recipe)).to(device).eval()
         plan = Plan(even_iterations(self.recipe), [settings.reuse != "none"] * settings.num_steps)

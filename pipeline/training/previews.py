@@ -1,4 +1,4 @@
-"""What is drawn of a run while it trains: grids of samples, and the distance of some. Rank 0 draws, the others wait."""
+"""Previews of a run while it trains: grids of samples, and the Fréchet distance of some. Rank 0 draws, others wait."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from pipeline.training.grids import GridPainter
 from pipeline.training.log import TrainingLog
 from preprocess.encoding.encoder import Encoder
 
-Weights = dict[str, Tensor]  # whole ones, by name
+Weights = dict[str, Tensor]  # complete tensors by parameter name
 
 
 class Previews:
-    """Loads what is needed for what the recipe asks for: a model that is missing is told now, not at the first of them.
+    """Loads the models that the recipe's previews need; raises UserError at once if one is missing.
 
     A network that has learned nothing may draw nothing: then the log says so, and training goes on.
     """
@@ -25,12 +25,12 @@ class Previews:
         self.painter = GridPainter(recipe, vae, device) if recipe.train.previews.grid_every_samples else None
         self.distance = None
         if recipe.train.previews.distance_every_samples:
-            from pipeline.training.preview_fid import OnlineDistance  # seconds to import
+            from pipeline.training.preview_fid import PreviewDistance  # seconds to import
 
-            self.distance = OnlineDistance(recipe, vae)
+            self.distance = PreviewDistance(recipe, vae)
 
     def paint(self, weights: Weights, samples_seen: int) -> None:
-        """A grid, in its file and in the log. Raises UserError where it cannot be written."""
+        """A grid, as a file and in the log. Raises UserError where it cannot be written."""
         assert self.painter is not None
         try:
             with disk_faults_told(self.folder):
@@ -39,7 +39,7 @@ class Previews:
             self.log.event({"samples": samples_seen, "event": "no grid", "reason": str(error)})
 
     def measure(self, weights: Weights, samples_seen: int) -> tuple[float, str] | None:
-        """The distance and what it is called; None where there is none to measure."""
+        """The distance and its name; None where it cannot be measured."""
         assert self.distance is not None
         try:
             return self.distance.measure(weights), self.distance.name

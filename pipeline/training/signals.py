@@ -1,6 +1,6 @@
-"""Being asked to stop: a signal sets a flag, and the training loop, which reads it between two steps, saves and leaves.
+"""Requests to stop: a signal sets a flag; the training loop reads it between two steps, saves and ends.
 
-Nothing is saved inside a handler: a signal reaches one rank, and saving needs all of them.
+Nothing is saved inside the handler: a signal reaches one rank, and saving needs all of them.
 """
 
 import os
@@ -12,16 +12,16 @@ from types import FrameType
 
 from common.command import outlived
 
-# SLURM's end of time and of preemption, submitit's, a launcher's, a person's Ctrl-C, and a terminal that is closed.
+# Sent by SLURM at a time limit or preemption, by submitit, by launchers, by Ctrl-C, and by a terminal that is closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-SAME_REQUEST_SECONDS = 1.0  # one request often comes twice: from the launcher, and to the whole group
+SAME_REQUEST_SECONDS = 1.0  # a launcher often passes on a signal that the process group has received too
 
 
 class StopRequest:
-    """Whether this process was asked to stop. A second request, later than the first one's echo, leaves at once."""
+    """True once this process was asked to stop. A second request, SAME_REQUEST_SECONDS later, ends it at once."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None  # the first one's name
+        self.signal: str | None = None  # name of the first signal
         self._when = 0.0
 
     def __bool__(self) -> bool:
@@ -37,9 +37,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, stop signals set the request that it yields; afterwards the handlers are those of before.
+    """Yields a request that stop signals set inside the block; restores the handlers after it.
 
-    What `nohup` had this process ignore stays ignored.
+    A signal that `nohup` has made this process ignore stays ignored.
     """
     request = StopRequest()
     before = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS if not outlived(number)}

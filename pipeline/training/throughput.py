@@ -1,11 +1,12 @@
-"""What is measured of a step: losses over all ranks, where the time goes, how much is computed."""
+"""Measurements of a step: losses over all ranks, seconds by part, floating-point operations."""
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import add
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from common.recipe import Recipe
 from fpdm.denoiser import Denoiser, DenoiserConfig
 
 QUARTILES = 4
-# Dense matrix products in bf16 or fp16, TFLOP/s, from the makers' data sheets; what is not here is given in the recipe.
+# TFLOP/s of dense matrix products in bf16 or fp16, from the makers' data sheets; for other GPUs: train.log.peak_tflops.
 PEAK_TFLOPS = {
     **{"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0},
     **{"A100": 312.0, "L40S": 362.0, "V100": 125.0},
@@ -33,35 +34,38 @@ def loss_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
     return torch.cat([losses.sum()[None], torch.where(members > 0, losses, 0).sum(1), members.sum(1)])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Interval:
-    """Sums over the steps since the last log line, over all ranks; saved with a checkpoint, so that no kill is seen."""
+    """Sums over the steps since the last log line and over all ranks; a checkpoint holds them."""
 
-    steps: int = 0
+    steps: int = 0  # that updated the weights
     skipped: int = 0
     loss: float = 0.0  # sum of the steps' mean losses
-    quartile_losses: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
-    quartile_counts: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
+    quartile_losses: Sequence[float] = (0.0,) * QUARTILES
+    quartile_counts: Sequence[float] = (0.0,) * QUARTILES
 
-    def add(self, sums: list[float], batch_size: int) -> None:
-        """`sums`: those of `loss_sums`, over all ranks."""
-        self.steps += 1
-        self.loss += sums[0] / batch_size
-        for number in range(QUARTILES):
-            self.quartile_losses[number] += sums[1 + number]
-            self.quartile_counts[number] += sums[1 + QUARTILES + number]
+    def plus(self, sums: Sequence[float], batch_size: int) -> "Interval":
+        """With one more step; `sums` are those of `loss_sums` over all ranks."""
+        losses, counts = sums[1 : 1 + QUARTILES], sums[1 + QUARTILES : 1 + 2 * QUARTILES]
+        return Interval(
+            steps=self.steps + 1,
+            skipped=self.skipped,
+            loss=self.loss + sums[0] / batch_size,
+            quartile_losses=tuple(map(add, self.quartile_losses, losses)),
+            quartile_counts=tuple(map(add, self.quartile_counts, counts)),
+        )
 
     def means(self) -> dict[str, float | None]:
         """None where there was no sample to take a mean of."""
         quartiles = {
-            f"loss_q{number + 1}": total / count if count else None
-            for number, (total, count) in enumerate(zip(self.quartile_losses, self.quartile_counts, strict=True))
+            f"loss_q{number}": total / count if count else None
+            for number, (total, count) in enumerate(zip(self.quartile_losses, self.quartile_counts, strict=True), 1)
         }
         return {"loss": self.loss / self.steps if self.steps else None, **quartiles, "skipped_steps": self.skipped}
 
 
 class Stopwatch:
-    """Seconds spent in the parts of a step. On a GPU its own clock is asked, when they are read: nothing waits."""
+    """Seconds spent in the parts of a step. A GPU's own clock measures them, and only `read` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -75,15 +79,15 @@ class Stopwatch:
         self.spans.append((part, start, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds a part since the last reading."""
+        """Seconds by part since the last reading."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        found: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for part, start, end in self.spans:
             seconds = start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
-            found[part] = found.get(part, 0.0) + seconds
+            totals[part] = totals.get(part, 0.0) + seconds
         self.spans.clear()
-        return found
+        return totals
 
     def _now(self) -> Any:
         if not self.on_gpu:
@@ -94,7 +98,7 @@ class Stopwatch:
 
 
 class Throughput:
-    """Speed since the last log line, of this process alone: what an interrupted process did before is not in it."""
+    """Speed since the last log line or since this process started, whichever is later."""
 
     def __init__(self, recipe: Recipe, config: DenoiserConfig, device: torch.device, world_size: int) -> None:
         self.recipe, self.config, self.world_size = recipe, config, world_size
@@ -107,11 +111,11 @@ class Throughput:
         self.flops += samples * step_flops(self.config, iterations)
 
     def read(self) -> dict[str, float | None]:
-        """Samples a second over all ranks; seconds a step, by part; FLOP/s and its share of the peak, of one device."""
+        """Samples per second over all ranks; seconds per step, by part; TFLOP/s and utilisation of one device."""
         seconds, steps = max(time.perf_counter() - self.started, 1e-9), max(self.steps, 1)
         tflops = self.flops / seconds / self.world_size / 1e12
         peak = self.recipe.train.log.peak_tflops or known_peak()
-        found = {
+        speed = {
             "samples_per_second": round(self.samples / seconds, 2),
             "step_seconds": round(seconds / steps, 6),
             **{f"{part}_seconds": round(spent / steps, 6) for part, spent in self.watch.read().items()},
@@ -120,22 +124,22 @@ class Throughput:
             "flop_utilisation": round(tflops / peak, 4) if peak else None,
         }
         self.start()
-        return found
+        return speed
 
     def start(self) -> None:
-        """Counts from now on."""
+        """Begins a new interval."""
         self.steps, self.samples, self.flops, self.started = 0, 0, 0.0, time.perf_counter()
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
+    """In bytes, of the GPU's allocator or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def known_peak() -> float | None:
-    """TFLOP/s of this machine's GPU, where its data sheet is in the table."""
+    """TFLOP/s of this machine's GPU; None without a GPU or for one that PEAK_TFLOPS lacks."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -145,7 +149,7 @@ def known_peak() -> float | None:
 def step_flops(config: DenoiserConfig, iterations: tuple[int, int]) -> float:
     """Floating-point operations of one sample's training step: a backward pass counts as two forward passes.
 
-    What activation checkpointing computes again is not counted: it is no progress.
+    Recomputation by activation checkpointing is not counted: it is no progress.
     """
     outer, iteration = _forward_flops(config)
     without_gradient, with_gradient = iterations
@@ -154,7 +158,7 @@ def step_flops(config: DenoiserConfig, iterations: tuple[int, int]) -> float:
 
 @lru_cache
 def _forward_flops(config: DenoiserConfig) -> tuple[int, int]:
-    """Of one sample: (all but the iterations, one iteration), counted by torch on shapes alone."""
+    """Operations of one sample: (everything but the iterations, one iteration), counted by torch on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

@@ -1,9 +1,9 @@
-"""Whole tensors in and out of DeepSpeed's shards, the same way under every ZeRO stage.
+"""Gathers complete tensors from DeepSpeed's shards and scatters them back, the same way under every ZeRO stage.
 
-DeepSpeed keeps the fp32 parameters as flat tensors: whole ones at stage 0, this rank's part of them above. What runs
-parallel to them, element by element (Adam's moments, an exponential moving average), is here a list of flat tensors of
-the same shapes. `gather` makes named whole tensors of such a list and `scatter` puts them back, by letting them take
-the parameters' place for a moment: DeepSpeed's own functions know where every element of a parameter lies.
+DeepSpeed keeps the fp32 parameters as flat tensors: complete ones at stage 0, this rank's shards of them above.
+Adam's moments and an EMA are lists of flat tensors of the same shapes. `gather` and `scatter` convert between such a
+list and complete tensors by parameter name. To do so they copy the list over the parameters for a moment: DeepSpeed's
+own functions know where every element of a parameter lies.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
 
 
 def parameter_shards(engine: Any) -> list[Tensor]:
-    """This rank's flat fp32 parameters. They are the live ones: writing to them changes the next step."""
+    """This rank's flat fp32 parameters themselves: writing to them changes the next step."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
@@ -27,12 +27,12 @@ def parameter_shards(engine: Any) -> list[Tensor]:
 
 
 def optimizer_state(engine: Any) -> dict[Tensor, dict[str, Tensor]]:
-    """Adam's state by flat parameter; DeepSpeed wraps torch's optimizer above stage 0."""
+    """Adam's state by flat parameter. Above stage 0 DeepSpeed wraps torch's optimizer."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer).state
 
 
 def start_moments(engine: Any, steps: int) -> None:
-    """Makes Adam's state as after `steps` updates, with moments of zero: torch itself makes it at the first update."""
+    """Sets Adam's state to `steps` updates and moments of zero; torch itself would create it at the first update."""
     for shard in parameter_shards(engine):
         optimizer_state(engine)[shard] = {
             "step": torch.tensor(float(steps)),
@@ -45,48 +45,48 @@ def moment_shards(engine: Any, name: str) -> list[Tensor]:
 
 
 def gather(engine: Any, shards: list[Tensor]) -> dict[str, Tensor]:
-    """Whole fp32 tensors on the CPU by parameter name, from flat ones. All ranks must call it; rank 0 gets them."""
+    """Complete fp32 tensors on the CPU, by parameter name, from `shards`. A collective; only rank 0 gets them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    whole = {}
+    tensors = {}
     with _in_place_of_parameters(engine, shards), torch.no_grad():
         for name, parameter, shard in _with_shards(engine, shards):
             value = safe_get_full_fp32_param(parameter) if shard is None else shard
             if engine.global_rank == 0:
-                whole[name] = value.detach().to("cpu", torch.float32).clone()
-    return whole
+                tensors[name] = value.detach().to("cpu", torch.float32).clone()
+    return tensors
 
 
-def scatter(engine: Any, whole: dict[str, Tensor], shards: list[Tensor]) -> None:
-    """Writes this rank's part of whole tensors into flat ones: the inverse of `gather`, on every rank."""
+def scatter(engine: Any, tensors: dict[str, Tensor], shards: list[Tensor]) -> None:
+    """Writes this rank's part of complete tensors, which every rank has, into `shards`: the inverse of `gather`."""
     with _in_place_of_parameters(engine, shards), torch.no_grad():
         for name, parameter, shard in _with_shards(engine, shards):
-            value = whole[name].to(engine.device)
+            value = tensors[name].to(engine.device)
             _set_full(parameter, value) if shard is None else shard.copy_(value)
 
 
 def _with_shards(engine: Any, shards: list[Tensor]) -> Iterator[tuple[str, Any, Tensor | None]]:
-    """(name, parameter, shard): at stage 0, where nothing is in parts, shards are whole tensors; None above it."""
-    whole = engine.zero_optimization_stage() == 0
+    """(name, parameter, shard); shard is None above stage 0, where shards and parameters do not correspond."""
+    complete = engine.zero_optimization_stage() == 0
     for number, (name, parameter) in enumerate(engine.module.named_parameters()):
-        yield name, parameter, shards[number] if whole else None
+        yield name, parameter, shards[number] if complete else None
 
 
 @contextmanager
 def _in_place_of_parameters(engine: Any, shards: list[Tensor]) -> Iterator[None]:
-    """Inside, the engine's fp32 parameters hold the numbers of `shards`; what is written to them ends in `shards`."""
+    """Inside, the engine's fp32 parameters hold the values of `shards`; at the end these get the parameters' values."""
     parameters = [shard.detach() for shard in parameter_shards(engine)]
-    themselves = all(one.data_ptr() == other.data_ptr() for one, other in zip(parameters, shards, strict=True))
-    if themselves or engine.zero_optimization_stage() == 0:
+    same = all(mine.data_ptr() == shard.data_ptr() for mine, shard in zip(parameters, shards, strict=True))
+    if same or engine.zero_optimization_stage() == 0:
         yield
         return
-    kept = [parameter.clone() for parameter in parameters]
+    originals = [parameter.clone() for parameter in parameters]
     _copy(shards, parameters)
     try:
         yield
     finally:
         _copy(parameters, shards)
-        _copy(kept, parameters)
+        _copy(originals, parameters)
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
@@ -97,7 +97,7 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 def _set_full(parameter: Any, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    if hasattr(parameter, "ds_id"):  # stage 3: equal parts, the last one padded
+    if hasattr(parameter, "ds_id"):  # stage 3: equal parts, the last padded
         part = parameter.ds_tensor.numel()
         padded = torch.nn.functional.pad(
             value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())

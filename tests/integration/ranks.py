@@ -22,7 +22,7 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "torch.utils.flop_counter",
     "pipeline.train",
-    "pipeline.training.trainer",
+    "pipeline.training.stage",
 ]
 
 _context = multiprocessing.get_context("forkserver")

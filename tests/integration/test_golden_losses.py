@@ -53,17 +53,16 @@ def train_all(recipe_path: str, runs: dict[str, tuple[str, ...]]) -> None:
     from common.loading import load_recipe
     from common.recipe import with_world_size
     from pipeline.training.data import open_shards
-    from pipeline.training.distributed import control_group, process_group
+    from pipeline.training.distributed import process_group
     from pipeline.training.trainer import Trainer
 
-    with process_group() as (rank, world_size):
-        control = control_group()
+    with process_group() as ranks:
         for name, overrides in runs.items():
             for total in (8 * STEPS, 16 * STEPS):
                 given = [f"name={name}", *SETTINGS, f"train.total_samples={total}", *overrides]
-                recipe = with_world_size(load_recipe(recipe_path, given), world_size)
-                Trainer(recipe, open_shards(recipe), rank, world_size, control).run()
-            if rank == 0:
+                recipe = with_world_size(load_recipe(recipe_path, given), ranks.world_size)
+                Trainer(recipe, open_shards(recipe), ranks).run()
+            if ranks.rank == 0:
                 judge_averages(recipe.folder)
 
 

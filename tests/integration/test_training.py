@@ -164,7 +164,7 @@ def test_a_run_that_another_kind_of_machine_has_finished_is_finished(
 ) -> None:
     from common.loading import load_recipe
     from pipeline.training import identity as run_identity
-    from pipeline.training.trainer import finished
+    from pipeline.training.stage import finished
 
     monkeypatch.setattr(run_identity, "precision", lambda recipe: "bf16")  # what "auto" is where there is a GPU
     assert finished(load_recipe(experiment.recipe, ["name=whole"]))

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings agree with the recipe, whoever wrote them; learning rates are functions of samples seen."""
+"""DeepSpeed's settings agree with the recipe, generated or the user's; learning rates depend on samples seen."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ from pipeline.training.engine import (
     SCALER_STATE,
     deepspeed_config,
     learning_rate,
+    propagate_non_finite,
     restore_scaler,
     scaler_state,
-    spoiled_by,
 )
 
 
@@ -26,9 +26,9 @@ def recipe_with(*overrides: str) -> Recipe:
 
 
 def test_the_generated_settings_add_up() -> None:
-    made = deepspeed_config(recipe_with(), 2)
-    assert made["train_batch_size"] == 32
-    assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 2 == 32
+    config = deepspeed_config(recipe_with(), 2)
+    assert config["train_batch_size"] == 32
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 32
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,7 @@ def test_the_generated_settings_add_up() -> None:
         ([1, 2], "holds no JSON object"),
     ],
 )
-def test_a_users_own_settings_that_contradict_the_recipe_are_refused(
-    given: object, expected: str, tmp_path: Path
-) -> None:
+def test_a_users_settings_that_contradict_the_recipe_are_refused(given: object, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text(json.dumps(given))
     with pytest.raises(UserError, match=expected):
@@ -78,7 +76,9 @@ def test_a_users_own_settings_that_contradict_the_recipe_are_refused(
     [('{"a": 1,}', "not readable as JSON"), ("// c", "not readable as JSON"), ("", "not readable as JSON"),
      ('{"bf16": {}, "bf16": {}}', r"\(bf16 stands twice\)"), ("[" * 100_000, "not readable as JSON")],
 )  # fmt: skip
-def test_a_file_that_is_no_json_is_told_and_not_to_be_deleted(text: str, expected: str, tmp_path: Path) -> None:
+def test_a_settings_file_that_is_not_json_is_an_error_that_suggests_no_deletion(
+    text: str, expected: str, tmp_path: Path
+) -> None:
     path = tmp_path / "own.json"
     path.write_text(text)
     with pytest.raises(UserError, match=expected) as raised:
@@ -86,8 +86,8 @@ def test_a_file_that_is_no_json_is_told_and_not_to_be_deleted(text: str, expecte
     assert "delete" not in str(raised.value)
 
 
-def test_settings_as_they_are_published_for_another_trainer_are_taken(tmp_path: Path) -> None:
-    """All but optimizer and scheduler, which are refused by name: "auto" stands for what the recipe says."""
+def test_auto_and_settings_published_for_another_trainer_are_accepted(tmp_path: Path) -> None:
+    """Except optimizer and scheduler, which are refused by name. "auto" takes the recipe's value."""
     path = tmp_path / "own.json"
     own = {
         "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "auto_cast": "auto"},
@@ -107,27 +107,27 @@ def test_settings_as_they_are_published_for_another_trainer_are_taken(tmp_path: 
         "wall_clock_breakdown": False,
     }
     path.write_text(json.dumps(own))
-    made = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
-    assert "auto" not in json.dumps(made).replace("auto_cast", "")
-    assert made["zero_optimization"]["stage"] == 2
-    assert made["zero_optimization"]["allgather_bucket_size"] == 2e8
-    assert made["fp16"] == {"enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2}
-    assert (made["gradient_accumulation_steps"], made["gradient_clipping"]) == (4, 1.0)
+    config = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    assert "auto" not in json.dumps(config).replace("auto_cast", "")
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["allgather_bucket_size"] == 2e8
+    assert config["fp16"] == {"enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2}
+    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (4, 1.0)
 
 
-def test_a_users_own_settings_replace_the_generated_ones(tmp_path: Path) -> None:
+def test_a_users_settings_replace_the_generated_ones(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     own = {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "overlap_comm": False}, "wall_clock": True}
     path.write_text(json.dumps(own))
-    made = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
-    assert made["train_batch_size"] == 32
-    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
-    assert made["wall_clock"] is True
-    assert made["train_micro_batch_size_per_gpu"] == 4
+    config = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    assert config["train_batch_size"] == 32
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert config["wall_clock"] is True
+    assert config["train_micro_batch_size_per_gpu"] == 4
 
 
 @pytest.mark.parametrize("can", [True, False])
-def test_fp16_without_a_gpu_is_refused_whatever_the_cpu_can(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_without_a_gpu_is_refused_even_if_the_cpu_supports_it(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: can)
@@ -149,7 +149,7 @@ def test_fp16_without_a_gpu_is_refused_whatever_the_cpu_can(can: bool, monkeypat
         (("train.ema.widths=[0.3]",), r"train\.ema\.widths"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(overrides: tuple[str, ...], expected: str) -> None:
+def test_incompatible_settings_are_refused(overrides: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         parse_recipe("name: a", overrides)
 
@@ -169,23 +169,23 @@ def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected:
     assert [learning_rate(recipe, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
 
 
-def test_a_loss_that_is_not_finite_spoils_every_gradient_and_another_none() -> None:
+def test_a_loss_that_is_not_finite_makes_every_gradient_so_and_a_finite_one_changes_none() -> None:
     for bad in (float("nan"), float("inf")):
         weight = torch.ones(3, requires_grad=True)
-        spoiled_by((weight * torch.tensor([1.0, 1.0, bad])).sum()).backward()
+        propagate_non_finite((weight * torch.tensor([1.0, 1.0, bad])).sum()).backward()
         assert not weight.grad.isfinite().any()
     weight = torch.ones(3, requires_grad=True)
     loss = (weight * torch.tensor([0.1, 0.2, 0.3])).sum()
-    assert torch.equal(spoiled_by(loss), loss)
-    spoiled_by(loss).backward()
+    assert torch.equal(propagate_non_finite(loss), loss)
+    propagate_non_finite(loss).backward()
     assert torch.equal(weight.grad, torch.tensor([0.1, 0.2, 0.3]))
 
 
-def test_the_loss_scaler_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restored_loss_scaler_continues_as_the_saved_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    monkeypatch.setattr(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1))  # who does not log
+    monkeypatch.setattr(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1))  # a rank that logs nothing
 
     def engine() -> SimpleNamespace:
         scaler = DynamicLossScaler(

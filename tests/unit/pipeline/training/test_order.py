@@ -1,4 +1,4 @@
-"""Each sample exactly once an epoch, in either order, wherever one starts; block order reads few shards at a time."""
+"""Each sample comes exactly once an epoch, in either order, from any start; block order reads few shards at a time."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_in_block_order_every_sample_comes_exactly_once_an_epoch(order: BlockOrd
 
 @settings(max_examples=10, deadline=None)
 @given(block_orders(), st.randoms())
-def test_a_position_has_its_sample_whoever_asks(order: BlockOrder, random) -> None:
+def test_a_positions_sample_does_not_depend_on_the_other_positions_asked_for(order: BlockOrder, random) -> None:
     positions = torch.tensor(random.sample(range(2 * order.size), min(6, order.size)))
     expected = order.indices(torch.arange(2 * order.size))[positions]
     assert order.indices(positions).tolist() == expected.tolist()
@@ -40,7 +40,7 @@ def test_the_epochs_of_block_order_differ_and_so_do_seeds() -> None:
     assert BlockOrder(1, 300, 8, 20, 3).indices(torch.arange(300)).tolist() != epochs[0].tolist()
 
 
-@pytest.mark.parametrize("size", [4096, 4096 - 17])  # with a last block that is short, shards and blocks still agree
+@pytest.mark.parametrize("size", [4096, 4096 - 17])  # the last block is short
 def test_a_node_of_block_order_holds_few_shards_and_shares_hardly_any(size: int) -> None:
     batch, lanes, block, mixed = 64, 4, 64, 3
     order = BlockOrder(0, size, batch, block, mixed, lanes)
@@ -53,11 +53,11 @@ def test_a_node_of_block_order_holds_few_shards_and_shares_hardly_any(size: int)
             assert len(shards[step : step + 12, node].unique()) <= mixed + 2
     readers = [len({node for node in range(lanes) if (shards[:, node] == shard).any()}) for shard in range(64)]
     assert sum(readers) <= 64 + 2 * (lanes - 1) + 2
-    assert len(shards[0, 0].unique()) > 1  # mixed all the same
+    assert len(shards[0, 0].unique()) > 1  # and samples of several are mixed
 
 
 def test_five_thousand_million_positions_are_ordered_without_holding_them() -> None:
-    """Around lanes', windows' and epochs' ends, positions and samples are still one to one, and back in range."""
+    """Around the ends of lanes, windows and epochs, too, positions map one to one to samples in range."""
     order = BlockOrder(0, LAION, 65_536, 65_536, 4, 512)
     edges = [0, LAION // 2, LAION - 4096, 2 * LAION - 4096]
     for first in edges:

@@ -1,4 +1,4 @@
-"""A signal asks, and does nothing else; a second one ends the process; the handlers of before come back."""
+"""The first signal only sets a flag; a second one ends the process; the handlers are restored."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from pipeline.training.signals import STOP_SIGNALS, stop_requests
 
 @pytest.fixture
 def with_a_terminal() -> Iterator[None]:
-    """Whatever started these tests may have had them ignore its end."""
+    """With SIGHUP's default handler, which `nohup` around the tests would have replaced."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("with_a_terminal")
-def test_what_nohup_ignores_stays_ignored() -> None:
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stop_requests() as stop, ended_by_signals():
         os.kill(os.getpid(), signal.SIGHUP)
@@ -33,7 +33,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 @pytest.mark.usefixtures("with_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_command_that_waits_for_its_jobs_leaves_by_an_exception(number: signal.Signals) -> None:
+def test_a_signal_makes_a_command_that_waits_for_jobs_raise_system_exit(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as left, ended_by_signals():
         os.kill(os.getpid(), number)
@@ -53,14 +53,14 @@ def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
     assert signal.getsignal(number) == before
 
 
-def test_an_echo_of_the_same_request_does_not_end_the_process() -> None:
+def test_a_repeated_signal_within_a_second_does_not_end_the_process() -> None:
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGUSR2)
-        os.kill(os.getpid(), signal.SIGTERM)  # still here
+        os.kill(os.getpid(), signal.SIGTERM)  # does not end it
         assert stop.signal == "SIGUSR2"
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+def test_a_second_signal_later_ends_the_process() -> None:
     program = """
 import time
 from pipeline.training.signals import stop_requests
@@ -80,7 +80,7 @@ with stop_requests():
         assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_a_command_that_was_interrupted_says_so_in_one_line_with_status_75(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_command_prints_one_line_and_has_status_75(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise Interrupted("runs/a: saved after 64 samples; run again to go on")
 

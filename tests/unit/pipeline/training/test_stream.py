@@ -19,11 +19,11 @@ COUNT, CLASSES = 23, 3
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     folder = tmp_path_factory.mktemp("shards")
     settings = {"flips": True, "vae": {"scaling_factor": 0.5, "shift_factor": 0.25}}
-    made = [
+    samples = [
         Sample(i, f"{i}.png", i % CLASSES, 8, 8, np.full((4, 2, 2), i, np.float16), np.full((4, 2, 2), -i, np.float16))
         for i in range(COUNT)
     ]
-    records = [write_shard(folder, number, made[12 * number : 12 * number + 12], settings) for number in range(2)]
+    records = [write_shard(folder, number, samples[12 * number : 12 * number + 12], settings) for number in range(2)]
     write_index(folder, records, (4, 2, 2), ["a", "b", "c"])
     return Stream(recipe(folder), LatentShards(folder), diffusion(recipe(folder)))
 
@@ -39,17 +39,17 @@ def test_every_sample_comes_once_an_epoch_and_the_epochs_differ(stream: Stream) 
 
 
 @pytest.mark.parametrize("parts", [(40,), (20, 20), (1, 2, 7, 30), (10, 10, 10, 10)])
-def test_how_a_step_is_divided_changes_nothing(stream: Stream, parts: tuple[int, ...]) -> None:
-    whole = stream.batch(5, 40)  # spans two epochs
+def test_dividing_a_step_into_micro_batches_changes_nothing(stream: Stream, parts: tuple[int, ...]) -> None:
+    batch = stream.batch(5, 40)  # spans two epochs
     first, pieces = 5, []
     for part in parts:
         pieces.append(stream.batch(first, part))
         first += part
-    for name, tensor in vars(whole).items():
+    for name, tensor in vars(batch).items():
         assert torch.equal(torch.cat([vars(piece)[name] for piece in pieces]), tensor), name
 
 
-def test_latents_are_drawn_from_the_right_posterior_and_scaled(stream: Stream) -> None:
+def test_latents_are_drawn_from_their_posterior_and_scaled(stream: Stream) -> None:
     batch, indices = stream.batch(0, COUNT), stream.order.indices(torch.arange(COUNT))
     mirrored = rng.integers(0, "train/flip", torch.arange(COUNT), 2)
     assert 0 < mirrored.sum() < COUNT
@@ -62,7 +62,7 @@ def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
 
 
 def drawn(moments: torch.Tensor) -> torch.Tensor:
-    """What the fixture's moments become; mean and deviation are both i, or both -i where mirrored."""
+    """The latents of the fixture's moments: mean and deviation are both i, or both -i where mirrored."""
     normals = rng.normal(0, "train/posterior", torch.arange(COUNT), (2, 2, 2))
     return ((1 + normals) * moments[:, None, None, None] - 0.25) * 0.5
 
@@ -75,7 +75,7 @@ def test_labels_belong_to_their_samples_or_are_the_null_label(stream: Stream) ->
     assert 0.05 < dropped.float().mean() < 0.15  # train.label_dropout is 0.1
 
 
-def test_another_seed_is_another_stream(stream: Stream) -> None:
+def test_another_seed_gives_another_stream(stream: Stream) -> None:
     other = Stream(recipe(stream.shards.address, "seed=1"), stream.shards, stream.diffusion)
     assert not torch.equal(other.batch(0, 8).noise, stream.batch(0, 8).noise)
     assert other.order.indices(torch.arange(COUNT)).tolist() != stream.order.indices(torch.arange(COUNT)).tolist()

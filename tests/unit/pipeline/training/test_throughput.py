@@ -1,10 +1,9 @@
-"""What is logged adds up over ranks and micro-batches, and what is out of the ordinary is noticed."""
+"""Logs: sums over ranks and micro-batches, loss spikes, operations of a step, log files, progress on a terminal."""
 
 import json
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +16,9 @@ from common.loading import parse_recipe
 from common.log_lines import read_log
 from common.recipe import denoiser_config
 from pipeline.training.background_writer import BackgroundWriter
-from pipeline.training.guards import FEWEST, SpikeDetector
-from pipeline.training.log import Progress, TrainingLog
+from pipeline.training.guards import FEWEST, loss_spike
+from pipeline.training.log import ProgressBar, TrainingLog
+from pipeline.training.state import TrainState
 from pipeline.training.throughput import Interval, loss_sums, step_flops
 
 SMALL = ("model.size=null", "model.hidden_size=32", "model.num_heads=2", "train.batch_size=16")
@@ -26,43 +26,37 @@ SMALL = ("model.size=null", "model.hidden_size=32", "model.num_heads=2", "train.
 
 def test_loss_sums_of_parts_add_up_to_those_of_the_batch() -> None:
     losses, timesteps = torch.rand(16, generator=torch.Generator().manual_seed(0)), torch.arange(16) * 62
-    whole = loss_sums(losses, timesteps, 1000)
+    sums = loss_sums(losses, timesteps, 1000)
     parts = sum(loss_sums(losses[part : part + 4], timesteps[part : part + 4], 1000) for part in range(0, 16, 4))
-    assert torch.allclose(whole, parts, rtol=1e-12)
-    assert whole[0] == pytest.approx(float(losses.sum()))
+    assert torch.allclose(sums, parts, rtol=1e-12)
+    assert sums[0] == pytest.approx(float(losses.sum()))
     quartile = timesteps // 250
     for number in range(4):
-        assert whole[1 + number] == pytest.approx(float(losses[quartile == number].sum()))
-        assert whole[5 + number] == (quartile == number).sum()
+        assert sums[1 + number] == pytest.approx(float(losses[quartile == number].sum()))
+        assert sums[5 + number] == (quartile == number).sum()
 
 
-def test_an_interval_carried_over_a_checkpoint_gives_the_same_means() -> None:
+def test_an_interval_saved_in_a_checkpoint_gives_the_same_means() -> None:
     sums = [[3.0, 1.0, 2.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0], [5.0, 0.0, 0.0, 4.0, 1.0, 0.0, 0.0, 3.0, 1.0]]
-    whole = Interval()
-    for one in sums:
-        whole.add(one, 4)
-    carried = Interval()
-    carried.add(sums[0], 4)
-    carried = Interval(**json.loads(json.dumps(asdict(carried))))
-    carried.add(sums[1], 4)
-    assert carried.means() == whole.means()
-    assert whole.means() == {
+    uninterrupted = Interval().plus(sums[0], 4).plus(sums[1], 4)
+    saved = json.loads(json.dumps(TrainState(interval=Interval().plus(sums[0], 4)).to_json()))
+    assert TrainState.from_json(4, saved).interval.plus(sums[1], 4) == uninterrupted
+    assert uninterrupted.means() == {
         **{"loss": 1.0, "loss_q1": 0.5, "loss_q2": 1.0, "loss_q3": 4 / 3, "loss_q4": 1.0, "skipped_steps": 0}
     }
     assert Interval().means()["loss_q1"] is None
 
 
-def test_a_spike_is_what_lies_far_above_the_last_losses() -> None:
-    detector = SpikeDetector(8.0, [])
-    assert detector.check(100.0) is None  # nothing is usual yet
-    detector = SpikeDetector(8.0, [1.0 + 0.01 * (step % 5) for step in range(FEWEST)])
-    assert detector.check(1.05) is None
-    assert detector.check(0.2) is None  # a loss that falls is none
-    assert SpikeDetector(8.0, [1.0 + 0.01 * (step % 5) for step in range(FEWEST)]).check(1.5) > 8
-    assert SpikeDetector(None, [1.0] * FEWEST).check(1e9) is None
+def test_a_loss_spike_lies_far_above_the_recent_losses() -> None:
+    recent = [1.0 + 0.01 * (step % 5) for step in range(FEWEST)]
+    assert loss_spike(recent[1:], 100.0, 8.0) is None  # too few to compare with
+    assert loss_spike(recent, 1.05, 8.0) is None
+    assert loss_spike(recent, 0.2, 8.0) is None  # far below
+    assert (loss_spike(recent, 1.5, 8.0) or 0) > 8
+    assert loss_spike(recent, 1e9, None) is None
 
 
-def test_the_operations_of_a_step_are_those_of_its_iterations() -> None:
+def test_the_operations_of_a_step_grow_with_its_iterations() -> None:
     config = denoiser_config(parse_recipe("name: a", SMALL))
     one, two, more = (step_flops(config, counts) for counts in ((0, 1), (0, 2), (3, 1)))
     iteration = (two - one) / 3
@@ -73,7 +67,7 @@ def test_the_operations_of_a_step_are_those_of_its_iterations() -> None:
     assert iteration == pytest.approx(block + projections, rel=0.01)
 
 
-def test_a_writer_works_beside_and_its_error_comes_out_of_the_next_call() -> None:
+def test_an_error_of_the_background_writer_is_raised_by_the_next_call_once() -> None:
     go = threading.Event()
 
     def fail() -> None:
@@ -82,14 +76,14 @@ def test_a_writer_works_beside_and_its_error_comes_out_of_the_next_call() -> Non
 
     writer = BackgroundWriter()
     writer.start(fail)
-    writer.check()  # still at work, nothing to tell
+    writer.check()  # the job has not failed yet
     go.set()
     with pytest.raises(UserError, match="disk: full"):
         writer.wait()
-    writer.check()  # told once
+    writer.check()
 
 
-def test_leaving_waits_for_the_writing_in_hand() -> None:
+def test_leaving_the_background_writer_waits_for_its_job() -> None:
     done = []
 
     def write() -> None:
@@ -106,7 +100,7 @@ def test_leaving_waits_for_the_writing_in_hand() -> None:
     assert done == ["written"]
 
 
-def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
+def test_log_lines_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false"))
     recipe.folder.mkdir()
     path = recipe.folder / "metrics.jsonl"
@@ -119,9 +113,7 @@ def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
     ]
 
 
-def test_lines_that_are_none_are_taken_back_too_with_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_log_lines_are_removed_with_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = parse_recipe("name: a", (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false"))
     recipe.folder.mkdir()
     path = recipe.folder / "metrics.jsonl"
@@ -135,7 +127,7 @@ def test_lines_that_are_none_are_taken_back_too_with_a_warning(
     assert said.endswith("(and 7 more)\n")
 
 
-def test_weights_and_biases_gets_one_run_however_often_it_is_queued(
+def test_a_requeued_job_goes_on_in_the_same_weights_and_biases_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -159,22 +151,24 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_queued(
     assert written[0] == ({"train/samples": 16, "train/loss": 0.5}, 16)
 
 
-def test_weights_and_biases_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_that_is_not_installed_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     overrides = (*SMALL, f"runs={tmp_path}", "train.log.tensorboard=false", "train.log.wandb_project=faces")
     with pytest.raises(UserError, match=r"train\.log\.wandb_project: the package wandb is not installed"):
         TrainingLog(parse_recipe("name: a", overrides), 0, {})
 
 
-def test_a_log_file_gets_lines_and_a_terminal_a_bar(
+def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = {"samples": 16, "loss": 0.5, "samples_per_second": 4.0}
+    state = TrainState(samples_seen=16, interval=Interval(steps=1, loss=0.5))
     for rank, watched in ((0, False), (1, False), (0, True)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
-        progress = Progress(64, 0, rank)
+        progress = ProgressBar(64, 0, rank)
         progress.advance(16)
-        progress.show(shown)
+        progress.show(state, {"samples_per_second": 4.0})
         progress.close()
         out, err = capsys.readouterr()
         assert (out != "") == (rank == 0 and not watched)

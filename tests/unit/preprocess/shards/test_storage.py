@@ -21,7 +21,7 @@ import torch
 from common.errors import UserError
 from common.loading import parse_recipe
 from common.recipe import diffusion
-from pipeline.training.data import Stream, open_latents, staged
+from pipeline.training.data import Stream, open_latents, stage_in
 from preprocess.shards import Cache, LatentShards, Sample, shard_name, storage, write_index, write_shard
 from preprocess.shards.storage import CachedFolder
 
@@ -259,7 +259,8 @@ def test_training_reads_the_same_stream_from_a_folder_an_address_and_a_stage(
         (local, ("data.cache=$SCRATCH/b", "data.stage_in=true")),
     ):
         recipe = parse_recipe(recipe_text(address), ("train.batch_size=8", *overrides))
-        shards = staged(recipe, open_latents(recipe))
+        shards = open_latents(recipe)
+        stage_in(recipe, shards)
         batches.append(Stream(recipe, shards, diffusion(recipe)).batch(20, 80))
     for name, tensor in vars(batches[0]).items():
         assert all(torch.equal(vars(batch)[name], tensor) for batch in batches), name

@@ -1,0 +1,77 @@
+"""One training step on this rank's part of the batch: forward, backward, update."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.recipe import Train
+from fpdm.diffusion import Diffusion
+from pipeline.training.data import Batch
+from pipeline.training.engine import propagate_non_finite, update
+from pipeline.training.throughput import loss_sums
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank knows after a step.
+
+    sums (10,) float64 on the CPU: `loss_sums`, then this rank's share of the mean residual of the last iteration.
+    norm: of the gradient over all ranks; not finite where nothing was updated.
+    losses (B,): by sample of this rank's part of the batch.
+    """
+
+    sums: Tensor
+    norm: float
+    losses: Tensor
+
+
+def train_step(
+    engine: Any,
+    diffusion: Diffusion,
+    batches: list[Batch],
+    iterations: tuple[int, int],
+    settings: Train,
+    watch: Callable[[str], AbstractContextManager[None]],
+    *,
+    with_residuals: bool,
+) -> StepResult:
+    """Accumulates the gradients of this rank's micro-batches and updates the weights, unless they are not finite.
+
+    Args:
+        engine: DeepSpeed's (`build_engine`), with the step's learning rate set.
+        iterations: (n, m), without and with gradient; the same on every rank.
+        watch: times the parts of the step (`Stopwatch`).
+        with_residuals: also computes the fixed point's residuals, for the log.
+    """
+    sums, norm = torch.zeros(10, dtype=torch.float64, device=engine.device), math.nan
+    all_losses = []
+    for number, batch in enumerate(batches, 1):
+        with watch("forward"):
+            batch = batch.to(engine.device)
+            noisy = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
+            answer = engine(
+                noisy,
+                batch.timesteps,
+                batch.labels,
+                iterations=iterations,
+                with_residuals=with_residuals,
+                activation_checkpointing=settings.activation_checkpointing,
+            )
+            losses = diffusion.loss(answer.output.float(), batch.latents, batch.noise, batch.timesteps)["loss"]  # (B,)
+            sums[:-1] += loss_sums(losses, batch.timesteps, diffusion.num_timesteps)
+            if answer.residuals is not None:  # (B, n + m)
+                sums[-1] += answer.residuals[:, -1].double().sum() / settings.batch_size
+            all_losses.append(losses.detach())
+        with watch("backward"):
+            engine.backward(propagate_non_finite(losses.mean()))
+        with watch("optimizer"):
+            if number < len(batches):
+                engine.step()  # counts the micro-batch
+            else:
+                norm = update(engine, settings.optimizer.gradient_clipping)
+    return StepResult(sums.cpu(), norm, torch.cat(all_losses))
