@@ -1,5 +1,6 @@
-"""What goes wrong in the tests, planted in a training process before it begins."""
+"""Faults that tests plant in a training process before it begins."""
 
+import errno
 import functools
 import json
 import os
@@ -17,14 +18,14 @@ def nan_in_sample(index: int) -> None:
 
     read = Stream.batch
 
-    def batch(self: Stream, first: int, count: int) -> Batch:
+    def changed(self: Stream, first: int, count: int) -> Batch:
         import torch
 
-        found = read(self, first, count)
-        found.latents[self.order.indices(torch.arange(first, first + count)) == index, 0, 0, 0] = torch.nan
-        return found
+        batch = read(self, first, count)
+        batch.latents[self.order.indices(torch.arange(first, first + count)) == index, 0, 0, 0] = torch.nan
+        return batch
 
-    Stream.batch = batch  # type: ignore[method-assign]
+    Stream.batch = changed  # type: ignore[method-assign]
 
 
 def loss_spike_at(samples_seen: int) -> None:
@@ -33,13 +34,13 @@ def loss_spike_at(samples_seen: int) -> None:
 
     read = Stream.batch
 
-    def batch(self: Stream, first: int, count: int) -> Batch:
-        found = read(self, first, count)
+    def changed(self: Stream, first: int, count: int) -> Batch:
+        batch = read(self, first, count)
         if first == samples_seen:
-            found.latents.mul_(100)
-        return found
+            batch.latents.mul_(100)
+        return batch
 
-    Stream.batch = batch  # type: ignore[method-assign]
+    Stream.batch = changed  # type: ignore[method-assign]
 
 
 def disk_full_at_save(number: int) -> None:
@@ -51,6 +52,15 @@ def disk_full_at_save(number: int) -> None:
     _at_call("pipeline.training.checkpoint", "write", number, limit)
 
 
+def disk_full_at_log_line(number: int) -> None:
+    """The disk does not take the `number`th line of `metrics.jsonl` and `events.jsonl`."""
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _at_call("pipeline.training.log", "append_line", number, fail)
+
+
 def killed_at_sync(number: int) -> None:
     """kill -9 when rank 0 syncs what it wrote for the `number`th time: before, inside or after a save."""
     if os.environ["RANK"] == "0":
@@ -60,7 +70,7 @@ def killed_at_sync(number: int) -> None:
 def killed_at_byte(save: int, size: int) -> None:
     """Rank 0 is killed by the kernel inside the write of its `save`th checkpoint that makes a file larger than `size`.
 
-    What was written until then is in the file, as after a kill -9.
+    The file keeps what was written until then, as after a kill -9.
     """
 
     def limit() -> None:
@@ -72,27 +82,27 @@ def killed_at_byte(save: int, size: int) -> None:
 
 
 def recording(path: Path) -> None:
-    """Every batch read is noted: a line a sample with its position, its id, and a checksum of all that was drawn."""
+    """Writes a line for each sample of each batch: its position, its id, and a checksum of its tensors."""
     from pipeline.training.data import Batch, Stream
 
     read = Stream.batch
 
-    def batch(self: Stream, first: int, count: int) -> Batch:
+    def changed(self: Stream, first: int, count: int) -> Batch:
         import torch
 
-        found = read(self, first, count)
+        batch = read(self, first, count)
         ids = self.order.indices(torch.arange(first, first + count)).tolist()
         with open(f"{path}.{os.environ['RANK']}", "a") as lines:
             for number in range(count):
-                drawn = b"".join(tensor[number].numpy().tobytes() for tensor in vars(found).values())
+                drawn = b"".join(tensor[number].numpy().tobytes() for tensor in vars(batch).values())
                 lines.write(json.dumps([first + number, ids[number], zlib.crc32(drawn)]) + "\n")
-        return found
+        return batch
 
-    Stream.batch = batch  # type: ignore[method-assign]
+    Stream.batch = changed  # type: ignore[method-assign]
 
 
 def an_older_listing() -> None:
-    """Rank 1 does not see the newest checkpoint yet, as on a file system over a network."""
+    """Rank 1 does not see the newest checkpoint yet, as can happen on a network file system."""
     from pipeline.training import checkpoint
 
     listed = checkpoint.complete_checkpoints
@@ -101,7 +111,7 @@ def an_older_listing() -> None:
 
 
 def fp16_on_a_cpu() -> None:
-    """Training, and DeepSpeed on most of them, refuse fp16 on CPUs."""
+    """Allows fp16 on CPUs, which training, and DeepSpeed on most CPUs, refuse."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     from pipeline.training import engine, trainer

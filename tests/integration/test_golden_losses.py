@@ -1,11 +1,11 @@
-"""The loss curves of every ZeRO stage and precision against committed ones, and the averages against a plain reference.
+"""The loss curves of every ZeRO stage and precision against committed ones, and the EMAs against a plain reference.
 
-tests/golden/losses.json holds losses by name. After a change that is meant to change them:
+tests/golden/losses.json holds the losses by run. After an intended change of the losses:
 
     WRITE_GOLDEN=1 python -m pytest tests/integration/test_golden_losses.py
 
-Tolerances: fp32 curves agree to 1e-5 across stages on one machine, and are held to 1e-4 for the sake of others, whose
-sums go in another order; bf16 has three digits: its curves lie within 0.1 % of fp32's, and are held to 0.5 %.
+Tolerances, relative: 1e-4 in fp32, whose curves agree to 1e-5 across stages on one machine, because other machines sum
+in another order; 0.5 % in bf16, whose curves lie within 0.1 % of those in fp32.
 """
 
 import json
@@ -33,15 +33,14 @@ RUNS = {
     "zero3-fp32-checkpointed": ("train.zero_stage=3", "train.activation_checkpointing=true"),
     "zero2-fp32-offloaded": ("train.zero_stage=2", "train.optimizer.offload=true"),
 }
-# The demo's network at half its width, on the experiment's smaller latents, through a warm-up and with two kinds of
-# averages.
+# The demo's network at half its width, on the experiment's smaller latents, with a warm-up and two kinds of EMA.
 SETTINGS = (
     *("model.hidden_size=128", "model.num_heads=2", "model.patch_size=4", "objective.learned_variance=false"),
     *("train.checkpoint.every_samples=16", "train.checkpoint.keep=20", "train.optimizer.warmup_samples=64"),
     "train.ema.widths=[0.1]",
 )
 STEPS = 6  # of 16 samples; the warm-up ends within them
-# What a step from so many samples leaves of each average.
+# The decay of each EMA in the step that starts after so many samples.
 DECAYS = {
     "ema-0.9": lambda before: constant_decay(0.9, 16, before, before + 16),
     "ema-power-0.1": lambda before: power_decay(0.1, before, before + 16),
@@ -49,7 +48,7 @@ DECAYS = {
 
 
 def train_all(recipe_path: str, runs: dict[str, tuple[str, ...]]) -> None:
-    """One rank's part of all runs in one launch. Each stops half-way and goes on in a new engine, as if interrupted."""
+    """One rank's part of all runs in one launch. Each run stops half-way and resumes in a new engine."""
     from common.loading import load_recipe
     from common.recipe import with_world_size
     from pipeline.training.data import open_shards
@@ -63,46 +62,46 @@ def train_all(recipe_path: str, runs: dict[str, tuple[str, ...]]) -> None:
                 recipe = with_world_size(load_recipe(recipe_path, given), ranks.world_size)
                 Trainer(recipe, open_shards(recipe), ranks).run()
             if ranks.rank == 0:
-                judge_averages(recipe.folder)
+                check_ema(recipe.folder)
 
 
-def judge_averages(run: Path) -> None:
-    """Writes into a run's `averages.txt` what is wrong with its last averages, given the parameters after each step.
+def check_ema(run: Path) -> None:
+    """Writes the errors of a run's last EMAs, computed from the parameters after each step, into its `ema-errors.txt`.
 
-    Then deletes what it read: a gigabyte a run, of which there are many.
+    Then deletes checkpoints and weights, a gigabyte per run.
     """
     from safetensors.torch import load_file
 
     states = [load_file(path / "state.safetensors") for path in sorted((run / "checkpoints").iterdir())]
     start = load_file(run / "weights/000000000000/0.9/diffusion_pytorch_model.safetensors")
     faults = [] if len(states) == STEPS else [f"{len(states)} checkpoints of {STEPS} steps"]
-    for average, decay in DECAYS.items():
+    for ema, decay in DECAYS.items():
         for parameter, value in start.items():
-            if parameter == "pos_embed":  # no parameter
+            if parameter == "pos_embed":  # a constant
                 continue
             expected = value.clone()
             for step, state in enumerate(states):
                 expected.lerp_(state[f"model.{parameter}"], 1 - decay(16 * step))
-            found = states[-1][f"{average}.{parameter}"]
+            actual = states[-1][f"{ema}.{parameter}"]
             # The last digit is the fused multiply-add's, which comes and goes with an element's place in a shard.
-            if found.dtype != torch.float32 or not torch.allclose(found, expected, rtol=2e-7, atol=1e-10):
-                faults.append(f"{average}.{parameter} is off by {(found - expected).abs().max():.2g}")
-    (run / "averages.txt").write_text("\n".join(faults))
+            if actual.dtype != torch.float32 or not torch.allclose(actual, expected, rtol=2e-7, atol=1e-10):
+                faults.append(f"{ema}.{parameter} is off by {(actual - expected).abs().max():.2g}")
+    (run / "ema-errors.txt").write_text("\n".join(faults))
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(run / "weights")
 
 
 @pytest.fixture(scope="module")
 def curves(experiment: Experiment) -> dict[str, list[float]]:
-    """Losses by name: two ranks, and one."""
+    """Losses by run, of two ranks and of one."""
     alone = {"one-rank": RUNS["zero0-fp32"]}
     for runs, ranks in ((RUNS, 2), (alone, 1)):
         with started(experiment.folder, train_all, str(experiment.recipe), runs, ranks=ranks) as running:
             assert finish(running, 550).statuses == [0] * ranks, running.output
-    found = {name: losses(experiment.folder / "runs" / name) for name in RUNS | alone}
+    curves = {name: losses(experiment.folder / "runs" / name) for name in RUNS | alone}
     if os.environ.get("WRITE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+        GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")
+    return curves
 
 
 def golden(name: str) -> list[float]:
@@ -116,16 +115,15 @@ def test_the_losses_are_the_golden_ones(curves: dict[str, list[float]], name: st
 
 
 def test_stages_ranks_accumulation_checkpointing_and_offload_change_no_loss(curves: dict[str, list[float]]) -> None:
-    for name, found in curves.items():
-        # bf16 rounds to three digits; it has to train, and from the same numbers.
-        assert found == pytest.approx(curves["zero0-fp32"], rel=BF16_TO if "bf16" in name else SAME_TO), name
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["zero0-fp32"], rel=BF16_TO if "bf16" in name else SAME_TO), name
 
 
 @pytest.mark.parametrize("name", list(RUNS))
-def test_averages_are_those_of_one_process_in_fp32(
+def test_emas_are_those_of_one_process_in_fp32(
     curves: dict[str, list[float]], experiment: Experiment, name: str
 ) -> None:
-    assert (experiment.folder / "runs" / name / "averages.txt").read_text() == ""
+    assert (experiment.folder / "runs" / name / "ema-errors.txt").read_text() == ""
 
 
 def test_the_golden_file_holds_every_run() -> None:
@@ -135,7 +133,7 @@ def test_the_golden_file_holds_every_run() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_compiled_blocks_change_no_loss(curves: dict[str, list[float]], experiment: Experiment) -> None:
-    """Minutes of compilation on two cores: not for every day."""
+    """Takes minutes of compilation on two cores."""
     runs = {"compiled": ("train.zero_stage=2", "train.compile=true")}
     with started(experiment.folder, train_all, str(experiment.recipe), runs, ranks=1) as running:
         assert finish(running, 1100).statuses == [0], running.output

@@ -1,4 +1,4 @@
-"""Asked to stop or killed, at any moment: the same command again ends with the run that nothing interrupted."""
+"""After a signal or kill -9 at any moment, the same command again ends with the same run as without."""
 
 import json
 import random
@@ -22,7 +22,7 @@ STATE = 1_250_000  # bytes of its state.safetensors, nearly; the averages before
 
 @pytest.fixture(scope="module")
 def quiet_run(experiment: Experiment) -> Path:
-    """Two ranks that nothing interrupts."""
+    """An uninterrupted run of two ranks."""
     done = run_ranks(experiment, "name=quiet", ranks=2)
     assert done.statuses == [0, 0], done.output
     return experiment.folder / "runs/quiet"
@@ -34,7 +34,7 @@ def log_of(run: Path) -> list[str]:
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Losses, iteration counts and all else of each step, parameters, moments and averages, to the bit."""
+    """Log lines without times, parameters, moments and EMAs, to the bit."""
     assert metrics(run) == metrics(expected)
     assert newest_state(run) == newest_state(expected)
     for weights in expected.glob("weights/*/*/*.safetensors"):
@@ -52,8 +52,10 @@ def test_a_signal_to_one_of_four_ranks_saves_them_all_at_the_same_step(experimen
         (line,) = running.errors
     saved = int(max((run / "checkpoints").iterdir()).name)
     assert line == f"interrupted: {run}: saved after {saved} samples; run again to go on"
-    assert metrics(run)[-1]["samples"] == saved  # a log line a step: nothing that was done is lost
-    assert not (run / "weights" / f"{saved:012d}").exists() or saved % INTERVAL == 0  # weights keep to their schedule
+    assert metrics(run)[-1]["samples"] == saved  # no step is lost: each has a log line
+    assert (
+        not (run / "weights" / f"{saved:012d}").exists() or saved % INTERVAL == 0
+    )  # no weights beside the scheduled ones
     done = run_ranks(experiment, "name=drill", ranks=4)
     assert done.statuses == [0] * 4, done.output
     assert_same_run(run, run.parent / "quiet4")
@@ -81,7 +83,7 @@ def test_a_signal_before_the_first_step_saves_nothing(experiment: Experiment) ->
 
 
 def ask_at_once() -> None:
-    """The process asks itself to stop as soon as it listens."""
+    """The process sends itself a stop signal while it opens the run folder."""
     import os
 
     from pipeline.training import trainer
@@ -96,7 +98,7 @@ def ask_at_once() -> None:
 
 
 def kill_often(experiment: Experiment, name: str, *overrides: str, kills: int, seed: int) -> Path:
-    """A run killed at random: all ranks at a random moment, rank 0 before it syncs what it wrote, or inside a write."""
+    """A run killed again and again: all ranks at a random moment, or rank 0 before a sync or inside a write."""
     draw, run = random.Random(seed), experiment.folder / "runs" / name
     for number in range(kills):
         kind = ("in a write", "anywhere", "at a sync")[number % 3]
@@ -111,7 +113,7 @@ def kill_often(experiment: Experiment, name: str, *overrides: str, kills: int, s
                 wait_until(lambda: len(log_of(run)) != lines or not running.processes[0].is_alive())  # noqa: B023
                 time.sleep(draw.uniform(0, 1.0))
             else:
-                running.processes[0].join(120)  # the other rank waits for it in vain
+                running.processes[0].join(120)  # until `started_ranks` kills the other rank
             if number == 0:  # later the run may have ended
                 assert running.processes[0].exitcode == -signal.SIGXFSZ
         assert_little_lost(run, in_background="train.checkpoint.background=true" in overrides)
@@ -121,10 +123,10 @@ def kill_often(experiment: Experiment, name: str, *overrides: str, kills: int, s
 
 
 def assert_little_lost(run: Path, in_background: bool) -> None:
-    """Never more than a checkpoint interval; beside a save in the background, training may be one further on."""
+    """At most a checkpoint interval is lost; with saves in the background at most two."""
     steps = [json.loads(line)["samples"] for line in log_of(run) if line.endswith("}")]
-    whole = [int(path.parent.name) for path in run.glob("checkpoints/[0-9]*/complete.json")]
-    lost = max(steps, default=0) - max(whole, default=0)
+    saved = [int(path.parent.name) for path in run.glob("checkpoints/[0-9]*/complete.json")]
+    lost = max(steps, default=0) - max(saved, default=0)
     assert lost <= INTERVAL * (2 if in_background else 1)
 
 
@@ -178,7 +180,7 @@ def recorded(folder: Path, name: str) -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_twenty_minutes_of_kills_signals_and_world_sizes_end_with_the_same_weights(experiment: Experiment) -> None:
-    """Whole runs one after another, each cut into pieces by chance; world sizes differ by rounding, in fp32."""
+    """Runs one after another, each interrupted at random; in fp32, where world sizes differ by rounding only."""
     settings = (
         "train.batch_size=12",
         "train.total_samples=480",
@@ -199,7 +201,7 @@ def test_twenty_minutes_of_kills_signals_and_world_sizes_end_with_the_same_weigh
 
 
 def cut_at_random(experiment: Experiment, name: str, settings: tuple[str, ...], draw: random.Random) -> None:
-    """A run to its end, through kills, signals and other world sizes."""
+    """Trains to the end through random kills, signals and changes of the world size."""
     run = experiment.folder / "runs" / name
     while True:
         ranks = draw.choice((1, 2, 3, 4))
@@ -221,6 +223,6 @@ def assert_close_weights(run: Path, expected: Path) -> None:
     from safetensors.torch import load_file
 
     newest = max(expected.glob("weights/*/*/*.safetensors"))
-    found, wanted = load_file(run / newest.relative_to(expected)), load_file(newest)
+    weights, wanted = load_file(run / newest.relative_to(expected)), load_file(newest)
     for name in wanted:
-        assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6, name
+        assert (weights[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6, name
