@@ -28,7 +28,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], cluster: str) -> None:
 
 def _check_training(recipe: Recipe, cluster: str) -> None:
     """The batch over all ranks, and DeepSpeed's settings, as ranks on such nodes will find them."""
-    from pipeline.training.engine import deepspeed_config
+    from pipeline.training.deepspeed_config import deepspeed_config
 
     launch = recipe.launch
     ranks = launch.nodes * launch.processes

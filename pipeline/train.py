@@ -18,7 +18,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.recipe import with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
     from pipeline.training.data import open_shards
-    from pipeline.training.engine import deepspeed_config
+    from pipeline.training.deepspeed_config import deepspeed_config
     from pipeline.training.identity import total_samples
     from pipeline.training.stage import finished
 

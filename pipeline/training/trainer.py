@@ -17,15 +17,10 @@ from fpdm.weights import assemble
 from pipeline.training import checkpoint
 from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.data import Stream, rank_positions, step_batches
+from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.distributed import Ranks, raise_on_all_ranks
 from pipeline.training.ema import EMA
-from pipeline.training.engine import (
-    build_engine,
-    deepspeed_config,
-    learning_rate,
-    scaler_state,
-    set_learning_rate,
-)
+from pipeline.training.engine import build_engine, learning_rate, scaler_state, set_learning_rate
 from pipeline.training.guards import check_finite, not_finite_error
 from pipeline.training.identity import crosses, identity, total_samples
 from pipeline.training.log import ProgressBar, TrainingLog, log_values

@@ -114,9 +114,10 @@ def fp16_on_a_cpu() -> None:
     """Allows fp16 on CPUs, which training, and DeepSpeed on most CPUs, refuse."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    from pipeline.training import engine, trainer
+    from pipeline.training import deepspeed_config, trainer
 
-    engine.deepspeed_config = trainer.deepspeed_config = functools.partial(engine.deepspeed_config, on_gpu=True)
+    allowed = functools.partial(deepspeed_config.deepspeed_config, on_gpu=True)
+    deepspeed_config.deepspeed_config = trainer.deepspeed_config = allowed
     CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]
 
 
