@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class BackgroundWriter:
-    """Runs jobs one after another on a thread. Leaving the `with` block waits for the job in hand.
+    """Runs jobs one after another on a thread. Leaving the `with` block waits for the current job.
 
     An error of a job is raised by the next `check`, `start` or `wait`.
     """

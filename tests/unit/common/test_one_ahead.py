@@ -35,7 +35,7 @@ def test_an_error_is_raised_in_place_of_the_item_it_belongs_to() -> None:
         next(items)
 
 
-def test_closing_waits_for_the_item_in_hand() -> None:
+def test_closing_waits_for_the_item_being_computed() -> None:
     going, finished = threading.Event(), []
 
     def numbers() -> Iterator[int]:
