@@ -28,13 +28,14 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import load_recipe
-    from common.run_folder import weights_folder
+    from common.run_folder import RunFolder, weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     print(f"plan: {describe_network(recipe)}", flush=True)
     if arguments.checkpoint is None:
         raise UserError("--checkpoint: missing; the file to import, such as DiT-XL-2-256x256.pt")
-    if any((recipe.folder / part).exists() for part in ("weights", "checkpoints")):
+    folder = RunFolder(recipe.folder)
+    if folder.weights.exists() or folder.checkpoints.exists():
         raise UserError(f"name: {recipe.folder} has weights already; import into another run, name=...")
     target = weights_folder(recipe, recipe.train.total_samples)
     print(f"plan: {arguments.checkpoint} to {target}", flush=True)

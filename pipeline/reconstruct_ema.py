@@ -30,7 +30,7 @@ def main() -> None:
     stored = find_snapshots(recipe)
     end = arguments.samples or max(samples for samples, _ in stored)
     target = weights_folder(recipe, end, power_name(arguments.width))
-    factors = plan(recipe, list(stored), end, arguments.width)
+    factors = plan(list(stored), end, arguments.width)
     print(f"plan: {target} from {len(factors)} stored averages", flush=True)
     if target.exists():
         print(f"{target}: there already")
@@ -43,9 +43,9 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
     Raises UserError where there is none.
     """
-    from common.run_folder import counted, power_name
+    from common.run_folder import RunFolder, counted, power_name
 
-    weights = recipe.folder / "weights"
+    weights = RunFolder(recipe.folder).weights
     found = {
         (int(folder.parent.name), width): folder
         for width in recipe.train.ema.widths
@@ -60,7 +60,7 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
     return found
 
 
-def plan(recipe: Recipe, stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
+def plan(stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
     """The factor of each stored average that the one of `width` after `end` samples is made of."""
     from fpdm.ema import reconstruction_weights
 

@@ -7,20 +7,21 @@ torchrun --nproc-per-node 8 pipeline/train.py --config recipes/imagenet256.yaml 
 import sys
 from collections.abc import Iterator
 
-from common.command import run_command
-from common.recipe import Recipe
+from common.command import run_stage_command
+from common.errors import UserError
+from common.recipe import Launch, Recipe
+from common.stage import Stage, the_recipe
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
     """What training will do, checked against the shards and the number of processes."""
-    from common.errors import UserError
     from common.ranks import rank_and_world_size
     from common.recipe import with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
     from pipeline.training.data import open_shards
     from pipeline.training.engine import deepspeed_config
     from pipeline.training.identity import total_samples
-    from pipeline.training.trainer import finished
+    from pipeline.training.trained import finished
 
     train = recipe.train
     if recipe.model.kind == "fpdm":
@@ -43,11 +44,60 @@ def plan(recipe: Recipe) -> Iterator[str]:
     yield f"data: {samples:,} samples in {recipe.data.shards}, {train.total_samples / samples:.2f} epochs"
 
 
-def work(recipe: Recipe) -> None:
-    from pipeline.training.trainer import train
+def finished(recipe: Recipe) -> bool:
+    from pipeline.training import trained
 
-    train(recipe)
+    return trained.finished(recipe)
 
+
+def train(recipe: Recipe) -> None:
+    from pipeline.training import trainer
+
+    trainer.train(recipe)
+
+
+def check(recipe: Recipe, cluster: str) -> None:
+    """The batch over all ranks, and DeepSpeed's settings, as ranks on such nodes will find them. Raises UserError."""
+    from common.recipe import with_world_size
+    from pipeline.training.engine import deepspeed_config
+
+    ranks = recipe.launch.nodes * recipe.launch.processes
+    try:
+        deepspeed_config(with_world_size(recipe, ranks), ranks, _has_gpus(recipe.launch, cluster))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _has_gpus(launch: Launch, cluster: str) -> bool:
+    """Whether training will see GPUs. Raises ValueError where this machine has fewer than the recipe asks for."""
+    import torch
+
+    from slurm.site_file import asks_for_gpus, load_site
+
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cluster == "slurm":
+        return launch.gpus_per_process > 0 or asks_for_gpus(load_site())
+    if cluster == "debug":  # in this process
+        return here > 0
+    asked = launch.processes * launch.gpus_per_process
+    if here and asked > here:
+        raise ValueError(
+            f"launch.processes: {launch.processes} with {launch.gpus_per_process} GPUs each, and this machine has "
+            f"{here}; each process needs its own: set it to {max(1, here // launch.gpus_per_process)}"
+        )
+    return min(here, asked) > 0
+
+
+STAGE = Stage(
+    name="train",
+    resolve=the_recipe,
+    plan=plan,
+    finished=finished,
+    work=train,
+    ranks_share=True,
+    all_processes=True,
+    check=check,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, work, shared=True))
+    sys.exit(run_stage_command(__doc__, STAGE))

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from common.errors import UserError, faults_told
 from common.files import sha256_file
 from common.recipe import Recipe
-from common.run_recipe import RECIPE, read_recipe
-from pipeline.evaluation.image_sets import PictureSet, training_pictures
+from common.run_folder import RunFolder
+from common.run_recipe import read_recipe
+from pipeline.evaluation.image_sets import ImageSet, training_images
 from pipeline.evaluation.metrics import Statistics, fault_of
 from pipeline.features.extractors import WIDTHS, layers_of
 from pipeline.sampling.chunks import iterate
@@ -25,24 +26,24 @@ ADM_STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ADM_PICTURES = "arr_0"  # (N, H, W, 3) uint8
 
 
-def reference(recipe: Recipe) -> PictureSet:
+def reference(recipe: Recipe) -> ImageSet:
     """What `evaluate.reference` names. Raises UserError where it is not there or has pictures of another resolution."""
     named = recipe.evaluate.reference
     if named is None:
-        return training_pictures(recipe)
-    if (Path(named) / RECIPE).is_file():
-        return _run(recipe, Path(named))
+        return training_images(recipe)
+    if RunFolder(Path(named)).recipe.is_file():
+        return _run(Path(named), recipe.data.resolution)
     if Path(named).is_file():
-        return _file(recipe, Path(named))
+        return _file(Path(named), recipe.evaluate.feature_extractor, recipe.data.resolution)
     raise UserError(
         f"evaluate.reference: {named} is neither a run folder with a recipe.yaml nor a file; name one below runs/, "
         "a statistics file of ADM's (mu, sigma, mu_s, sigma_s), or nothing for the training pictures"
     )
 
 
-def _file(recipe: Recipe, path: Path) -> PictureSet:
+def _file(path: Path, extractor: str, resolution: int) -> ImageSet:
     headers = _headers(path)
-    layers = _check_statistics(recipe, path, headers)
+    layers = _check_statistics(extractor, path, headers)
     pictures = headers.get(ADM_PICTURES)
     fitted = "pooled" in layers
     if pictures is None and not fitted:
@@ -56,10 +57,10 @@ def _file(recipe: Recipe, path: Path) -> PictureSet:
                 f"evaluate.reference: {path}: {ADM_PICTURES} is {pictures}; pictures are uint8 of (N, H, W, 3)"
             )
         for side in pictures.shape[1:3]:
-            _check_resolution(recipe, path, side)
+            _check_resolution(path, side, resolution)
     count = pictures.shape[0] if pictures else 0
     made_of = [*(["statistics"] if fitted else []), *([f"{count:,} pictures"] if pictures else [])]
-    return PictureSet(
+    return ImageSet(
         name="reference",
         label=f"{' and '.join(made_of)} of {path}",
         content={"file_sha256": sha256_file(path)},
@@ -69,16 +70,16 @@ def _file(recipe: Recipe, path: Path) -> PictureSet:
     )
 
 
-def _run(recipe: Recipe, folder: Path) -> PictureSet:
+def _run(folder: Path, resolution: int) -> ImageSet:
     """The samples of another run, as its own recipe draws them."""
     other = read_recipe(folder)
-    _check_resolution(recipe, folder, other.data.resolution)
+    _check_resolution(folder, other.data.resolution, resolution)
     found, count = sample_set(other, other.sample.weights), other.sample.num_samples
 
     def pictures() -> Iterator[NDArray[np.uint8]]:
         return (image for rows in iterate(found.folder, (0, count)) for image in rows["images"])
 
-    return PictureSet(
+    return ImageSet(
         name="reference",
         label=f"{count:,} samples of {folder} after {found.samples_seen:,} training samples",
         content=found.settings | {"samples": count, "samples_seen": found.samples_seen},
@@ -87,10 +88,10 @@ def _run(recipe: Recipe, folder: Path) -> PictureSet:
     )
 
 
-def _check_resolution(recipe: Recipe, path: Path, found: int) -> None:
-    if found != recipe.data.resolution:
+def _check_resolution(path: Path, found: int, wanted: int) -> None:
+    if found != wanted:
         raise UserError(
-            f"evaluate.reference: {path} has pictures of {found} pixels, this recipe's have {recipe.data.resolution}; "
+            f"evaluate.reference: {path} has pictures of {found} pixels, this recipe's have {wanted}; "
             "distances between resolutions mean nothing, name a reference of the same one"
         )
 
@@ -129,12 +130,11 @@ def _header(member: IO[bytes]) -> Header:
     return Header(shape, dtype)
 
 
-def _check_statistics(recipe: Recipe, path: Path, headers: dict[str, Header]) -> list[str]:
-    """The layers whose statistics the file holds, of those that the recipe's extractor gives.
+def _check_statistics(extractor: str, path: Path, headers: dict[str, Header]) -> list[str]:
+    """The layers whose statistics the file holds, of those that the extractor gives.
 
     Raises UserError where they are of another extractor, before anything of that size is read.
     """
-    extractor = recipe.evaluate.feature_extractor
     layers = []
     for layer in layers_of(extractor):
         mean, covariance = ADM_STATISTICS.get(layer, ("", ""))

@@ -83,7 +83,7 @@ def read_summary(path: Path, command: str) -> Summary:
     return Summary(statistics, rows)
 
 
-def possible(metric: str, own: Summary, reference: Summary) -> str | None:
+def reason_unavailable(metric: str, own: Summary, reference: Summary) -> str | None:
     """Why a metric cannot be measured of two sets; None where it can."""
     if metric in ("kid", "precision_recall"):
         if "pooled" not in reference.rows:

@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class ExtractorWeights:
     extractor: str
     path: Path
     sha256: str
+    compared: bool = False  # whether the file was hashed to get it; others are compared with it when they are loaded
 
     @property
     def distance_name(self) -> str:
@@ -143,7 +145,7 @@ def find_weights(evaluate: Evaluate) -> ExtractorWeights:
     if extractor in dinov2.ARCHITECTURES and not named:
         raise UserError(f"evaluate.feature_extractor_weights: {extractor} needs a file; {_advice(extractor, Path())}")
     if named:  # Inception's may be others than the published ones: `distance_name` says so
-        return ExtractorWeights(extractor, Path(named), sha256_file(named))
+        return ExtractorWeights(extractor, Path(named), sha256_file(named), compared=True)
     usual = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]  # as torch-fidelity has it
     return ExtractorWeights(extractor, usual, INCEPTION_SHA256)
 
@@ -202,7 +204,7 @@ def load_extractor(
     """
     if not weights.path.is_file():
         _download_inception(weights.path)
-    sha256 = sha256_file(weights.path)
+    sha256 = weights.sha256 if weights.compared else sha256_file(weights.path)
     if sha256 != weights.sha256:
         advice = _advice(weights.extractor, weights.path)
         raise UserError(f"{weights.path}: sha256 is {sha256}, should be {weights.sha256}; {advice}")
@@ -224,6 +226,24 @@ def load_extractor(
     float32_throughout()
     network.to(device or own_device(), memory_format=torch.channels_last)  # half the time on CPUs
     return Extractor(network, wanted)
+
+
+class NamedExtractor:
+    """The extractor that a recipe names: its weights are found at once, and loaded for the first features."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self.weights, self.layers = find_weights(evaluate), wanted_layers(evaluate)
+        self.metrics = wanted_metrics(evaluate)
+        self._batch_size = evaluate.batch_size
+
+    @cached_property
+    def network(self) -> Extractor:
+        """Errors as `load_extractor`."""
+        return load_extractor(self.weights, self.layers)
+
+    def features(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Features]:
+        """As `extract`."""
+        return extract(self.network, images, self._batch_size)
 
 
 def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[Features]:

@@ -58,14 +58,18 @@ def cover_gap(folder: Path, span: Span) -> Span | None:
 def iterate(folder: Path, span: Span) -> Iterator[Chunk]:
     """Samples first to end - 1 in order, none missing and none twice, a chunk at a time.
 
-    Raises UserError naming the samples that are missing, before anything is read, or the chunk that is damaged.
+    Raises UserError as `check_cover`, before anything is read, and naming the chunk that is damaged.
     """
-    parts, gap = _cover(folder, span)
-    if gap:
+    check_cover(folder, span)
+    return ({name: rows[part] for name, rows in read_chunk(path).items()} for path, part in _cover(folder, span)[0])
+
+
+def check_cover(folder: Path, span: Span) -> None:
+    """Raises UserError naming the first samples of the span that no chunk holds."""
+    if gap := cover_gap(folder, span):
         raise UserError(
             f"{folder}: samples {gap[0]} to {gap[1] - 1} of {span[1]} are missing; run {COMMAND} with this recipe"
         )
-    return ({name: rows[kept] for name, rows in read_chunk(path).items()} for path, kept in parts)
 
 
 def _cover(folder: Path, span: Span) -> tuple[list[tuple[Path, slice]], Span | None]:

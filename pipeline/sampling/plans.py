@@ -6,7 +6,6 @@ draws by the same plan.
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +18,15 @@ from typing_extensions import TypedDict
 from common.errors import UserError
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from common.recipe.sampling import MEASURED, total_iterations
+from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import allocate
-from fpdm.calibration import allocate_measured, calibrate, choose_reuse
+from fpdm.calibration import Draw, allocate_measured, calibrate, choose_reuse
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import build_sampler, guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
 
-NAME = "plan.json"
 REMEDY = "delete the folder and run python pipeline/sample.py"
 REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
 
@@ -49,7 +48,7 @@ class PlanForm(TypedDict):
 def even_iterations(recipe: Recipe) -> list[int] | None:
     """The same budget, constant over the steps: where nothing is measured. None for DiT."""
     steps = recipe.sample.num_steps
-    return allocate("constant", steps, total_iterations(recipe) / steps) if recipe.model.kind == "fpdm" else None
+    return allocate("constant", steps, total_iterations(recipe.sample) / steps) if recipe.model.kind == "fpdm" else None
 
 
 def blocks_a_picture(recipe: Recipe) -> int:
@@ -72,7 +71,7 @@ def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
 
     Raises UserError as `read_plan`, and where a measured one is gone from beside samples that were drawn by it.
     """
-    path, stated = folder / NAME, by_recipe(recipe)
+    path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     drawn = any(folder.rglob("chunk-*"))  # looked for first: whoever draws has written the plan before
     if not path.exists():
         if stated is None and drawn:
@@ -87,7 +86,7 @@ def read_plan(recipe: Recipe, folder: Path) -> Plan:
     Raises UserError where it is damaged, or none of this recipe. What the recipe alone says is written again instead,
     with a warning.
     """
-    path, stated = folder / NAME, by_recipe(recipe)
+    path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     try:
         found = Plan(**read_sealed(path, PlanForm, REMEDY))
         if fault := _misfit(recipe, found):
@@ -123,11 +122,11 @@ def _misfit(recipe: Recipe, found: Plan) -> str | None:
     if settings.reuse != "calibrated" and set(found.reuse) != {settings.reuse == "always"}:
         return f"reuse: not {settings.reuse!r} in every step"
     outer = denoiser_config(recipe).blocks(0)
-    blocks, budget = sum(counts) + outer * steps, total_iterations(recipe) + outer * settings.num_steps
+    blocks, budget = sum(counts) + outer * steps, total_iterations(recipe.sample) + outer * settings.num_steps
     return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
-def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Callable[..., torch.Tensor]:
+def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Draw:
     """`fpdm.sample` of the samples `index` (B,), with all but steps, iterations and reuse bound."""
     settings, shape = recipe.sample, latent_shape(recipe)
     noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
@@ -137,7 +136,7 @@ def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> C
         model,
         diffusion(recipe),
         noise(),
-        labels_of(recipe, index),
+        labels_for(recipe, index),
         sampler=settings.sampler,
         eta=settings.eta,
         step_noise=(lambda step: noise(step=step)) if noisy else None,
@@ -148,7 +147,7 @@ def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> C
     )
 
 
-def labels_of(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
+def labels_for(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
     """Label of sample i. "balanced": i % num_classes, as many of each class exactly where the classes divide the number
     of samples; "uniform": drawn, a function of (seed, i).
     """
@@ -163,13 +162,13 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
     steps = settings.num_steps
     always = [settings.reuse == "always"] * steps
     index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
-    drawing = draw(recipe, model, "calibrate", index)
+    draw = bind_sampler(recipe, model, "calibrate", index)
     outer = model.config.blocks(0)
-    budget = total_iterations(recipe) + outer * steps
+    budget = total_iterations(recipe.sample) + outer * steps
     if settings.step_choices:
         choices = (steps, *settings.step_choices)
         best = calibrate(
-            drawing,
+            draw,
             block_budget=budget,
             outer_depth=outer,
             step_choices=choices,
@@ -180,7 +179,7 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
         return Plan(best.iterations, best.reuse)
     if settings.allocation in MEASURED:
         counts = allocate_measured(
-            drawing,
+            draw,
             settings.allocation,
             steps,
             block_budget=budget,
@@ -189,7 +188,7 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
         )
     else:
         counts = allocate(settings.allocation, steps, settings.iterations)
-    return Plan(counts, choose_reuse(drawing, counts) if settings.reuse == "calibrated" else always)
+    return Plan(counts, choose_reuse(draw, counts) if settings.reuse == "calibrated" else always)
 
 
 def _write_once(path: Path, value: Any) -> None:

@@ -13,15 +13,14 @@ from common.recipe import Recipe
 from common.run_folder import weights_folder
 from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
 from pipeline import export
-from pipeline.sampling import samples
-from tests.conftest import load_samples
+from tests.conftest import generated, load_samples
 from tests.seals import resealed
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_pipeline_draws_the_same_pictures_as_the_command(tiny_recipe: Recipe, sampler: str) -> None:
     recipe = replace(tiny_recipe, sample=replace(tiny_recipe.sample, sampler=sampler, guidance_scale=1.5))
-    images, labels = load_samples(samples.generate(recipe, "latest"), 10)
+    images, labels = load_samples(generated(recipe, "latest"), 10)
     export.export(recipe)
     loaded = FPDMPipeline.from_pretrained(export.folder_of(recipe))
     found = loaded(labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3)
@@ -47,7 +46,7 @@ def deep() -> AutoencoderDC:
 def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recipe, tmp_path: Path, autoencoder) -> None:
     autoencoder().save_pretrained(tmp_path / "vae")
     recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "vae")))
-    images, labels = load_samples(samples.generate(recipe, "latest"), 10)
+    images, labels = load_samples(generated(recipe, "latest"), 10)
     export.export(recipe)
     found = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
     pictures = np.stack([np.asarray(image) for image in found.images])

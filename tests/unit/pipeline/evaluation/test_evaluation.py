@@ -14,18 +14,18 @@ from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import Recipe
 from common.sealed import read_json
-from pipeline import eval_fid, sample
-from pipeline.evaluation import image_sets as picture_sets
-from pipeline.evaluation import references
+from common.stage_jobs import run_in_jobs
+from pipeline.evaluation import image_sets, references
+from pipeline.evaluation.evaluate import extract_part
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.metrics import bootstrap_error, frechet_distance, statistics
+from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary, summarise, write_summary
 from pipeline.features import extractors as features
-from pipeline.sampling import samples
 from pipeline.sampling.chunks import find_chunks, write_chunk
-from pipeline.sampling.features import extract_missing, features_folder
 from pipeline.sampling.sample_set import sample_set
-from tests.conftest import copied, load_samples
+from pipeline.sampling.stage import STAGE as SAMPLE
+from tests.conftest import copied, features_folder, load_samples, run_stage
 
 WIDTH = 1280
 INDEFINITE = np.eye(WIDTH)
@@ -63,7 +63,7 @@ def sampled(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recip
         copied(tiny_run, folder / "runs"),
         data=replace(tiny_run.data, images=str(folder / "images"), held_out=None),
     )
-    samples.sample(recipe)
+    run_stage(SAMPLE, recipe)
     return recipe
 
 
@@ -75,7 +75,7 @@ def recipe(sampled: Recipe, tmp_path: Path) -> Recipe:
 def evaluated(recipe: Recipe, **fields: Any) -> dict[str, Any]:
     """The measurement of the recipe's samples, with other settings of evaluation."""
     changed = replace(recipe, evaluate=replace(recipe.evaluate, **fields))
-    eval_fid.evaluate(changed)
+    run_stage(EVALUATE, changed)
     return read_json(recipe.folder / "metrics.json")["measurements"][0]
 
 
@@ -85,7 +85,7 @@ def numbers(found: dict[str, Any]) -> dict[str, float]:
 
 def adm_file(recipe: Recipe, path: Path, *, pictures: bool = False, **changes: np.ndarray) -> Path:
     """The recipe's training pictures as a statistics file of ADM's."""
-    images = np.stack(list(picture_sets.opened(picture_sets.training_pictures(recipe))))
+    images = np.stack(list(image_sets.training_images(recipe).iterate()))
     extractor = features.load_extractor(features.find_weights(recipe.evaluate))
     fitted = statistics(batch["pooled"] for batch in features.extract(extractor, images, 8))
     arrays = {"mu": fitted.mean, "sigma": fitted.covariance} | ({"arr_0": images} if pictures else {}) | changes
@@ -187,8 +187,8 @@ def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
     for path in (recipe.folder / "eval").glob("*.json"):
         path.unlink()
     without = replace(recipe, sample=replace(recipe.sample, output="features", save_images=4))
-    samples.sample(without)
-    assert samples.finished(without)
+    run_stage(SAMPLE, without)
+    assert SAMPLE.is_finished(without)
     assert list(find_chunks(folder)) == [(0, 4)]  # what the report shows
     found = evaluated(without)
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6)
@@ -196,7 +196,7 @@ def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
 
 def test_features_of_a_damaged_chunk_are_refused(recipe: Recipe) -> None:
     evaluated(recipe)
-    folder = features_folder(recipe, sample_set(recipe, "latest").folder)
+    folder = features_folder(recipe)
     path = min(folder.glob("chunk-*"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -217,12 +217,12 @@ def test_constant_pictures_are_refused_with_their_count(recipe: Recipe) -> None:
 
 def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
     expected = evaluated(recipe)
-    folder = features_folder(recipe, sample_set(recipe, "latest").folder)
+    folder = features_folder(recipe)
     for path in [*folder.glob("chunk-*"), *(recipe.folder / "eval").glob("*.json")]:
         path.unlink()
-    extract_missing(recipe, "latest", 1, 2)
+    extract_part(Evaluation.of(recipe), 1, 2)
     assert list(find_chunks(folder)) == [(4, 8)]
-    extract_missing(recipe, "latest", 0, 2)
+    extract_part(Evaluation.of(recipe), 0, 2)
     assert numbers(evaluated(recipe)) == numbers(expected)
 
 
@@ -230,11 +230,11 @@ def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (1, 2))
-    eval_fid.evaluate(recipe)
-    assert list(find_chunks(features_folder(recipe, sample_set(recipe, "latest").folder))) == [(4, 8)]
+    run_stage(EVALUATE, recipe)
+    assert list(find_chunks(features_folder(recipe))) == [(4, 8)]
     assert not (recipe.folder / "metrics.json").exists()
     monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
-    eval_fid.evaluate(recipe)
+    run_stage(EVALUATE, recipe)
     assert read_json(recipe.folder / "metrics.json")["measurements"][0]["value"] > 0
 
 
@@ -244,11 +244,11 @@ def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Re
     for name in ("samples", "eval"):
         shutil.rmtree(recipe.folder / name)
     (recipe.folder / "metrics.json").unlink()
-    sample.in_jobs(recipe, "debug", 3)
+    run_in_jobs(recipe, SAMPLE, "debug", 3)
     found_images, found_labels = load_samples(sample_set(recipe, "latest").folder, 10)
     assert (found_images == images).all()
     assert (found_labels == labels).all()
-    eval_fid.in_jobs(recipe, "debug", 2)
+    run_in_jobs(recipe, EVALUATE, "debug", 2)
     found = read_json(recipe.folder / "metrics.json")["measurements"][0]
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6)
 
@@ -256,13 +256,13 @@ def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Re
 def test_a_jobs_mistake_is_the_commands_own_line(recipe: Recipe) -> None:
     shutil.rmtree(recipe.folder / "samples")
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
-        eval_fid.in_jobs(recipe, "debug", 2)
+        run_in_jobs(recipe, EVALUATE, "debug", 2)
 
 
 def test_three_ranges_of_samples_are_measured_apart(recipe: Recipe) -> None:
     once = evaluated(recipe)
     three = replace(recipe, evaluate=replace(recipe.evaluate, seed_ranges=3))
-    samples.sample(three)
+    run_stage(SAMPLE, three)
     found = evaluated(three)
     assert found["content"]["ranges"] == [[0, 10], [10, 20], [20, 30]]
     assert len(set(found["ranges"])) == 3
@@ -315,4 +315,4 @@ def test_a_reference_is_measured_once_for_all_runs(recipe: Recipe, monkeypatch: 
     evaluated(recipe)
     other = replace(recipe, name="second")
     monkeypatch.setattr("pipeline.evaluation.measurements.extract", None)
-    assert Evaluation(other).reference_summary.statistics["pooled"].count == 12
+    assert Evaluation.of(other).reference_summary.statistics["pooled"].count == 12
