@@ -9,11 +9,6 @@ FILES = sorted(path for room in ("common", "pipeline", "preprocess") for path in
 # By function, why it takes a recipe all the same.
 TRAINING, RECIPE, HOUSE = (f"{name}: other branch" for name in ("training", "recipe", "house"))
 STAGE = "as a Stage asks"
-    "training: other branch",
-    "recipe: other branch",
-    "house: other branch",
-    "as a Stage asks",
-)
 ALLOWED = {
     "common/recipe.py: diffusion": RECIPE,
     "common/run_folder.py: ema_names": RECIPE,
