@@ -115,12 +115,12 @@ def power_name(width: float) -> str:
 
 
 def counted(folder: Path) -> list[Path]:
-    """The folders in it that are named by a number of samples as this project writes it, by that number.
+    """The folders in it that are named by a number of samples as this project writes it, in order.
 
-    `000000000160.bak`, a copy that somebody keeps beside them, is none.
+    Not `000000000160.bak`, which is somebody's copy.
     """
-    found = folder.iterdir() if folder.is_dir() else ()
-    named = [path for path in found if re.fullmatch(r"[0-9]{12}|[1-9][0-9]{12,}", path.name) and path.is_dir()]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    named = [path for path in paths if re.fullmatch(r"[0-9]{12}|[1-9][0-9]{12,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name))
 
 
@@ -136,9 +136,9 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
     """
     name = ema or ema_names(recipe)[0]
     weights = RunFolder(recipe.folder).weights
-    folders = counted(weights)  # each appears by renaming, so that one which exists is whole
-    found = [int(folder.name) for folder in folders if (folder / name).is_dir()]
-    if not found:
+    folders = counted(weights)  # each appears by renaming: all that exist are complete
+    available = [int(folder.name) for folder in folders if (folder / name).is_dir()]
+    if not available:
         averages = sorted({path.name for folder in folders for path in folder.glob("[!.]*")})
         if averages:
             raise UserError(
@@ -146,10 +146,10 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
                 "(pipeline/reconstruct_ema.py makes others of a run with train.ema.widths)"
             )
         raise UserError(f"{weights}: no weights; run python pipeline/train.py with this recipe first")
-    samples_seen = found[-1] if which == "latest" else which
-    if samples_seen not in found:
-        there = ", ".join(map(str, found))
+    samples_seen = available[-1] if which == "latest" else which
+    if samples_seen not in available:
+        listed = ", ".join(map(str, available))
         raise UserError(
-            f"sample.weights: no weights after {samples_seen} samples in {recipe.folder}; there are {there}"
+            f"sample.weights: no weights after {samples_seen} samples in {recipe.folder}; there are {listed}"
         )
     return samples_seen, weights_folder(recipe, samples_seen, name)

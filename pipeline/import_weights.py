@@ -52,18 +52,20 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     from pipeline.training.checkpoint import export_weights
 
     wanted = denoiser_config(recipe)
-    told: dict[str, Any] = {  # no shape tells these
+    stated: dict[str, Any] = {  # which no shape shows
         "num_heads": wanted.num_heads,
         "pre_post_timestep_conditioning": wanted.pre_post_timestep_conditioning,
     }
     try:
-        model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **told)
+        model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **stated)
     except (OSError, ValueError) as error:
         raise UserError(f"--checkpoint: {error}") from None
     unused = ("pre_depth", "post_depth", "pre_post_timestep_conditioning") if wanted.kind == "dit" else ("depth",)
     for name, value in asdict(wanted).items():
-        if name not in (*unused, "self_conditioned") and (found := getattr(model.config, name)) != value:
-            raise UserError(f"--checkpoint: {path} has {name} {found}, the recipe makes it {value}; change the recipe")
+        if name not in (*unused, "self_conditioned") and (imported := getattr(model.config, name)) != value:
+            raise UserError(
+                f"--checkpoint: {path} has {name} {imported}, the recipe makes it {value}; change the recipe"
+            )
     config = replace(wanted, self_conditioned=model.config.self_conditioned)
     with disk_faults_told(recipe.folder):
         parameters = {name: value.detach() for name, value in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Draws the pictures that the recipe measures: from the trained weights, and from the network before its first step.
+"""Draws the images that the recipe measures: from the trained weights, and from the network before its first step.
 
   python pipeline/sample.py --config recipes/demo.yaml
   python pipeline/sample.py --config recipes/demo.yaml --cluster slurm --jobs 16

@@ -128,12 +128,12 @@ class SampleRanges:
 
 
 def training_images(recipe: Recipe) -> ImageSet:
-    """The training pictures through the crop rule of encoding; `evaluate.reference_samples` of them, or all."""
+    """The training images through the crop rule of encoding; `evaluate.reference_samples` of them, or all."""
     return _source_set(recipe.data, "reference", "images", recipe.evaluate.reference_samples)
 
 
 def held_out(recipe: Recipe) -> ImageSet:
-    """Pictures that training never saw, at most as many as samples, so that both distances have the same bias."""
+    """Images that training never saw, at most as many as samples, so that both distances have the same bias."""
     return _source_set(recipe.data, "held_out", "held_out", recipe.sample.num_samples)
 
 
@@ -155,7 +155,7 @@ def by_class(data: Data, source: Source, label: int, count: int) -> tuple[str, l
 
 
 def _source_set(data: Data, name: str, which: Which, limit: int | None) -> ImageSet:
-    """At most `limit` pictures of a source, evenly spaced over its sorted list, so that every class keeps its share."""
+    """At most `limit` images of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     source = open_source(data, which)
     count = len(source.entries)
     size = min(limit or count, count)
@@ -163,7 +163,7 @@ def _source_set(data: Data, name: str, which: Which, limit: int | None) -> Image
     how_many = f"{size:,} of {count:,}" if size < count else f"{size:,}"
     return ImageSet(
         name=name,
-        label=f"{how_many} pictures of {getattr(data, which)} ({data.crop}, {data.resolution} pixels)",
+        label=f"{how_many} images of {getattr(data, which)} ({data.crop}, {data.resolution} pixels)",
         content={"source": fingerprint(source), "crop": data.crop, "resolution": data.resolution, "chosen": size},
         size=size,
         open=lambda: _read(data, source, chosen),
@@ -174,9 +174,9 @@ def _read(data: Data, source: Source, positions: Sequence[int]) -> Images:
     """In order, decoded by one process a core. What encoding rejects is left out here too; the count beside a distance
     shows it.
     """
-    pictures = Batches(source, data.crop, data.resolution)
+    images = Batches(source, data.crop, data.resolution)
     batches = [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
-    with decoded(pictures, batches, share_of_cores()) as loaded:
+    with decoded(images, batches, share_of_cores()) as loaded:
         for batch in loaded:
             if batch.images is not None:
                 yield from batch.images.permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""What an evaluation compares, and the files that it keeps its measurements in."""
+"""What an evaluation compares, and the files of its measurements."""
 
 import json
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class ExtractorForm(TypedDict):
 
 @with_config(STRICT)
 class Measurement(TypedDict):
-    """The numbers of one set, and all that they are made of."""
+    """The numbers of one set, with all that they depend on."""
 
     name: str
     label: str
@@ -84,7 +84,7 @@ def as_json(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measurements of a recipe: each one JSON file in `eval/`, named by a key of all that it is made of."""
+    """The measurements of a recipe: each one JSON file in `eval/`, named by a key of all that it depends on."""
 
     sampling: Sampling
     yardstick: Yardstick
@@ -162,7 +162,7 @@ class Evaluation:
         numbers = {name: float(np.mean([each[name] for each in ranges])) for name in ranges[0]}
         for name, value in numbers.items():
             if not np.isfinite(value):
-                raise UserError(f"{images.name}: {name} comes out as {value}; look at the pictures, and the reference")
+                raise UserError(f"{images.name}: {name} comes out as {value}; look at the images, and the reference")
         measurement = {
             "name": images.name,
             "label": images.label,
@@ -212,7 +212,7 @@ def _notes(count: int | None, against: Summary) -> list[str]:
     width = against.statistics["pooled"].mean.size
     sets = {"the set": count, "the reference": against.statistics["pooled"].count}
     return [
-        f"{name} has {images:,} pictures for {width:,} dimensions: a singular covariance, a biased distance"
+        f"{name} has {images:,} images for {width:,} dimensions: a singular covariance, a biased distance"
         for name, images in sets.items()
         if images is not None and images <= width
     ]

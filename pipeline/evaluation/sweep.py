@@ -25,7 +25,7 @@ from pipeline.evaluation.plots import sweep_picture
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.sampling.generate import sample
 from pipeline.sampling.models import Models
-from pipeline.sampling.plans import blocks_a_picture
+from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import Sampling
 
 COLUMNS = ("budget", "blocks", "sampler", "num_steps", "iterations", "allocation", "reuse", "guidance_scale")
@@ -116,7 +116,7 @@ class Sweep:
             evaluation.measure(evaluation.samples[0])
 
     def write_tables(self) -> None:
-        """Writes the points that are measured, as JSON, CSV, Markdown and a picture."""
+        """Writes the points that are measured, as JSON, CSV, Markdown and a plot."""
         rows = [
             asdict(point) | {name: measurement[name] for name in ("distance", "count", "numbers")}
             for point in self.recipes
@@ -154,7 +154,7 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
             counted = "steps" if recipe.sweep.num_steps else "iterations"
             left_out.append(f"{changes['sampler']}, {number} {counted}, {budget} blocks: {error}")
             continue
-        blocks = blocks_a_picture(point_recipe)
+        blocks = blocks_an_image(point_recipe)
         recipes[Point(budget, blocks, num_steps=num_steps, iterations=iterations, **changes)] = point_recipe
     if not recipes:
         raise UserError(f"sweep: no combination can be drawn; {left_out[0]}")

@@ -68,7 +68,7 @@ class Yardstick:
         except UserError as fault:
             print(f"warning: {fault}; now it is made again", file=sys.stderr, flush=True)
         _ = self.extractor.network  # what is missing of it is said before images are read
-        bar = tqdm(images.iterate(), total=images.size, unit="picture", desc=f"features of {images.name}")
+        bar = tqdm(images.iterate(), total=images.size, unit="image", desc=f"features of {images.name}")
         with together_in(held):
             write_summary(path, summarise(self.extractor.features(bar), images.size, layers))
         return read_summary(path, COMMAND)

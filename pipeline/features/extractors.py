@@ -1,4 +1,4 @@
-"""Pictures to features: torch-fidelity's Inception, and EfficientNet-Lite0 registered beside it.
+"""Images to features: torch-fidelity's Inception, and EfficientNet-Lite0 registered beside it.
 
 Importing this module takes seconds (torch, timm, torch-fidelity): commands do so inside the functions that use it.
 """
@@ -45,7 +45,7 @@ LAYERS = {
 # branch after the ReLU. TensorFlow's channels come last, and so they do in `mu_s` and `sigma_s` of ADM's files.
 SPATIAL = "spatial"
 SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
-WIDTHS = {  # numbers of a picture, by extractor and layer, where statistics of others are read
+WIDTHS = {  # numbers of an image, by extractor and layer, where statistics of others are read
     (INCEPTION, "pooled"): 2048,
     (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
     (EFFICIENTNET, "pooled"): 1280,
@@ -183,13 +183,13 @@ class Extractor:
             network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """Features of pictures (B, H, W, 3)."""
+        """Features of images (B, H, W, 3)."""
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
         with torch.inference_mode():
-            found = list(self.network(pixels.to(self.device)))
+            layers = list(self.network(pixels.to(self.device)))
         if SPATIAL in self.layers:
-            found.append(self._spatial)
-        return {name: values.cpu().numpy() for name, values in zip(self.layers, found, strict=True)}
+            layers.append(self._spatial)
+        return {name: values.cpu().numpy() for name, values in zip(self.layers, layers, strict=True)}
 
     def _keep_spatial(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
@@ -247,9 +247,9 @@ class NamedExtractor:
 
 
 def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[Features]:
-    """Features of pictures `(H, W, 3)` uint8, in order, a batch at a time; an array `(N, H, W, 3)` will do."""
-    pictures = iter(images)
-    while batch := list(islice(pictures, batch_size)):
+    """Features of images `(H, W, 3)` uint8, in order, a batch at a time; an array `(N, H, W, 3)` will do."""
+    rest = iter(images)
+    while batch := list(islice(rest, batch_size)):
         yield extractor(np.stack(batch))
 
 

@@ -1,4 +1,4 @@
-"""A whole run as SLURM jobs that wait for one another; whoever submits them need not stay.
+"""A run as SLURM jobs that wait for one another; nobody has to wait for them.
 
 `jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
 """

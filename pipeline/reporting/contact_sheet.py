@@ -18,14 +18,14 @@ from preprocess.sources import open_source
 
 MAX_CLASSES = 8
 PANELS_A_ROW = 4
-GAP = 2  # pixels between pictures
+GAP = 2  # pixels between images
 MARGIN = 16  # between blocks
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pictures of one class and one origin, in a square grid `(H, W, 3)` uint8."""
+    """Images of one class and one origin, in a square grid `(H, W, 3)` uint8."""
 
     title: str
     origin: str
@@ -64,20 +64,20 @@ def _samples_by_class(sampling: Sampling, samples: SampleSet, classes: int, each
     return by_label
 
 
-def grid(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures (H, W, 3) of one size, row by row in the smallest square that holds them."""
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    rows = -(-len(pictures) // columns)
-    height, width, _ = pictures[0].shape
+def grid(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Images (H, W, 3) of one size, row by row in the smallest square that holds them."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    height, width, _ = images[0].shape
     sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), PAPER, dtype=np.uint8)
-    for place, picture in enumerate(pictures):
+    for place, image in enumerate(images):
         top, left = place // columns * (height + GAP), place % columns * (width + GAP)
-        sheet[top : top + height, left : left + width] = picture
+        sheet[top : top + height, left : left + width] = image
     return sheet
 
 
 def contact_sheet(panels: Sequence[Sequence[Block]], resolution: int) -> Image.Image:
-    """All blocks with their captions, a column of blocks a class; pictures under 128 px are enlarged, pixels kept."""
+    """All blocks with their captions, a column of blocks a class; images under 128 px are enlarged, pixels kept."""
     scale = max(1, 128 // resolution)
     columns = [_column(panel, scale) for panel in panels]
     rows = [columns[start : start + PANELS_A_ROW] for start in range(0, len(columns), PANELS_A_ROW)]

@@ -23,13 +23,13 @@ from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.plots import loss_curve, sweep_picture
 from pipeline.evaluation.sweep import read_table, table
 from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
-from pipeline.sampling.plans import blocks_a_picture
+from pipeline.sampling.plans import blocks_an_image
 
 ROLES = {
     "trained": "this run's samples",
     "untrained": "the same network before training",
-    "held_out": "real pictures that training never saw: the floor",
-    "reconstruction": "the same pictures after the autoencoder alone",
+    "held_out": "real images that training never saw: the floor",
+    "reconstruction": "the same images after the autoencoder alone",
 }
 
 
@@ -125,7 +125,7 @@ def context(recipe: Recipe) -> dict[str, Any]:
         "recipe_yaml": dump_recipe(recipe),
         "latents": latent_shape(recipe),
         "parameters": count_parameters(denoiser_config(recipe)),
-        "blocks": blocks_a_picture(recipe),
+        "blocks": blocks_an_image(recipe),
         "distance": metrics["distance"],
         "measurements": metrics["measurements"],
         "roles": ROLES,
@@ -136,7 +136,7 @@ def context(recipe: Recipe) -> dict[str, Any]:
 
 
 def _sweep(folder: RunFolder) -> dict[str, Any] | None:
-    """The table and the picture of the run's sweep, if there was one."""
+    """The table and the plot of the run's sweep, if there was one."""
     if not folder.sweep_table.exists():
         return None
     rows = read_table(folder)

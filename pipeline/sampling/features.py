@@ -27,10 +27,10 @@ class SampleFeatures:
         return SampleFolder(self.samples).features(key)
 
     def write(self, span: Span, images: NDArray[np.uint8]) -> None:
-        """Of samples first to end - 1. Raises UserError for constant pictures, with their count."""
+        """Of samples first to end - 1. Raises UserError for constant images, with their count."""
         constant = int((images.reshape(len(images), -1).min(1) == images.reshape(len(images), -1).max(1)).sum())
         if constant:
-            raise UserError(f"samples {span[0]} to {span[1] - 1}: {constant} of {len(images)} pictures are constant")
+            raise UserError(f"samples {span[0]} to {span[1] - 1}: {constant} of {len(images)} images are constant")
         batches = list(self.extractor.features(images))
         rows = {layer: np.concatenate([batch[layer] for batch in batches]) for layer in batches[0]}
         write_chunk(chunk_path(self.folder, span), rows)

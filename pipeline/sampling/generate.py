@@ -1,4 +1,4 @@
-"""Pictures drawn from weights: sample i is a function of (seed, i) alone, whatever the batch, the rank or the chunk."""
+"""Images drawn from weights: sample i is a function of (seed, i) alone, whatever the batch, the rank or the chunk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +21,7 @@ from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
 from pipeline.sampling.chunks import Chunk, Span
 from pipeline.sampling.outputs import Chunks, output
-from pipeline.sampling.plans import Plan, bind_sampler, labels_for, plan
+from pipeline.sampling.plans import Plan, bind_sampler, labels_for, open_plan
 from pipeline.sampling.sample_set import SampleSet, Sampling
 from preprocess.encoding.encoder import Encoder, fetch_vae
 from preprocess.images.images import to_uint8
@@ -65,7 +65,7 @@ def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: 
     """Draws the chunks of this rank that are missing. Chunk k belongs to rank k % world_size.
 
     While one batch is drawn, a thread rounds, checks, compresses and writes those before it: a GPU need not wait for
-    that. Raises UserError where latents or pictures come out non-finite or constant.
+    that. Raises UserError where latents or images come out non-finite or constant.
     """
     missing = set(missing_chunks(sampling, samples))
     spans = [span for span in sampling.spans[rank::world_size] if span in missing]
@@ -75,12 +75,12 @@ def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: 
     recipe, device = sampling.recipe, own_device()
     float32_throughout()
     model = load_network(samples.weights).to(device)
-    steps = plan(recipe, samples.folder, model)
+    steps = open_plan(recipe, samples.folder, model)
     vae = sampling.models.load_vae(device)
     form = output(sampling, samples)
     total = sum(end - first for first, end in spans)
     with (
-        tqdm(total=total, unit="picture", desc=f"sample {samples.samples_seen}", disable=rank != 0) as bar,
+        tqdm(total=total, unit="image", desc=f"sample {samples.samples_seen}", disable=rank != 0) as bar,
         _in_the_background() as submit,
     ):
         for span in spans:

@@ -75,7 +75,7 @@ class AdmFile(Chunks):
         return self.path.exists()
 
     def complete(self) -> None:
-        """With a chunk in memory at a time: 50,000 pictures of 256 pixels are 10 GB."""
+        """With a chunk in memory at a time: 50,000 images of 256 pixels are 10 GB."""
         if self.is_complete:
             return
         span = (0, self.count)

@@ -1,7 +1,7 @@
 """How a set's steps are computed: iterations of each, and where solutions are reused.
 
-What is measured on the weights is measured once for a set, and kept beside its samples: every rank, job and later run
-draws by the same plan.
+A plan that is measured on the weights is measured once for a set, and written beside its samples: every rank, job and
+later run draws by it.
 """
 
 import os
@@ -51,8 +51,8 @@ def even_iterations(recipe: Recipe) -> list[int] | None:
     return allocate("constant", steps, total_iterations(recipe.sample) / steps) if recipe.model.kind == "fpdm" else None
 
 
-def blocks_a_picture(recipe: Recipe) -> int:
-    """Transformer blocks of one picture; a step with guidance computes each twice.
+def blocks_an_image(recipe: Recipe) -> int:
+    """Transformer blocks of one image; a step with guidance computes each twice.
 
     Where iterations are measured and guidance acts in some of the steps alone, as if the iterations were even.
     """
@@ -66,8 +66,8 @@ def blocks_a_picture(recipe: Recipe) -> int:
     return sum(config.blocks(count) * (1 + twice) for count, twice in zip(counts, guided, strict=True))
 
 
-def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
-    """The plan of the set in `folder`, from its plan.json; made first where there is none.
+def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
+    """The plan of the set in `folder`, from its plan.json, which is written first where it is missing.
 
     Raises UserError as `read_plan`, and where a measured one is gone from beside samples that were drawn by it.
     """
@@ -88,16 +88,16 @@ def read_plan(recipe: Recipe, folder: Path) -> Plan:
     """
     path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     try:
-        found = Plan(**read_sealed(path, PlanForm, REMEDY))
-        if fault := _misfit(recipe, found):
+        plan = Plan(**read_sealed(path, PlanForm, REMEDY))
+        if fault := _misfit(recipe, plan):
             raise UserError(f"{path}: {fault}; {REMEDY}")
-    except UserError as fault_told:
+    except UserError as error:
         if stated is None or not folder.exists():
             raise
-        print(f"warning: {fault_told}; now it is written again", file=sys.stderr, flush=True)
+        print(f"warning: {error}; now it is written again", file=sys.stderr, flush=True)
         write_sealed(path, asdict(stated))
         return stated
-    return found
+    return plan
 
 
 def by_recipe(recipe: Recipe) -> Plan | None:
@@ -111,15 +111,15 @@ def by_recipe(recipe: Recipe) -> Plan | None:
     return Plan(allocate(settings.allocation, settings.num_steps, settings.iterations), always)
 
 
-def _misfit(recipe: Recipe, found: Plan) -> str | None:
-    """What no plan of this recipe has."""
+def _misfit(recipe: Recipe, plan: Plan) -> str | None:
+    """Why a plan does not fit the recipe; None where it does."""
     settings, stated = recipe.sample, by_recipe(recipe)
     if stated is not None:
-        return None if found == stated else "not the plan that the recipe says"
-    steps, counts = len(found.reuse), found.iterations
+        return None if plan == stated else "not the plan that the recipe says"
+    steps, counts = len(plan.reuse), plan.iterations
     if steps not in (settings.num_steps, *settings.step_choices) or counts is None or len(counts) != steps:
         return f"iterations and reuse of {len(counts or ())} and {steps} steps, the recipe has {settings.num_steps}"
-    if settings.reuse != "calibrated" and set(found.reuse) != {settings.reuse == "always"}:
+    if settings.reuse != "calibrated" and set(plan.reuse) != {settings.reuse == "always"}:
         return f"reuse: not {settings.reuse!r} in every step"
     outer = denoiser_config(recipe).blocks(0)
     blocks, budget = sum(counts) + outer * steps, total_iterations(recipe.sample) + outer * settings.num_steps
@@ -192,7 +192,7 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
 
 
 def _write_once(path: Path, value: Any) -> None:
-    """The first of several processes wins; what another machine's rounding would have chosen is dropped."""
+    """The first of several processes wins; the plans of others, which rounding can make differ, are dropped."""
     own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     write_sealed(own, value)
     try:

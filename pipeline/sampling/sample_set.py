@@ -1,6 +1,6 @@
-"""Which pictures a recipe draws: the sets, what each is made of, and where it lies.
+"""Which images a recipe draws: its sets of samples, the settings that decide each, and its folder.
 
-A set of samples is a folder `samples/<samples seen>-<key>/`; the key covers everything that changes a picture. It holds
+A set of samples is a folder `samples/<samples seen>-<key>/`; the key covers everything that changes an image. It holds
 `settings.json`, what the key is of, `plan.json`, the iterations of each step, and chunks (`pipeline.sampling.chunks`).
 """
 
@@ -22,18 +22,18 @@ from preprocess.encoding.encoder import Identity
 from preprocess.shards import INDEX
 from preprocess.shards.forms import read_local_index
 
-# Fields of `sample` that change no picture.
+# Fields of `sample` that change no image.
 NOT_OF_THE_PICTURE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Which pictures a recipe draws from some weights, and where they lie."""
+    """Which images a recipe draws from some weights, and where they lie."""
 
     folder: Path
     weights: Path
     samples_seen: int
-    settings: dict[str, Any]  # all that changes a picture, JSON-able
+    settings: dict[str, Any]  # all that changes an image, JSON-able
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def sample_set(recipe: Recipe, weights: Weights, vae: Identity | None = None) ->
     """Resolves `weights`, "latest" or a number of samples seen. `vae`: the autoencoder's identity, where it is known.
 
     Raises UserError where there are none, where they are another network's than the recipe's, and where the autoencoder
-    scales latents otherwise than the one that encoded the training pictures.
+    scales latents otherwise than the one that encoded the training images.
     """
     samples_seen, folder = find_weights(recipe, weights, recipe.sample.ema)
     described = describe(folder)
@@ -110,13 +110,13 @@ def _check_scaling(identity: Mapping[str, Any], path: str, data: Data) -> None:
 
 def _network_settings(recipe: Recipe, folder: Path, weights: Description) -> dict[str, Any]:
     """The network that the weights belong to. Raises UserError where the recipe means another network or objective."""
-    found, extra = asdict(weights.config), weights.extra
-    del found["self_conditioned"]  # its tensors have other names, so that their hash tells it
-    for there, wanted in ((found, denoiser_config(recipe)), (extra["objective"], recipe.objective)):
+    network, extra = asdict(weights.config), weights.extra
+    del network["self_conditioned"]  # its tensors have other names, so that their hash covers it
+    for stated, wanted in ((network, denoiser_config(recipe)), (extra["objective"], recipe.objective)):
         for name, value in asdict(wanted).items():
-            if name != "self_conditioned" and there.get(name) != value:
+            if name != "self_conditioned" and stated.get(name) != value:
                 raise UserError(
-                    f"{folder}: weights with {name} {one_line(str(there.get(name)), 100)}, the recipe has {value}; "
+                    f"{folder}: weights with {name} {one_line(str(stated.get(name)), 100)}, the recipe has {value}; "
                     "set that"
                 )
     scale = recipe.sample.guidance_scale
@@ -125,4 +125,4 @@ def _network_settings(recipe: Recipe, folder: Path, weights: Description) -> dic
             f"sample.guidance_scale: {scale:g}, but {folder} was trained with label_dropout 0 and never saw the null "
             "label that guidance needs; set it to 1, or take other weights"
         )
-    return found
+    return network

@@ -19,7 +19,7 @@ def resolve(recipe: Recipe) -> "Sampling":
 def plan(sampling: "Sampling") -> Iterator[str]:
     """What sampling costs, which weights it takes, and which chunks are missing."""
     from pipeline.sampling.generate import missing_chunks
-    from pipeline.sampling.plans import blocks_a_picture
+    from pipeline.sampling.plans import blocks_an_image
 
     recipe, settings = sampling.recipe, sampling.recipe.sample
     iterations = ""
@@ -28,7 +28,7 @@ def plan(sampling: "Sampling") -> Iterator[str]:
     steps = " or ".join(map(str, (settings.num_steps, *settings.step_choices)))
     yield (
         f"sampler: {settings.sampler}, {steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
-        f"{'at most ' if settings.tolerance else ''}{blocks_a_picture(recipe):,} blocks a picture"
+        f"{'at most ' if settings.tolerance else ''}{blocks_an_image(recipe):,} blocks an image"
     )
     for samples in sampling.sets:
         chunks, missing = len(sampling.spans), len(missing_chunks(sampling, samples))

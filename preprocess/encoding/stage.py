@@ -51,7 +51,7 @@ def encode_part(recipe: Recipe, part: int, parts: int) -> None:
 
 
 def merge(recipe: Recipe) -> None:
-    """What follows when all shards are made, by however many jobs; any number of times, by any process.
+    """Completes the shards that any number of jobs have made; any number of times, by any process.
 
     Raises UserError naming the shards that are missing, and where too many pictures are rejected.
     """

@@ -41,16 +41,16 @@ HOSTILE = [
     ({"mu": np.full(WIDTH, np.inf)}, r"no mean and covariance: not finite, or too large"),
     ({"mu": np.full(WIDTH, 1e200)}, r"no mean and covariance: not finite, or too large"),
     ({"sigma": np.full((WIDTH, WIDTH), np.inf)}, r"no mean and covariance: not finite, or too large"),
-    ({"arr_0": np.array(3)}, r"arr_0 is int64 \(\); pictures are uint8 of \(N, H, W, 3\)"),
-    ({"arr_0": np.zeros((2, 16, 16, 3))}, r"arr_0 is float64 \(2, 16, 16, 3\); pictures are uint8"),
-    ({"arr_0": np.zeros((2, 16, 8, 3), np.uint8)}, r"has pictures of 8 pixels, this recipe's have 16"),
-    ({"arr_0": np.array([{}])}, r"arr_0 is object \(1,\); pictures are uint8"),
+    ({"arr_0": np.array(3)}, r"arr_0 is int64 \(\); images are uint8 of \(N, H, W, 3\)"),
+    ({"arr_0": np.zeros((2, 16, 16, 3))}, r"arr_0 is float64 \(2, 16, 16, 3\); images are uint8"),
+    ({"arr_0": np.zeros((2, 16, 8, 3), np.uint8)}, r"has images of 8 pixels, this recipe's have 16"),
+    ({"arr_0": np.array([{}])}, r"arr_0 is object \(1,\); images are uint8"),
 ]
 
 
 @pytest.fixture(scope="module")
 def sampled(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Sampled; with pictures to compare with."""
+    """Sampled; with images to compare with."""
     folder = tmp_path_factory.mktemp("evaluated")
     generator = np.random.default_rng(0)
     for label in range(3):
@@ -84,7 +84,7 @@ def numbers(found: dict[str, Any]) -> dict[str, float]:
 
 
 def adm_file(recipe: Recipe, path: Path, *, pictures: bool = False, **changes: np.ndarray) -> Path:
-    """The recipe's training pictures as a statistics file of ADM's."""
+    """The recipe's training images as a statistics file of ADM's."""
     images = np.stack(list(image_sets.training_images(recipe).iterate()))
     extractor = features.load_extractor(features.find_weights(recipe.evaluate))
     fitted = statistics(batch["pooled"] for batch in features.extract(extractor, images, 8))
@@ -98,7 +98,7 @@ def test_a_statistics_file_gives_the_distance_of_the_pictures_it_was_made_of(rec
     path = adm_file(recipe, tmp_path / "statistics.npz")
     through_file = evaluated(recipe, reference=str(path))
     assert through_file["value"] == pytest.approx(direct["value"], rel=1e-6)
-    assert set(through_file["numbers"]) == {"frechet"}  # nothing that needs the pictures
+    assert set(through_file["numbers"]) == {"frechet"}  # nothing that needs the images
     assert through_file["reference"]["label"] == f"statistics of {path}"
     with_pictures = evaluated(recipe, reference=str(adm_file(recipe, tmp_path / "both.npz", pictures=True)))
     assert numbers(with_pictures) == pytest.approx(numbers(direct), rel=1e-6)
@@ -117,11 +117,11 @@ def test_what_a_statistics_file_does_not_give_is_said(recipe: Recipe, tmp_path: 
 def test_a_reference_of_another_resolution_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     larger = np.zeros((3, 32, 32, 3), dtype=np.uint8)
     path = adm_file(recipe, tmp_path / "larger.npz", arr_0=larger)
-    with pytest.raises(UserError, match=r"larger\.npz has pictures of 32 pixels, this recipe's have 16"):
+    with pytest.raises(UserError, match=r"larger\.npz has images of 32 pixels, this recipe's have 16"):
         evaluated(recipe, reference=str(path))
     (recipe.folder / "recipe.yaml").write_text(dump_recipe(recipe))
     smaller = replace(recipe, data=replace(recipe.data, resolution=8), runs=str(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"has pictures of 16 pixels, this recipe's have 8"):
+    with pytest.raises(UserError, match=r"has images of 16 pixels, this recipe's have 8"):
         references.reference(replace(smaller, evaluate=replace(recipe.evaluate, reference=str(recipe.folder))))
 
 
@@ -145,7 +145,7 @@ def test_arrays_of_a_reference_that_do_not_fit_are_refused(
             "arr_0",
             (2**40, 16, 16, 3),
             "|u1",
-            r"not readable as an npz file; .* \(EOFError: pictures are missing\)",
+            r"not readable as an npz file; .* \(EOFError: images are missing\)",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_reference_that_is_none_is_refused(recipe: Recipe, tmp_path: Path) -> 
         evaluated(recipe, reference="nowhere")
     path = tmp_path / "other.npz"
     np.savez(path, weights=np.zeros(3))
-    with pytest.raises(UserError, match=r"other\.npz holds weights; a reference has mu and sigma, or pictures"):
+    with pytest.raises(UserError, match=r"other\.npz holds weights; a reference has mu and sigma, or images"):
         evaluated(recipe, reference=str(path))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"other\.npz is not readable as an npz file"):
@@ -211,7 +211,7 @@ def test_constant_pictures_are_refused_with_their_count(recipe: Recipe) -> None:
         folder / "chunk-00000000-00000004.npz",
         {"images": np.full((4, 16, 16, 3), 7, dtype=np.uint8), "labels": np.array([0, 1, 2, 0])},
     )
-    with pytest.raises(UserError, match="samples 0 to 3: 4 of 4 pictures are constant"):
+    with pytest.raises(UserError, match="samples 0 to 3: 4 of 4 images are constant"):
         evaluated(recipe)
 
 

@@ -16,7 +16,7 @@ from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_picture
 from pipeline.evaluation.sweep import Sweep, points, read_table
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
-from pipeline.sampling.plans import blocks_a_picture
+from pipeline.sampling.plans import blocks_an_image
 from tests.conftest import copied, run_stage
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
 
@@ -43,7 +43,7 @@ def swept(recipe: Recipe, **fields: Any) -> Recipe:
 def test_every_point_costs_its_budget_exactly(recipe: Recipe, fields: dict[str, Any]) -> None:
     found, _ = points(swept(recipe, **fields))
     assert len(found) > 2
-    assert all(point.blocks == point.budget == blocks_a_picture(made) for point, made in found.items())
+    assert all(point.blocks == point.budget == blocks_an_image(made) for point, made in found.items())
 
 
 def test_what_a_budget_does_not_pay_for_is_said(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""From pictures and weights to distances that say what they were made of, and to a page that needs nothing else."""
+"""From images and weights to distances that say what they were made of, and to a page that needs nothing else."""
 
 import json
 import re
@@ -192,7 +192,7 @@ def test_the_report_says_fid_only_to_say_that_it_is_none(recipe: Recipe) -> None
     page = re.sub(r'src="[^"]*"', "", (recipe.folder / "report.html").read_text(encoding="utf-8"))
     assert "FD (EfficientNet-Lite0)" in page
     assert re.findall(r".*\bFID\b.*", page) == [
-        "This is not FID: another network sees the pictures, so that the number compares with others of its kind only."
+        "This is not FID: another network sees the images, so that the number compares with others of its kind only."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Sets of samples as a whole: ranks, batches and kills change none; forms of output hold the same pictures."""
+"""Sets of samples as a whole: ranks, batches and kills change none; forms of output hold the same images."""
 
 import io
 import itertools
@@ -173,7 +173,7 @@ def test_the_number_of_steps_is_calibrated_too(recipe: Recipe) -> None:
     planned = json.loads((folder / "plan.json").read_text())
     assert planned["iterations"] == [1, 1, 1, 1]
     assert len(planned["reuse"]) == 4
-    assert plans.blocks_a_picture(chosen) == 12 == 4 * (1 + 1 + 1)
+    assert plans.blocks_an_image(chosen) == 12 == 4 * (1 + 1 + 1)
     assert len(load_samples(folder, 4)[0]) == 4
 
 

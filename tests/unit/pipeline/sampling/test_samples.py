@@ -17,7 +17,7 @@ from common.recipe import Recipe
 from common.run_folder import weights_folder
 from fpdm.weights import WEIGHTS_NAME, load_pretrained
 from pipeline.sampling.chunks import read_chunk
-from pipeline.sampling.plans import blocks_a_picture
+from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from pipeline.training.checkpoint import export_weights
@@ -218,7 +218,7 @@ def test_cut_weights_are_named(recipe: Recipe) -> None:
 
 
 def test_blocks_a_picture_counts_every_block_evaluation(recipe: Recipe) -> None:
-    assert blocks_a_picture(recipe) == 3 * (1 + 2 + 1)
-    assert blocks_a_picture(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
+    assert blocks_an_image(recipe) == 3 * (1 + 2 + 1)
+    assert blocks_an_image(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
     uneven = changed(recipe, allocation="list", iterations=(3, 2, 1))
-    assert blocks_a_picture(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3
+    assert blocks_an_image(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3
