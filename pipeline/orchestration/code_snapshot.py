@@ -13,7 +13,7 @@ PACKAGES = ("common", "fpdm", "pipeline", "preprocess", "slurm")
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copies the packages to `folder/<key of their content>` and returns that; an earlier copy stays if it is unchanged.
+    """Copies the packages to `folder/<key of their content>` and returns that; an unchanged earlier copy stays.
 
     The commit is written beside them: the clone can be at another one when a job asks for it.
     """
