@@ -10,7 +10,7 @@ import pytest
 from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from common.recipe import Recipe
-from common.run_folder import weights_folder
+from common.run_folder import RunFolder, weights_folder
 from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
 from pipeline import export
 from tests.conftest import generated, load_samples
@@ -22,7 +22,7 @@ def test_the_pipeline_draws_the_same_pictures_as_the_command(tiny_recipe: Recipe
     recipe = replace(tiny_recipe, sample=replace(tiny_recipe.sample, sampler=sampler, guidance_scale=1.5))
     images, labels = load_samples(generated(recipe, "latest"), 10)
     export.export(recipe)
-    loaded = FPDMPipeline.from_pretrained(export.folder_of(recipe))
+    loaded = FPDMPipeline.from_pretrained(RunFolder(recipe.folder).pipeline)
     found = loaded(labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3)
     pictures = np.stack([np.asarray(image) for image in found.images])
     assert np.abs(pictures.astype(int) - images[3:7]).max() <= 1
@@ -48,7 +48,7 @@ def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recip
     recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "vae")))
     images, labels = load_samples(generated(recipe, "latest"), 10)
     export.export(recipe)
-    found = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
+    found = FPDMPipeline.from_pretrained(RunFolder(recipe.folder).pipeline)(labels, num_inference_steps=3, iterations=2)
     pictures = np.stack([np.asarray(image) for image in found.images])
     assert np.abs(pictures.astype(int) - images).max() <= 1
 
@@ -58,7 +58,7 @@ def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_aft
 ) -> None:
     resealed(weights_folder(tiny_recipe, 64) / "config.json", lambda stated: stated["extra"].update(label_dropout=0))
     export.export(tiny_recipe)
-    loaded = FPDMPipeline.from_pretrained(export.folder_of(tiny_recipe))
+    loaded = FPDMPipeline.from_pretrained(RunFolder(tiny_recipe.folder).pipeline)
     with pytest.raises(ValueError, match=r"guidance_scale: 1\.5, but .* never saw the null label"):
         loaded([0], num_inference_steps=2, iterations=1, guidance_scale=1.5)
     assert loaded([0], num_inference_steps=2, iterations=1).images
@@ -89,7 +89,7 @@ def test_an_exported_pipeline_needs_nothing_but_fpdm(tiny_recipe: Recipe) -> Non
     export.export(tiny_recipe)
     program = (
         "import sys; from fpdm.pipeline_hf import FPDMPipeline;"
-        f"pipeline = FPDMPipeline.from_pretrained({str(export.folder_of(tiny_recipe))!r});"
+        f"pipeline = FPDMPipeline.from_pretrained({str(RunFolder(tiny_recipe.folder).pipeline)!r});"
         "pipeline([0], num_inference_steps=2, iterations=1);"
         "assert not {'pipeline', 'preprocess', 'common', 'slurm'} & set(sys.modules)"
     )
