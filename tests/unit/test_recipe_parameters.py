@@ -10,7 +10,8 @@ FILES = sorted(path for room in ("common", "pipeline", "preprocess") for path in
 TRAINING, RECIPE, HOUSE = (f"{name}: other branch" for name in ("training", "recipe", "house"))
 STAGE = "as a Stage asks"
 ALLOWED = {
-    "common/recipe.py: diffusion": RECIPE,
+    "common/recipe/network.py: diffusion": RECIPE,
+    "common/recipe/sampling.py: total_iterations": RECIPE,
     "common/run_folder.py: ema_names": RECIPE,
     "pipeline/sampling/stage.py: fetch": STAGE,
     "pipeline/training/checkpoint.py: _refuse_non_finite": TRAINING,
