@@ -229,11 +229,11 @@ def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
 def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr("pipeline.evaluation.evaluate.rank_and_world_size", lambda: (1, 2))
     run_stage(EVALUATE, recipe)
     assert list(find_chunks(features_folder(recipe))) == [(4, 8)]
     assert not (recipe.folder / "metrics.json").exists()
-    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr("pipeline.evaluation.evaluate.rank_and_world_size", lambda: (0, 2))
     run_stage(EVALUATE, recipe)
     assert read_json(recipe.folder / "metrics.json")["measurements"][0]["value"] > 0
 
@@ -314,5 +314,5 @@ def test_metrics_hold_what_repeats_the_number(recipe: Recipe) -> None:
 def test_a_reference_is_measured_once_for_all_runs(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated(recipe)
     other = replace(recipe, name="second")
-    monkeypatch.setattr("pipeline.evaluation.measurements.extract", None)
+    monkeypatch.setattr("pipeline.features.extractors.extract", None)
     assert Evaluation.of(other).reference_summary.statistics["pooled"].count == 12

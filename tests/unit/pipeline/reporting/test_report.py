@@ -15,7 +15,6 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import Recipe
 from common.sealed import read_json
-from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import references
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
@@ -81,7 +80,7 @@ def test_what_is_measured_is_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatc
     metrics = metrics_of(recipe)
     (recipe.folder / "metrics.json").unlink()
     assert not EVALUATE.is_finished(recipe)
-    monkeypatch.setattr(evaluation, "load_extractor", None)
+    monkeypatch.setattr("pipeline.features.extractors.load_extractor", None)
     run_stage(EVALUATE, recipe)
     assert metrics_of(recipe) == metrics
 
