@@ -193,7 +193,7 @@ def test_a_chunk_whose_arrays_are_exchanged_under_right_checksums_of_zip_is_name
 
 def test_a_damaged_summary_of_the_reference_is_made_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     value = evaluate.read_metrics(RunFolder(recipe.folder))["measurements"][0]["value"]
-    Evaluation.of(recipe).measure_reference()
+    Evaluation.of(recipe).yardstick.prepare_reference()
     (path,) = (Path(recipe.runs) / ".references").glob("*.npz")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -315,4 +315,4 @@ def test_a_reference_is_measured_once_for_all_runs(recipe: Recipe, monkeypatch: 
     evaluated(recipe)
     other = replace(recipe, name="second")
     monkeypatch.setattr("pipeline.features.extractors.extract", None)
-    assert Evaluation.of(other).reference_summary.statistics["pooled"].count == 12
+    assert Evaluation.of(other).yardstick.reference_summary.statistics["pooled"].count == 12
