@@ -20,7 +20,7 @@ from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.reporting import contact_sheet
 from pipeline.reporting.stage import STAGE as REPORT
-from pipeline.sampling.sample_set import sample_set
+from pipeline.sampling.sample_set import Sampling, sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from tests.conftest import copied, load_samples, run_stage
 
@@ -118,7 +118,7 @@ def test_a_rejected_picture_is_left_out_of_the_reference_and_not_counted(recipe:
 
 
 def test_a_panel_shows_a_class_with_its_own_pictures(recipe: Recipe) -> None:
-    panels = contact_sheet.class_panels(recipe)
+    panels = contact_sheet.class_panels(Sampling.of(recipe))
     origins = ["real", "drawn after 64 training samples", "drawn before training"]
     assert [[block.origin for block in panel] for panel in panels] == [origins] * 3
     images, labels = load_samples(sample_set(recipe, "latest").folder, 10)
