@@ -23,11 +23,14 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from pipeline.sampling.sample_set import Sampling
+
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 import scipy.linalg
 import torch
+from pipeline.sampling.samples import generate
 
 from benchmarks.machine import show_machine
 from common.loading import load_recipe
@@ -37,9 +40,6 @@ from fpdm.sampling import build_sampler
 from pipeline.evaluation.metrics import frechet_distance, statistics
 from pipeline.evaluation.statistics import summarise
 from pipeline.features.extractors import find_weights, load_extractor, wanted_layers
-from pipeline.sampling.features import extract_missing, read_features
-from pipeline.sampling.sample_set import sample_set
-from pipeline.sampling.samples import generate
 from pipeline.training.checkpoint import export_weights
 from preprocess.encoding.encoder import Encoder
 
@@ -93,10 +93,13 @@ def prepare(runs: str, count: int) -> Recipe:
 def pipeline(recipe: Recipe, count: int) -> None:
     """Everything that a set of samples costs, from its weights to the statistics of its features."""
     recipe = replace(recipe, sample=replace(recipe.sample, num_samples=count))
-    shutil.rmtree(sample_set(recipe, "latest").folder, ignore_errors=True)
-    generate(recipe, "latest")
-    extract_missing(recipe, "latest")
-    summarise([read_features(recipe, "latest", (0, count))], count)
+    sampling = Sampling.of(recipe)
+    (samples,) = sampling.sets
+    shutil.rmtree(samples.folder, ignore_errors=True)
+    generate(sampling, samples)
+    features = sampling.features(samples)
+    features.extract(sampling.spans)
+    summarise([features.read((0, count))], count)
 
 
 class Bare:

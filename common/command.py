@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from common.errors import INTERRUPTED, Interrupted, UserError
 from common.recipe import Recipe
+from common.stage import Stage, the_recipe
 from slurm.paths import expanded
 
 
@@ -24,23 +25,21 @@ def run_command(
     plan: Callable[[Recipe], Iterable[str]],
     work: Callable[[Recipe], None],
     argv: Sequence[str] | None = None,
-    in_jobs: Callable[[Recipe, str, int], None] | None = None,
-    shared: bool = False,
 ) -> int:
-    """Runs one stage and returns its exit status.
+    """Runs a command that is no stage of a run, and returns its exit status. `plan` and `work`: as of a `Stage`."""
+    stage = Stage(name="", resolve=the_recipe, plan=plan, finished=lambda _: False, work=work)
+    return run_stage_command(description, stage, argv)
 
-    Args:
-        description: the script's docstring, shown by `--help`.
-        plan: checks the recipe against this machine and says what will be done, a line each; touches nothing. A
-            generator shows what it knows before the check that fails. `warning: ...` is printed as it is.
-        work: does it; finds what is finished and goes on from there.
-        in_jobs: does it as jobs: given the recipe, `--cluster` and `--jobs`, options that only such a stage has.
-        shared: ranks share the work; all must have come before any begins.
+
+def run_stage_command(description: str, stage: Stage, argv: Sequence[str] | None = None) -> int:
+    """Runs one stage in this process, or with `--cluster` in jobs where it has parts, and returns the exit status.
+
+    `description` is the script's docstring, which `--help` shows.
     """
     parser = argument_parser(description)
-    if in_jobs is not None:
+    if stage.part is not None:
         add_job_options(parser)
-    return exit_status_of(lambda: _run(parser.parse_intermixed_args(argv), plan, work, in_jobs, shared))
+    return exit_status_of(lambda: _run(parser.parse_intermixed_args(argv), stage))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -128,13 +127,7 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _run(
-    arguments: argparse.Namespace,
-    plan: Callable[[Recipe], Iterable[str]],
-    work: Callable[[Recipe], None],
-    in_jobs: Callable[[Recipe, str, int], None] | None,
-    shared: bool,
-) -> None:
+def _run(arguments: argparse.Namespace, stage: Stage) -> None:
     from common.loading import dump_recipe, load_recipe
     from common.meeting import meet
     from common.ranks import rank_and_world_size
@@ -144,20 +137,22 @@ def _run(
     if jobs is not None and (cluster is None or jobs < 1):
         raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
-    in_this_process = not arguments.dry_run and (cluster is None or in_jobs is None)
-    if shared and in_this_process:  # before work that takes one rank longer than another
+    if stage.ranks_share and not arguments.dry_run and cluster is None:  # before what can take one rank longer
         meet()
     first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:
         print(dump_recipe(recipe))
         print(f"plan: {describe_network(recipe)}")
-    for line in plan(recipe):
+    resolved = stage.resolve(recipe)
+    for line in stage.plan(resolved):
         if first:
             print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
     if arguments.dry_run:
         return
-    if cluster is not None and in_jobs is not None:
-        with ended_by_signals():
-            in_jobs(recipe, cluster, jobs or recipe.launch.jobs)
-    else:
-        work(recipe)
+    if cluster is None:
+        stage.work(resolved)
+        return
+    from common.stage_jobs import run_in_jobs
+
+    with ended_by_signals():
+        run_in_jobs(recipe, stage, cluster, jobs or recipe.launch.jobs)

@@ -7,7 +7,6 @@ from typing_extensions import TypedDict
 
 from common.sealed import STRICT
 
-LISTING = "jobs.json"
 JobNumber = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 
 

@@ -1,11 +1,10 @@
-"""Where things lie in a run folder, `runs/<name>/`. The one home of these names.
+"""Where things lie in a run folder, `runs/<name>/`, and in the folders of its sample sets. The one home of these names.
 
-recipe.yaml, provenance.jsonl, deepspeed.json, metrics.jsonl, events.jsonl, tensorboard/, logs/,
-checkpoints/<samples seen>/, weights/<samples seen>/<average>/, grids/<samples seen>.png,
-samples/<samples seen>-<settings key>/, eval/, metrics.json, samples.png, report.html
+Sealed and other formats are those of the modules that write them; chunks of samples name themselves.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +12,96 @@ from common.errors import UserError
 from common.recipe import Recipe
 
 Weights = Literal["latest"] | int  # which weights: the newest, or those after a number of training samples
+
+
+class _Place:
+    """A path below the folder whose attribute it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: "RunFolder | SampleFolder", _owner: type) -> Path:
+        return folder.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/<name>/`."""
+
+    path: Path
+
+    recipe = _Place("recipe.yaml")  # resolved, as training wrote it
+    provenance = _Place("provenance.jsonl")  # a line each time that training began
+    deepspeed = _Place("deepspeed.json")
+    log = _Place("metrics.jsonl")  # of training
+    events = _Place("events.jsonl")
+    tensorboard = _Place("tensorboard")
+    checkpoints = _Place("checkpoints")
+    weights = _Place("weights")
+    grids = _Place("grids")
+    samples = _Place("samples")
+    measurements = _Place("eval")
+    statistics = _Place("eval/statistics")
+    metrics = _Place("metrics.json")  # of evaluation
+    sweep_table = _Place("sweep/table.json")
+    sweep_csv = _Place("sweep/table.csv")
+    sweep_markdown = _Place("sweep/table.md")
+    sweep_picture = _Place("sweep/distances.png")
+    contact_sheet = _Place("samples.png")
+    report = _Place("report.html")
+    pipeline = _Place("pipeline")  # as diffusers loads it
+    times = _Place("stages.json")
+    jobs = _Place("jobs.json")
+    logs = _Place("logs")
+    code = _Place("code")  # <key>/, for jobs that start later
+
+    @property
+    def references(self) -> Path:
+        """Statistics that all runs share."""
+        return self.path.parent / ".references"
+
+    def checkpoint(self, samples_seen: int) -> Path:
+        return self.checkpoints / _counted_name(samples_seen)
+
+    def weights_after(self, samples_seen: int, ema: str) -> Path:
+        """The weights of one average, as `power-0.05`, in diffusers' layout."""
+        return self.weights / _counted_name(samples_seen) / ema
+
+    def grid(self, samples_seen: int) -> Path:
+        return self.grids / f"{_counted_name(samples_seen)}.png"
+
+    def step_logs(self, step: str) -> Path:
+        """The logs and results of the jobs of one step, as submitit writes them."""
+        return self.logs / step
+
+    def sample_set(self, samples_seen: int, key: str) -> Path:
+        """`key`: of all settings that change a picture."""
+        return self.samples / f"{_counted_name(samples_seen)}-{key}"
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """One set of samples, `samples/<samples seen>-<key>/`; its chunks lie in it too."""
+
+    path: Path
+
+    settings = _Place("settings.json")  # what the key is of
+    plan = _Place("plan.json")  # iterations and reuse of each step
+
+    def features(self, key: str) -> Path:
+        return self.path / f"features-{key}"
+
+    def adm_file(self, count: int) -> Path:
+        """The first samples in one file: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, as ADM's evaluator reads."""
+        return self.path / f"samples-{count}.npz"
+
+    def pngs(self, count: int) -> Path:
+        """The first samples as <index>.png."""
+        return self.path / f"pictures-{count}"
+
+
+def _counted_name(samples_seen: int) -> str:
+    return f"{samples_seen:012d}"
 
 
 def ema_names(recipe: Recipe) -> list[str]:
@@ -26,18 +115,18 @@ def power_name(width: float) -> str:
 
 
 def counted(folder: Path) -> list[Path]:
-    """The folders in it that are named by a number of samples as this project writes it, by that number.
+    """The folders in it that are named by a number of samples as this project writes it, in order.
 
-    `000000000160.bak`, a copy that somebody keeps beside them, is none.
+    Not `000000000160.bak`, which is somebody's copy.
     """
-    found = folder.iterdir() if folder.is_dir() else ()
-    named = [path for path in found if re.fullmatch(r"[0-9]{12}|[1-9][0-9]{12,}", path.name) and path.is_dir()]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    named = [path for path in paths if re.fullmatch(r"[0-9]{12}|[1-9][0-9]{12,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name))
 
 
 def weights_folder(recipe: Recipe, samples_seen: int, ema: str | None = None) -> Path:
     """Holds averaged weights after `samples_seen` training samples, in diffusers' layout; `ema`: the run's first."""
-    return recipe.folder / "weights" / f"{samples_seen:012d}" / (ema or ema_names(recipe)[0])
+    return RunFolder(recipe.folder).weights_after(samples_seen, ema or ema_names(recipe)[0])
 
 
 def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tuple[int, Path]:
@@ -46,21 +135,21 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
     Raises UserError naming what there is.
     """
     name = ema or ema_names(recipe)[0]
-    # A folder appears by renaming, so that one which exists is whole.
-    folders = counted(recipe.folder / "weights")
-    found = [int(folder.name) for folder in folders if (folder / name).is_dir()]
-    if not found:
+    weights = RunFolder(recipe.folder).weights
+    folders = counted(weights)  # each appears by renaming: all that exist are complete
+    available = [int(folder.name) for folder in folders if (folder / name).is_dir()]
+    if not available:
         averages = sorted({path.name for folder in folders for path in folder.glob("[!.]*")})
         if averages:
             raise UserError(
-                f"sample.ema: no average {name} in {recipe.folder / 'weights'}; there are {', '.join(averages)} "
+                f"sample.ema: no average {name} in {weights}; there are {', '.join(averages)} "
                 "(pipeline/reconstruct_ema.py makes others of a run with train.ema.widths)"
             )
-        raise UserError(f"{recipe.folder / 'weights'}: no weights; run python pipeline/train.py with this recipe first")
-    samples_seen = found[-1] if which == "latest" else which
-    if samples_seen not in found:
-        there = ", ".join(map(str, found))
+        raise UserError(f"{weights}: no weights; run python pipeline/train.py with this recipe first")
+    samples_seen = available[-1] if which == "latest" else which
+    if samples_seen not in available:
+        listed = ", ".join(map(str, available))
         raise UserError(
-            f"sample.weights: no weights after {samples_seen} samples in {recipe.folder}; there are {there}"
+            f"sample.weights: no weights after {samples_seen} samples in {recipe.folder}; there are {listed}"
         )
     return samples_seen, weights_folder(recipe, samples_seen, name)

@@ -8,16 +8,16 @@ from common.errors import UserError, errors_as
 from common.files import atomic_write
 from common.loading import dump_recipe, parse_recipe
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.sealed import read_bytes
 
-RECIPE = "recipe.yaml"
 _SEAL = "# sha256 of all above: "
 
 
 def write_recipe(recipe: Recipe) -> None:
     """The resolved recipe, and in a last line, a comment, the checksum that `read_recipe` compares."""
     text = dump_recipe(recipe)
-    with atomic_write(recipe.folder / RECIPE) as file:
+    with atomic_write(RunFolder(recipe.folder).recipe) as file:
         file.write_bytes(f"{text}{_SEAL}{sha256(text.encode()).hexdigest()}\n".encode())
 
 
@@ -26,7 +26,7 @@ def read_recipe(folder: Path) -> Recipe:
 
     Raises UserError where it was changed after training wrote it.
     """
-    path = folder / RECIPE
+    path = RunFolder(folder).recipe
     text, sealed, key = read_bytes(path).rpartition(_SEAL.encode())
     if sealed and sha256(text).hexdigest().encode() != key.strip():
         raise UserError(f"{path}: changed after it was written; put it back as it was, or name another run")

@@ -8,26 +8,22 @@ Into `pipeline/` of the run folder: model_index.json, transformer/, vae/.
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from common.command import run_command
 from common.errors import UserError
 from common.recipe import Recipe
-
-
-def folder_of(recipe: Recipe) -> Path:
-    return recipe.folder / "pipeline"
+from common.run_folder import RunFolder
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
     from pipeline.sampling.sample_set import sample_set
 
     yield f"weights: {sample_set(recipe, recipe.sample.weights).weights}"
-    yield f"pipeline: {folder_of(recipe)}"
+    yield f"pipeline: {RunFolder(recipe.folder).pipeline}"
 
 
 def export(recipe: Recipe) -> None:
-    """Replaces what was exported before."""
+    """Replaces what was exported before. Raises UserError where the weights are damaged."""
     from common.files import atomic_folder
     from common.run_weights import REMEDY
     from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
@@ -38,9 +34,10 @@ def export(recipe: Recipe) -> None:
         transformer = FPDMTransformer2DModel.from_pretrained(sample_set(recipe, recipe.sample.weights).weights)
     except ValueError as error:
         raise UserError(f"{error}; {REMEDY}") from None
-    with atomic_folder(folder_of(recipe)) as folder:
+    target = RunFolder(recipe.folder).pipeline
+    with atomic_folder(target) as folder:
         FPDMPipeline(transformer, load_vae(fetch_vae(recipe.vae))).save_pretrained(folder)
-    print(f"pipeline: {folder_of(recipe)}")
+    print(f"pipeline: {target}")
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import load_recipe
-    from common.run_folder import weights_folder
+    from common.run_folder import RunFolder, weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     print(f"plan: {describe_network(recipe)}", flush=True)
     if arguments.checkpoint is None:
         raise UserError("--checkpoint: missing; the file to import, such as DiT-XL-2-256x256.pt")
-    if any((recipe.folder / part).exists() for part in ("weights", "checkpoints")):
+    folder = RunFolder(recipe.folder)
+    if folder.weights.exists() or folder.checkpoints.exists():
         raise UserError(f"name: {recipe.folder} has weights already; import into another run, name=...")
     target = weights_folder(recipe, recipe.train.total_samples)
     print(f"plan: {arguments.checkpoint} to {target}", flush=True)
@@ -51,18 +52,20 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     from pipeline.training.checkpoint import export_weights
 
     wanted = denoiser_config(recipe)
-    told: dict[str, Any] = {  # no shape tells these
+    stated: dict[str, Any] = {  # which no shape shows
         "num_heads": wanted.num_heads,
         "pre_post_timestep_conditioning": wanted.pre_post_timestep_conditioning,
     }
     try:
-        model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **told)
+        model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **stated)
     except (OSError, ValueError) as error:
         raise UserError(f"--checkpoint: {error}") from None
     unused = ("pre_depth", "post_depth", "pre_post_timestep_conditioning") if wanted.kind == "dit" else ("depth",)
     for name, value in asdict(wanted).items():
-        if name not in (*unused, "self_conditioned") and (found := getattr(model.config, name)) != value:
-            raise UserError(f"--checkpoint: {path} has {name} {found}, the recipe makes it {value}; change the recipe")
+        if name not in (*unused, "self_conditioned") and (imported := getattr(model.config, name)) != value:
+            raise UserError(
+                f"--checkpoint: {path} has {name} {imported}, the recipe makes it {value}; change the recipe"
+            )
     config = replace(wanted, self_conditioned=model.config.self_conditioned)
     with disk_errors_as_user_errors(recipe.folder):
         parameters = {name: value.detach() for name, value in model.named_parameters()}

@@ -2,7 +2,7 @@
 
 python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08
 
-The run must have kept some: train.ema.widths=[0.05,0.1]. The more checkpoints' weights there are, the nearer the
+The run must have stored some: train.ema.widths=[0.05,0.1]. The more checkpoints' weights there are, the nearer the
 result; --samples ends the average earlier. It lies beside the run's own averages: sample.ema=power-0.08 draws from it.
 """
 
@@ -30,10 +30,10 @@ def main() -> None:
     stored = find_snapshots(recipe)
     end = arguments.samples or max(samples for samples, _ in stored)
     target = weights_folder(recipe, end, power_name(arguments.width))
-    factors = plan(recipe, list(stored), end, arguments.width)
+    factors = plan(list(stored), end, arguments.width)
     print(f"plan: {target} from {len(factors)} stored averages", flush=True)
     if target.exists():
-        print(f"{target}: there already")
+        print(f"{target}: exists already")
     elif not arguments.dry_run:
         write(recipe, stored, factors, end, arguments.width)
 
@@ -43,31 +43,31 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
     Raises UserError where there is none.
     """
-    from common.run_folder import counted, power_name
+    from common.run_folder import RunFolder, counted, power_name
 
-    weights = recipe.folder / "weights"
-    found = {
+    weights = RunFolder(recipe.folder).weights
+    snapshots = {
         (int(folder.parent.name), width): folder
         for width in recipe.train.ema.widths
         for folder in (samples / power_name(width) for samples in counted(weights))
         if folder.is_dir() and int(folder.parent.name)  # before the first step there is nothing to average
     }
-    if not found:
+    if not snapshots:
         raise UserError(
             f"train.ema.widths: {weights} holds no power-function averages of the recipe's widths "
             f"{list(recipe.train.ema.widths)}; train with train.ema.widths=[0.05,0.1]"
         )
-    return found
+    return snapshots
 
 
-def plan(recipe: Recipe, stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
+def plan(stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
     """The factor of each stored average that the one of `width` after `end` samples is made of."""
     from fpdm.ema import reconstruction_weights
 
     usable = [snapshot for snapshot in stored if snapshot[0] <= end]  # what came later holds weights it must not see
     if not usable or max(samples for samples, _ in usable) != end:
-        there = ", ".join(str(samples) for samples in sorted({samples for samples, _ in stored}))
-        raise UserError(f"--samples: {end}, but averages are stored after {there}; choose one of these")
+        ends = ", ".join(str(samples) for samples in sorted({samples for samples, _ in stored}))
+        raise UserError(f"--samples: {end}, but averages are stored after {ends}; choose one of these")
     try:
         factors = reconstruction_weights(usable, (end, width))
     except ValueError as error:

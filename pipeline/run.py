@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from common.command import argument_parser, ended_by_signals, exit_status_of
 from common.errors import UserError
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from pipeline.orchestration.stages import Stage
+    from common.stage import Stage
 
 
 def main() -> None:
@@ -42,9 +43,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import dump_recipe, load_recipe
-    from pipeline.checks import check_stages
-    from pipeline.orchestration.run_and_wait import plan, run_stage
-    from pipeline.orchestration.stages import select
+    from pipeline.orchestration.plan import check_stages, plan
+    from pipeline.stages import select
     from slurm.cluster import resolve
 
     recipe = load_recipe(arguments.config, arguments.overrides)
@@ -67,8 +67,20 @@ def main() -> None:
         return
     with ended_by_signals():
         for number, stage in enumerate(stages, 1):
-            run_stage(stage, recipe, cluster, f"[{number}/{len(stages)}] {stage.name}")
+            run_and_say(recipe, stage, cluster, f"[{number}/{len(stages)}] {stage.name}")
     say_where(recipe)
+
+
+def run_and_say(recipe: Recipe, stage: "Stage", cluster: str, title: str) -> None:
+    from common.stage_jobs import run_in_jobs
+    from pipeline.orchestration.plan import parts_on
+
+    if stage.is_finished(recipe):
+        print(f"{title}: finished before, skipped", flush=True)
+        return
+    print(f"{title} ...", flush=True)
+    seconds = run_in_jobs(recipe, stage, cluster, parts_on(recipe.launch, cluster))
+    print(f"{title}: done in {seconds:.0f} s", flush=True)
 
 
 def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace) -> None:
@@ -79,16 +91,15 @@ def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace)
         code = Path("<snapshot>") if arguments.snapshot else None
         print("\n".join(submission_scripts(recipe, stages, code)))
         return
-    code = take_snapshot(recipe.folder / "code") if arguments.snapshot else None
-    print("\n".join(describe(recipe, submit_chain(recipe, stages, code))), flush=True)
+    folder = RunFolder(recipe.folder)
+    code = take_snapshot(folder.code) if arguments.snapshot else None
+    print("\n".join(describe(folder, submit_chain(recipe, stages, code))), flush=True)
 
 
 def say_where(recipe: Recipe) -> None:
     """The last lines of a run: where the results lie, and what to do next."""
-    folder = recipe.folder
-    print(
-        f"\nreport:   {folder / 'report.html'}\npictures: {folder / 'samples.png'}\nnumbers:  {folder / 'metrics.json'}"
-    )
+    folder = RunFolder(recipe.folder)
+    print(f"\nreport:   {folder.report}\npictures: {folder.contact_sheet}\nnumbers:  {folder.metrics}")
     longer = (f"name={recipe.name}-longer", f"train.total_samples={4 * recipe.train.total_samples}")
     command = shlex.join([os.path.relpath(sys.executable), *sys.argv, *longer])
     print(f"\nnext: train four times as long, beside this run:\n  {command}")

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from typing_extensions import TypedDict  # pydantic does not read typing's own before 3.12
 
-from common.command import run_command
+from common.command import run_stage_command
 from common.errors import UserError
 from common.files import atomic_folder
 from common.recipe import Recipe
@@ -179,4 +179,6 @@ def _chosen(part: Part, class_name: str, portraits: Portraits) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(__doc__, plan, compose))
+    from preprocess.demo.stage import STAGE
+
+    sys.exit(run_stage_command(__doc__, STAGE))

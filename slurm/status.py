@@ -14,8 +14,9 @@ from pathlib import Path
 
 from common.command import exit_status_of, path_argument
 from common.errors import UserError, printable
-from common.job_listing import LISTING, JobForm, ListingForm
+from common.job_listing import JobForm, ListingForm
 from common.log_lines import read_log
+from common.run_folder import RunFolder
 from common.run_recipe import read_recipe
 from common.sealed import read_sealed
 
@@ -36,11 +37,10 @@ def main() -> int:
 
 def status(run: Path, lines: int) -> Iterator[str]:
     """The lines to print. Raises UserError where the folder has no jobs, or a damaged list of them."""
-    if not (run / LISTING).exists():
-        raise UserError(
-            f"{run / LISTING}: no such file; a run folder whose stages were submitted with --detach has one"
-        )
-    jobs = read_sealed(run / LISTING, ListingForm, "squeue --me shows what is on its way")["jobs"]
+    listing = RunFolder(run).jobs
+    if not listing.exists():
+        raise UserError(f"{listing}: no such file; a run folder whose stages were submitted with --detach has one")
+    jobs = read_sealed(listing, ListingForm, "squeue --me shows what is on its way")["jobs"]
     yield ROW.format("step", "job", "state", "requeues", "elapsed", "why, or where")
     asked = [(listed, tasks_of(listed)) for listed in jobs]
     for listed, tasks in asked:
@@ -115,7 +115,7 @@ def where(task: dict[str, str]) -> str:
 
 def training(run: Path) -> Iterator[str]:
     """The last line of the training log, and when the training will be done at the rate of that."""
-    log = run / "metrics.jsonl"
+    log = RunFolder(run).log
     needed = {"step", "loss", "samples_per_second"}
     steps = [line for line in read_log(log) if line.get("loss") is not None and needed <= line.keys()]
     if not steps:

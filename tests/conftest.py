@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
+from common.run_folder import Weights
+from common.stage import Stage
 
 
 @pytest.fixture
@@ -106,3 +108,26 @@ def load_samples(folder: Path, num_samples: int) -> tuple[np.ndarray, np.ndarray
 
     rows = list(iterate(folder, (0, num_samples)))
     return np.concatenate([part["images"] for part in rows]), np.concatenate([part["labels"] for part in rows])
+
+
+def run_stage(stage: Stage, recipe: Recipe) -> None:
+    """As its command does, in this process."""
+    stage.work(stage.resolve(recipe))
+
+
+def generated(recipe: Recipe, weights: Weights = "latest", rank: int = 0, world_size: int = 1) -> Path:
+    """The folder of a set of samples, with the chunks of this rank."""
+    from pipeline.sampling.generate import generate
+    from pipeline.sampling.sample_set import Sampling, sample_set
+
+    samples = sample_set(recipe, weights)
+    generate(Sampling.of(recipe), samples, rank, world_size)
+    return samples.folder
+
+
+def features_folder(recipe: Recipe) -> Path:
+    """Of the recipe's own samples."""
+    from pipeline.sampling.sample_set import Sampling
+
+    sampling = Sampling.of(recipe)
+    return sampling.features(sampling.sets[0]).folder

@@ -1,7 +1,6 @@
-"""What an evaluation compares, and where it keeps what it measured."""
+"""What an evaluation compares, and the files of its measurements."""
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, TypeAdapter, with_config
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from common.errors import UserError
@@ -17,32 +15,16 @@ from common.files import content_key, shared_folder_lock
 from common.log_lines import Count
 from common.provenance import Provenance, provenance
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
-from pipeline.evaluation import image_sets as picture_sets
-from pipeline.evaluation.image_sets import PictureSet, SampleRanges, opened
+from pipeline.evaluation.image_sets import ComparedSet, SampleRanges, held_out, reconstruction
 from pipeline.evaluation.metrics import bootstrap_error
-from pipeline.evaluation.references import reference
-from pipeline.evaluation.statistics import (
-    KEPT_LAYERS,
-    Summary,
-    measure,
-    possible,
-    read_summary,
-    summarise,
-    write_summary,
-)
-from pipeline.features.extractors import (
-    Extractor,
-    ExtractorWeights,
-    extract,
-    find_weights,
-    load_extractor,
-    wanted_layers,
-    wanted_metrics,
-)
+from pipeline.evaluation.statistics import Summary, measure, reason_unavailable
+from pipeline.evaluation.yardstick import COMMAND, Yardstick
+from pipeline.features.extractors import ExtractorWeights
 from pipeline.sampling.plans import PlanForm
+from pipeline.sampling.sample_set import Sampling
 
-COMMAND = "python pipeline/eval_fid.py"
 REMEDY = f"{COMMAND} measures it again"
 
 
@@ -68,7 +50,7 @@ class ExtractorForm(TypedDict):
 
 @with_config(STRICT)
 class Measurement(TypedDict):
-    """The numbers of one set, and all that they are made of."""
+    """The numbers of one set, with all that they depend on."""
 
     name: str
     label: str
@@ -102,77 +84,88 @@ def as_json(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measurements of a recipe: each one JSON file in `eval/`, named by a key of all that it is made of."""
+    """The measurements of a recipe: each one JSON file in `eval/`, named by a key of all that it depends on."""
 
-    recipe: Recipe
+    sampling: Sampling
+    yardstick: Yardstick
 
-    @cached_property
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Evaluation":
+        sampling = Sampling.of(recipe)
+        return cls(sampling, Yardstick(recipe, sampling.models))
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.sampling.recipe
+
+    @property
     def weights(self) -> ExtractorWeights:
-        return find_weights(self.recipe.evaluate)
-
-    @cached_property
-    def extractor(self) -> Extractor:
-        return load_extractor(self.weights, wanted_layers(self.recipe.evaluate))
-
-    @cached_property
-    def reference(self) -> PictureSet:
-        return reference(self.recipe)
+        return self.yardstick.extractor.weights
 
     @cached_property
     def samples(self) -> list[SampleRanges]:
-        sets = [SampleRanges(self.recipe, "trained", self.recipe.sample.weights)]
+        """The recipe's own first."""
+        sets = self.sampling.sets
+        ranges = [SampleRanges("trained", self.sampling, sets[0])]
         if self.recipe.evaluate.untrained_baseline:
-            sets.append(SampleRanges(self.recipe, "untrained", 0))
-        return sets
+            ranges.append(SampleRanges("untrained", self.sampling, sets[-1]))
+        return ranges
 
     @cached_property
-    def compared(self) -> list[SampleRanges | PictureSet]:
+    def compared(self) -> list[ComparedSet]:
         """What is measured against the reference, the recipe's own samples first."""
-        others = [picture_sets.held_out, picture_sets.reconstruction] if self.recipe.data.held_out else []
-        return [*self.samples, *(make(self.recipe) for make in others)]
+        if self.recipe.data.held_out is None:
+            return [*self.samples]
+        originals = held_out(self.recipe)
+        return [*self.samples, originals, reconstruction(originals, self.recipe.vae, self.sampling.models)]
 
-    def path_of(self, pictures: SampleRanges | PictureSet) -> Path:
-        settings = self.recipe.evaluate
-        made_of = [pictures.content, self.reference.content, self.weights.sha256, wanted_metrics(settings)]
-        key = content_key([*made_of, settings.bootstrap])
-        return self.recipe.folder / "eval" / f"{pictures.name}-{key}.json"
+    def path_of(self, images: ComparedSet) -> Path:
+        measured_with = [self.yardstick.reference.content, self.weights.sha256, self.yardstick.extractor.metrics]
+        key = content_key([images.content, *measured_with, self.recipe.evaluate.bootstrap])
+        return RunFolder(self.recipe.folder).measurements / f"{images.name}-{key}.json"
 
-    def measured(self, pictures: SampleRanges | PictureSet) -> Measurement:
+    def measured(self, images: ComparedSet) -> Measurement:
         """Raises UserError where it is not measured yet, or the file is not as it was written, or of another set."""
-        path = self.path_of(pictures)
-        found = read_sealed(path, Measurement, REMEDY)
-        stated = (found["name"], found["distance"], found["content"], found["reference"]["content"])
-        meant = (pictures.name, self.weights.distance_name, pictures.content, self.reference.content)
+        path, reference = self.path_of(images), self.yardstick.reference
+        measurement = read_sealed(path, Measurement, REMEDY)
+        stated = (
+            measurement["name"],
+            measurement["distance"],
+            measurement["content"],
+            measurement["reference"]["content"],
+        )
+        meant = (images.name, self.weights.distance_name, images.content, reference.content)
         if as_json(stated) != as_json(meant):
             raise UserError(f"{path}: measured of another set; {REMEDY}")
-        distance, mean = found["numbers"].get("frechet"), float(np.mean(found["ranges"]))
-        if distance is None or distance["value"] != found["value"] or not np.isclose(mean, found["value"]):
-            raise UserError(f"{path}: value: {found['value']} is not the distance among its numbers; {REMEDY}")
-        return found
+        distance, mean = measurement["numbers"].get("frechet"), float(np.mean(measurement["ranges"]))
+        value = measurement["value"]
+        if distance is None or distance["value"] != value or not np.isclose(mean, value):
+            raise UserError(f"{path}: value: {value} is not the distance among its numbers; {REMEDY}")
+        return measurement
 
     def metrics(self) -> Metrics:
         """What `metrics.json` holds. Raises UserError where something is not measured yet."""
-        measurements = [self.measured(pictures) for pictures in self.compared]
-        distances = {found["name"]: found["value"] for found in measurements}
+        measurements = [self.measured(images) for images in self.compared]
+        distances = {measurement["name"]: measurement["value"] for measurement in measurements}
         return {"distance": self.weights.distance_name, "distances": distances, "measurements": measurements}
 
-    def measure(self, pictures: SampleRanges | PictureSet) -> None:
-        """Writes the numbers of one set, with what it and the reference were made of."""
-        against = self.reference_summary
-        own = pictures.summaries() if isinstance(pictures, SampleRanges) else iter([self._summary(pictures)])
+    def measure(self, images: ComparedSet) -> None:
+        """Writes the numbers of one set, with what it and the reference were made of.
+
+        Raises UserError for numbers that are not finite, and for a metric that cannot be measured.
+        """
+        against, reference = self.yardstick.reference_summary, self.yardstick.reference
         ranges, counts = [], []
-        for summary in own:
+        for summary in images.summaries(self.yardstick):
             ranges.append(self._numbers(summary, against))
             counts.append(summary.statistics["pooled"].count)
-        numbers = {name: float(np.mean([found[name] for found in ranges])) for name in ranges[0]}
+        numbers = {name: float(np.mean([each[name] for each in ranges])) for name in ranges[0]}
         for name, value in numbers.items():
             if not np.isfinite(value):
-                raise UserError(
-                    f"{pictures.name}: {name} comes out as {value}; look at the pictures, and the reference"
-                )
-        found = {
-            "name": pictures.name,
-            "label": pictures.label,
+                raise UserError(f"{images.name}: {name} comes out as {value}; look at the images, and the reference")
+        measurement = {
+            "name": images.name,
+            "label": images.label,
             "distance": self.weights.distance_name,
             "value": numbers["frechet"],
             "numbers": {
@@ -180,34 +173,29 @@ class Evaluation:
                 for name, value in numbers.items()
                 if not name.endswith("_spread")
             },
-            "ranges": [found["frechet"] for found in ranges],
+            "ranges": [each["frechet"] for each in ranges],
             "count": counts[0],
-            "notes": self._notes(counts[0], against),
-            "content": pictures.content,
-            "plan": pictures.plan if isinstance(pictures, SampleRanges) else None,
+            "notes": _notes(counts[0], against),
+            "content": images.content,
+            "plan": images.plan,
             "reference": {
-                "label": self.reference.label,
+                "label": reference.label,
                 "count": against.statistics["pooled"].count,
-                "content": self.reference.content,
+                "content": reference.content,
             },
             "extractor": {"name": self.weights.extractor, "weights_sha256": self.weights.sha256},
             "recipe": TypeAdapter(Recipe).dump_python(self.recipe, mode="json"),
             "provenance": provenance(),
         }
-        with shared_folder_lock(self.path_of(pictures).parent):
-            write_sealed(self.path_of(pictures), found)
-
-    def measure_reference(self) -> None:
-        """Once, where many measurements would do it at the same time."""
-        if self.reference.open is not None:
-            self._summary(self.reference)
+        with shared_folder_lock(self.path_of(images).parent):
+            write_sealed(self.path_of(images), measurement)
 
     def _numbers(self, own: Summary, against: Summary) -> dict[str, float]:
         """Raises UserError for a metric that the recipe names and that these sets do not give."""
         settings = self.recipe.evaluate
         numbers = measure("frechet", own, against)
-        for metric in wanted_metrics(settings):
-            reason = possible(metric, own, against)
+        for metric in self.yardstick.extractor.metrics:
+            reason = reason_unavailable(metric, own, against)
             if reason is None and metric != "frechet":
                 numbers |= measure(metric, own, against)
             if reason is not None and settings.metrics is not None:
@@ -218,39 +206,13 @@ class Evaluation:
             )
         return numbers
 
-    @staticmethod
-    def _notes(count: int | None, against: Summary) -> list[str]:
-        """What a reader of the number must know."""
-        width = against.statistics["pooled"].mean.size
-        sets = {"the set": count, "the reference": against.statistics["pooled"].count}
-        return [
-            f"{name} has {pictures:,} pictures for {width:,} dimensions: a singular covariance, a biased distance"
-            for name, pictures in sets.items()
-            if pictures is not None and pictures <= width
-        ]
 
-    @cached_property
-    def reference_summary(self) -> Summary:
-        summary = Summary({}, {}) if self.reference.open is None else self._summary(self.reference)
-        if self.reference.statistics is None:
-            return summary
-        return Summary(self.reference.statistics(), summary.rows)
-
-    def _summary(self, pictures: PictureSet) -> Summary:
-        """Computed once for each extractor and content; of references, for all runs below `runs`."""
-        key = content_key([pictures.content, self.weights.sha256, wanted_layers(self.recipe.evaluate)])
-        is_reference = pictures.name == "reference"
-        folder = Path(self.recipe.runs) / ".references" if is_reference else self.recipe.folder / "eval" / "statistics"
-        path = folder / f"{pictures.name}-{key}.npz"
-        try:
-            if path.exists():
-                return read_summary(path, COMMAND)
-        except UserError as fault:
-            print(f"warning: {fault}; now it is made again", file=sys.stderr, flush=True)
-        extractor = self.extractor
-        bar = tqdm(opened(pictures), total=pictures.size, unit="picture", desc=f"features of {pictures.name}")
-        features = extract(extractor, bar, self.recipe.evaluate.batch_size)
-        kept = ("pooled",) if is_reference else KEPT_LAYERS  # nobody asks for a reference's Inception Score
-        with shared_folder_lock(folder if is_reference else folder.parent):
-            write_summary(path, summarise(features, pictures.size, kept))
-        return read_summary(path, COMMAND)
+def _notes(count: int | None, against: Summary) -> list[str]:
+    """What a reader of the number must know."""
+    width = against.statistics["pooled"].mean.size
+    sets = {"the set": count, "the reference": against.statistics["pooled"].count}
+    return [
+        f"{name} has {images:,} images for {width:,} dimensions: a singular covariance, a biased distance"
+        for name, images in sets.items()
+        if images is not None and images <= width
+    ]

@@ -1,4 +1,4 @@
-"""How far two sets of pictures lie apart, from their features, by torch-fidelity's definitions.
+"""How far two sets of images lie apart, from their features, by torch-fidelity's definitions.
 
 The Fréchet distance, KID, Inception Score, precision and recall.
 """
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from fpdm import rng
 
-KID_SUBSET = 1000  # pictures of each of torch-fidelity's 100 subsets; all of them where there are fewer
+KID_SUBSET = 1000  # images of each of torch-fidelity's 100 subsets; all of them where there are fewer
 NEIGHBOURHOOD = 3  # the nearest neighbour whose distance is a ball's radius (Kynkäänniemi et al. 2019)
 ISC_SPLITS = 10
 SHUFFLE_SEED = 2020  # torch-fidelity's own, so that its subsets are ours
-BLOCK = 10_000  # pictures whose distances are held at once
+BLOCK = 10_000  # images whose distances are held at once
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Statistics:
 
     @property
     def is_singular(self) -> bool:
-        """Whether there are too few pictures for a covariance of full rank; the distance is then biased upwards."""
+        """Whether there are too few images for a covariance of full rank; the distance is then biased upwards."""
         return self.count is not None and self.count <= self.mean.size
 
 
@@ -75,16 +75,12 @@ class Accumulator:
         self.count += len(features)
 
     def statistics(self) -> Statistics:
-        """Raises UserError for features that are not finite, with their count, and for fewer than two pictures."""
+        """Raises UserError for features that are not finite, with their count, and for fewer than two images."""
         count = self.count
         if count < 2:
-            raise UserError(
-                f"features of {count} pictures: a covariance needs two pictures at least; give a larger set"
-            )
+            raise UserError(f"features of {count} images: a covariance needs two images at least; give a larger set")
         if self.non_finite:
-            raise UserError(
-                f"features of {self.non_finite} of {count} pictures are not finite; look at the pictures first"
-            )
+            raise UserError(f"features of {self.non_finite} of {count} images are not finite; look at the images first")
         covariance = (self.products - np.outer(self.total, self.total) / count) / (count - 1)
         return Statistics(self.shift + self.total / count, covariance, count)
 
@@ -117,7 +113,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
 def _factor(fitted: Statistics) -> NDArray[np.floating]:
     """F (D, rank) with F Fᵀ = C: Cholesky's, or from the eigenvectors where C is not safely of full rank.
 
-    With fewer pictures than dimensions hundreds of eigenvalues are rounding error, and a root makes 1e-8 of each 1e-16:
+    With fewer images than dimensions hundreds of eigenvalues are rounding error, and a root makes 1e-8 of each 1e-16:
     they are left out.
     """
     covariance = fitted.covariance
@@ -138,28 +134,28 @@ def _factor(fitted: Statistics) -> NDArray[np.floating]:
 
 def bootstrap_error(features: NDArray[np.floating], reference: Statistics, replicates: int, seed: int) -> float:
     """Standard error of the Fréchet distance of features (N, D) from a reference: the standard deviation over sets of N
-    pictures drawn from them with replacement. How well N pictures tell the distance, not its bias at N.
+    images drawn from them with replacement. How well N images tell the distance, not its bias at N.
     """
     count = len(features)
-    found = []
+    distances = []
     for replicate in range(replicates):
         chosen = rng.integers(seed, f"evaluate/bootstrap/{replicate}", torch.arange(count), count).numpy()
-        found.append(frechet_distance(statistics(np.array_split(features[chosen], -(-count // BLOCK))), reference))
-    return float(np.std(found, ddof=1))
+        distances.append(frechet_distance(statistics(np.array_split(features[chosen], -(-count // BLOCK))), reference))
+    return float(np.std(distances, ddof=1))
 
 
 def kernel_distance(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[float, float]:
     """KID (Binkowski et al. 2018): mean and standard deviation over torch-fidelity's random subsets, in float64."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    found = kid_features_to_metric(
+    scores = kid_features_to_metric(
         torch.from_numpy(features).double(),
         torch.from_numpy(reference).double(),
         kid_subset_size=min(KID_SUBSET, len(features), len(reference)),
         rng_seed=SHUFFLE_SEED,
         verbose=False,
     )
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    return scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD]
 
 
 def inception_score(logits: NDArray[np.floating]) -> tuple[float, float]:
@@ -167,11 +163,9 @@ def inception_score(logits: NDArray[np.floating]) -> tuple[float, float]:
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < ISC_SPLITS:
-        raise UserError(
-            f"evaluate.metrics: the Inception Score takes {ISC_SPLITS} pictures or more; {len(logits)} given"
-        )
-    found = isc_features_to_metric(torch.from_numpy(logits), splits=ISC_SPLITS, rng_seed=SHUFFLE_SEED)
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+        raise UserError(f"evaluate.metrics: the Inception Score takes {ISC_SPLITS} images or more; {len(logits)} given")
+    scores = isc_features_to_metric(torch.from_numpy(logits), splits=ISC_SPLITS, rng_seed=SHUFFLE_SEED)
+    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
 
 
 def precision_recall(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[float, float]:
@@ -181,8 +175,8 @@ def precision_recall(features: NDArray[np.floating], reference: NDArray[np.float
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     if min(len(features), len(reference)) <= NEIGHBOURHOOD:
-        raise UserError(f"evaluate.metrics: precision and recall need more than {NEIGHBOURHOOD} pictures of each set")
-    found = prc_features_to_metric(
+        raise UserError(f"evaluate.metrics: precision and recall need more than {NEIGHBOURHOOD} images of each set")
+    scores = prc_features_to_metric(
         torch.from_numpy(features),
         torch.from_numpy(reference),
         prc_neighborhood=NEIGHBOURHOOD,
@@ -190,4 +184,4 @@ def precision_recall(features: NDArray[np.floating], reference: NDArray[np.float
         save_cpu_ram=True,  # distances of one block at a time
         verbose=False,
     )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL]

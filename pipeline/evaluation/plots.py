@@ -18,14 +18,14 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> bytes:
 
 
 def sweep_picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """The distance against blocks a picture, a line a way of sampling (the paper's Table 1); where several numbers of
+    """The distance against blocks an image, a line a way of sampling (the paper's Table 1); where several numbers of
     steps were tried, also against iterations a step, a line a budget (its Figure 4). From rows of `sweep/table.json`.
     """
     ways = ("sampler", "allocation", "reuse", "guidance_scale")
     iterated = len({round(row["iterations"] or 0) for row in rows}) > 1
     figure, axes = _panels(2 if iterated else 1)
     _draw_lines(axes[0], rows, "blocks", (*ways, "about") if iterated else ways)
-    axes[0].set(xlabel="blocks a picture", ylabel=rows[0]["distance"], xscale="log")
+    axes[0].set(xlabel="blocks an image", ylabel=rows[0]["distance"], xscale="log")
     if iterated:
         _draw_lines(axes[1], rows, "iterations", ("budget", *ways))
         axes[1].set(xlabel="iterations a step", xscale="log")

@@ -1,4 +1,4 @@
-"""What a distance is measured from: the training pictures, an ADM file, or another run's samples."""
+"""What a distance is measured from: the training images, an ADM file, or another run's samples."""
 
 import math
 import zipfile
@@ -14,90 +14,89 @@ from numpy.typing import NDArray
 from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.recipe import Recipe
-from common.run_recipe import RECIPE, read_recipe
-from pipeline.evaluation.image_sets import PictureSet, training_pictures
+from common.run_folder import RunFolder
+from common.run_recipe import read_recipe
+from pipeline.evaluation.image_sets import ImageSet, training_images
 from pipeline.evaluation.metrics import Statistics, fault_of
 from pipeline.features.extractors import WIDTHS, layers_of
 from pipeline.sampling.chunks import iterate
 from pipeline.sampling.sample_set import sample_set
 
 ADM_STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-ADM_PICTURES = "arr_0"  # (N, H, W, 3) uint8
+ADM_IMAGES = "arr_0"  # (N, H, W, 3) uint8
 
 
-def reference(recipe: Recipe) -> PictureSet:
-    """What `evaluate.reference` names. Raises UserError where it is not there or has pictures of another resolution."""
+def reference(recipe: Recipe) -> ImageSet:
+    """What `evaluate.reference` names. Raises UserError where it is missing or has images of another resolution."""
     named = recipe.evaluate.reference
     if named is None:
-        return training_pictures(recipe)
-    if (Path(named) / RECIPE).is_file():
-        return _run(recipe, Path(named))
+        return training_images(recipe)
+    if RunFolder(Path(named)).recipe.is_file():
+        return _run(Path(named), recipe.data.resolution)
     if Path(named).is_file():
-        return _file(recipe, Path(named))
+        return _file(Path(named), recipe.evaluate.feature_extractor, recipe.data.resolution)
     raise UserError(
         f"evaluate.reference: {named} is neither a run folder with a recipe.yaml nor a file; name one below runs/, "
-        "a statistics file of ADM's (mu, sigma, mu_s, sigma_s), or nothing for the training pictures"
+        "a statistics file of ADM's (mu, sigma, mu_s, sigma_s), or nothing for the training images"
     )
 
 
-def _file(recipe: Recipe, path: Path) -> PictureSet:
+def _file(path: Path, extractor: str, resolution: int) -> ImageSet:
     headers = _headers(path)
-    layers = _check_statistics(recipe, path, headers)
-    pictures = headers.get(ADM_PICTURES)
+    layers = _check_statistics(extractor, path, headers)
+    images = headers.get(ADM_IMAGES)
     fitted = "pooled" in layers
-    if pictures is None and not fitted:
+    if images is None and not fitted:
         raise UserError(
             f"evaluate.reference: {path} holds {', '.join(sorted(headers)) or 'no arrays'}; "
-            f"a reference has mu and sigma, or pictures ({ADM_PICTURES})"
+            f"a reference has mu and sigma, or images ({ADM_IMAGES})"
         )
-    if pictures is not None:
-        if pictures.dtype != np.uint8 or len(pictures.shape) != 4 or pictures.shape[3] != 3:
-            raise UserError(
-                f"evaluate.reference: {path}: {ADM_PICTURES} is {pictures}; pictures are uint8 of (N, H, W, 3)"
-            )
-        for side in pictures.shape[1:3]:
-            _check_resolution(recipe, path, side)
-    count = pictures.shape[0] if pictures else 0
-    made_of = [*(["statistics"] if fitted else []), *([f"{count:,} pictures"] if pictures else [])]
-    return PictureSet(
+    if images is not None:
+        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] != 3:
+            raise UserError(f"evaluate.reference: {path}: {ADM_IMAGES} is {images}; images are uint8 of (N, H, W, 3)")
+        for side in images.shape[1:3]:
+            _check_resolution(path, side, resolution)
+    count = images.shape[0] if images else 0
+    contents = [*(["statistics"] if fitted else []), *([f"{count:,} images"] if images else [])]
+    return ImageSet(
         name="reference",
-        label=f"{' and '.join(made_of)} of {path}",
+        label=f"{' and '.join(contents)} of {path}",
         content={"file_sha256": sha256_file(path)},
         size=count,
-        open=(lambda: _pictures(path)) if pictures else None,
+        open=(lambda: _images(path)) if images else None,
         statistics=(lambda: _statistics(path, layers)) if fitted else None,
     )
 
 
-def _run(recipe: Recipe, folder: Path) -> PictureSet:
+def _run(folder: Path, resolution: int) -> ImageSet:
     """The samples of another run, as its own recipe draws them."""
     other = read_recipe(folder)
-    _check_resolution(recipe, folder, other.data.resolution)
-    found, count = sample_set(other, other.sample.weights), other.sample.num_samples
+    _check_resolution(folder, other.data.resolution, resolution)
+    samples, count = sample_set(other, other.sample.weights), other.sample.num_samples
 
-    def pictures() -> Iterator[NDArray[np.uint8]]:
-        return (image for rows in iterate(found.folder, (0, count)) for image in rows["images"])
+    def images() -> Iterator[NDArray[np.uint8]]:
+        return (image for rows in iterate(samples.folder, (0, count)) for image in rows["images"])
 
-    return PictureSet(
+    return ImageSet(
         name="reference",
-        label=f"{count:,} samples of {folder} after {found.samples_seen:,} training samples",
-        content=found.settings | {"samples": count, "samples_seen": found.samples_seen},
+        label=f"{count:,} samples of {folder} after {samples.samples_seen:,} training samples",
+        content=samples.settings | {"samples": count, "samples_seen": samples.samples_seen},
         size=count,
-        open=pictures,
+        open=images,
     )
 
 
-def _check_resolution(recipe: Recipe, path: Path, found: int) -> None:
-    if found != recipe.data.resolution:
+def _check_resolution(path: Path, resolution: int, wanted: int) -> None:
+    if resolution != wanted:
         raise UserError(
-            f"evaluate.reference: {path} has pictures of {found} pixels, this recipe's have {recipe.data.resolution}; "
+            f"evaluate.reference: {path} has images of {resolution} pixels, this recipe's have {wanted}; "
             "distances between resolutions mean nothing, name a reference of the same one"
         )
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an array in a file says of itself."""
+    """Shape and type of an array in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -111,13 +110,13 @@ def _readable(path: Path) -> AbstractContextManager[None]:
 
 
 def _headers(path: Path) -> dict[str, Header]:
-    """Of every array of an npz, without reading them."""
+    """The header of each array of an npz; no array is read."""
     with _readable(path), zipfile.ZipFile(path) as archive:
-        found = {}
+        headers = {}
         for name in archive.namelist():
             with archive.open(name) as member:
-                found[name.removesuffix(".npy")] = _header(member)
-        return found
+                headers[name.removesuffix(".npy")] = _header(member)
+        return headers
 
 
 def _header(member: IO[bytes]) -> Header:
@@ -129,12 +128,11 @@ def _header(member: IO[bytes]) -> Header:
     return Header(shape, dtype)
 
 
-def _check_statistics(recipe: Recipe, path: Path, headers: dict[str, Header]) -> list[str]:
-    """The layers whose statistics the file holds, of those that the recipe's extractor gives.
+def _check_statistics(extractor: str, path: Path, headers: dict[str, Header]) -> list[str]:
+    """The layers whose statistics the file holds, of those that the extractor gives.
 
     Raises UserError where they are of another extractor, before anything of that size is read.
     """
-    extractor = recipe.evaluate.feature_extractor
     layers = []
     for layer in layers_of(extractor):
         mean, covariance = ADM_STATISTICS.get(layer, ("", ""))
@@ -152,7 +150,7 @@ def _check_statistics(recipe: Recipe, path: Path, headers: dict[str, Header]) ->
 
 
 def _statistics(path: Path, layers: Sequence[str]) -> dict[str, Statistics]:
-    found = {}
+    by_layer = {}
     for layer in layers:
         with _readable(path), np.load(path, allow_pickle=False) as arrays:
             read = [arrays[name] for name in ADM_STATISTICS[layer]]
@@ -160,16 +158,16 @@ def _statistics(path: Path, layers: Sequence[str]) -> dict[str, Statistics]:
         if fault := fault_of(fitted, float(np.finfo(read[1].dtype).eps)):
             names = " and ".join(ADM_STATISTICS[layer])
             raise UserError(f"evaluate.reference: {path}: {names} are no mean and covariance: {fault}; get it again")
-        found[layer] = fitted
-    return found
+        by_layer[layer] = fitted
+    return by_layer
 
 
-def _pictures(path: Path) -> Iterator[NDArray[np.uint8]]:
+def _images(path: Path) -> Iterator[NDArray[np.uint8]]:
     """Each (H, W, 3), one in memory at a time: 50,000 of 256 pixels are 10 GB."""
-    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{ADM_PICTURES}.npy") as member:
+    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{ADM_IMAGES}.npy") as member:
         count, *shape = _header(member).shape
         for _ in range(count):
             content = member.read(math.prod(shape))
             if len(content) < math.prod(shape):
-                raise EOFError("pictures are missing")
+                raise EOFError("images are missing")
             yield np.frombuffer(content, np.uint8).reshape(shape)

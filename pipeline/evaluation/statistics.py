@@ -1,4 +1,4 @@
-"""What is kept of a set's features: the Gaussians fitted to them, and rows of them for what needs single pictures."""
+"""Summaries of a set's features: the Gaussians fitted to them, and rows for metrics that compare single images."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ KEPT = 50_000  # rows, evenly spaced: KID draws from them, precision and recall 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one set, by layer. `rows` may be empty: a statistics file has none."""
+    """One set's features, by layer. `rows` is empty where they come from a statistics file."""
 
     statistics: dict[str, Statistics]
     rows: dict[str, NDArray[np.float32]]  # each (at most KEPT, D)
 
 
 def summarise(batches: Iterable[Features | Chunk], size: int, kept_layers: Sequence[str] = KEPT_LAYERS) -> Summary:
-    """In one pass over at most `size` pictures' features; errors as `Accumulator.statistics`."""
+    """In one pass over at most `size` images' features; errors as `Accumulator.statistics`."""
     sums: dict[str, Accumulator] = {}
     rows: dict[str, list[NDArray[np.float32]]] = {}
     position, kept = 0, min(size, KEPT)
@@ -51,9 +51,9 @@ def summarise(batches: Iterable[Features | Chunk], size: int, kept_layers: Seque
             if layer in kept_layers:
                 rows.setdefault(layer, []).append(features[chosen])
     if not sums:
-        raise UserError("features of 0 pictures: a covariance needs two pictures at least; give a larger set")
+        raise UserError("features of 0 images: a covariance needs two images at least; give a larger set")
     return Summary(
-        {layer: found.statistics() for layer, found in sums.items()},
+        {layer: total.statistics() for layer, total in sums.items()},
         {layer: np.concatenate(parts) for layer, parts in rows.items()},
     )
 
@@ -83,17 +83,17 @@ def read_summary(path: Path, command: str) -> Summary:
     return Summary(statistics, rows)
 
 
-def possible(metric: str, own: Summary, reference: Summary) -> str | None:
+def reason_unavailable(metric: str, own: Summary, reference: Summary) -> str | None:
     """Why a metric cannot be measured of two sets; None where it can."""
     if metric in ("kid", "precision_recall"):
         if "pooled" not in reference.rows:
-            return "the reference is a statistics file without pictures"
+            return "the reference is a statistics file without images"
         fewest = min(len(own.rows["pooled"]), len(reference.rows["pooled"]))
-        return f"sets of {fewest} pictures are too small" if fewest <= NEIGHBOURHOOD else None
+        return f"sets of {fewest} images are too small" if fewest <= NEIGHBOURHOOD else None
     if metric == "spatial" and "spatial" not in reference.statistics:
         return "the reference's file has no mu_s and sigma_s"
     if metric == "inception_score" and len(own.rows["logits"]) < ISC_SPLITS:
-        return f"{len(own.rows['logits'])} pictures are fewer than its {ISC_SPLITS} parts"
+        return f"{len(own.rows['logits'])} images are fewer than its {ISC_SPLITS} parts"
     return None
 
 

@@ -1,12 +1,14 @@
-"""Ways of sampling at given budgets of blocks, and the distance of each: points, table, and what the picture shows."""
+"""Ways of sampling at given budgets of blocks, and the distance of each: points, and their table as files."""
 
 import csv
 import io
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
@@ -15,13 +17,17 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.log_lines import Count
 from common.recipe import Recipe, check_together, denoiser_config
+from common.recipe import Sweep as SweepSettings
+from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
-from pipeline.sampling.plans import blocks_a_picture
+from pipeline.evaluation.measurements import Evaluation, Measurement
+from pipeline.evaluation.plots import sweep_picture
+from pipeline.evaluation.yardstick import Yardstick
+from pipeline.sampling.generate import sample
+from pipeline.sampling.models import Models
+from pipeline.sampling.plans import blocks_an_image
+from pipeline.sampling.sample_set import Sampling
 
-if TYPE_CHECKING:
-    from pipeline.evaluation.measurements import Measurement
-
-TABLE = "sweep/table.json"
 COLUMNS = ("budget", "blocks", "sampler", "num_steps", "iterations", "allocation", "reuse", "guidance_scale")
 
 
@@ -68,44 +74,100 @@ class Point:
     guidance_scale: float
 
 
-def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
-    """Every point with the recipe that draws it, and why some combinations are none.
+class Sweep:
+    """The points of a recipe, which share one reference, one extractor and one autoencoder."""
 
-    Raises UserError where none is left.
-    """
-    sweep, found, left_out = recipe.sweep, {}, []
-    each_step = sweep.num_steps or sweep.iterations
-    ways = product(sweep.sampler, sweep.guidance_scale, sweep.allocation, sweep.reuse, each_step, sweep.budgets)
-    for sampler, guidance_scale, allocation, reuse, number, budget in ways:
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises UserError where no combination can be drawn."""
+        alone = replace(
+            recipe,
+            data=replace(recipe.data, held_out=None),  # its distance does not depend on how samples are drawn
+            evaluate=replace(recipe.evaluate, untrained_baseline=False),
+        )
+        self.folder = RunFolder(recipe.folder)
+        self.recipes, self.left_out = points(alone)
+        self.yardstick = Yardstick(alone, Models(alone.vae, alone.evaluate))
+        self._measurements: dict[Point, Measurement] = {}
+
+    @cached_property
+    def evaluations(self) -> dict[Point, Evaluation]:
+        return {
+            point: Evaluation(Sampling(recipe, self.yardstick.models), self.yardstick)
+            for point, recipe in self.recipes.items()
+        }
+
+    def measured(self, point: Point) -> Measurement | None:
+        """The measurement of a point where there is one; of a damaged one there is a warning."""
+        if point in self._measurements:
+            return self._measurements[point]
+        evaluation = self.evaluations[point]
         try:
-            num_steps, iterations = _spend(recipe, budget // (1 if guidance_scale == 1 else 2), number)
-            made = replace(
-                recipe,
-                data=replace(recipe.data, held_out=None),  # its distance does not depend on how samples are drawn
-                evaluate=replace(recipe.evaluate, untrained_baseline=False),
-                sample=replace(
-                    recipe.sample,
-                    sampler=sampler,
-                    num_steps=num_steps,
-                    iterations=iterations or recipe.sample.iterations,
-                    allocation=allocation,
-                    step_choices=(),  # the sweep compares them itself
-                    tolerance=None,  # at budgets that are spent
-                    reuse=reuse,
-                    guidance_scale=guidance_scale,
-                ),
-            )
-            check_together(made)
+            self._measurements[point] = evaluation.measured(evaluation.samples[0])
+        except UserError as fault:
+            if evaluation.path_of(evaluation.samples[0]).exists():
+                print(f"warning: {fault}", file=sys.stderr, flush=True)
+        return self._measurements.get(point)
+
+    def measure(self, point: Point) -> None:
+        """Draws and measures a point, where that is not done yet."""
+        evaluation = self.evaluations[point]
+        sample(evaluation.sampling)
+        if self.measured(point) is None:
+            evaluation.measure(evaluation.samples[0])
+
+    def write_tables(self) -> None:
+        """Writes the points that are measured, as JSON, CSV, Markdown and a plot."""
+        rows = [
+            asdict(point) | {name: measurement[name] for name in ("distance", "count", "numbers")}
+            for point in self.recipes
+            if (measurement := self.measured(point)) is not None
+        ]
+        if not rows:
+            return
+        rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
+        write_sealed(self.folder.sweep_table, {"rows": rows})
+        _write_text(self.folder.sweep_csv, _csv(rows))
+        _write_text(self.folder.sweep_markdown, _markdown(rows))
+        with atomic_write(self.folder.sweep_picture) as temporary:
+            temporary.write_bytes(sweep_picture(rows))
+
+
+def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
+    """Every point with the recipe that draws it, and why other combinations cannot be drawn.
+
+    Raises UserError where none can.
+    """
+    recipes, left_out = {}, []
+    for changes, budget, number in _combinations(recipe.sweep):
+        try:
+            share = budget // (1 if changes["guidance_scale"] == 1 else 2)
+            num_steps, iterations = _spend(recipe, share, number)
+            settings = changes | {
+                "num_steps": num_steps,
+                "iterations": iterations or recipe.sample.iterations,
+                "step_choices": (),  # the sweep compares them itself
+                "tolerance": None,  # at budgets that are spent
+            }
+            point_recipe = replace(recipe, sample=replace(recipe.sample, **settings))
+            check_together(point_recipe)
         except ValueError as error:
-            left_out.append(
-                f"{sampler}, {number} {'steps' if sweep.num_steps else 'iterations'}, {budget} blocks: {error}"
-            )
+            counted = "steps" if recipe.sweep.num_steps else "iterations"
+            left_out.append(f"{changes['sampler']}, {number} {counted}, {budget} blocks: {error}")
             continue
-        blocks = blocks_a_picture(made)
-        found[Point(budget, blocks, sampler, num_steps, iterations, allocation, reuse, guidance_scale)] = made
-    if not found:
+        blocks = blocks_an_image(point_recipe)
+        recipes[Point(budget, blocks, num_steps=num_steps, iterations=iterations, **changes)] = point_recipe
+    if not recipes:
         raise UserError(f"sweep: no combination can be drawn; {left_out[0]}")
-    return found, left_out
+    return recipes, left_out
+
+
+def _combinations(sweep: SweepSettings) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Settings of sampling, a budget, and a number of steps or of iterations."""
+    names = ("sampler", "guidance_scale", "allocation", "reuse")
+    for *values, number, budget in product(
+        *(getattr(sweep, name) for name in names), sweep.num_steps or sweep.iterations, sweep.budgets
+    ):
+        yield dict(zip(names, values, strict=True)), budget, number
 
 
 def _spend(recipe: Recipe, budget: int, number: int) -> tuple[int, int | float | None]:
@@ -124,55 +186,10 @@ def _spend(recipe: Recipe, budget: int, number: int) -> tuple[int, int | float |
     return num_steps, total // num_steps if total % num_steps == 0 else total / num_steps
 
 
-def measure_point(recipe: Recipe) -> None:
-    """Draws and measures one point; what is there already is kept."""
-    from pipeline.evaluation.measurements import Evaluation
-    from pipeline.sampling.samples import sample
-
-    sample(recipe)
-    if measured(recipe) is None:
-        evaluation = Evaluation(recipe)
-        evaluation.measure(evaluation.samples[0])
-
-
-def measured(recipe: Recipe) -> "Measurement | None":
-    """The measurement of a point, if it is there; what is damaged is told, and none."""
-    from pipeline.evaluation.measurements import Evaluation
-
-    evaluation = Evaluation(recipe)
-    try:
-        return evaluation.measured(evaluation.samples[0])
-    except UserError as fault:
-        if evaluation.path_of(evaluation.samples[0]).exists():
-            print(f"warning: {fault}", file=sys.stderr, flush=True)
-        return None
-
-
-def write_tables(recipe: Recipe) -> list[dict[str, Any]]:
-    """Writes the points that are measured: table.json, table.csv, table.md and distances.png in `sweep/`."""
-    from pipeline.evaluation.plots import sweep_picture
-
-    rows = [
-        asdict(point) | {"distance": found["distance"], "count": found["count"], "numbers": found["numbers"]}
-        for point, made in points(recipe)[0].items()
-        if (found := measured(made)) is not None
-    ]
-    if not rows:
-        return rows
-    rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
-    folder = recipe.folder / Path(TABLE).parent
-    write_sealed(recipe.folder / TABLE, {"rows": rows})
-    _write_text(folder / "table.csv", _csv(rows))
-    _write_text(folder / "table.md", _markdown(rows))
-    with atomic_write(folder / "distances.png") as temporary:
-        temporary.write_bytes(sweep_picture(rows))
-    return rows
-
-
-def read_table(recipe: Recipe) -> list[dict[str, Any]]:
+def read_table(folder: RunFolder) -> list[dict[str, Any]]:
     """The rows of the run's last sweep. Raises UserError where the file is not as it was written."""
-    found = read_sealed(recipe.folder / TABLE, TableForm, "delete it, or run python pipeline/sweep.py again")
-    return [dict(row) for row in found["rows"]]
+    rows = read_sealed(folder.sweep_table, TableForm, "delete it, or run python pipeline/sweep.py again")["rows"]
+    return [dict(row) for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -21,7 +21,7 @@ ARCHITECTURES = {  # by our name: timm's
 }
 WIDTHS = {"dinov2-vit-s-14-local": 384, "dinov2-vit-l-14-local": 1024}
 POOLED = "cls"
-SIDE, PATCH = 224, 14  # of the pictures that the network sees, and of its patches
+SIDE, PATCH = 224, 14  # of the images that the network sees, and of its patches
 OFFSET = 0.1  # the published interpolation's, to the number of patches of a side
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,4 +1,4 @@
-"""Pictures to features: torch-fidelity's Inception, and EfficientNet-Lite0 registered beside it.
+"""Images to features: torch-fidelity's Inception, and EfficientNet-Lite0 registered beside it.
 
 Importing this module takes seconds (torch, timm, torch-fidelity): commands do so inside the functions that use it.
 """
@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ LAYERS = {
 # branch after the ReLU. TensorFlow's channels come last, and so they do in `mu_s` and `sigma_s` of ADM's files.
 SPATIAL = "spatial"
 SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
-WIDTHS = {  # numbers of a picture, by extractor and layer, where statistics of others are read
+WIDTHS = {  # numbers of an image, by extractor and layer, where statistics of others are read
     (INCEPTION, "pooled"): 2048,
     (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
     (EFFICIENTNET, "pooled"): 1280,
@@ -116,6 +117,7 @@ class ExtractorWeights:
     extractor: str
     path: Path
     sha256: str
+    compared: bool = False  # whether the file was hashed to get it; others are compared with it when they are loaded
 
     @property
     def distance_name(self) -> str:
@@ -143,7 +145,7 @@ def find_weights(evaluate: Evaluate) -> ExtractorWeights:
     if extractor in dinov2.ARCHITECTURES and not named:
         raise UserError(f"evaluate.feature_extractor_weights: {extractor} needs a file; {_advice(extractor, Path())}")
     if named:  # Inception's may be others than the published ones: `distance_name` says so
-        return ExtractorWeights(extractor, Path(named), sha256_file(named))
+        return ExtractorWeights(extractor, Path(named), sha256_file(named), compared=True)
     usual = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]  # as torch-fidelity has it
     return ExtractorWeights(extractor, usual, INCEPTION_SHA256)
 
@@ -181,13 +183,13 @@ class Extractor:
             network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """Features of pictures (B, H, W, 3)."""
+        """Features of images (B, H, W, 3)."""
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
         with torch.inference_mode():
-            found = list(self.network(pixels.to(self.device)))
+            layers = list(self.network(pixels.to(self.device)))
         if SPATIAL in self.layers:
-            found.append(self._spatial)
-        return {name: values.cpu().numpy() for name, values in zip(self.layers, found, strict=True)}
+            layers.append(self._spatial)
+        return {name: values.cpu().numpy() for name, values in zip(self.layers, layers, strict=True)}
 
     def _keep_spatial(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
@@ -202,7 +204,7 @@ def load_extractor(
     """
     if not weights.path.is_file():
         _download_inception(weights.path)
-    sha256 = sha256_file(weights.path)
+    sha256 = weights.sha256 if weights.compared else sha256_file(weights.path)
     if sha256 != weights.sha256:
         advice = _advice(weights.extractor, weights.path)
         raise UserError(f"{weights.path}: sha256 is {sha256}, should be {weights.sha256}; {advice}")
@@ -226,10 +228,28 @@ def load_extractor(
     return Extractor(network, wanted)
 
 
+class NamedExtractor:
+    """The extractor that a recipe names: its weights are found at once, and loaded for the first features."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self.weights, self.layers = find_weights(evaluate), wanted_layers(evaluate)
+        self.metrics = wanted_metrics(evaluate)
+        self._batch_size = evaluate.batch_size
+
+    @cached_property
+    def network(self) -> Extractor:
+        """Errors as `load_extractor`."""
+        return load_extractor(self.weights, self.layers)
+
+    def features(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Features]:
+        """As `extract`."""
+        return extract(self.network, images, self._batch_size)
+
+
 def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_size: int) -> Iterator[Features]:
-    """Features of pictures `(H, W, 3)` uint8, in order, a batch at a time; an array `(N, H, W, 3)` will do."""
-    pictures = iter(images)
-    while batch := list(islice(pictures, batch_size)):
+    """Features of images `(H, W, 3)` uint8, in order, a batch at a time; an array `(N, H, W, 3)` will do."""
+    rest = iter(images)
+    while batch := list(islice(rest, batch_size)):
         yield extractor(np.stack(batch))
 
 

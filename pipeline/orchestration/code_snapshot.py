@@ -13,10 +13,9 @@ PACKAGES = ("common", "fpdm", "pipeline", "preprocess", "slurm")
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copies the packages to `folder/<key of their content>` and returns that; what is there already stays, if it is
-    what it was.
+    """Copies the packages to `folder/<key of their content>` and returns that; an unchanged earlier copy stays.
 
-    The commit is written down beside them: the clone may have moved on when a job asks for it.
+    The commit is written beside them: the clone can be at another one when a job asks for it.
     """
     with tempfile.TemporaryDirectory() as temporary:
         copied = Path(temporary)
@@ -26,12 +25,12 @@ def take_snapshot(folder: Path) -> Path:
         listing = _listing(copied)
         target = folder / hashlib.sha256(listing.encode()).hexdigest()[:16]
         if not target.is_dir() or _listing(target) != listing:
-            with atomic_folder(target) as made:
-                shutil.copytree(copied, made, dirs_exist_ok=True)
+            with atomic_folder(target) as new:
+                shutil.copytree(copied, new, dirs_exist_ok=True)
     return target
 
 
 def _listing(folder: Path) -> str:
-    """Every file and its sha256, but what Python has compiled."""
+    """Each file with its sha256, without Python's caches."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return "".join(f"{path.relative_to(folder)} {sha256_file(path)}\n" for path in files)

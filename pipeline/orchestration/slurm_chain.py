@@ -1,4 +1,4 @@
-"""A whole run as SLURM jobs that wait for one another; whoever submits them need not stay.
+"""A run as SLURM jobs that wait for one another; nobody has to wait for them.
 
 `jobs.json` in the run folder lists what was submitted. A job that is still on its way is never submitted again.
 """
@@ -13,11 +13,13 @@ import submitit
 
 from common.errors import UserError
 from common.files import content_key, folder_lock
-from common.job_listing import LISTING, ListingForm
+from common.job_listing import ListingForm
 from common.loading import dump_recipe
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.sealed import read_sealed, write_sealed
-from pipeline.orchestration.stages import Stage, Step, steps
+from common.stage import Stage
+from common.stage_jobs import Step, steps
 from slurm import cluster, controller
 
 ENDING_SECONDS = 120  # a cancelled training saves first
@@ -42,18 +44,19 @@ def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> 
     Returns all jobs that are now on their way. Raises UserError where SLURM refuses one (those before it stay, and the
     same call goes on from there), and where jobs of another recipe are at work in the run folder.
     """
-    with folder_lock(recipe.folder / "logs"):
-        listed = listed_jobs(recipe.folder)
+    folder = RunFolder(recipe.folder)
+    with folder_lock(folder.logs):
+        listed = listed_jobs(folder)
         alive = _alive(listed)
         key = content_key(dump_recipe(recipe))
-        _refuse_another_recipe(recipe, alive, key)
+        _refuse_another_recipe(folder, alive, key)
         on_their_way: list[Submitted] = []
         for step in _to_do(recipe, stages, alive):
             if step.name not in alive:
                 after = on_their_way[-1].job if on_their_way else None
                 alive[step.name] = _submit(recipe, step, after, code, key)
                 listed.append(alive[step.name])
-                write_sealed(recipe.folder / LISTING, {"jobs": [asdict(one) for one in listed]})
+                write_sealed(folder.jobs, {"jobs": [asdict(one) for one in listed]})
             on_their_way.append(alive[step.name])
         return on_their_way
 
@@ -62,23 +65,23 @@ def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | Non
     """What `submit_chain` would give to sbatch; ids of jobs that are not submitted yet are shown as names."""
     after = None
     for step in _to_do(recipe, stages, {}):
-        made = _executor(recipe, step, after, code, submits=False)
-        yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(made, len(step.jobs))}"
+        queue = _executor(recipe, step, after, code, submits=False)
+        yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(queue, len(step.jobs))}"
         after = f"<{step.name}>"
 
 
-def listed_jobs(folder: Path) -> list[Submitted]:
-    path = folder / LISTING
-    if not path.exists():
+def listed_jobs(folder: RunFolder) -> list[Submitted]:
+    """All that were ever submitted. Raises UserError where the file is damaged."""
+    if not folder.jobs.exists():
         return []
-    found = read_sealed(path, ListingForm, "end what is on its way of this run's jobs (squeue --me), and delete it")
-    return [Submitted(**entry) for entry in found["jobs"]]
+    listing = read_sealed(folder.jobs, ListingForm, "end this run's jobs (squeue --me shows them), and delete it")
+    return [Submitted(**entry) for entry in listing["jobs"]]
 
 
-def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
+def describe(folder: RunFolder, jobs: Sequence[Submitted]) -> list[str]:
     """How to watch, stop and continue."""
     if not jobs:
-        return [f"{recipe.folder}: every stage is finished; nothing to submit"]
+        return [f"{folder.path}: every stage is finished; nothing to submit"]
     lines = [
         f"{one.step:14} job {one.job}{f'_[0-{one.parts - 1}]' if one.parts > 1 else '':8}"
         + (f" after {one.after}" if one.after else "")
@@ -87,8 +90,8 @@ def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
     ids = " ".join(one.job for one in jobs)
     return [
         *lines,
-        f"logs:     {recipe.folder / 'logs'}/<step>/<job>_0_log.out",
-        f"watch:    python slurm/status.py {recipe.folder}",
+        f"logs:     {folder.logs}/<step>/<job>_0_log.out",
+        f"watch:    python slurm/status.py {folder.path}",
         f"stop:     scancel {ids}",
         "continue: the same command again; it submits only what is neither finished nor on its way",
     ]
@@ -96,9 +99,9 @@ def describe(recipe: Recipe, jobs: Sequence[Submitted]) -> list[str]:
 
 def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted]) -> list[Step]:
     """The steps from the first that is on its way, or else from the first that is not finished."""
-    planned = [(step, stage) for stage in stages for step in steps(recipe, stage)]
+    planned = [(step, stage) for stage in stages for step in steps(recipe, stage, recipe.launch.jobs)]
     for number, (step, stage) in enumerate(planned):
-        if step.name in alive or (not alive and not stage.finished(recipe)):
+        if step.name in alive or (not alive and not stage.is_finished(recipe)):
             return [step for step, _ in planned[number:]]
     return []
 
@@ -137,11 +140,11 @@ def _alive(listed: Sequence[Submitted]) -> dict[str, Submitted]:
     return {one.step: one for one in listed if one.job in living - lost}
 
 
-def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str) -> None:
+def _refuse_another_recipe(folder: RunFolder, alive: dict[str, Submitted], key: str) -> None:
     others = [one.job for one in alive.values() if one.recipe != key]
     if others:
         raise UserError(
-            f"{recipe.folder}: jobs of another recipe are on their way in it: {', '.join(others)}; wait for them, end "
+            f"{folder.path}: jobs of another recipe are on their way in it: {', '.join(others)}; wait for them, end "
             f"them (scancel {' '.join(others)}), or choose another name"
         )
 
@@ -149,7 +152,7 @@ def _refuse_another_recipe(recipe: Recipe, alive: dict[str, Submitted], key: str
 def _executor(
     recipe: Recipe, step: Step, after: str | None, code: Path | None, *, submits: bool = True
 ) -> submitit.AutoExecutor:
-    folder, name = recipe.folder / "logs" / step.name, f"{recipe.name}-{step.name}"
+    folder, name = RunFolder(recipe.folder).step_logs(step.name), f"{recipe.name}-{step.name}"
     try:
         return cluster.executor("slurm", folder, name, step.resources, after=after, code=code, submits=submits)
     except ValueError as error:
@@ -157,10 +160,10 @@ def _executor(
 
 
 def _submit(recipe: Recipe, step: Step, after: str | None, code: Path | None, key: str) -> Submitted:
-    made = _executor(recipe, step, after, code)
+    queue = _executor(recipe, step, after, code)
     try:
-        jobs = cluster.submit(made, step.jobs, at_once=len(step.jobs))
+        jobs = cluster.submit(queue, step.jobs, at_once=len(step.jobs))
     except ValueError as error:
         raise UserError(f"{step.name}: {error}") from None
     job = jobs[0].job_id.partition("_")[0]
-    return Submitted(step.name, job, len(jobs), after, str(made.folder), key, round(time.time(), 1))
+    return Submitted(step.name, job, len(jobs), after, str(queue.folder), key, round(time.time(), 1))

@@ -12,61 +12,57 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from common.errors import one_line
-from common.recipe import Recipe
-from common.run_folder import Weights
 from pipeline.evaluation.image_sets import by_class
 from pipeline.sampling.chunks import cover_gap, iterate
-from pipeline.sampling.sample_set import sample_set, wanted_weights
+from pipeline.sampling.sample_set import SampleSet, Sampling
+from preprocess.sources import open_source
 
 MAX_CLASSES = 8
 PANELS_A_ROW = 4
-GAP = 2  # pixels between pictures
+GAP = 2  # pixels between images
 MARGIN = 16  # between blocks
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pictures of one class and one origin, in a square grid `(H, W, 3)` uint8."""
+    """Images of one class and one origin, in a square grid `(H, W, 3)` uint8."""
 
     title: str
     origin: str
     grid: NDArray[np.uint8]
 
 
-def class_panels(recipe: Recipe) -> list[list[Block]]:
-    """For each of the first classes: real pictures, then samples of each of the recipe's weights, as many of each."""
+def class_panels(sampling: Sampling) -> list[list[Block]]:
+    """For each of the first classes: real images, then samples of each of the recipe's sets, as many of each."""
+    recipe = sampling.recipe
     classes = min(recipe.model.num_classes, MAX_CLASSES)
     each = max(1, recipe.sample.save_images // classes)
-    found = {
-        _origin(recipe, weights): _samples_by_class(recipe, weights, classes, each)
-        for weights in wanted_weights(recipe)
-    }
-    panels = []
+    drawn = {_origin(samples): _samples_by_class(sampling, samples, classes, each) for samples in sampling.sets}
+    source, panels = open_source(recipe.data), []
     for label in range(classes):
-        name, real = by_class(recipe, label, each)
-        origins = {"real": real} | {origin: pictures[label] for origin, pictures in found.items()}
+        name, real = by_class(recipe.data, source, label, each)
+        origins = {"real": real} | {origin: images[label] for origin, images in drawn.items()}
         title = one_line(name, 100)  # whatever the class is called, fonts and pages show it
-        panels.append([Block(title, origin, grid(pictures)) for origin, pictures in origins.items() if pictures])
+        panels.append([Block(title, origin, grid(images)) for origin, images in origins.items() if images])
     return panels
 
 
-def _origin(recipe: Recipe, weights: Weights) -> str:
-    samples_seen = sample_set(recipe, weights).samples_seen
-    return f"drawn after {samples_seen:,} training samples" if samples_seen else "drawn before training"
+def _origin(samples: SampleSet) -> str:
+    return f"drawn after {samples.samples_seen:,} training samples" if samples.samples_seen else "drawn before training"
 
 
-def _samples_by_class(recipe: Recipe, weights: Weights, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
-    """The first samples of each class; a set of few samples, or of few pictures, may have fewer than `each`."""
-    found: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
-    folder, count = sample_set(recipe, weights).folder, recipe.sample.num_samples
-    gap = cover_gap(folder, (0, count)) if recipe.sample.output == "features" else None
-    for rows in iterate(folder, (0, gap[0] if gap else count)):
-        for label, pictures in enumerate(found):
-            pictures += list(rows["images"][rows["labels"] == label][: each - len(pictures)])
-        if all(len(pictures) == each for pictures in found):
+def _samples_by_class(sampling: Sampling, samples: SampleSet, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
+    """The first samples of each class; a set of few samples, or of few images, may have fewer than `each`."""
+    by_label: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
+    count = sampling.recipe.sample.num_samples
+    gap = cover_gap(samples.folder, (0, count)) if sampling.recipe.sample.output == "features" else None
+    for rows in iterate(samples.folder, (0, gap[0] if gap else count)):
+        for label, images in enumerate(by_label):
+            images += list(rows["images"][rows["labels"] == label][: each - len(images)])
+        if all(len(images) == each for images in by_label):
             break
-    return found
+    return by_label
 
 
 def grid(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -81,7 +77,7 @@ def grid(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def contact_sheet(panels: Sequence[Sequence[Block]], resolution: int) -> Image.Image:
-    """All blocks with their captions, a column of blocks a class; pictures under 128 px are enlarged, pixels kept."""
+    """All blocks with their captions, a column of blocks a class; images under 128 px are enlarged, pixels kept."""
     scale = max(1, 128 // resolution)
     columns = [_column(panel, scale) for panel in panels]
     rows = [columns[start : start + PANELS_A_ROW] for start in range(0, len(columns), PANELS_A_ROW)]

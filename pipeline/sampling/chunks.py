@@ -45,27 +45,31 @@ def chunk_path(folder: Path, span: Span, suffix: str = "npz") -> Path:
 
 
 def find_chunks(folder: Path) -> dict[Span, Path]:
-    """By their span; what somebody copied beside them under another name is none."""
-    found = (path for path in sorted(folder.glob("chunk-*")) if CHUNK_NAME.fullmatch(path.name))
-    return {_span(path): path for path in found if chunk_path(folder, _span(path), path.suffix[1:]).name == path.name}
+    """By their span; files under other names, such as copies, are none."""
+    paths = (path for path in sorted(folder.glob("chunk-*")) if CHUNK_NAME.fullmatch(path.name))
+    return {_span(path): path for path in paths if chunk_path(folder, _span(path), path.suffix[1:]).name == path.name}
 
 
 def cover_gap(folder: Path, span: Span) -> Span | None:
-    """The first range of samples within `span` that no chunk holds; None where all are there."""
+    """The first range of samples within `span` that no chunk holds, if any."""
     return _cover(folder, span)[1]
 
 
 def iterate(folder: Path, span: Span) -> Iterator[Chunk]:
     """Samples first to end - 1 in order, none missing and none twice, a chunk at a time.
 
-    Raises UserError naming the samples that are missing, before anything is read, or the chunk that is damaged.
+    Raises UserError as `check_cover`, before anything is read, and naming the chunk that is damaged.
     """
-    parts, gap = _cover(folder, span)
-    if gap:
+    check_cover(folder, span)
+    return ({name: rows[part] for name, rows in read_chunk(path).items()} for path, part in _cover(folder, span)[0])
+
+
+def check_cover(folder: Path, span: Span) -> None:
+    """Raises UserError naming the first samples of the span that no chunk holds."""
+    if gap := cover_gap(folder, span):
         raise UserError(
             f"{folder}: samples {gap[0]} to {gap[1] - 1} of {span[1]} are missing; run {COMMAND} with this recipe"
         )
-    return ({name: rows[kept] for name, rows in read_chunk(path).items()} for path, kept in parts)
 
 
 def _cover(folder: Path, span: Span) -> tuple[list[tuple[Path, slice]], Span | None]:
@@ -73,10 +77,10 @@ def _cover(folder: Path, span: Span) -> tuple[list[tuple[Path, slice]], Span | N
     parts: list[tuple[Path, slice]] = []
     chunks, (position, end) = find_chunks(folder), span
     while position < end:
-        found = [chunk for chunk in chunks if chunk[0] <= position < chunk[1]]
-        if not found:
+        holding = [chunk for chunk in chunks if chunk[0] <= position < chunk[1]]
+        if not holding:
             return parts, (position, min([first for first, _ in chunks if position < first < end], default=end))
-        first, last = max(found, key=lambda chunk: chunk[1])
+        first, last = max(holding, key=lambda chunk: chunk[1])
         parts.append((chunks[first, last], slice(position - first, min(last, end) - first)))
         position = last
     return parts, None
@@ -127,7 +131,7 @@ def _span(path: Path) -> Span:
 
 
 def _key(path: Path) -> str:
-    """Of the set whose chunk this is: the end of its folder's name."""
+    """The key of the chunk's set: the end of its folder's name."""
     return path.parent.name.rpartition("-")[2]
 
 
@@ -148,7 +152,7 @@ def _write_tar(path: Path, rows: Chunk) -> None:
 
 @with_config(STRICT)
 class Facts(TypedDict):
-    """Of a sample, beside it in a tar."""
+    """The JSON file of a sample in a tar."""
 
     index: int
     key: str
@@ -157,7 +161,7 @@ class Facts(TypedDict):
 
 
 def _read_tar(path: Path) -> Chunk:
-    """As an npz of the same samples is read. Raises UserError naming the sample that is damaged."""
+    """The same arrays as `read_arrays` gives of an npz. Raises UserError naming the sample that is damaged."""
     with errors_as(UserError, f"{path}: damaged; {_REMEDY}"), tarfile.open(path, "r:") as tar:
         members = {member.name: _content(tar, member) for member in tar}
     first, end = _span(path)
@@ -166,10 +170,10 @@ def _read_tar(path: Path) -> Chunk:
         with errors_as(UserError, f"{path}: damaged: sample {index}; {_REMEDY}"):
             facts = unseal(members[f"{index:08d}.json"], f"{path}: sample {index}", Facts, _REMEDY)
             image = np.asarray(Image.open(io.BytesIO(members[f"{index:08d}.png"])))
-            told = (facts["index"], facts["label"], facts["sha256"])
+            stated = (facts["index"], facts["label"], facts["sha256"])
             label = int(members[f"{index:08d}.cls"])
-            whole = told == (index, label, hashlib.sha256(image.tobytes()).hexdigest()) and image.ndim == 3
-        if not whole:
+            as_written = stated == (index, label, hashlib.sha256(image.tobytes()).hexdigest()) and image.ndim == 3
+        if not as_written:
             raise _damaged(path, f"sample {index} is not the one that was written")
         keys.add(facts["key"])
         images.append(image)

@@ -1,12 +1,11 @@
 """How a set's steps are computed: iterations of each, and where solutions are reused.
 
-What is measured on the weights is measured once for a set, and kept beside its samples: every rank, job and later run
-draws by the same plan.
+A plan that is measured on the weights is measured once for a set, and written beside its samples: every rank, job and
+later run draws by it.
 """
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +18,15 @@ from typing_extensions import TypedDict
 from common.errors import UserError
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from common.recipe.sampling import MEASURED, total_iterations
+from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import allocate
-from fpdm.calibration import allocate_measured, calibrate, choose_reuse
+from fpdm.calibration import Draw, allocate_measured, calibrate, choose_reuse
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import build_sampler, guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
 
-NAME = "plan.json"
 REMEDY = "delete the folder and run python pipeline/sample.py"
 REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
 
@@ -52,8 +51,8 @@ def even_iterations(recipe: Recipe) -> list[int] | None:
     return allocate("constant", steps, total_iterations(recipe) / steps) if recipe.model.kind == "fpdm" else None
 
 
-def blocks_a_picture(recipe: Recipe) -> int:
-    """Transformer blocks of one picture; a step with guidance computes each twice.
+def blocks_an_image(recipe: Recipe) -> int:
+    """Transformer blocks of one image; a step with guidance computes each twice.
 
     Where iterations are measured and guidance acts in some of the steps alone, as if the iterations were even.
     """
@@ -67,12 +66,12 @@ def blocks_a_picture(recipe: Recipe) -> int:
     return sum(config.blocks(count) * (1 + twice) for count, twice in zip(counts, guided, strict=True))
 
 
-def plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
-    """The plan of the set in `folder`, from its plan.json; made first where there is none.
+def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
+    """The plan of the set in `folder`, from its plan.json, which is written first where it is missing.
 
     Raises UserError as `read_plan`, and where a measured one is gone from beside samples that were drawn by it.
     """
-    path, stated = folder / NAME, by_recipe(recipe)
+    path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     drawn = any(folder.rglob("chunk-*"))  # looked for first: whoever draws has written the plan before
     if not path.exists():
         if stated is None and drawn:
@@ -87,18 +86,18 @@ def read_plan(recipe: Recipe, folder: Path) -> Plan:
     Raises UserError where it is damaged, or none of this recipe. What the recipe alone says is written again instead,
     with a warning.
     """
-    path, stated = folder / NAME, by_recipe(recipe)
+    path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     try:
-        found = Plan(**read_sealed(path, PlanForm, REMEDY))
-        if fault := _misfit(recipe, found):
+        plan = Plan(**read_sealed(path, PlanForm, REMEDY))
+        if fault := _misfit(recipe, plan):
             raise UserError(f"{path}: {fault}; {REMEDY}")
-    except UserError as fault_told:
+    except UserError as error:
         if stated is None or not folder.exists():
             raise
-        print(f"warning: {fault_told}; now it is written again", file=sys.stderr, flush=True)
+        print(f"warning: {error}; now it is written again", file=sys.stderr, flush=True)
         write_sealed(path, asdict(stated))
         return stated
-    return found
+    return plan
 
 
 def by_recipe(recipe: Recipe) -> Plan | None:
@@ -112,22 +111,22 @@ def by_recipe(recipe: Recipe) -> Plan | None:
     return Plan(allocate(settings.allocation, settings.num_steps, settings.iterations), always)
 
 
-def _misfit(recipe: Recipe, found: Plan) -> str | None:
-    """What no plan of this recipe has."""
+def _misfit(recipe: Recipe, plan: Plan) -> str | None:
+    """Why a plan does not fit the recipe; None where it does."""
     settings, stated = recipe.sample, by_recipe(recipe)
     if stated is not None:
-        return None if found == stated else "not the plan that the recipe says"
-    steps, counts = len(found.reuse), found.iterations
+        return None if plan == stated else "not the plan that the recipe says"
+    steps, counts = len(plan.reuse), plan.iterations
     if steps not in (settings.num_steps, *settings.step_choices) or counts is None or len(counts) != steps:
         return f"iterations and reuse of {len(counts or ())} and {steps} steps, the recipe has {settings.num_steps}"
-    if settings.reuse != "calibrated" and set(found.reuse) != {settings.reuse == "always"}:
+    if settings.reuse != "calibrated" and set(plan.reuse) != {settings.reuse == "always"}:
         return f"reuse: not {settings.reuse!r} in every step"
     outer = denoiser_config(recipe).blocks(0)
     blocks, budget = sum(counts) + outer * steps, total_iterations(recipe) + outer * settings.num_steps
     return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
-def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Callable[..., torch.Tensor]:
+def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Draw:
     """`fpdm.sample` of the samples `index` (B,), with all but steps, iterations and reuse bound."""
     settings, shape = recipe.sample, latent_shape(recipe)
     noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
@@ -137,7 +136,7 @@ def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> C
         model,
         diffusion(recipe),
         noise(),
-        labels_of(recipe, index),
+        labels_for(recipe, index),
         sampler=settings.sampler,
         eta=settings.eta,
         step_noise=(lambda step: noise(step=step)) if noisy else None,
@@ -148,7 +147,7 @@ def draw(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> C
     )
 
 
-def labels_of(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
+def labels_for(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
     """Label of sample i. "balanced": i % num_classes, as many of each class exactly where the classes divide the number
     of samples; "uniform": drawn, a function of (seed, i).
     """
@@ -163,13 +162,13 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
     steps = settings.num_steps
     always = [settings.reuse == "always"] * steps
     index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
-    drawing = draw(recipe, model, "calibrate", index)
+    draw = bind_sampler(recipe, model, "calibrate", index)
     outer = model.config.blocks(0)
     budget = total_iterations(recipe) + outer * steps
     if settings.step_choices:
         choices = (steps, *settings.step_choices)
         best = calibrate(
-            drawing,
+            draw,
             block_budget=budget,
             outer_depth=outer,
             step_choices=choices,
@@ -180,7 +179,7 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
         return Plan(best.iterations, best.reuse)
     if settings.allocation in MEASURED:
         counts = allocate_measured(
-            drawing,
+            draw,
             settings.allocation,
             steps,
             block_budget=budget,
@@ -189,11 +188,11 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
         )
     else:
         counts = allocate(settings.allocation, steps, settings.iterations)
-    return Plan(counts, choose_reuse(drawing, counts) if settings.reuse == "calibrated" else always)
+    return Plan(counts, choose_reuse(draw, counts) if settings.reuse == "calibrated" else always)
 
 
 def _write_once(path: Path, value: Any) -> None:
-    """The first of several processes wins; what another machine's rounding would have chosen is dropped."""
+    """The first of several processes wins; the plans of others, which rounding can make differ, are dropped."""
     own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     write_sealed(own, value)
     try:

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from common.recipe import Recipe, denoiser_config
 from fpdm.weights import assemble
-from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.metrics import Accumulator, frechet_distance
+from pipeline.evaluation.yardstick import Yardstick
+from pipeline.sampling.generate import draw_images
+from pipeline.sampling.models import Models
 from pipeline.sampling.plans import Plan, even_iterations
-from pipeline.sampling.samples import draw_images
 from preprocess.encoding.encoder import Encoder
 from preprocess.images.images import to_uint8
 
@@ -21,11 +22,11 @@ class PreviewDistance:
     """
 
     def __init__(self, recipe: Recipe, vae: Encoder) -> None:
-        evaluation = Evaluation(recipe)
+        yardstick = Yardstick(recipe, Models(recipe.vae, recipe.evaluate))
         self.recipe, self.vae = recipe, vae
-        self.reference = evaluation.reference_summary.statistics["pooled"]
-        self.extractor = evaluation.extractor
-        self.name = f"{evaluation.weights.distance_name} of {recipe.train.previews.distance_images} samples"
+        self.reference = yardstick.reference_summary.statistics["pooled"]
+        self.extractor = yardstick.extractor.network
+        self.name = f"{yardstick.extractor.weights.distance_name} of {recipe.train.previews.distance_images} samples"
 
     def measure(self, weights: dict[str, Tensor]) -> float:
         """`weights`: complete tensors by name. Raises UserError where samples come out non-finite or constant."""

@@ -1,83 +1,93 @@
-"""The stage `train`: whether a run is finished, and training it."""
+"""The stage `train`. Importing it takes no time: `--help` needs nothing of torch."""
 
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 from common.errors import UserError
-from common.files import disk_errors_as_user_errors, folder_lock
-from common.ranks import rank_and_world_size
-from common.recipe import Recipe, with_world_size
-from common.run_folder import ema_names, weights_folder
-from common.run_weights import describe
-from pipeline.training.checkpoint import MARKER, folder_of
-from pipeline.training.data import open_shards, stage_in
-from pipeline.training.distributed import process_group, raise_on_all_ranks
-from pipeline.training.identity import identity, total_samples
-from pipeline.training.signals import stop_requests
-from pipeline.training.trainer import Trainer
+from common.recipe import Launch, Recipe
+from common.stage import Stage, the_recipe
 
 
-def train(recipe: Recipe) -> None:
-    """Trains to `train.total_samples`, from the newest checkpoint if there is one; finished runs return at once.
+def plan(recipe: Recipe) -> Iterator[str]:
+    """What training will do, checked against the shards and the number of processes."""
+    from common.ranks import rank_and_world_size
+    from common.recipe import with_world_size
+    from pipeline.training.checkpoint import complete_checkpoints
+    from pipeline.training.data import open_shards
+    from pipeline.training.deepspeed_config import deepspeed_config
+    from pipeline.training.identity import total_samples
 
-    Raises Interrupted, after all ranks have saved, if any of them is sent a stop signal.
-    """
-    if finished(recipe):
-        return
-    rank, world_size = rank_and_world_size()
-    _check_last_weights(recipe, rank)
+    train = recipe.train
+    if recipe.model.kind == "fpdm":
+        without, with_gradient = train.max_no_grad_iterations, train.max_grad_iterations
+        yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
+    _, world_size = rank_and_world_size()
     try:
-        recipe = with_world_size(recipe, world_size)
+        config = deepspeed_config(with_world_size(recipe, world_size), world_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    with stop_requests() as stop, process_group() as ranks, ExitStack() as lock:
-        with raise_on_all_ranks(ranks):
-            if rank == 0:
-                with disk_errors_as_user_errors(recipe.folder):
-                    lock.enter_context(folder_lock(recipe.folder))
-            shards = open_shards(recipe)
-            stage_in(recipe, shards)
-            shards.prove_places(rank, world_size)
-        Trainer(recipe, shards, ranks, stop).run()
+    micro_batch_size, accumulations = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+    yield (
+        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
+        f"{micro_batch_size} x {accumulations} accumulations, ZeRO {config['zero_optimization']['stage']}"
+    )
+    checkpoints = complete_checkpoints(recipe)
+    state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
+    yield f"run folder: {recipe.folder}, {state}"
+    samples = len(open_shards(recipe))
+    yield f"data: {samples:,} samples in {recipe.data.shards}, {train.total_samples / samples:.2f} epochs"
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the run has its EMA weights after the last sample, trained by this recipe."""
+    from pipeline.training import run
+
+    return run.finished(recipe)
+
+
+def train(recipe: Recipe) -> None:
+    from pipeline.training import run
+
+    run.train(recipe)
+
+
+def check(recipe: Recipe, cluster: str) -> None:
+    """The batch over all ranks, and DeepSpeed's settings, as ranks on such nodes will find them. Raises UserError."""
+    from common.recipe import with_world_size
+    from pipeline.training.deepspeed_config import deepspeed_config
+
+    ranks = recipe.launch.nodes * recipe.launch.processes
     try:
-        wanted = identity(recipe, open_shards(recipe))
-    except UserError:  # no shards any more; the stage before this one says so
-        return False
-    try:
-        return all(
-            folder.exists() and _is_same_run(recipe, describe(folder).extra["run"], wanted)
-            for folder in _last_weights(recipe)
+        deepspeed_config(with_world_size(recipe, ranks), ranks, _has_gpus(recipe.launch, cluster))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _has_gpus(launch: Launch, cluster: str) -> bool:
+    """Whether training will see GPUs. Raises ValueError where this machine has fewer than the recipe asks for."""
+    import torch
+
+    from slurm.site_file import asks_for_gpus, load_site
+
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cluster == "slurm":
+        return launch.gpus_per_process > 0 or asks_for_gpus(load_site())
+    if cluster == "debug":  # in this process
+        return here > 0
+    asked = launch.processes * launch.gpus_per_process
+    if here and asked > here:
+        raise ValueError(
+            f"launch.processes: {launch.processes} with {launch.gpus_per_process} GPUs each, and this machine has "
+            f"{here}; each process needs its own: set it to {max(1, here // launch.gpus_per_process)}"
         )
-    except UserError:  # damaged; training says so and writes them again
-        return False
+    return min(here, asked) > 0
 
 
-def _last_weights(recipe: Recipe) -> list[Path]:
-    return [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
-
-
-def _is_same_run(recipe: Recipe, run: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
-    """Compares identities. "auto" precision matches any: a cluster's login node has no GPU to resolve it as training
-    did."""
-    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
-    return run is not None and run | free == wanted | free
-
-
-def _check_last_weights(recipe: Recipe, rank: int) -> None:
-    """Warns of damaged last weights, which the last checkpoint restores. Raises UserError where that is missing:
-    training must not begin again from the start unasked."""
-    for folder in _last_weights(recipe):
-        try:
-            if folder.exists():
-                describe(folder)
-        except UserError as error:
-            if not (folder_of(recipe) / f"{total_samples(recipe):012d}" / MARKER).exists():
-                raise
-            if rank == 0:
-                print(f"warning: {error}; now they are written again", file=sys.stderr, flush=True)
+STAGE = Stage(
+    name="train",
+    resolve=the_recipe,
+    plan=plan,
+    finished=finished,
+    work=train,
+    ranks_share=True,
+    all_processes=True,
+    check=check,
+)

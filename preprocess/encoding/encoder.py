@@ -181,9 +181,12 @@ class Encoder:
     AutoencoderTiny and AutoencoderDC give one latent an image, no distribution: its standard deviation is 0.
     """
 
-    def __init__(self, settings: VAE, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, settings: VAE, device: str | torch.device | None = None, identity: Identity | None = None
+    ) -> None:
+        """`identity`: as `identify` gave it before; its files are not hashed again."""
         folder = fetch_vae(settings)
-        self.identity = identify(folder, settings)
+        self.identity = identity or identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self._settings = PRECISIONS[settings.precision], settings
         network: Any = load_vae(folder, self.dtype)

@@ -22,7 +22,7 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "torch.utils.flop_counter",
     "pipeline.train",
-    "pipeline.training.stage",
+    "pipeline.training.run",
 ]
 
 _context = multiprocessing.get_context("forkserver")
@@ -123,9 +123,9 @@ def _rank(environment: dict[str, str], log: Path, function: Callable[..., None],
 
 def _train(arguments: list[str], before: Callable[[], None] | None) -> None:
     """One rank, as `python pipeline/train.py` is one."""
-    from common.command import run_command
+    from common.command import run_stage_command
     from pipeline import train
 
     if before is not None:
         before()
-    sys.exit(run_command(train.__doc__ or "", train.plan, train.work, arguments))
+    sys.exit(run_stage_command(train.__doc__ or "", train.STAGE, arguments))

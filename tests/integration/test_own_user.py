@@ -26,7 +26,7 @@ def test_train_may_be_called_again_in_the_same_process(experiment: Experiment) -
     program = """
 import sys
 from common.loading import load_recipe
-from pipeline.training.stage import finished, train
+from pipeline.training.run import finished, train
 for overrides in (["train.total_samples=32"], ["train.total_samples=64"], ["train.zero_stage=2", "name=twice-2"]):
     recipe = load_recipe(sys.argv[1], ["name=twice", "train.total_samples=32", *overrides])
     train(recipe)
@@ -44,7 +44,7 @@ import shutil, sys
 from common.errors import UserError
 from common.loading import load_recipe
 from common.run_folder import weights_folder
-from pipeline.training.stage import finished, train
+from pipeline.training.run import finished, train
 recipe = load_recipe(sys.argv[1], ["name=mended", "train.total_samples=32"])
 train(recipe)
 config = weights_folder(recipe, 32) / "config.json"

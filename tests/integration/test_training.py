@@ -163,7 +163,7 @@ def test_a_run_finished_on_a_gpu_is_finished_on_a_login_node(
 ) -> None:
     from common.loading import load_recipe
     from pipeline.training import identity as run_identity
-    from pipeline.training.stage import finished
+    from pipeline.training.run import finished
 
     monkeypatch.setattr(run_identity, "precision", lambda recipe: "bf16")  # "auto" on a machine with a GPU
     assert finished(load_recipe(experiment.recipe, ["name=finished"]))

@@ -57,7 +57,7 @@ def end_the_process(recipe: Recipe) -> None:
 def train_slowly(recipe: Recipe, *, step_seconds: float, slow_starts: int) -> None:
     """The real training, with steps that take their time in its first starts, so that there is time to interrupt it."""
     from fpdm.diffusion import Diffusion
-    from pipeline.training.stage import train
+    from pipeline.training.run import train
 
     loss = Diffusion.loss
 

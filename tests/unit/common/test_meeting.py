@@ -16,6 +16,7 @@ from common import meeting
 from common.command import exit_status_of
 from common.errors import UserError
 from common.meeting import meet
+from pipeline.stages import STAGES
 from slurm.cluster import free_port
 
 ROOT = Path(__file__).parents[3]
@@ -162,18 +163,20 @@ def test_ranks_without_a_place_to_meet_are_told(monkeypatch: pytest.MonkeyPatch)
 ONE = """
 import sys
 from common import meeting
-from common.command import run_command
+from common.command import run_stage_command
+from common.stage import Stage, the_recipe
 
+def work(recipe):
+    print("worked")
+
+stage = Stage(name="a", resolve=the_recipe, plan=lambda _: ["looked"], finished=bool, work=work, ranks_share=True)
 meeting.ALONE_SECONDS = 0.3
-sys.exit(run_command("", lambda recipe: ["looked"], lambda recipe: print("worked"), sys.argv[1:], shared=True))
+sys.exit(run_stage_command("", stage, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(
-    "path", ["preprocess/encode_latents", "pipeline/train", "pipeline/sample", "pipeline/eval_fid"]
-)
-def test_ranks_share_these_commands(path: str) -> None:
-    assert "shared=True))\n" in (ROOT / f"{path}.py").read_text()
+def test_ranks_share_these_stages() -> None:
+    assert [stage.name for stage in STAGES if stage.ranks_share] == ["encode", "train", "sample", "evaluate"]
 
 
 def test_a_shells_variables_without_its_terminal_are_no_ranks() -> None:

@@ -14,8 +14,7 @@ from common.recipe import Recipe
 from common.run_folder import weights_folder
 from fpdm.weights import load_pretrained
 from pipeline import import_weights
-from pipeline.sampling import samples
-from tests.conftest import load_samples
+from tests.conftest import generated, load_samples
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_imported_weights_draw_the_same_images(command, tiny_recipe: Recipe) -> 
     assert command("name=imported", "--dry-run") == 0
     assert not imported.folder.exists()
     assert command("name=imported") == 0
-    expected, found = (load_samples(samples.generate(recipe, "latest"), 10) for recipe in (tiny_recipe, imported))
+    expected, found = (load_samples(generated(recipe, "latest"), 10) for recipe in (tiny_recipe, imported))
     assert all((one == other).all() for one, other in zip(expected, found, strict=True))
 
 
@@ -55,7 +54,7 @@ def test_a_network_of_diffusers_is_imported_and_sampled_as_any_other(
     recipe = replace(tiny_recipe, name="dit", model=replace(tiny_recipe.model, kind="dit", depth=2))
     imported = load_pretrained(weights_folder(recipe, recipe.train.total_samples))
     assert imported.config.self_conditioned
-    images, _ = load_samples(samples.generate(recipe, "latest"), 10)
+    images, _ = load_samples(generated(recipe, "latest"), 10)
     assert images.shape == (10, 16, 16, 3)
 
 

@@ -10,26 +10,23 @@ import pytest
 from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from common.recipe import Recipe
-from common.run_folder import weights_folder
+from common.run_folder import RunFolder, weights_folder
 from fpdm.pipeline_hf import FPDMPipeline, FPDMTransformer2DModel
 from pipeline import export
-from pipeline.sampling import samples
-from tests.conftest import load_samples
+from tests.conftest import generated, load_samples
 from tests.seals import resealed
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_pipeline_draws_the_same_images_as_the_command(tiny_recipe: Recipe, sampler: str) -> None:
     recipe = replace(tiny_recipe, sample=replace(tiny_recipe.sample, sampler=sampler, guidance_scale=1.5))
-    images, labels = load_samples(samples.generate(recipe, "latest"), 10)
+    images, labels = load_samples(generated(recipe, "latest"), 10)
     export.export(recipe)
-    pipeline = FPDMPipeline.from_pretrained(export.folder_of(recipe))
-    result = pipeline(
-        labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3
-    )
-    drawn = np.stack([np.asarray(image) for image in result.images])
-    assert np.abs(drawn.astype(int) - images[3:7]).max() <= 1
-    assert (drawn == images[3:7]).mean() > 0.99
+    loaded = FPDMPipeline.from_pretrained(RunFolder(recipe.folder).pipeline)
+    found = loaded(labels[3:7], num_inference_steps=3, iterations=2, sampler=sampler, guidance_scale=1.5, first_index=3)
+    pictures = np.stack([np.asarray(image) for image in found.images])
+    assert np.abs(pictures.astype(int) - images[3:7]).max() <= 1
+    assert (pictures == images[3:7]).mean() > 0.99
 
 
 def tiny() -> AutoencoderTiny:
@@ -49,11 +46,11 @@ def deep() -> AutoencoderDC:
 def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recipe, tmp_path: Path, autoencoder) -> None:
     autoencoder().save_pretrained(tmp_path / "vae")
     recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "vae")))
-    images, labels = load_samples(samples.generate(recipe, "latest"), 10)
+    images, labels = load_samples(generated(recipe, "latest"), 10)
     export.export(recipe)
-    result = FPDMPipeline.from_pretrained(export.folder_of(recipe))(labels, num_inference_steps=3, iterations=2)
-    drawn = np.stack([np.asarray(image) for image in result.images])
-    assert np.abs(drawn.astype(int) - images).max() <= 1
+    found = FPDMPipeline.from_pretrained(RunFolder(recipe.folder).pipeline)(labels, num_inference_steps=3, iterations=2)
+    pictures = np.stack([np.asarray(image) for image in found.images])
+    assert np.abs(pictures.astype(int) - images).max() <= 1
 
 
 def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_after_an_export(
@@ -61,7 +58,7 @@ def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_aft
 ) -> None:
     resealed(weights_folder(tiny_recipe, 64) / "config.json", lambda stated: stated["extra"].update(label_dropout=0))
     export.export(tiny_recipe)
-    loaded = FPDMPipeline.from_pretrained(export.folder_of(tiny_recipe))
+    loaded = FPDMPipeline.from_pretrained(RunFolder(tiny_recipe.folder).pipeline)
     with pytest.raises(ValueError, match=r"guidance_scale: 1\.5, but .* never saw the null label"):
         loaded([0], num_inference_steps=2, iterations=1, guidance_scale=1.5)
     assert loaded([0], num_inference_steps=2, iterations=1).images
@@ -92,7 +89,7 @@ def test_an_exported_pipeline_needs_nothing_but_fpdm(tiny_recipe: Recipe) -> Non
     export.export(tiny_recipe)
     program = (
         "import sys; from fpdm.pipeline_hf import FPDMPipeline;"
-        f"pipeline = FPDMPipeline.from_pretrained({str(export.folder_of(tiny_recipe))!r});"
+        f"pipeline = FPDMPipeline.from_pretrained({str(RunFolder(tiny_recipe.folder).pipeline)!r});"
         "pipeline([0], num_inference_steps=2, iterations=1);"
         "assert not {'pipeline', 'preprocess', 'common', 'slurm'} & set(sys.modules)"
     )

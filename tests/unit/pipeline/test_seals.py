@@ -12,21 +12,25 @@ import pytest
 from common.errors import UserError
 from common.log_lines import LogLine, append_line, read_log
 from common.recipe import Recipe
-from common.run_folder import counted, find_weights, weights_folder
+from common.run_folder import RunFolder, counted, find_weights, weights_folder
 from common.run_recipe import read_recipe, write_recipe
 from common.run_weights import describe
 from common.sealed import read_json
+from common.stage_times import read_times, write_time
 from fpdm.weights import CONFIG_NAME, WEIGHTS_NAME
-from pipeline import eval_fid, report, sweep
+from pipeline.evaluation import evaluate
 from pipeline.evaluation.measurements import Evaluation
+from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary
-from pipeline.evaluation.sweep import TABLE, read_table
+from pipeline.evaluation.sweep import read_table
+from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.orchestration.code_snapshot import take_snapshot
-from pipeline.orchestration.stages import TIMES, keep_time, read_times
-from pipeline.sampling import chunks, plans, samples
-from pipeline.sampling.features import features_folder
+from pipeline.reporting import page
+from pipeline.reporting.stage import STAGE as REPORT
+from pipeline.sampling import chunks, plans
 from pipeline.sampling.sample_set import sample_set
-from tests.conftest import copied, load_samples
+from pipeline.sampling.stage import STAGE as SAMPLE
+from tests.conftest import copied, features_folder, generated, load_samples, run_stage
 from tests.seals import WRONG, edits, flips, resealed
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
 from tests.watching_files import only_below
@@ -37,14 +41,14 @@ def measured(sampled: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recip
     """With all that stages leave for those after them."""
     recipe = copied(sampled, tmp_path_factory.mktemp("sealed"))
     recipe = replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",)))
-    eval_fid.evaluate(recipe)
-    sweep.sweep(recipe)
+    run_stage(EVALUATE, recipe)
+    run_stage(SWEEP, recipe)
     write_recipe(recipe)
     for samples_seen in (32, 64):
         append_line(recipe.folder / "metrics.jsonl", {"samples": samples_seen, "step": samples_seen // 32, "loss": 0.5})
         append_line(recipe.folder / "provenance.jsonl", {"stage": "train", "from_samples": samples_seen})
     for stage in ("train", "sample"):
-        keep_time(recipe, stage, 2.5)
+        write_time(RunFolder(recipe.folder), stage, 2.5)
     return recipe
 
 
@@ -58,7 +62,7 @@ def drawn_in(recipe: Recipe) -> Path:
 
 
 def eval_file(recipe: Recipe) -> Path:
-    evaluation = Evaluation(recipe)
+    evaluation = Evaluation.of(recipe)
     return evaluation.path_of(evaluation.samples[0])
 
 
@@ -68,11 +72,11 @@ def plan_of(recipe: Recipe) -> dict[str, Any]:
 
 READERS: dict[str, tuple[Callable[[Recipe], Path], Callable[[Recipe], Any], int]] = {
     "plan.json": (lambda r: drawn_in(r) / "plan.json", plan_of, 60),
-    "eval": (eval_file, lambda r: Evaluation(r).measured(Evaluation(r).samples[0]), 60),
-    "metrics.json": (lambda r: r.folder / "metrics.json", eval_fid.read_metrics, 60),
-    "table.json": (lambda r: r.folder / TABLE, read_table, 60),
+    "eval": (eval_file, lambda r: Evaluation.of(r).measured(Evaluation.of(r).samples[0]), 60),
+    "metrics.json": (lambda r: r.folder / "metrics.json", lambda r: evaluate.read_metrics(RunFolder(r.folder)), 60),
+    "table.json": (lambda r: r.folder / "sweep/table.json", lambda r: read_table(RunFolder(r.folder)), 60),
     "config.json": (lambda r: weights_folder(r, 64) / CONFIG_NAME, lambda r: describe(weights_folder(r, 64)), 60),
-    "stages.json": (lambda r: r.folder / TIMES, read_times, 60),
+    "stages.json": (lambda r: r.folder / "stages.json", lambda r: read_times(RunFolder(r.folder)), 60),
 }
 
 
@@ -122,20 +126,22 @@ def test_an_edited_field_under_a_new_seal_is_one_line_or_a_value_of_its_form(
 def test_a_digit_changed_in_a_measurement_or_in_metrics_is_measured_again(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, value = eval_file(recipe), eval_fid.read_metrics(recipe)["measurements"][0]["value"]
+    path, value = eval_file(recipe), evaluate.read_metrics(RunFolder(recipe.folder))["measurements"][0]["value"]
     for changed in (path, recipe.folder / "metrics.json"):
         text = changed.read_text()
         digit = str(value)[0]
         changed.write_text(text.replace(str(value), f"{(int(digit) + 1) % 10}{str(value)[1:]}"))
         assert changed.read_text() != text
-        assert not eval_fid.finished(recipe)
-        eval_fid.evaluate(recipe)
-        assert eval_fid.finished(recipe)
+        assert not EVALUATE.is_finished(recipe)
+        run_stage(EVALUATE, recipe)
+        assert EVALUATE.is_finished(recipe)
         assert read_json(changed)["content_key"]
-        assert eval_fid.read_metrics(recipe)["measurements"][0]["value"] == pytest.approx(value, rel=1e-9)
+        assert evaluate.read_metrics(RunFolder(recipe.folder))["measurements"][0]["value"] == pytest.approx(
+            value, rel=1e-9
+        )
     assert f"warning: {path}: changed after it was written" in capsys.readouterr().err
     resealed(path, lambda found: found.update(value=1.0))
-    assert not eval_fid.finished(recipe)
+    assert not EVALUATE.is_finished(recipe)
 
 
 def test_an_edited_plan_is_written_again_and_a_measured_one_refused(
@@ -145,17 +151,17 @@ def test_an_edited_plan_is_written_again_and_a_measured_one_refused(
     for change in (lambda plan: plan.update(iterations=[1, 1, 4]), lambda plan: plan.update(reuse=[False] * 3)):
         resealed(path, change)
         min(drawn_in(recipe).glob("chunk-*")).unlink()
-        samples.generate(recipe, "latest")
+        generated(recipe, "latest")
         assert f"warning: {path}: not the plan that the recipe says" in capsys.readouterr().err
         assert plan_of(recipe) == whole
     measured = replace(recipe, sample=replace(recipe.sample, allocation="adaptive", calibration_samples=2))
-    folder = samples.generate(measured, "latest")
+    folder = generated(measured, "latest")
     min(folder.glob("chunk-*")).unlink()
     text = (folder / "plan.json").read_text()
     for changed in ("", text.replace("true", "false"), None):
         (folder / "plan.json").unlink() if changed is None else (folder / "plan.json").write_text(changed)
         with pytest.raises(UserError, match=r"plan\.json: .*; delete the folder and run python pipeline/sample"):
-            samples.generate(measured, "latest")
+            generated(measured, "latest")
 
 
 def test_a_flipped_mantissa_in_the_weights_draws_no_picture(recipe: Recipe) -> None:
@@ -165,17 +171,17 @@ def test_a_flipped_mantissa_in_the_weights_draws_no_picture(recipe: Recipe) -> N
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path}: changed after it was written"):
-        samples.generate(recipe, "latest")
+        generated(recipe, "latest")
     whole = json.loads((path.parent / CONFIG_NAME).read_text())
     del whole["content_key"], whole["weights_sha256"]
     (path.parent / CONFIG_NAME).write_text(json.dumps(whole))
     with pytest.raises(UserError, match="has no seal, which all weights of a run have"):
-        samples.generate(recipe, "latest")
+        generated(recipe, "latest")
 
 
 def test_a_chunk_whose_arrays_are_exchanged_under_right_checksums_of_zip_is_named(recipe: Recipe) -> None:
     folder = drawn_in(recipe)
-    for path in (min(folder.glob("chunk-*")), min(features_folder(recipe, folder).glob("chunk-*"))):
+    for path in (min(folder.glob("chunk-*")), min(features_folder(recipe).glob("chunk-*"))):
         with np.load(path) as arrays:
             changed = {name: array.copy() for name, array in arrays.items()}
         rows = changed["images" if "images" in changed else "pooled"]
@@ -186,15 +192,15 @@ def test_a_chunk_whose_arrays_are_exchanged_under_right_checksums_of_zip_is_name
 
 
 def test_a_damaged_summary_of_the_reference_is_made_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    value = eval_fid.read_metrics(recipe)["measurements"][0]["value"]
-    Evaluation(recipe).measure_reference()
+    value = evaluate.read_metrics(RunFolder(recipe.folder))["measurements"][0]["value"]
+    Evaluation.of(recipe).yardstick.prepare_reference()
     (path,) = (Path(recipe.runs) / ".references").glob("*.npz")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     eval_file(recipe).unlink()
-    eval_fid.evaluate(recipe)
-    assert eval_fid.read_metrics(recipe)["measurements"][0]["value"] == value
+    run_stage(EVALUATE, recipe)
+    assert evaluate.read_metrics(RunFolder(recipe.folder))["measurements"][0]["value"] == value
     assert f"warning: {path}: damaged" in capsys.readouterr().err
     assert read_summary(path, "").statistics
 
@@ -203,7 +209,7 @@ def test_a_damaged_summary_of_the_reference_is_made_again(recipe: Recipe, capsys
 def test_a_damaged_or_cut_line_of_a_log_is_left_out_with_a_warning(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    path, form = recipe.folder / name, report.Started if name == "provenance.jsonl" else LogLine
+    path, form = recipe.folder / name, page.Started if name == "provenance.jsonl" else LogLine
     lines = read_log(path, form)
     assert len(lines) == 2
     for _ in flips(path, np.random.default_rng(0), 80):
@@ -216,7 +222,7 @@ def test_a_damaged_or_cut_line_of_a_log_is_left_out_with_a_warning(
         log.write(b'{"samples": 96, "st')
     append_line(path, {"samples": 128, "stage": "train"})
     assert len(read_log(path, form)) == 3
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     assert f"{path}: line 3: not readable" in capsys.readouterr().err
 
 
@@ -232,24 +238,24 @@ def test_a_flipped_bit_in_the_recipe_of_a_run_that_is_a_reference_is_named(recip
 
 
 def test_damaged_times_are_told_and_fail_no_stage(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    (recipe.folder / TIMES).write_bytes(b"\xff")
-    report.report(recipe)
-    keep_time(recipe, "evaluate", 1.0)
-    assert read_times(recipe) == {"evaluate": 1.0}
-    assert f"warning: {recipe.folder / TIMES}: not readable as JSON" in capsys.readouterr().err
-    (recipe.folder / TIMES).unlink()
-    (recipe.folder / TIMES).mkdir()
-    keep_time(recipe, "evaluate", 1.0)
-    assert f"warning: {recipe.folder / TIMES}: not written" in capsys.readouterr().err
+    (recipe.folder / "stages.json").write_bytes(b"\xff")
+    run_stage(REPORT, recipe)
+    write_time(RunFolder(recipe.folder), "evaluate", 1.0)
+    assert read_times(RunFolder(recipe.folder)) == {"evaluate": 1.0}
+    assert f"warning: {RunFolder(recipe.folder).times}: not readable as JSON" in capsys.readouterr().err
+    (recipe.folder / "stages.json").unlink()
+    (recipe.folder / "stages.json").mkdir()
+    write_time(RunFolder(recipe.folder), "evaluate", 1.0)
+    assert f"warning: {RunFolder(recipe.folder).times}: not written" in capsys.readouterr().err
 
 
 def test_a_damaged_report_is_made_again(recipe: Recipe) -> None:
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     page = recipe.folder / "report.html"
     data = bytearray(page.read_bytes())
     data[data.index(b'content="', data.index(b'"inputs"')) + 9] ^= 0x80
     page.write_bytes(data)
-    assert not report.finished(recipe)
+    assert not REPORT.is_finished(recipe)
 
 
 def test_copies_beside_weights_and_chunks_are_none(recipe: Recipe) -> None:
@@ -266,16 +272,16 @@ def test_copies_beside_weights_and_chunks_are_none(recipe: Recipe) -> None:
 
 def test_what_killed_samplers_and_evaluations_left_is_removed(recipe: Recipe) -> None:
     folder = drawn_in(recipe)
-    beside = [folder / "chunk-00000000-00000004.npz", features_folder(recipe, folder) / "chunk-00000000-00000004.npz"]
+    beside = [folder / "chunk-00000000-00000004.npz", features_folder(recipe) / "chunk-00000000-00000004.npz"]
     beside += [eval_file(recipe), recipe.folder / "eval/statistics/reference-1.npz"]
     left = [path.with_name(f".{path.name}.node.77.tmp") for path in beside]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
     beside[0].unlink()
-    samples.sample(recipe)
+    run_stage(SAMPLE, recipe)
     eval_file(recipe).unlink()
-    eval_fid.evaluate(recipe)
+    run_stage(EVALUATE, recipe)
     assert not [path for path in left if path.exists()]
 
 

@@ -14,18 +14,18 @@ from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import Recipe
 from common.sealed import read_json
-from pipeline import eval_fid, sample
-from pipeline.evaluation import image_sets as picture_sets
-from pipeline.evaluation import references
+from common.stage_jobs import run_in_jobs
+from pipeline.evaluation import image_sets, references
+from pipeline.evaluation.evaluate import extract_part
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.metrics import bootstrap_error, frechet_distance, statistics
+from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary, summarise, write_summary
 from pipeline.features import extractors as features
-from pipeline.sampling import samples
 from pipeline.sampling.chunks import find_chunks, write_chunk
-from pipeline.sampling.features import extract_missing, features_folder
 from pipeline.sampling.sample_set import sample_set
-from tests.conftest import copied, load_samples
+from pipeline.sampling.stage import STAGE as SAMPLE
+from tests.conftest import copied, features_folder, load_samples, run_stage
 
 WIDTH = 1280
 INDEFINITE = np.eye(WIDTH)
@@ -41,16 +41,16 @@ HOSTILE = [
     ({"mu": np.full(WIDTH, np.inf)}, r"no mean and covariance: not finite, or too large"),
     ({"mu": np.full(WIDTH, 1e200)}, r"no mean and covariance: not finite, or too large"),
     ({"sigma": np.full((WIDTH, WIDTH), np.inf)}, r"no mean and covariance: not finite, or too large"),
-    ({"arr_0": np.array(3)}, r"arr_0 is int64 \(\); pictures are uint8 of \(N, H, W, 3\)"),
-    ({"arr_0": np.zeros((2, 16, 16, 3))}, r"arr_0 is float64 \(2, 16, 16, 3\); pictures are uint8"),
-    ({"arr_0": np.zeros((2, 16, 8, 3), np.uint8)}, r"has pictures of 8 pixels, this recipe's have 16"),
-    ({"arr_0": np.array([{}])}, r"arr_0 is object \(1,\); pictures are uint8"),
+    ({"arr_0": np.array(3)}, r"arr_0 is int64 \(\); images are uint8 of \(N, H, W, 3\)"),
+    ({"arr_0": np.zeros((2, 16, 16, 3))}, r"arr_0 is float64 \(2, 16, 16, 3\); images are uint8"),
+    ({"arr_0": np.zeros((2, 16, 8, 3), np.uint8)}, r"has images of 8 pixels, this recipe's have 16"),
+    ({"arr_0": np.array([{}])}, r"arr_0 is object \(1,\); images are uint8"),
 ]
 
 
 @pytest.fixture(scope="module")
 def sampled(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Sampled; with pictures to compare with."""
+    """Sampled; with images to compare with."""
     folder = tmp_path_factory.mktemp("evaluated")
     generator = np.random.default_rng(0)
     for label in range(3):
@@ -63,7 +63,7 @@ def sampled(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recip
         copied(tiny_run, folder / "runs"),
         data=replace(tiny_run.data, images=str(folder / "images"), held_out=None),
     )
-    samples.sample(recipe)
+    run_stage(SAMPLE, recipe)
     return recipe
 
 
@@ -75,7 +75,7 @@ def recipe(sampled: Recipe, tmp_path: Path) -> Recipe:
 def evaluated(recipe: Recipe, **fields: Any) -> dict[str, Any]:
     """The measurement of the recipe's samples, with other settings of evaluation."""
     changed = replace(recipe, evaluate=replace(recipe.evaluate, **fields))
-    eval_fid.evaluate(changed)
+    run_stage(EVALUATE, changed)
     return read_json(recipe.folder / "metrics.json")["measurements"][0]
 
 
@@ -84,8 +84,8 @@ def numbers(found: dict[str, Any]) -> dict[str, float]:
 
 
 def adm_file(recipe: Recipe, path: Path, *, pictures: bool = False, **changes: np.ndarray) -> Path:
-    """The recipe's training pictures as a statistics file of ADM's."""
-    images = np.stack(list(picture_sets.opened(picture_sets.training_pictures(recipe))))
+    """The recipe's training images as a statistics file of ADM's."""
+    images = np.stack(list(image_sets.training_images(recipe).iterate()))
     extractor = features.load_extractor(features.find_weights(recipe.evaluate))
     fitted = statistics(batch["pooled"] for batch in features.extract(extractor, images, 8))
     arrays = {"mu": fitted.mean, "sigma": fitted.covariance} | ({"arr_0": images} if pictures else {}) | changes
@@ -98,7 +98,7 @@ def test_a_statistics_file_gives_the_distance_of_the_pictures_it_was_made_of(rec
     path = adm_file(recipe, tmp_path / "statistics.npz")
     through_file = evaluated(recipe, reference=str(path))
     assert through_file["value"] == pytest.approx(direct["value"], rel=1e-6)
-    assert set(through_file["numbers"]) == {"frechet"}  # nothing that needs the pictures
+    assert set(through_file["numbers"]) == {"frechet"}  # nothing that needs the images
     assert through_file["reference"]["label"] == f"statistics of {path}"
     with_pictures = evaluated(recipe, reference=str(adm_file(recipe, tmp_path / "both.npz", pictures=True)))
     assert numbers(with_pictures) == pytest.approx(numbers(direct), rel=1e-6)
@@ -117,11 +117,11 @@ def test_what_a_statistics_file_does_not_give_is_said(recipe: Recipe, tmp_path: 
 def test_a_reference_of_another_resolution_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     larger = np.zeros((3, 32, 32, 3), dtype=np.uint8)
     path = adm_file(recipe, tmp_path / "larger.npz", arr_0=larger)
-    with pytest.raises(UserError, match=r"larger\.npz has pictures of 32 pixels, this recipe's have 16"):
+    with pytest.raises(UserError, match=r"larger\.npz has images of 32 pixels, this recipe's have 16"):
         evaluated(recipe, reference=str(path))
     (recipe.folder / "recipe.yaml").write_text(dump_recipe(recipe))
     smaller = replace(recipe, data=replace(recipe.data, resolution=8), runs=str(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"has pictures of 16 pixels, this recipe's have 8"):
+    with pytest.raises(UserError, match=r"has images of 16 pixels, this recipe's have 8"):
         references.reference(replace(smaller, evaluate=replace(recipe.evaluate, reference=str(recipe.folder))))
 
 
@@ -145,7 +145,7 @@ def test_arrays_of_a_reference_that_do_not_fit_are_refused(
             "arr_0",
             (2**40, 16, 16, 3),
             "|u1",
-            r"not readable as an npz file; .* \(EOFError: pictures are missing\)",
+            r"not readable as an npz file; .* \(EOFError: images are missing\)",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_reference_that_is_none_is_refused(recipe: Recipe, tmp_path: Path) -> 
         evaluated(recipe, reference="nowhere")
     path = tmp_path / "other.npz"
     np.savez(path, weights=np.zeros(3))
-    with pytest.raises(UserError, match=r"other\.npz holds weights; a reference has mu and sigma, or pictures"):
+    with pytest.raises(UserError, match=r"other\.npz holds weights; a reference has mu and sigma, or images"):
         evaluated(recipe, reference=str(path))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"other\.npz is not readable as an npz file"):
@@ -187,8 +187,8 @@ def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
     for path in (recipe.folder / "eval").glob("*.json"):
         path.unlink()
     without = replace(recipe, sample=replace(recipe.sample, output="features", save_images=4))
-    samples.sample(without)
-    assert samples.finished(without)
+    run_stage(SAMPLE, without)
+    assert SAMPLE.is_finished(without)
     assert list(find_chunks(folder)) == [(0, 4)]  # what the report shows
     found = evaluated(without)
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6)
@@ -196,7 +196,7 @@ def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
 
 def test_features_of_a_damaged_chunk_are_refused(recipe: Recipe) -> None:
     evaluated(recipe)
-    folder = features_folder(recipe, sample_set(recipe, "latest").folder)
+    folder = features_folder(recipe)
     path = min(folder.glob("chunk-*"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -211,30 +211,30 @@ def test_constant_pictures_are_refused_with_their_count(recipe: Recipe) -> None:
         folder / "chunk-00000000-00000004.npz",
         {"images": np.full((4, 16, 16, 3), 7, dtype=np.uint8), "labels": np.array([0, 1, 2, 0])},
     )
-    with pytest.raises(UserError, match="samples 0 to 3: 4 of 4 pictures are constant"):
+    with pytest.raises(UserError, match="samples 0 to 3: 4 of 4 images are constant"):
         evaluated(recipe)
 
 
 def test_parts_extract_the_features_of_their_chunks(recipe: Recipe) -> None:
     expected = evaluated(recipe)
-    folder = features_folder(recipe, sample_set(recipe, "latest").folder)
+    folder = features_folder(recipe)
     for path in [*folder.glob("chunk-*"), *(recipe.folder / "eval").glob("*.json")]:
         path.unlink()
-    extract_missing(recipe, "latest", 1, 2)
+    extract_part(Evaluation.of(recipe), 1, 2)
     assert list(find_chunks(folder)) == [(4, 8)]
-    extract_missing(recipe, "latest", 0, 2)
+    extract_part(Evaluation.of(recipe), 0, 2)
     assert numbers(evaluated(recipe)) == numbers(expected)
 
 
 def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (1, 2))
-    eval_fid.evaluate(recipe)
-    assert list(find_chunks(features_folder(recipe, sample_set(recipe, "latest").folder))) == [(4, 8)]
+    monkeypatch.setattr("pipeline.evaluation.evaluate.rank_and_world_size", lambda: (1, 2))
+    run_stage(EVALUATE, recipe)
+    assert list(find_chunks(features_folder(recipe))) == [(4, 8)]
     assert not (recipe.folder / "metrics.json").exists()
-    monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
-    eval_fid.evaluate(recipe)
+    monkeypatch.setattr("pipeline.evaluation.evaluate.rank_and_world_size", lambda: (0, 2))
+    run_stage(EVALUATE, recipe)
     assert read_json(recipe.folder / "metrics.json")["measurements"][0]["value"] > 0
 
 
@@ -244,11 +244,11 @@ def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Re
     for name in ("samples", "eval"):
         shutil.rmtree(recipe.folder / name)
     (recipe.folder / "metrics.json").unlink()
-    sample.in_jobs(recipe, "debug", 3)
+    run_in_jobs(recipe, SAMPLE, "debug", 3)
     found_images, found_labels = load_samples(sample_set(recipe, "latest").folder, 10)
     assert (found_images == images).all()
     assert (found_labels == labels).all()
-    eval_fid.in_jobs(recipe, "debug", 2)
+    run_in_jobs(recipe, EVALUATE, "debug", 2)
     found = read_json(recipe.folder / "metrics.json")["measurements"][0]
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6)
 
@@ -256,13 +256,13 @@ def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Re
 def test_a_jobs_mistake_is_the_commands_own_line(recipe: Recipe) -> None:
     shutil.rmtree(recipe.folder / "samples")
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
-        eval_fid.in_jobs(recipe, "debug", 2)
+        run_in_jobs(recipe, EVALUATE, "debug", 2)
 
 
 def test_three_ranges_of_samples_are_measured_apart(recipe: Recipe) -> None:
     once = evaluated(recipe)
     three = replace(recipe, evaluate=replace(recipe.evaluate, seed_ranges=3))
-    samples.sample(three)
+    run_stage(SAMPLE, three)
     found = evaluated(three)
     assert found["content"]["ranges"] == [[0, 10], [10, 20], [20, 30]]
     assert len(set(found["ranges"])) == 3
@@ -314,5 +314,5 @@ def test_metrics_hold_what_repeats_the_number(recipe: Recipe) -> None:
 def test_a_reference_is_measured_once_for_all_runs(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated(recipe)
     other = replace(recipe, name="second")
-    monkeypatch.setattr("pipeline.evaluation.measurements.extract", None)
-    assert Evaluation(other).reference_summary.statistics["pooled"].count == 12
+    monkeypatch.setattr("pipeline.features.extractors.extract", None)
+    assert Evaluation.of(other).yardstick.reference_summary.statistics["pooled"].count == 12

@@ -64,7 +64,7 @@ def test_the_distance_is_exact_for_covariances_of_any_rank(count: int) -> None:
 
 
 def test_fewer_pictures_than_dimensions_cost_no_precision() -> None:
-    # The same pictures shifted by one vector: the distance is that vector's square, and the covariances cancel.
+    # The same images shifted by one vector: the distance is that vector's square, and the covariances cancel.
     values = features(3, 40, 200)
     shift = np.linspace(-1, 1, 200)
     first, second = statistics([values]), statistics([values + shift])
@@ -75,13 +75,13 @@ def test_fewer_pictures_than_dimensions_cost_no_precision() -> None:
 def test_features_that_are_not_finite_are_counted_and_refused() -> None:
     values = features(0, 10, 4)
     values[3, 1], values[7, 0], values[7, 2] = np.nan, np.inf, -np.inf
-    with pytest.raises(UserError, match="features of 2 of 10 pictures are not finite"):
+    with pytest.raises(UserError, match="features of 2 of 10 images are not finite"):
         statistics(batched(values, 4))
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_pictures_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=f"features of {count} pictures"):
+    with pytest.raises(UserError, match=f"features of {count} images"):
         statistics(batched(features(0, count, 4), 4))
 
 

@@ -10,12 +10,14 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import Recipe
-from pipeline import sweep
+from common.run_folder import RunFolder
 from pipeline.evaluation import measurements as evaluation
+from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_picture
-from pipeline.evaluation.sweep import points, read_table, write_tables
-from pipeline.sampling.plans import blocks_a_picture
-from tests.conftest import copied
+from pipeline.evaluation.sweep import Sweep, points, read_table
+from pipeline.evaluation.sweep_stage import STAGE as SWEEP
+from pipeline.sampling.plans import blocks_an_image
+from tests.conftest import copied, run_stage
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
 
 
@@ -41,7 +43,7 @@ def swept(recipe: Recipe, **fields: Any) -> Recipe:
 def test_every_point_costs_its_budget_exactly(recipe: Recipe, fields: dict[str, Any]) -> None:
     found, _ = points(swept(recipe, **fields))
     assert len(found) > 2
-    assert all(point.blocks == point.budget == blocks_a_picture(made) for point, made in found.items())
+    assert all(point.blocks == point.budget == blocks_an_image(made) for point, made in found.items())
 
 
 def test_what_a_budget_does_not_pay_for_is_said(recipe: Recipe) -> None:
@@ -60,9 +62,9 @@ def test_dit_takes_the_steps_that_a_budget_pays_for(recipe: Recipe) -> None:
 def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep.sweep(recipe, 0, 2)  # the first job of two
-    assert len(read_table(recipe)) == 1
-    sweep.sweep(recipe)
+    sweep_stage.measure_part(Sweep(recipe), 0, 2)  # the first job of two
+    assert len(read_table(RunFolder(recipe.folder))) == 1
+    run_stage(SWEEP, recipe)
     with open(recipe.folder / "sweep/table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["blocks"] for line in lines] == ["8", "16"]
@@ -71,15 +73,16 @@ def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
     with Image.open(recipe.folder / "sweep/distances.png") as picture:
         assert picture.width > 500
     monkeypatch.setattr(evaluation.Evaluation, "measure", None)
-    sweep.sweep(recipe)  # nothing left to do
+    run_stage(SWEEP, recipe)  # nothing left to do
     more = swept(recipe, budgets=(8, 16, 32))
-    assert len(write_tables(more)) == 2  # what an earlier sweep measured counts
+    Sweep(more).write_tables()
+    assert len(read_table(RunFolder(recipe.folder))) == 2  # what an earlier sweep measured counts
 
 
 def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
     with pytest.raises(UserError, match="--cluster with --jobs shares its points"):
-        sweep.work(recipe)
+        run_stage(SWEEP, recipe)
 
 
 def test_two_numbers_of_iterations_are_drawn_beside_each_other(recipe: Recipe) -> None:

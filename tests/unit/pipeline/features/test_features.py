@@ -46,7 +46,7 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
 
 
 def theirs(sets: tuple[NDArray[np.uint8], ...], **options: Any) -> dict[str, float]:
-    """torch-fidelity's own measures of the same pictures."""
+    """torch-fidelity's own measures of the same images."""
     return torch_fidelity.calculate_metrics(
         **{f"input{i}": Pictures(torch.from_numpy(images).permute(0, 3, 1, 2)) for i, images in enumerate(sets, 1)},
         cuda=False,
@@ -67,7 +67,7 @@ def test_the_distance_is_torch_fidelitys_with_the_registered_extractor() -> None
     sets = pictures(0, 12), pictures(40, 12)
     own = frechet_distance(*(statistics([whole(extractor, images, 5)["pooled"]]) for images in sets))
     found = theirs(sets, feature_extractor=features.EFFICIENTNET, fid=True)
-    # 12 pictures and 1,280 dimensions: torch-fidelity's own root of a singular product is good to about 1e-4.
+    # 12 images and 1,280 dimensions: torch-fidelity's own root of a singular product is good to about 1e-4.
     assert own == pytest.approx(found["frechet_inception_distance"], rel=1e-3)
 
 
@@ -103,7 +103,7 @@ def test_kid_inception_score_precision_and_recall_are_torch_fidelitys(inception:
 def test_fid_is_torch_fidelitys_on_the_same_pictures(
     inception: features.ExtractorWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of Inception's 64-dimensional layer: 70 pictures fit a covariance of full rank, where both formulas are exact.
+    # Of Inception's 64-dimensional layer: 70 images fit a covariance of full rank, where both formulas are exact.
     monkeypatch.setitem(features.LAYERS, features.INCEPTION, {"pooled": "64"})
     sets = pictures(0, 70), pictures(20, 70)
     extractor = features.load_extractor(inception)

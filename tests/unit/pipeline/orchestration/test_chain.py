@@ -11,9 +11,10 @@ import pytest
 from common.errors import UserError
 from common.files import folder_lock
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.sealed import write_sealed
 from pipeline.orchestration.slurm_chain import Submitted, _alive, listed_jobs, submit_chain
-from pipeline.orchestration.stages import STAGES
+from pipeline.stages import STAGES
 from tests.seals import edits, flips, resealed
 
 
@@ -35,7 +36,7 @@ def test_where_slurm_does_not_answer_nothing_is_taken_for_ended(
 ) -> None:
     (tmp_path / "a").mkdir()
     write_sealed(tmp_path / "a/jobs.json", {"jobs": [asdict(one) for one in chain(("train", "1", None))]})
-    assert listed_jobs(tmp_path / "a")[0].job == "1"
+    assert listed_jobs(RunFolder(tmp_path / "a"))[0].job == "1"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="slurm does not say which jobs are on their way"):
         submit_chain(Recipe(name="a", runs=str(tmp_path)), STAGES, None)
@@ -47,12 +48,12 @@ def test_a_listing_is_as_it_was_written_or_named(tmp_path: Path) -> None:
     write_sealed(path, {"jobs": [asdict(one) for one in jobs]})
     for _ in flips(path, random, 200):
         with pytest.raises(UserError, match=str(path)):
-            listed_jobs(tmp_path)
+            listed_jobs(RunFolder(tmp_path))
     listing = {"jobs": json.loads(path.read_text())["jobs"]}
     for edited in edits(listing, random, 200):
         resealed(path, lambda _, edited=edited: edited)
         try:
-            found = listed_jobs(tmp_path)
+            found = listed_jobs(RunFolder(tmp_path))
         except UserError as error:
             said = str(error)
             assert "\n" not in said

@@ -10,8 +10,8 @@ import torch
 
 from common.errors import UserError
 from common.loading import parse_recipe
-from pipeline.checks import check_stages
-from pipeline.orchestration.stages import select
+from pipeline.orchestration.plan import check_stages
+from pipeline.stages import select
 from slurm.cluster import Resources, refuse
 
 ROOT = Path(__file__).parents[4]

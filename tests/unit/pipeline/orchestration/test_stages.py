@@ -12,40 +12,56 @@ from PIL import Image
 
 from common.loading import parse_recipe
 from common.recipe import VAE, Data, Model, Recipe
+from common.run_folder import RunFolder
 from common.sealed import read_json
-from pipeline.orchestration.stages import STAGES, read_times, steps
-from tests.conftest import copied
+from common.stage_jobs import steps
+from common.stage_times import ORDER, read_times
+from pipeline.evaluation.sweep_stage import STAGE as SWEEP
+from pipeline.stages import STAGES
+from tests.conftest import copied, run_stage
 
 PARTS = 2
 LAUNCHES = {
     "command": lambda recipe, name: whole(recipe, name),
-    "run.py on this machine": lambda recipe, name: in_steps(recipe, name, "local"),
-    "a chain's jobs": lambda recipe, name: in_steps(recipe, name, "slurm"),
+    "run.py on this machine": lambda recipe, name: in_steps(recipe, name, 1),
+    "a chain's jobs": lambda recipe, name: in_steps(recipe, name, PARTS),
 }
 Launch = Callable[[Recipe, str], None]
 
 
 def whole(recipe: Recipe, name: str) -> None:
-    stage = next(stage for stage in STAGES if stage.name == name)
-    getattr(importlib.import_module(stage.module), stage.function)(recipe)
+    run_stage(next(stage for stage in STAGES if stage.name == name), recipe)
 
 
-def in_steps(recipe: Recipe, name: str, cluster: str) -> None:
+def in_steps(recipe: Recipe, name: str, parts: int) -> None:
     """The jobs of a stage's steps one after another, the last part first: their order is nobody's promise."""
     stage = next(stage for stage in STAGES if stage.name == name)
-    found = steps(recipe, stage, cluster)
-    assert max(len(step.jobs) for step in found) == (PARTS if cluster == "slurm" else 1)
-    for step in found:
+    planned = steps(recipe, stage, parts)
+    assert max(len(step.jobs) for step in planned) == parts
+    for step in planned:
         for job in reversed(step.jobs):
             function = getattr(importlib.import_module(job.module), job.function)
             function(parse_recipe(job.recipe), **job.arguments)
-    assert stage.finished(recipe)
-    assert list(read_times(recipe)) == [name]
+    assert stage.is_finished(recipe)
+    assert list(read_times(RunFolder(recipe.folder))) == [name]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     found = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     return {str(path.relative_to(folder)): path.read_bytes() for path in found if not path.name.startswith(".")}
+
+
+def test_the_stages_of_a_run_are_those_of_its_times() -> None:
+    assert tuple(stage.name for stage in STAGES) == ORDER
+
+
+def test_a_job_imports_every_function_of_a_stage() -> None:
+    recipe = Recipe(name="a")
+    for stage in (*STAGES, SWEEP):
+        for step in steps(recipe, stage, 2):
+            for name in (step.jobs[0].arguments["resolve"], step.jobs[0].arguments["call"]):
+                module, _, function = name.partition(":")
+                assert callable(getattr(importlib.import_module(module), function)), name
 
 
 @pytest.fixture(scope="module")

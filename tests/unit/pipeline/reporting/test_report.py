@@ -1,4 +1,4 @@
-"""From pictures and weights to distances that say what they were made of, and to a page that needs nothing else."""
+"""From images and weights to distances that say what they were made of, and to a page that needs nothing else."""
 
 import json
 import re
@@ -15,14 +15,14 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import Recipe
 from common.sealed import read_json
-from pipeline import eval_fid, report, sweep
-from pipeline.evaluation import image_sets as picture_sets
-from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import references
+from pipeline.evaluation.stage import STAGE as EVALUATE
+from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.reporting import contact_sheet
-from pipeline.sampling import samples
-from pipeline.sampling.sample_set import sample_set
-from tests.conftest import copied, load_samples
+from pipeline.reporting.stage import STAGE as REPORT
+from pipeline.sampling.sample_set import Sampling, sample_set
+from pipeline.sampling.stage import STAGE as SAMPLE
+from tests.conftest import copied, load_samples, run_stage
 
 HOSTILE = '<img src="http://host/x" onerror=alert(1)>&$x_{'.replace("/", "\N{DIVISION SLASH}")
 
@@ -43,9 +43,9 @@ def measured(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Reci
         sample=replace(tiny_run.sample, save_images=9),
         evaluate=replace(tiny_run.evaluate, untrained_baseline=True, reference_samples=6),
     )
-    samples.sample(recipe)
-    assert not eval_fid.finished(recipe)
-    eval_fid.evaluate(recipe)
+    run_stage(SAMPLE, recipe)
+    assert not EVALUATE.is_finished(recipe)
+    run_stage(EVALUATE, recipe)
     losses = {"samples": 64, "step": 1, "loss": 0.5}
     (recipe.folder / "metrics.jsonl").write_text(json.dumps(losses) + "\n")
     (recipe.folder / "provenance.jsonl").write_text(json.dumps({"stage": "train", "command": HOSTILE}) + "\n")
@@ -62,7 +62,7 @@ def metrics_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def test_each_distance_says_what_it_was_made_of(recipe: Recipe) -> None:
-    assert eval_fid.finished(recipe)
+    assert EVALUATE.is_finished(recipe)
     metrics = metrics_of(recipe)
     assert metrics["distance"] == "FD (EfficientNet-Lite0)"
     assert list(metrics["distances"]) == ["held_out", "reconstruction", "trained", "untrained"]
@@ -79,20 +79,20 @@ def test_each_distance_says_what_it_was_made_of(recipe: Recipe) -> None:
 def test_what_is_measured_is_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = metrics_of(recipe)
     (recipe.folder / "metrics.json").unlink()
-    assert not eval_fid.finished(recipe)
-    monkeypatch.setattr(evaluation, "load_extractor", None)
-    eval_fid.evaluate(recipe)
+    assert not EVALUATE.is_finished(recipe)
+    monkeypatch.setattr("pipeline.features.extractors.load_extractor", None)
+    run_stage(EVALUATE, recipe)
     assert metrics_of(recipe) == metrics
 
 
 def test_another_reference_is_another_measurement(recipe: Recipe) -> None:
     fewer = replace(recipe, evaluate=replace(recipe.evaluate, reference_samples=5))
-    assert not eval_fid.finished(fewer)
+    assert not EVALUATE.is_finished(fewer)
     before = metrics_of(recipe)["distances"]
-    eval_fid.evaluate(fewer)
+    run_stage(EVALUATE, fewer)
     after = metrics_of(recipe)["distances"]
     assert all(before[name] != after[name] for name in before)
-    assert not eval_fid.finished(recipe)  # metrics.json is the other recipe's now
+    assert not EVALUATE.is_finished(recipe)  # metrics.json is the other recipe's now
 
 
 def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -> None:
@@ -101,24 +101,24 @@ def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -
         chunk.unlink()
     before = sorted((recipe.folder / "eval").rglob("*"))
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
-        eval_fid.evaluate(fewer)
+        run_stage(EVALUATE, fewer)
     assert sorted((recipe.folder / "eval").rglob("*")) == before
 
 
 def test_the_reference_is_spaced_over_all_classes(recipe: Recipe) -> None:
-    pictures = picture_sets.opened(references.reference(recipe))
+    pictures = references.reference(recipe).iterate()
     assert [int(picture.mean(axis=(0, 1)).argmax()) for picture in pictures] == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_rejected_picture_is_left_out_of_the_reference_and_not_counted(recipe: Recipe, tmp_path: Path) -> None:
     images = shutil.copytree(recipe.data.images, tmp_path / "images")
     (images / "a" / "2.png").write_bytes(b"no picture")
-    eval_fid.evaluate(replace(recipe, data=replace(recipe.data, images=str(images), held_out=None)))
+    run_stage(EVALUATE, replace(recipe, data=replace(recipe.data, images=str(images), held_out=None)))
     assert [found["reference"]["count"] for found in metrics_of(recipe)["measurements"]] == [5, 5]
 
 
 def test_a_panel_shows_a_class_with_its_own_pictures(recipe: Recipe) -> None:
-    panels = contact_sheet.class_panels(recipe)
+    panels = contact_sheet.class_panels(Sampling.of(recipe))
     origins = ["real", "drawn after 64 training samples", "drawn before training"]
     assert [[block.origin for block in panel] for panel in panels] == [origins] * 3
     images, labels = load_samples(sample_set(recipe, "latest").folder, 10)
@@ -130,12 +130,12 @@ def test_a_panel_shows_a_class_with_its_own_pictures(recipe: Recipe) -> None:
 def test_the_report_needs_the_evaluation(recipe: Recipe) -> None:
     (recipe.folder / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"metrics\.json: not there, .* run python pipeline/eval_fid\.py"):
-        report.report(recipe)
-    assert not report.finished(recipe)
+        run_stage(REPORT, recipe)
+    assert not REPORT.is_finished(recipe)
 
 
 def test_the_report_stands_alone_and_escapes_every_name(recipe: Recipe) -> None:
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in page
     assert "&lt;img src=" in page
@@ -166,20 +166,20 @@ def test_whatever_a_class_is_called_the_report_is_made_and_shows_it(
     monkeypatch.setattr(contact_sheet, "by_class", lambda *given: (NAMES[case], by_class(*given)[1]))
     line = json.dumps({"stage": "train", "command": NAMES[case][:1000], "packages": {NAMES[case][:1000]: "1"}})
     (recipe.folder / "provenance.jsonl").write_text(f"{line}\n")
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     page = re.sub(r'src="[^"]*"', "", (recipe.folder / "report.html").read_bytes().decode("utf-8"))
     assert "<script" not in page
     assert all(line.isprintable() for line in page.split("\n"))
     assert len(page) < 50_000
-    assert report.finished(recipe)
+    assert REPORT.is_finished(recipe)
 
 
 def test_a_sweeps_table_and_picture_are_in_the_report(recipe: Recipe) -> None:
-    report.report(recipe)
-    sweep.sweep(replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",))))
-    assert not report.finished(recipe)
-    report.report(recipe)
-    assert report.finished(recipe)
+    run_stage(REPORT, recipe)
+    run_stage(SWEEP, replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",))))
+    assert not REPORT.is_finished(recipe)
+    run_stage(REPORT, recipe)
+    assert REPORT.is_finished(recipe)
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 3 * 3 + 2
     assert "<h2>Ways of sampling</h2>" in page
@@ -187,36 +187,36 @@ def test_a_sweeps_table_and_picture_are_in_the_report(recipe: Recipe) -> None:
 
 
 def test_the_report_says_fid_only_to_say_that_it_is_none(recipe: Recipe) -> None:
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     page = re.sub(r'src="[^"]*"', "", (recipe.folder / "report.html").read_text(encoding="utf-8"))
     assert "FD (EfficientNet-Lite0)" in page
     assert re.findall(r".*\bFID\b.*", page) == [
-        "This is not FID: another network sees the pictures, so that the number compares with others of its kind only."
+        "This is not FID: another network sees the images, so that the number compares with others of its kind only."
     ]
 
 
 def test_a_loss_that_was_not_finite_and_a_line_that_is_still_written_are_passed_over(recipe: Recipe) -> None:
     log = recipe.folder / "metrics.jsonl"
     log.write_text(log.read_text() + '{"samples": 128, "step": 2, "loss": null}\n{"samp')
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     assert "the last is 0.5000" in (recipe.folder / "report.html").read_text(encoding="utf-8")
     log.write_text("")
     with pytest.raises(UserError, match=r"metrics\.jsonl: no line has a loss"):
-        report.report(recipe)
+        run_stage(REPORT, recipe)
 
 
 def test_a_report_of_older_numbers_is_made_again(recipe: Recipe) -> None:
-    report.report(recipe)
-    assert report.finished(recipe)
+    run_stage(REPORT, recipe)
+    assert REPORT.is_finished(recipe)
     with open(recipe.folder / "metrics.jsonl", "a") as lines:
         lines.write('{"samples": 128, "step": 2, "loss": 0.4}\n')
-    assert not report.finished(recipe)
+    assert not REPORT.is_finished(recipe)
 
 
 def test_in_a_browser_the_page_shows_its_pictures_fits_a_phone_and_runs_nothing(
     recipe: Recipe, chromium: list[str]
 ) -> None:
-    report.report(recipe)
+    run_stage(REPORT, recipe)
     page = recipe.folder / "report.html"
     # What the browser sees is written into the page by a probe that only this copy holds.
     probe = (

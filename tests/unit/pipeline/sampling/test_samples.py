@@ -16,12 +16,12 @@ from common.loading import dump_recipe
 from common.recipe import Recipe
 from common.run_folder import weights_folder
 from fpdm.weights import WEIGHTS_NAME, load_pretrained
-from pipeline.sampling import samples
 from pipeline.sampling.chunks import read_chunk
-from pipeline.sampling.plans import blocks_a_picture
+from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import sample_set
+from pipeline.sampling.stage import STAGE as SAMPLE
 from pipeline.training.checkpoint import export_weights
-from tests.conftest import load_samples
+from tests.conftest import generated, load_samples
 
 ROOT = Path(__file__).parents[4]
 
@@ -43,7 +43,7 @@ def fresh(recipe: Recipe, tmp_path: Path, **fields: Any) -> Recipe:
 
 
 def drawn(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    return load_samples(samples.generate(recipe, "latest"), recipe.sample.num_samples)
+    return load_samples(generated(recipe, "latest"), recipe.sample.num_samples)
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 1}, {"batch_size": 3}, {"chunk_samples": 3}, {"chunk_samples": 100}])
@@ -61,7 +61,7 @@ def test_defect_c6_the_number_of_ranks_changes_no_picture(recipe: Recipe, tmp_pa
     expected = drawn(recipe)
     other = fresh(recipe, tmp_path)
     for rank in (2, 0, 1):
-        folder = samples.generate(other, "latest", rank, 3)
+        folder = generated(other, "latest", rank, 3)
     found = load_samples(folder, 10)
     assert all((one == two).all() for one, two in zip(expected, found, strict=True))
 
@@ -72,17 +72,17 @@ def test_labels_are_balanced(recipe: Recipe) -> None:
 
 
 def test_whole_chunks_are_kept_and_the_rest_is_drawn(recipe: Recipe) -> None:
-    folder = samples.generate(recipe, "latest")
+    folder = generated(recipe, "latest")
     expected = load_samples(folder, 10)
     kept, lost, _ = sorted(folder.glob("chunk-*.npz"))
     before = kept.stat().st_mtime_ns
     lost.unlink()
     (folder / f".{lost.name}.77.tmp").write_bytes(b"what a kill leaves")
-    assert not samples.finished(recipe)
+    assert not SAMPLE.is_finished(recipe)
     with pytest.raises(UserError, match=r"samples 4 to 7 of 10 are missing; run python pipeline/sample\.py"):
         load_samples(folder, 10)
-    found = load_samples(samples.generate(recipe, "latest"), 10)
-    assert samples.finished(recipe)
+    found = load_samples(generated(recipe, "latest"), 10)
+    assert SAMPLE.is_finished(recipe)
     assert kept.stat().st_mtime_ns == before
     assert all((one == two).all() for one, two in zip(expected, found, strict=True))
 
@@ -100,7 +100,7 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
         process.kill()
     assert len(sorted(folder.glob("chunk-*.npz"))) < 30, "the kill came too late to prove anything"
     before = early[0].stat().st_mtime_ns
-    images, labels = load_samples(samples.generate(recipe, "latest"), 120)
+    images, labels = load_samples(generated(recipe, "latest"), 120)
     assert early[0].stat().st_mtime_ns == before
     assert len(images) == 120
     assert (labels == np.arange(120) % 3).all()
@@ -108,9 +108,9 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
 
 
 def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
-    folder = samples.generate(recipe, "latest")
+    folder = generated(recipe, "latest")
     expected, _ = load_samples(folder, 10)
-    assert samples.generate(changed(recipe, chunk_samples=3, num_samples=8), "latest") == folder
+    assert generated(changed(recipe, chunk_samples=3, num_samples=8), "latest") == folder
     (folder / "chunk-00000004-00000008.npz").unlink()  # what is left: 0 to 4, 3 to 6 and 6 to 8, 8 to 10
     found, labels = load_samples(folder, 8)
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
@@ -130,7 +130,7 @@ def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
     ],
 )
 def test_defect_c11_samples_of_other_settings_are_never_counted(recipe: Recipe, fields: dict[str, Any]) -> None:
-    here, there = samples.generate(recipe, "latest"), samples.generate(changed(recipe, **fields), "latest")
+    here, there = generated(recipe, "latest"), generated(changed(recipe, **fields), "latest")
     assert here != there
     assert (load_samples(here, 10)[0] != load_samples(there, 10)[0]).any()
 
@@ -145,7 +145,7 @@ def test_samples_of_other_weights_are_never_counted(recipe: Recipe) -> None:
 
 
 def test_a_flipped_bit_is_named_and_never_returned(recipe: Recipe) -> None:
-    folder = samples.generate(recipe, "latest")
+    folder = generated(recipe, "latest")
     chunk = sorted(folder.glob("chunk-*.npz"))[1]
     whole, expected = chunk.read_bytes(), read_chunk(chunk)
     bits = range(0, 8 * len(whole), 101)
@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_named_and_never_returned(recipe: Recipe) -> None:
 
 
 def test_a_chunk_under_another_name_is_refused(recipe: Recipe) -> None:
-    folder = samples.generate(recipe, "latest")
+    folder = generated(recipe, "latest")
     first, second, _ = sorted(folder.glob("chunk-*.npz"))
     second.write_bytes(first.read_bytes())
     with pytest.raises(UserError, match=rf"{second.name}: holds .* from 0, not the samples of its name"):
@@ -177,19 +177,19 @@ def test_unsound_samples_are_refused_with_their_count(recipe: Recipe) -> None:
     state = {name: parameter * float("nan") for name, parameter in model.named_parameters()}
     export_weights(recipe, state, 64)
     with pytest.raises(UserError, match="samples 0 to 3: samples: 4 of 4 are non-finite"):
-        samples.generate(recipe, "latest")
+        generated(recipe, "latest")
     assert not list(sample_set(recipe, "latest").folder.glob("chunk-*"))
 
 
 def test_without_the_weights_the_message_says_which_there_are(recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"no weights after 5 samples in .*; there are 0, 64"):
-        samples.generate(recipe, "5")
+        generated(recipe, "5")
 
 
 def test_defect_c7_weights_of_another_network_are_refused(recipe: Recipe) -> None:
     other = replace(recipe, model=replace(recipe.model, hidden_size=32))
     with pytest.raises(UserError, match="weights with hidden_size 16, the recipe has 32; set that"):
-        samples.generate(other, "latest")
+        generated(other, "latest")
 
 
 def test_guidance_of_weights_that_never_saw_the_null_label_is_refused(recipe: Recipe) -> None:
@@ -214,11 +214,11 @@ def test_cut_weights_are_named(recipe: Recipe) -> None:
     path = weights_folder(recipe, 64) / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{path}: changed after it was written; move the folder aside, and run"):
-        samples.generate(recipe, "latest")
+        generated(recipe, "latest")
 
 
 def test_blocks_a_picture_counts_every_block_evaluation(recipe: Recipe) -> None:
-    assert blocks_a_picture(recipe) == 3 * (1 + 2 + 1)
-    assert blocks_a_picture(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
+    assert blocks_an_image(recipe) == 3 * (1 + 2 + 1)
+    assert blocks_an_image(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
     uneven = changed(recipe, allocation="list", iterations=(3, 2, 1))
-    assert blocks_a_picture(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3
+    assert blocks_an_image(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3

@@ -17,10 +17,10 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Launch, Model, Recipe
-from preprocess.encode_latents import encode
 from preprocess.encoding import image_loader
 from preprocess.encoding.decoding import AHEAD, decoded
 from preprocess.encoding.image_loader import ImageLoader
+from preprocess.encoding.stage import encode
 from preprocess.shards import Rejection, shard_name
 from preprocess.sources import Entry, open_source
 from tests.photographs import photographs, write_folder

@@ -13,10 +13,10 @@ from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
 from common.sealed import read_json, write_sealed
 from fpdm.latents import draw_latents, unscale_latents
-from preprocess.encode_latents import encode, finished, plan
 from preprocess.encoding import encoder as encoder_module
 from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae
 from preprocess.encoding.encoding import resolve
+from preprocess.encoding.stage import encode, finished, plan
 from preprocess.images.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 

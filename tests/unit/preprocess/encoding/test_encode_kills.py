@@ -19,9 +19,10 @@ from common.errors import UserError
 from common.files import folder_lock
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
-from preprocess.encode_latents import encode, encode_in_jobs, merge
+from common.stage_jobs import run_in_jobs
 from preprocess.encoding.decoding import _end_with
 from preprocess.encoding.encoding import encode_part, resolve
+from preprocess.encoding.stage import STAGE, encode, merge
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 from tests.photographs import photographs, write_folder
 
@@ -163,7 +164,7 @@ def test_ranks_share_the_work_and_the_last_makes_the_index(recipe: Recipe, tmp_p
 
 def test_a_job_array_on_this_machine_makes_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
     chosen = into(replace(recipe, runs=str(tmp_path / "runs")), tmp_path / "shards")
-    encode_in_jobs(chosen, "local", 2)
+    run_in_jobs(chosen, STAGE, "local", 2)
     assert contents(chosen) == contents(recipe)
     assert len(list((tmp_path / "runs/test/logs/encode").glob("*_log.out"))) == 2
 
@@ -171,7 +172,7 @@ def test_a_job_array_on_this_machine_makes_the_same_bytes(recipe: Recipe, tmp_pa
 FULL_DISK = """
 import resource, sys
 from common.loading import parse_recipe
-from preprocess.encode_latents import encode
+from preprocess.encoding.stage import encode
 from common.command import exit_status_of
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

@@ -12,9 +12,9 @@ from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Model, Recipe
 from preprocess import show_latents, verify_shards
-from preprocess.encode_latents import encode
 from preprocess.encoding.encoding import resolve
 from preprocess.encoding.reencode_check import deep_faults, psnr
+from preprocess.encoding.stage import encode
 from preprocess.shards import LatentShards, Sample, write_index, write_shard
 from tests.photographs import photographs, write_folder
 

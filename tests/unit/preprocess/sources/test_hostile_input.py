@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
-from preprocess.encode_latents import encode
+from preprocess.encoding.stage import encode
 from preprocess.images.images import Rejected
 from preprocess.shards import LatentShards, verify
 from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip

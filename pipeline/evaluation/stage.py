@@ -1,0 +1,80 @@
+"""The stage `evaluate`. Importing it takes no time: `--help` needs nothing of torch."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from common.recipe import Recipe
+from common.stage import Stage
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.measurements import Evaluation
+
+
+def resolve(recipe: Recipe) -> "Evaluation":
+    from pipeline.evaluation.measurements import Evaluation
+
+    return Evaluation.of(recipe)
+
+
+def plan(evaluation: "Evaluation") -> Iterator[str]:
+    """What is compared with what, and which distances are measured already."""
+    from pipeline.evaluation.evaluate import is_measured
+
+    weights = evaluation.weights
+    yield f"distance: {weights.distance_name}, {weights.extractor} with weights of sha256 {weights.sha256[:16]}..."
+    yield f"reference: {evaluation.yardstick.reference.label}"
+    for images in evaluation.compared:
+        state = f"measured in {evaluation.path_of(images)}" if is_measured(evaluation, images) else "to be measured"
+        yield f"{images.name}: {images.label}; {state}"
+
+
+def finished(evaluation: "Evaluation") -> bool:
+    from pipeline.evaluation import evaluate
+
+    return evaluate.finished(evaluation)
+
+
+def evaluate(evaluation: "Evaluation") -> None:
+    from pipeline.evaluation import evaluate
+
+    evaluate.evaluate(evaluation)
+
+
+def extract_part(evaluation: "Evaluation", part: int, parts: int) -> None:
+    from pipeline.evaluation import evaluate
+
+    evaluate.extract_part(evaluation, part, parts)
+
+
+def check(recipe: Recipe, _cluster: str) -> None:
+    """Raises UserError for a metric that the extractor does not give, or that needs more images."""
+    from pipeline.evaluation.metrics import ISC_SPLITS, NEIGHBOURHOOD
+    from pipeline.features.extractors import wanted_metrics
+
+    wanted_metrics(recipe.evaluate)
+    needed = {"inception_score": ISC_SPLITS, "kid": NEIGHBOURHOOD + 1, "precision_recall": NEIGHBOURHOOD + 1}
+    for metric in ("frechet", *(recipe.evaluate.metrics or ())):
+        fewest = needed.get(metric, 2)
+        for field, count in (
+            ("sample.num_samples", recipe.sample.num_samples),
+            ("evaluate.reference_samples", recipe.evaluate.reference_samples),
+        ):
+            if metric == "inception_score" and field == "evaluate.reference_samples":
+                continue  # it needs no reference
+            if count is not None and count < fewest:
+                raise UserError(f"{field}: {count}, and the metric {metric} needs {fewest} at least; ask for more")
+
+
+STAGE = Stage(
+    name="evaluate",
+    resolve=resolve,
+    plan=plan,
+    finished=finished,
+    work=evaluate,
+    ranks_share=True,
+    part=extract_part,
+    merge=evaluate,
+    merge_needs_all_cores=True,
+    check=check,
+)

@@ -1,0 +1,76 @@
+"""`pipeline/sweep.py` as a stage: no part of a run, but shared among jobs as those are."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from common.recipe import Recipe
+from common.stage import Stage
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.sweep import Sweep
+
+
+def resolve(recipe: Recipe) -> "Sweep":
+    from pipeline.evaluation.sweep import Sweep
+
+    return Sweep(recipe)
+
+
+def plan(sweep: "Sweep") -> Iterator[str]:
+    """The points, which of them are measured, and which combinations are left out."""
+    for point in sweep.recipes:
+        measurement = sweep.measured(point)
+        state = f"{measurement['distance']} = {measurement['value']:.2f}" if measurement else "to be measured"
+        iterations = f" x {point.iterations:g} iterations ({point.allocation}, reuse {point.reuse})"
+        how = f"{point.sampler}, {point.num_steps} steps{iterations if point.iterations else ''}"
+        yield f"{point.blocks} blocks: {how}, guidance {point.guidance_scale:g}: {state}"
+    yield from (f"left out: {reason}" for reason in sweep.left_out)
+
+
+def finished(sweep: "Sweep") -> bool:
+    return all(sweep.measured(point) for point in sweep.recipes)
+
+
+def measure_part(sweep: "Sweep", part: int = 0, parts: int = 1) -> None:
+    """Measures this part's points. The table is written after each, so that it holds all that is measured so far."""
+    for point in list(sweep.recipes)[part::parts]:
+        sweep.measure(point)
+        sweep.write_tables()
+
+
+def measure(sweep: "Sweep") -> None:
+    """All points, and the table on the terminal. Raises UserError where there are several ranks."""
+    from common.ranks import rank_and_world_size
+
+    if rank_and_world_size()[1] > 1:
+        raise UserError(
+            "sweep.py is one process, not several ranks; --cluster with --jobs shares its points among jobs"
+        )
+    measure_part(sweep)
+    show(sweep)
+
+
+def prepare_reference(sweep: "Sweep") -> None:
+    sweep.yardstick.prepare_reference()
+
+
+def show(sweep: "Sweep") -> None:
+    """Writes the table once more, with what other jobs have measured, and prints it."""
+    sweep.write_tables()
+    folder = sweep.folder
+    print(folder.sweep_markdown.read_text(encoding="utf-8"), end="")
+    print(f"\ntable:   {folder.sweep_csv}\npicture: {folder.sweep_picture}")
+    print("report:  python pipeline/report.py with the recipe shows both")
+
+
+STAGE = Stage(
+    name="sweep",
+    resolve=resolve,
+    plan=plan,
+    finished=finished,
+    work=measure,
+    part=measure_part,
+    first=prepare_reference,
+    merge=show,
+)

@@ -1,0 +1,143 @@
+"""What a run's report shows, and writing it: `report.html`, one file that needs no other, and `samples.png`."""
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from common.errors import UserError, printable
+from common.files import atomic_write, content_key, sha256_file
+from common.loading import dump_recipe
+from common.log_lines import read_log
+from common.recipe import Recipe, denoiser_config, latent_shape
+from common.run_folder import RunFolder
+from common.sealed import OPEN
+from common.stage_times import read_times
+from fpdm.denoiser import count_parameters
+from pipeline.evaluation import evaluate
+from pipeline.evaluation.measurements import Evaluation
+from pipeline.evaluation.plots import loss_curve, sweep_picture
+from pipeline.evaluation.sweep import read_table, table
+from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
+from pipeline.sampling.plans import blocks_an_image
+
+ROLES = {
+    "trained": "this run's samples",
+    "untrained": "the same network before training",
+    "held_out": "real images that training never saw: the floor",
+    "reconstruction": "the same images after the autoencoder alone",
+}
+
+
+@with_config(OPEN)
+class Started(TypedDict):
+    """A line of `provenance.jsonl`; all of it is shown."""
+
+    stage: str
+
+
+class Report:
+    """Of a recipe's run; what it shows is read once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.folder = recipe, RunFolder(recipe.folder)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return Evaluation.of(self.recipe)
+
+    @cached_property
+    def inputs(self) -> str:
+        """A key of all that the report shows, but when and where it was made and how long stages took.
+
+        Raises UserError where this recipe's samples are not measured, or a file that is shown is missing.
+        """
+        folder = self.folder
+        if not evaluate.finished(self.evaluation):
+            raise UserError(
+                f"{folder.metrics}: not there, or of other settings than this recipe's; "
+                "run python pipeline/eval_fid.py with this recipe first"
+            )
+        for path in (folder.log, folder.provenance):
+            if not path.exists():
+                raise UserError(
+                    f"{path}: not there, and the report shows it; run python pipeline/train.py with this recipe"
+                )
+        files = [path for path in (folder.metrics, folder.log, folder.sweep_table) if path.exists()]
+        return content_key([dump_recipe(self.recipe), *(sha256_file(path) for path in files)])
+
+
+def report(shown: Report) -> None:
+    """The stage: draws images and curve, fills the template. Raises UserError where a stage before is missing."""
+    folder, recipe, inputs = shown.folder, shown.recipe, shown.inputs
+    panels = class_panels(shown.evaluation.sampling)
+    losses = [
+        line for line in read_log(folder.log) if line.get("loss") is not None and "step" in line
+    ]  # null: not finite
+    if not losses:
+        raise UserError(f"{folder.log}: no line has a loss; run python pipeline/train.py with this recipe")
+    with atomic_write(folder.contact_sheet) as temporary:
+        contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
+    page = render(**context(recipe), panels=panels, losses=losses, loss_curve=loss_curve(losses), inputs=inputs)
+    with atomic_write(folder.report) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def finished(shown: Report) -> bool:
+    """Whether the report was made from what lies in the run folder now."""
+    page = shown.folder.report
+    if not page.exists() or not shown.folder.contact_sheet.exists():
+        return False
+    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8", errors="replace"))
+    try:
+        return made_from is not None and made_from[1] == shown.inputs
+    except UserError:  # a stage before this one is missing
+        return False
+
+
+def render(**values: Any) -> str:
+    """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
+    environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
+    return environment.get_template("report.html.j2").render(values)
+
+
+def _shown(value: Any) -> Any:
+    """A value as the page has it: no encoding has half a character, and no browser is to obey a control character."""
+    return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
+
+
+def context(recipe: Recipe) -> dict[str, Any]:
+    """The page's words and numbers."""
+    folder = RunFolder(recipe.folder)
+    metrics = evaluate.read_metrics(folder)
+    started = [line for line in read_log(folder.provenance, Started) if line["stage"] == "train"]
+    provenance = [("training", line) for line in started[-1:]]
+    return {
+        "recipe": recipe,
+        "recipe_yaml": dump_recipe(recipe),
+        "latents": latent_shape(recipe),
+        "parameters": count_parameters(denoiser_config(recipe)),
+        "blocks": blocks_an_image(recipe),
+        "distance": metrics["distance"],
+        "measurements": metrics["measurements"],
+        "roles": ROLES,
+        "sweep": _sweep(folder),
+        "stages": [{"stage": stage, "seconds": seconds} for stage, seconds in read_times(folder).items()],
+        "provenance": [*provenance, ("evaluation", metrics["measurements"][0]["provenance"])],
+    }
+
+
+def _sweep(folder: RunFolder) -> dict[str, Any] | None:
+    """The table and the plot of the run's sweep, if there was one."""
+    if not folder.sweep_table.exists():
+        return None
+    rows = read_table(folder)
+    return {"table": table(rows), "picture": sweep_picture(rows)}

@@ -1,0 +1,36 @@
+"""The stage `report`. Importing it takes no time: `--help` needs nothing of torch."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from common.recipe import Recipe
+from common.stage import Stage
+
+if TYPE_CHECKING:
+    from pipeline.reporting.page import Report
+
+
+def resolve(recipe: Recipe) -> "Report":
+    from pipeline.reporting.page import Report
+
+    return Report(recipe)
+
+
+def plan(shown: "Report") -> Iterator[str]:
+    yield f"report: {shown.folder.report}, " + ("up to date" if finished(shown) else "to be written")
+    yield f"pictures: {shown.folder.contact_sheet}, {shown.recipe.sample.save_images} of each set"
+
+
+def finished(shown: "Report") -> bool:
+    from pipeline.reporting import page
+
+    return page.finished(shown)
+
+
+def report(shown: "Report") -> None:
+    from pipeline.reporting import page
+
+    page.report(shown)
+
+
+STAGE = Stage(name="report", resolve=resolve, plan=plan, finished=finished, work=report)

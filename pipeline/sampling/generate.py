@@ -1,0 +1,159 @@
+"""Images drawn from weights: sample i is a function of (seed, i) alone, whatever the batch, the rank or the chunk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import shared_folder_lock
+from common.ranks import float32_throughout, own_device, rank_and_world_size, share_cores
+from common.recipe import Recipe
+from common.run_folder import SampleFolder
+from common.run_weights import load_network
+from common.sealed import write_sealed
+from fpdm.denoiser import Denoiser
+from fpdm.sampling import require_sound
+from pipeline.sampling.chunks import Chunk, Span
+from pipeline.sampling.outputs import Chunks, output
+from pipeline.sampling.plans import Plan, bind_sampler, labels_for, open_plan
+from pipeline.sampling.sample_set import SampleSet, Sampling
+from preprocess.encoding.encoder import Encoder, fetch_vae
+from preprocess.images.images import to_uint8
+
+WAITING = 4  # batches that are drawn and not yet finished: bounds the memory
+
+
+def sample(sampling: Sampling, part: int = 0, parts: int = 1) -> None:
+    """The stage: draws this rank's share of this part of every set that the recipe measures.
+
+    Who draws the last chunk of a set also writes what `sample.output` makes of it.
+    """
+    rank, world_size = rank_and_world_size()
+    share_cores()
+    fetch_vae(sampling.recipe.vae)
+    if finished(sampling):
+        return
+    for samples in sampling.sets:
+        with shared_folder_lock(samples.folder):
+            generate(sampling, samples, part * world_size + rank, parts * world_size)
+            if not missing_chunks(sampling, samples):
+                output(sampling, samples).complete()
+
+
+def finished(sampling: Sampling) -> bool:
+    try:
+        return all(
+            not missing_chunks(sampling, samples) and output(sampling, samples).is_complete for samples in sampling.sets
+        )
+    except UserError:  # no weights yet
+        return False
+
+
+def missing_chunks(sampling: Sampling, samples: SampleSet) -> list[Span]:
+    """The chunks that are still to be drawn, over all ranks."""
+    form = output(sampling, samples)
+    return [span for span in sampling.spans if not all(path.exists() for path in form.paths(span))]
+
+
+def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: int = 1) -> None:
+    """Draws the chunks of this rank that are missing. Chunk k belongs to rank k % world_size.
+
+    While one batch is drawn, a thread rounds, checks, compresses and writes those before it: a GPU need not wait for
+    that. Raises UserError where latents or images come out non-finite or constant.
+    """
+    missing = set(missing_chunks(sampling, samples))
+    spans = [span for span in sampling.spans[rank::world_size] if span in missing]
+    if not spans:
+        return
+    write_sealed(SampleFolder(samples.folder).settings, samples.settings)
+    recipe, device = sampling.recipe, own_device()
+    float32_throughout()
+    model = load_network(samples.weights).to(device)
+    steps = open_plan(recipe, samples.folder, model)
+    vae = sampling.models.load_vae(device)
+    form = output(sampling, samples)
+    total = sum(end - first for first, end in spans)
+    with (
+        tqdm(total=total, unit="image", desc=f"sample {samples.samples_seen}", disable=rank != 0) as bar,
+        _in_the_background() as submit,
+    ):
+        for span in spans:
+            batches: list[Chunk] = []
+            for start in range(*span, recipe.sample.batch_size):
+                index = torch.arange(start, min(start + recipe.sample.batch_size, span[1]), device=device)
+                images, labels = draw_images(recipe, steps, model, vae, index), labels_for(recipe, index)
+                submit(partial(_finish_batch, index, images, labels, recipe.sample.rounding, batches))
+                bar.update(len(index))
+            submit(partial(_write_chunk, form, span, batches))
+
+
+@contextmanager
+def _in_the_background() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yields `submit`: calls run one after another in a thread; what one raises, the next `submit` or the end raises.
+
+    Where torch has several threads on a CPU the calls run here: two teams of threads would stall one another.
+    """
+    if not torch.cuda.is_available() and torch.get_num_threads() > 1:
+        yield lambda call: call()
+        return
+    waiting: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def submit(call: Callable[[], None]) -> None:
+            while len(waiting) >= WAITING or (waiting and waiting[0].done()):
+                waiting.pop(0).result()
+            waiting.append(pool.submit(call))
+
+        try:
+            yield submit
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        for future in waiting:
+            future.result()
+
+
+def draw_images(recipe: Recipe, steps: Plan, model: Denoiser, vae: Encoder, index: torch.Tensor) -> torch.Tensor:
+    """Samples `index` (B,) as (B, 3, H, W) in [-1, 1]. Raises UserError for unsound latents, with their count."""
+    draw = bind_sampler(recipe, model, "sample", index)
+    try:
+        latents = draw(
+            num_steps=len(steps.reuse),
+            iterations=steps.iterations,
+            reuse=steps.reuse,
+            tolerance=recipe.sample.tolerance,
+        )  # (B, C, h, w)
+    except ValueError as error:
+        raise _unsound(index, error) from None
+    return vae.decode(latents)
+
+
+def _finish_batch(
+    index: torch.Tensor,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rounding: Literal["half_away", "truncate"],
+    batches: list[Chunk],
+) -> None:
+    """Appends samples `index` (B,), drawn as (B, 3, H, W) in [-1, 1]: images (B, H, W, 3) uint8 and labels (B,)."""
+    pixels = to_uint8(images, rounding)
+    try:
+        require_sound(images)
+        require_sound(pixels)
+    except ValueError as error:
+        raise _unsound(index, error) from None
+    batches.append({"images": pixels.permute(0, 2, 3, 1).cpu().numpy(), "labels": labels.cpu().numpy()})
+
+
+def _write_chunk(form: Chunks, span: Span, batches: Sequence[Chunk]) -> None:
+    form.write(span, {name: np.concatenate([batch[name] for batch in batches]) for name in ("images", "labels")})
+
+
+def _unsound(index: torch.Tensor, error: ValueError) -> UserError:
+    return UserError(f"samples {int(index[0])} to {int(index[-1])}: {error}")

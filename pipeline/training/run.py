@@ -1,0 +1,83 @@
+"""Training a run: whether it is finished, and all that surrounds the loop."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import disk_errors_as_user_errors, folder_lock
+from common.ranks import rank_and_world_size
+from common.recipe import Recipe, with_world_size
+from common.run_folder import ema_names, weights_folder
+from common.run_weights import describe
+from pipeline.training.checkpoint import MARKER, folder_of
+from pipeline.training.data import open_shards, stage_in
+from pipeline.training.distributed import process_group, raise_on_all_ranks
+from pipeline.training.identity import identity, total_samples
+from pipeline.training.signals import stop_requests
+from pipeline.training.trainer import Trainer
+
+
+def train(recipe: Recipe) -> None:
+    """Trains to `train.total_samples`, from the newest checkpoint if there is one; finished runs return at once.
+
+    Raises Interrupted, after all ranks have saved, if any of them is sent a stop signal.
+    """
+    if finished(recipe):
+        return
+    rank, world_size = rank_and_world_size()
+    _check_last_weights(recipe, rank)
+    try:
+        recipe = with_world_size(recipe, world_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    with stop_requests() as stop, process_group() as ranks, ExitStack() as lock:
+        with raise_on_all_ranks(ranks):
+            if rank == 0:
+                with disk_errors_as_user_errors(recipe.folder):
+                    lock.enter_context(folder_lock(recipe.folder))
+            shards = open_shards(recipe)
+            stage_in(recipe, shards)
+            shards.prove_places(rank, world_size)
+        Trainer(recipe, shards, ranks, stop).run()
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the run has its EMA weights after the last sample, trained by this recipe."""
+    try:
+        wanted = identity(recipe, open_shards(recipe))
+    except UserError:  # no shards any more; the stage before this one says so
+        return False
+    try:
+        return all(
+            folder.exists() and _is_same_run(recipe, describe(folder).extra["run"], wanted)
+            for folder in _last_weights(recipe)
+        )
+    except UserError:  # damaged; training says so and writes them again
+        return False
+
+
+def _last_weights(recipe: Recipe) -> list[Path]:
+    return [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
+
+
+def _is_same_run(recipe: Recipe, run: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    """Compares identities. "auto" precision matches any: a cluster's login node has no GPU to resolve it as training
+    did."""
+    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
+    return run is not None and run | free == wanted | free
+
+
+def _check_last_weights(recipe: Recipe, rank: int) -> None:
+    """Warns of damaged last weights, which the last checkpoint restores. Raises UserError where that is missing:
+    training must not begin again from the start unasked."""
+    for folder in _last_weights(recipe):
+        try:
+            if folder.exists():
+                describe(folder)
+        except UserError as error:
+            if not (folder_of(recipe) / f"{total_samples(recipe):012d}" / MARKER).exists():
+                raise
+            if rank == 0:
+                print(f"warning: {error}; now they are written again", file=sys.stderr, flush=True)

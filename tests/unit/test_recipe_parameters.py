@@ -1,0 +1,71 @@
+"""Only who reads several sections of a recipe takes a recipe: others take the section or the values they read."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for room in ("common", "pipeline", "preprocess") for path in (ROOT / room).rglob("*.py"))
+# By function, why it takes a recipe all the same.
+TRAINING, RECIPE, HOUSE = (f"{name}: other branch" for name in ("training", "recipe", "house"))
+STAGE = "as a Stage asks"
+ALLOWED = {
+    "common/recipe/network.py: diffusion": RECIPE,
+    "common/recipe/sampling.py: total_iterations": RECIPE,
+    "common/run_folder.py: ema_names": RECIPE,
+    "pipeline/sampling/stage.py: fetch": STAGE,
+    "pipeline/training/checkpoint.py: _refuse_non_finite": TRAINING,
+    "pipeline/training/checkpoint.py: folder_of": TRAINING,
+    "pipeline/training/checkpoint_form.py: _out_of_range": TRAINING,
+    "pipeline/training/data.py: open_latents": TRAINING,
+    "pipeline/training/data.py: staged": TRAINING,
+    "pipeline/training/ema.py: decay_of": TRAINING,
+    "pipeline/training/engine.py: build_engine": TRAINING,
+    "pipeline/training/feed.py: __init__": TRAINING,
+    "pipeline/training/guards.py: describe_fault": TRAINING,
+    "pipeline/training/guards.py: spike_event": TRAINING,
+    "pipeline/training/identity.py: precision": TRAINING,
+    "pipeline/training/identity.py: total_samples": TRAINING,
+    "pipeline/training/trained.py: _is_run": TRAINING,
+    "preprocess/beton.py: is_missing": HOUSE,
+    "preprocess/beton.py: plan": HOUSE,
+    "preprocess/encoding/loop.py: _outcome": HOUSE,
+    "preprocess/encoding/stage.py: fetch": STAGE,
+}
+
+
+def wasteful(tree: ast.Module) -> Iterator[str]:
+    """Functions with a parameter `Recipe` of which they read one field at most, and which pass it on to nobody."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+            if argument.annotation is None or ast.unparse(argument.annotation).strip("'\"") != "Recipe":
+                continue
+            body = [part for statement in node.body for part in ast.walk(statement)]
+            uses = [part for part in body if isinstance(part, ast.Name) and part.id == argument.arg]
+            read = [part for part in body if isinstance(part, ast.Attribute) and part.value in uses]
+            if len(read) == len(uses) and len({part.attr for part in read}) < 2 and not argument.arg.startswith("_"):
+                yield node.name
+
+
+def test_a_function_that_reads_one_section_takes_that_section() -> None:
+    names = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in FILES
+        for name in wasteful(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert names - set(ALLOWED) == set()
+    assert set(ALLOWED) - names == set(), "no exceptions any more"
+
+
+def test_what_reads_one_section_is_found() -> None:
+    code = """
+def one(recipe: Recipe): return recipe.train.batch_size + recipe.train.total_samples
+def none(recipe: Recipe): return 1
+def two(recipe: Recipe): return recipe.train.batch_size + recipe.seed
+def passes(recipe: Recipe): return two(recipe)
+def keeps(self, recipe: Recipe): self.recipe = recipe
+def ignores(_recipe: Recipe): return 1
+"""
+    assert list(wasteful(ast.parse(code))) == ["one", "none"]
