@@ -1,4 +1,4 @@
-"""A stage in independent parts: an array of jobs, each with the processes of one GPU, and what follows it."""
+"""Runs a stage as an array of independent jobs."""
 
 from common.errors import UserError
 from common.ranks import own_cores
@@ -6,8 +6,8 @@ from common.recipe import Recipe
 
 
 def run_parts(recipe: Recipe, cluster: str, name: str, module: str, function: str, parts: int | None = None) -> None:
-    """Runs `module.function(recipe, part, parts)` for every part as an array of jobs; without `parts`, one job of
-    `module.function(recipe)`. Raises UserError with the first failing job's own message.
+    """Runs `module.function(recipe, part, parts)` for every part, each a job; without `parts`, one job of
+    `module.function(recipe)`. Raises UserError with the message of the first job that failed.
     """
     from common.jobs import Job, failed
     from slurm.cluster import Resources, executor, run_array

@@ -25,13 +25,13 @@ class ImportReport:
     matched: list[str]
     missing: list[str]  # the network's own initialisation (seed 0) was kept
     unexpected: list[str]  # not used
-    mismatched: list[str]  # of another shape, or a position table of other numbers: not used
-    left_out: list[str] = field(default_factory=list)  # of other networks in the same file
-    note: str = ""  # how the network is computed, where that was told from the tensors
+    mismatched: list[str]  # another shape, or another position table: not used
+    left_out: list[str] = field(default_factory=list)  # tensors of other networks in the same file
+    note: str = ""  # how the network is computed, if that was inferred from the tensors
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of the file's network and of this one found its own."""
+        """Whether the tensors of the file and of the network are the same set, with the same shapes."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -62,16 +62,16 @@ def import_checkpoint(
         settings: fields of DenoiserConfig to set rather than infer, see `infer_config`.
 
     Raises:
-        ValueError: naming the file that is no checkpoint, the setting that cannot be told from the tensors or is told
-            otherwise, or the tensors that do not match.
+        ValueError: naming the file if it is no checkpoint, a setting that cannot be inferred from the tensors or
+            contradicts the file, or the tensors that do not match.
     """
     try:
         return _imported(Path(path), weights, strict, settings)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # what is odd in a file shows anywhere
+    except Exception as error:  # an odd file fails anywhere
         words = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: no DiT or FPDM that is read here ({type(error).__name__}: {words})") from error
+        raise ValueError(f"{path}: not a supported DiT or FPDM checkpoint ({type(error).__name__}: {words})") from error
 
 
 def _imported(path: Path, weights: str, strict: bool, settings: dict[str, Any]) -> tuple[Denoiser, ImportReport]:
@@ -107,7 +107,7 @@ def _imported(path: Path, weights: str, strict: bool, settings: dict[str, Any]) 
 
 
 def _with_stated(path: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with what the training arguments in the file, or its config.json, state; they must agree."""
+    """`settings`, completed by the training arguments in the file or its config.json. ValueError if they disagree."""
     stated: dict[str, Any] = {}
     conditioned = checkpoint.arguments.get("fixed_point_pre_post_timestep_conditioning")
     if conditioned is not None and "block_fixed_point.attn.qkv.weight" in checkpoint.tensors:
@@ -128,7 +128,7 @@ def _with_stated(path: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -
 
 
 def _is_table(given: Tensor, table: Tensor) -> bool:
-    """Whether a file's position table is ours but for rounding.
+    """Whether a file's position table equals ours up to rounding.
 
     Its values are sines and cosines of angles up to the table's side: computed in float32 they are off by an epsilon of
     the angle, and stored in half precision by an epsilon of 1.
@@ -142,7 +142,7 @@ def _is_table(given: Tensor, table: Tensor) -> bool:
 
 
 def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConfig:
-    """Tell a network's config from its tensors' names and shapes.
+    """Infer a network's config from the names and shapes of its tensors.
 
     Two settings leave no trace in them and change the output all the same: pre_post_timestep_conditioning of an FPDM,
     which must be given, and num_heads, which is taken from the standard size of that width or must be given. input_size
@@ -187,13 +187,13 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     for name in traceless:
         if name not in found:
             raise ValueError(
-                f"{name}: cannot be told from these tensors, and changes the output; give it (or a config.json)"
+                f"{name}: cannot be inferred from these tensors, and changes the output; pass it (or add a config.json)"
             )
     return DenoiserConfig(**found)
 
 
 def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
-    """How many blocks a stack has. A number that is left out is a missing block, however large the last number is."""
+    """Number of blocks in a stack. Raises ValueError for a gap in their numbers."""
     numbers = {match[1] for name in tensors if (match := re.match(rf"{stack}\.(\d+)\.", name))}
     for number in range(len(numbers)):
         if str(number) not in numbers:

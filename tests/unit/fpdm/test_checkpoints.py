@@ -285,7 +285,7 @@ def test_wrappers_and_prefixes_in_any_nesting_are_taken_off(tmp_path: Path, name
             "keeps averages as 'model_ema.xembedder', which is not read; choose 'model' instead",
         ),
         (lambda state: prefixed("a.", state) | prefixed("b.", state), "holds networks under 'a.', 'b.': keep the one"),
-        (lambda state: prefixed("module.", state) | state, "tensor 'pos_embed' is there twice"),
+        (lambda state: prefixed("module.", state) | state, "tensor 'pos_embed' is duplicated"),
         (lambda state: {"shadow_params": list(state.values()), "decay": 0.1}, "no state dict, .* holds shadow_params"),
         (lambda state: {"state_dict": {}}, "no state dict, tensors by name"),
         (lambda state: state | {"blocks.999999999.attn.qkv.bias": torch.zeros(1)}, "block blocks.2 is missing, but"),
@@ -324,7 +324,7 @@ def test_a_configuration_that_is_none_is_one_short_line(tmp_path: Path, text: st
 def test_tensors_of_no_dimensions_where_three_are_put_together_are_one_line(tmp_path: Path) -> None:
     scalars = {f"transformer_blocks.0.attn1.to_{part}.weight": torch.zeros(()) for part in "qkv"}
     torch.save({**diffusers_network().state_dict(), **scalars}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"c\.pt: no DiT or FPDM that is read here \(RuntimeError: zero-dimensional"):
+    with pytest.raises(ValueError, match=r"c\.pt: not a supported DiT or FPDM checkpoint \(RuntimeError: zero"):
         import_checkpoint(tmp_path / "c.pt", num_heads=4)
 
 

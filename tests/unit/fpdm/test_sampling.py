@@ -268,7 +268,7 @@ def test_stochastic_ddim_stays_real_for_any_number_of_steps():
 def test_a_non_finite_sample_is_reported_by_its_row(bad):
     samples = noise_of(torch.arange(5))
     samples[3, 0, 0, 0] = bad
-    with pytest.raises(ValueError, match=r"samples: 1 of 5 are non-finite \(rows 3\); compute no metric from them"):
+    with pytest.raises(ValueError, match=r"samples: 1 of 5 are non-finite \(rows 3\); metrics of them"):
         require_sound(samples)
 
 

@@ -243,7 +243,7 @@ def test_a_training_checkpoint_gives_its_ema_or_its_raw_weights(tmp_path, prefix
 
 def test_defect_a9_what_cannot_be_seen_in_the_tensors_must_be_stated(tmp_path):
     training_checkpoint(tmp_path / "c.pt", {"lr": 1e-4})
-    with pytest.raises(ValueError, match="pre_post_timestep_conditioning: cannot be told from these tensors"):
+    with pytest.raises(ValueError, match="pre_post_timestep_conditioning: cannot be inferred from these tensors"):
         import_checkpoint(tmp_path / "c.pt", num_heads=4)
     with pytest.raises(ValueError, match="num_heads: cannot be told"):
         import_checkpoint(tmp_path / "c.pt", pre_post_timestep_conditioning=False)

@@ -143,14 +143,14 @@ def test_the_demos_autoencoder_is_known_as_before() -> None:
         ({"scaling_factor": 1e-400}, "scaling_factor 0.0 .* above 0"),
         ({"scaling_factor": [0.18215]}, "scaling_factor .0.18215. .* is no number"),
         ({"shift_factor": "0"}, "shift_factor '0' .* is no number"),
-        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, r"scales each channel by itself \(latents_mean"),
-        ({"latents_std": [1.0] * 4}, r"scales each channel by itself \(latents_std"),
-        ({"in_channels": 2}, "is no VAE of colour images"),
-        ({"block_out_channels": 128}, "is no VAE of colour images"),
-        ({"block_out_channels": [1] * 20_000}, "is no VAE of colour images"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, r"per-channel scaling \(latents_mean"),
+        ({"latents_std": [1.0] * 4}, r"per-channel scaling \(latents_std"),
+        ({"in_channels": 2}, "is no VAE of RGB images"),
+        ({"block_out_channels": 128}, "is no VAE of RGB images"),
+        ({"block_out_channels": [1] * 20_000}, "is no VAE of RGB images"),
         ({"_class_name": "AutoencoderKLWan"}, "is an AutoencoderKLWan; .* AutoencoderKL, .* can be read"),
         ({"_class_name": None}, "says not which class of diffusers it is of; add"),
-        ({"latent_channels": 8}, r"vae\.latent_channels: 4 in the recipe, but .* has 8; set that"),
+        ({"latent_channels": 8}, r"vae\.latent_channels: 4 in the recipe, but 8 in .*; set it to that"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_meant_is_one_line(tmp_path: Path, narrow_vae: Path, changed, message) -> None:
@@ -262,7 +262,7 @@ def make_a_pipeline(folder: Path) -> None:
         (lose_a_shard, "names 'diffusion_pytorch_model-00002-of-00002.safetensors', which is no file beside it"),
         (name_a_file_elsewhere, r"names '\.\./elsewhere\.safetensors', which is no file beside it"),
         (lambda folder: (folder / WEIGHTS).rename(folder / INDEX), "no list of weight files"),
-        (make_a_pipeline, r"is a whole pipeline; set vae\.subfolder, usually to vae"),
+        (make_a_pipeline, r"is a pipeline; set vae\.subfolder, usually to vae"),
     ],
 )
 def test_a_folder_without_weights_that_are_read_says_what_to_do(narrow_vae: Path, change, message: str) -> None:
@@ -310,6 +310,6 @@ def test_of_a_repository_the_usual_file_alone_is_fetched(tmp_path, narrow_vae, m
 def test_of_a_repository_that_is_a_pipeline_the_subfolder_is_asked_for(tmp_path, narrow_vae, monkeypatch) -> None:
     make_a_pipeline(narrow_vae)
     Hub(narrow_vae, tmp_path / "cache", monkeypatch)
-    with pytest.raises(UserError, match=r"is a whole pipeline; set vae\.subfolder"):
+    with pytest.raises(UserError, match=r"is a pipeline; set vae\.subfolder"):
         fetch_vae(VAE(path="somebody/some-pipeline"))
     assert fetch_vae(VAE(path="somebody/some-pipeline", subfolder="vae")) == tmp_path / "cache/vae"

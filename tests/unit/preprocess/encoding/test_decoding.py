@@ -117,13 +117,16 @@ def leave(status: int) -> None:
 
 
 ENDS: dict[str, tuple[Callable[[], None], str]] = {
-    "killed": (end_by(signal.SIGKILL), "ended with SIGKILL, as for lack of memory; allow more memory or set a smaller"),
-    "without memory": (end_by(signal.SIGBUS), "ended with SIGBUS, as for lack of memory; allow more memory"),
+    "killed": (
+        end_by(signal.SIGKILL),
+        "ended with SIGKILL, probably for lack of memory; allow more memory or set a smaller",
+    ),
+    "without memory": (end_by(signal.SIGBUS), "ended with SIGBUS, probably for lack of memory; allow more memory"),
     "crashed": (end_by(signal.SIGSEGV), "ended with SIGSEGV; repair or remove this image"),
     "aborted": (os.abort, "ended with SIGABRT; repair or remove this image"),
     "exited": (lambda: os._exit(3), "ended with status 3; look for the reason above"),
     "left": (lambda: leave(4), "ended with status 4; look for the reason above"),
-    "without an end": (never_return, "took more than 0.3 seconds of computing; repair or remove this image"),
+    "without an end": (never_return, "took more than 0.3 seconds of CPU time; repair or remove this image"),
 }
 
 
@@ -149,7 +152,7 @@ def test_what_ends_a_decoding_process_is_told_with_the_image_and_what_is_finishe
         model=Model(num_classes=1),
         launch=Launch(cpus_per_process=2),
     )
-    with pytest.raises(UserError, match=f"^31.png: .*{told}.* what is finished is kept$") as found:
+    with pytest.raises(UserError, match=f"^31.png: .*{told}.* finished shards are kept$") as found:
         encode(recipe)
     assert "\n" not in str(found.value)
     assert {path.name for path in (tmp_path / "shards").glob("*.tar")} == {shard_name(0), shard_name(1), shard_name(2)}

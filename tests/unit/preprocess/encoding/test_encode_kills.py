@@ -127,7 +127,7 @@ def test_parts_that_are_missing_are_named(recipe: Recipe, tmp_path: Path) -> Non
     chosen = into(recipe, tmp_path)
     encode_part(chosen, 1, 3)
     assert {name for name in contents(chosen) if name.endswith(".tar")} == {shard_name(n) for n in (1, 4, 7)}
-    with pytest.raises(UserError, match=r"has 3 of 10 shards, not latents-000000\.tar, latents-000002\.tar, .*run "):
+    with pytest.raises(UserError, match=r"lacks 7 of 10 shards: latents-000000\.tar, latents-000002\.tar, .*run "):
         merge(chosen)
     assert not (tmp_path / INDEX).exists()
 

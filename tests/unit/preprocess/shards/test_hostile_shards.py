@@ -251,7 +251,7 @@ def test_links_are_not_followed_where_we_write_lock_or_delete(folder: Path, vict
     for name in (".lock", f".{shard_name(1)}.node.1.tmp", f".{INDEX}.node.1.tmp", ".latents-x.tmp"):
         (folder / name).symlink_to(victim)
     (folder / ".folder.1.tmp").symlink_to(precious)
-    with pytest.raises(UserError, match=r"\.lock: a symbolic link where a file of ours is needed"), folder_lock(folder):
+    with pytest.raises(UserError, match=r"\.lock: a symbolic link, but a regular file is needed"), folder_lock(folder):
         pass
     remove_unfinished(folder, range(SHARDS))
     write_index(folder, [each for number in range(SHARDS) if (each := finished_record(folder, number, thorough=True))],

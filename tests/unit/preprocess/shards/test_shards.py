@@ -302,7 +302,7 @@ def test_shards_of_another_version_are_never_written_over(folder: Path) -> None:
         value = json.loads((folder / name).read_text())
         del value["content_key"]
         write_sealed(folder / name, {**value, "version": 2})
-        with pytest.raises(UserError, match=rf"{name}: version 2, this reads 3; encode again elsewhere"):
+        with pytest.raises(UserError, match=rf"{name}: version 2, only 3 is read; encode again to another"):
             list(recorded_settings(folder))
         (folder / name).unlink()
 
@@ -333,7 +333,7 @@ def test_a_label_that_is_no_class_is_named(folder: Path) -> None:
     np.save(folder / SAMPLES, rows)
     shards = LatentShards(folder)
     assert shards.labels_at(np.array([2, 4])).tolist() == [2, 1]
-    with pytest.raises(UserError, match=r"samples\.npy: a sample of class 3, there are 3"):
+    with pytest.raises(UserError, match=r"samples\.npy: class 3, but there are 3 classes"):
         shards.labels_at(np.array([3]))
 
 
@@ -419,7 +419,7 @@ def test_verify_lists_every_fault_there_is(folder: Path) -> None:
 
 def test_verify_tells_that_one_of_its_processes_was_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("preprocess.shards.verification._sample_faults", lambda _: os.kill(os.getpid(), 9))
-    with pytest.raises(UserError, match=r"one of 2 processes that prove it was killed.*smaller --processes"):
+    with pytest.raises(UserError, match=r"one of 2 verifying processes was killed.*smaller --processes"):
         list(verify(folder, processes=2))
 
 
@@ -449,7 +449,7 @@ def test_verify_finds_another_shape_and_counts_that_do_not_add_up(folder: Path) 
 def test_the_command_lists_the_faults_and_ends_with_status_2(folder: Path) -> None:
     command = [sys.executable, "preprocess/verify_shards.py", str(folder), "--processes", "1"]
     whole = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (whole.returncode, whole.stdout) == (0, f"{folder}: 22 samples in 3 shards, all whole\n")
+    assert (whole.returncode, whole.stdout) == (0, f"{folder}: 22 samples in 3 shards, no faults\n")
     (folder / shard_name(1)).unlink()
     damaged = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert damaged.returncode == 2

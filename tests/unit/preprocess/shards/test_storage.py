@@ -147,7 +147,7 @@ def test_the_cache_stays_within_its_limit_by_dropping_what_was_used_longest_ago(
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
         assert mapped
         assert not [line for line in mapped if "deleted" in line]
-    with pytest.raises(UserError, match=r"data\.cache_gb: 0\.00 GB hold no shard"):
+    with pytest.raises(UserError, match=r"data\.cache_gb: 0\.00 GB do not hold a shard"):
         LatentShards(ADDRESS, Cache(tmp_path / "small", 100)).gather(EVERYTHING)
 
 
@@ -282,7 +282,7 @@ def test_a_set_that_is_too_large_to_stage_in_is_refused(remote: object, tmp_path
         (("data.stage_in=true",), r"data\.stage_in needs data\.cache"),
         (("data.lanes=5",), r"data\.lanes: 5 do not divide train\.batch_size, 512"),
         (("data.cache=$UNSET_VARIABLE/x",), r"data\.cache: \$UNSET_VARIABLE/x names a variable that is not set"),
-        (("data.cache=/proc/x",), r"data\.cache: /proc/x cannot be written"),
+        (("data.cache=/proc/x",), r"data\.cache: /proc/x: not written"),
         (("data.cache=/tmp", "data.shards=nowhere://x"), r"data\.shards: nowhere://x cannot be opened: Protocol not"),
         (("data.cache=/tmp", "data.shards=memory://empty"), r"data\.shards: memory://empty has no index\.json"),
         (("data.format=ffcv",), r"data\.format: .*/ffcv has no index\.json; run preprocess/beton\.py"),
@@ -294,7 +294,7 @@ def test_settings_that_cannot_work_are_refused_by_name(local: Path, overrides: t
 
 
 def test_a_local_reader_of_an_address_says_what_is_missing() -> None:
-    with pytest.raises(UserError, match=r"data\.cache: .* lies elsewhere; set data\.cache"):
+    with pytest.raises(UserError, match=r"data\.cache: not set, but .* is remote; set it to a folder"):
         LatentShards("s3://bucket/shards")
 
 

@@ -149,7 +149,7 @@ ADVICE = {
         "folder",
         {"cat/1.png": b"", "dog/1.png": b""},
         3,
-        r"3, but .*other has 2 classes \(cat, dog\); if these are the classes that you mean, set model\.num_classes=2$",
+        r"3, but .*other has 2 classes \(cat, dog\); if these are the intended classes, set model\.num_classes=2$",
     ),
     "classes that are one": (
         "folder",
