@@ -119,12 +119,12 @@ def read_index(data: bytes, where: str | Path) -> Index:
     """Parses an index. Raises UserError for anything but a consistent index."""
     value = _of_this_version(data, where)
     value.pop(KIND, None)
-    index = checked(value, where, Index, f"{REMEDY}, or get it anew")
+    index = checked(value, where, Index, f"{REMEDY}, or download it again")
     if index["accepted"] != sum(shard["nsamples"] for shard in index["shardlist"]) or any(
         shard["nsamples"] * math.prod(index["shape"]) * MOMENTS.itemsize > shard["filesize"]
         for shard in index["shardlist"]
     ):
-        raise UserError(f"{where}: its counts, sizes or shapes contradict each other; {REMEDY}, or get it anew")
+        raise UserError(f"{where}: its counts, sizes or shapes contradict each other; {REMEDY}, or download it again")
     return index
 
 

@@ -107,7 +107,7 @@ def _describe(file: Path, field: str) -> Table:
     """Raises UserError for a file that is no parquet, and for two columns of one name."""
     from pyarrow import parquet
 
-    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a complete parquet file; download it again"):
         with open(file, "rb") as start:
             refuse_lfs_pointer(file, field, start.read(40))
         schema = parquet.read_schema(file)
@@ -149,7 +149,7 @@ def _check_embedded(file: Path, field: str, name: str) -> None:
     """Raises UserError where the file's own statistics say that it has paths in place of all images."""
     from pyarrow import parquet
 
-    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a complete parquet file; download it again"):
         metadata = parquet.read_metadata(file)
         places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in (name, f"{name}.bytes")]
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -198,13 +198,13 @@ def _labels(file: Path, field: str, columns: list[str]) -> Iterator[dict[str, Va
     """What each row has in these columns."""
     from pyarrow import parquet
 
-    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a complete parquet file; download it again"):
         with parquet.ParquetFile(file) as opened:
             rows = opened.metadata.num_rows
             table = opened.read(columns=columns) if columns else None
         lists = [table[name].to_pylist() for name in columns] if table else []
     for row in range(rows):
-        with errors_as(UserError, f"{field}: {file}, row {row}, has no label that is read; {REMEDY}"):
+        with errors_as(UserError, f"{field}: {file}, row {row}, has no supported label; {REMEDY}"):
             found = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
         yield found
 

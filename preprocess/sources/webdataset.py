@@ -143,7 +143,7 @@ class Samples:
             return {}
         if member.size > MAX_JSON:
             raise UserError(f"{place} has {member.size:,} bytes, too many for a sample's description; {REMEDY}")
-        with errors_as(UserError, f"{place} is no JSON that is read; mend it, or {REMEDY}"):
+        with errors_as(UserError, f"{place} is not valid JSON; mend it, or {REMEDY}"):
             content = json.loads(_content(file, member, MAX_JSON), object_pairs_hook=_unique)
             if not isinstance(content, dict):
                 raise ValueError(f"{str(content)[:50]!r} in place of an object")
@@ -185,7 +185,7 @@ class Samples:
             if is_pickle or re.fullmatch(r"-?\d+", text) or self.candidates.among([field.partition(".")[0]]):
                 what = "a pickle, which is never read" if is_pickle else repr(text) if text.isdigit() else "not read"
                 raise UserError(
-                    f"{self.field}: {self.path} has no label that is read, but .{field} ({what}) may be one; {REMEDY}"
+                    f"{self.field}: {self.path} has no supported label, but .{field} ({what}) may be one; {REMEDY}"
                 )
 
 

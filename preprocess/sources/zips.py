@@ -96,7 +96,7 @@ def _members(path: Path, field: str) -> dict[str, zipfile.ZipInfo]:
     if not path.is_file():
         raise UserError(f"{field}: {path} is not there")
     with (
-        errors_as(UserError, f"{field}: {path} is not a whole zip, or cannot be read"),
+        errors_as(UserError, f"{field}: {path} is not a complete zip, or is unreadable"),
         zipfile.ZipFile(path) as archive,
     ):
         infos = archive.infolist()

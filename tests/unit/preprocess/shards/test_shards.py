@@ -293,7 +293,7 @@ def test_an_index_of_somebody_elses_is_refused_by_the_field_that_is_no_indexs(
     place[key] = value
     write_sealed(folder / INDEX, index)
     for reader in (LatentShards, lambda path: list(verify(path))):
-        with pytest.raises(UserError, match=rf"index\.json: .*{reason}.*get it anew"):
+        with pytest.raises(UserError, match=rf"index\.json: .*{reason}.*download it again"):
             reader(folder)
 
 

@@ -171,19 +171,19 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         r"'a\.jpg' twice",
     ),
     "a zip of another compression": (lambda f: zip_method(f / "x.zip"), "ffhq", "only deflate is read"),
-    "a zip cut off": (lambda f: cut(write_zip(f / "x.zip", {"a.jpg": JPEG}), 0.7), "ffhq", "not a whole zip"),
+    "a zip cut off": (lambda f: cut(write_zip(f / "x.zip", {"a.jpg": JPEG}), 0.7), "ffhq", "not a complete zip"),
     "a zip of an LMDB": (lambda f: write_zip(f / "x.zip", {"church/data.mdb": b"0"}), "lsun", "unzip it"),
     "an LMDB cut off": (
         lambda f: cut(write_lmdb(f / "x", dict(zip("abcdefgh", photographs(8), strict=True))) / "data.mdb", 0.5),
         "lsun",
-        "cut off; get it anew",
+        "cut off; download it again",
     ),
     "an LMDB that is none": (lambda f: write_folder(f, {"data.mdb": b"no database" * 999}), "lsun", "is not an LMDB"),
     "an LMDB without entries": (lambda f: write_lmdb(f / "x", {}), "lsun", "LMDB without images"),
     "a parquet cut off": (
         lambda f: cut(write_parquet(f / "x.parquet", [JPEG], [0], None), 0.6),
         "parquet",
-        "not a whole parquet file",
+        "not a complete parquet file",
     ),
     "a parquet split without labels": (
         unlabelled_test_split,
@@ -196,7 +196,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         r"2 sets of files .*: test-\*-of-.*, or name one, as .*/train-\*-of-00001\.parquet",
     ),
     "a loop of symbolic links": (link_loop, "folder", "symbolic link"),
-    "a pipe among the images": (pipe, "folder", r"a/1\.jpg is no plain file"),
+    "a pipe among the images": (pipe, "folder", r"a/1\.jpg is no regular file"),
     "folders that are no wnids": (lambda f: write_folder(f, {"cat/0.jpg": JPEG}), "imagenet", "none of ImageNet-1k's"),
     "a tar that is not ILSVRC's": (
         lambda f: tar_file(f / "x.tar", {"cat.tar": tar_bytes({"0.jpg": JPEG})}),

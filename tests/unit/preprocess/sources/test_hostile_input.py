@@ -163,7 +163,7 @@ def test_damage_anywhere_in_a_parquet_file_is_told_on_one_line(tmp_path: Path) -
                 source.open(entry)
         except (UserError, Rejected) as error:
             told.append(str(error))
-    assert any("not a whole parquet file" in line for line in told)
+    assert any("not a complete parquet file" in line for line in told)
     assert not any("\n" in line for line in told)
 
 

@@ -63,11 +63,11 @@ LEFT_OUT = {
     ".marker.json": "hidden",
     "a/.x.png": "hidden",
     "a/.DS_Store": "hidden",
-    "a/x.HEIC": "encoded as HEIC, which is not read; convert to PNG or JPEG",
-    "a/x.heif": "encoded as HEIC, which is not read; convert to PNG or JPEG",
-    "a/x.avif": "encoded as AVIF, which is not read; convert to PNG or JPEG",
-    "a/x.jxl": "encoded as JPEG XL, which is not read; convert to PNG or JPEG",
-    "a/x.dng": "encoded as a camera's raw data, which is not read; convert to PNG or JPEG",
+    "a/x.HEIC": "encoded as HEIC, which is not supported; convert to PNG or JPEG",
+    "a/x.heif": "encoded as HEIC, which is not supported; convert to PNG or JPEG",
+    "a/x.avif": "encoded as AVIF, which is not supported; convert to PNG or JPEG",
+    "a/x.jxl": "encoded as JPEG XL, which is not supported; convert to PNG or JPEG",
+    "a/x.dng": "encoded as a camera's raw data, which is not supported; convert to PNG or JPEG",
 }
 
 
@@ -199,7 +199,7 @@ NO_IMAGES = {
     "a zip": (["images.zip"], "name the zip itself"),
     "parquet files": (["x/0.parquet"], "data.source=parquet"),
     "arrays": (["0.npy"], "data.source=celebahq or ffhq"),
-    "HEIC": (["a/0.heic"], "encoded as HEIC, which is not read; convert"),
+    "HEIC": (["a/0.heic"], "encoded as HEIC, which is not supported; convert"),
 }
 
 
@@ -277,7 +277,7 @@ def test_a_followed_link_to_nothing_is_named(tmp_path: Path, target: str) -> Non
 def test_a_followed_link_to_a_device_is_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path / "images", ["a/1.png"])
     (folder / "a/2.png").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"a/2\.png is no plain file"):
+    with pytest.raises(UserError, match=r"a/2\.png is no regular file"):
         source_of("folder", folder, follow_links=True)
 
 
