@@ -20,7 +20,7 @@ def run_parts(recipe: Recipe, cluster: str, name: str, module: str, function: st
         timeout_minutes=launch.timeout_minutes,
     )
     try:
-        made = executor(cluster, recipe.folder / "logs" / name, name, resources)
+        submitter = executor(cluster, recipe.folder / "logs" / name, name, resources)
     except ValueError as error:
         raise UserError(str(error)) from None
     if parts is None:
@@ -28,7 +28,7 @@ def run_parts(recipe: Recipe, cluster: str, name: str, module: str, function: st
     else:
         calls = [Job.of(module, function, recipe, part=part, parts=parts) for part in range(parts)]
     here = 1 if launch.gpus_per_process else max(1, own_cores() // launch.cpus_per_process)
-    outcomes = run_array(made, calls, at_once=len(calls) if made.cluster == "slurm" else here, failed=failed)
+    outcomes = run_array(submitter, calls, at_once=len(calls) if submitter.cluster == "slurm" else here, failed=failed)
     for outcome in outcomes:
         if failed(outcome):
             raise UserError(outcome["error"])

@@ -118,13 +118,13 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise anything for damaged files
-        found = "damaged, or no checkpoint"
+        fault = "damaged, or no checkpoint"
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            found = f"loading it would run {refused[1]}"
+            fault = f"loading it would run {refused[1]}"
         elif refused := re.search(r"but got (?:<class ')?([\w.]+)", str(error)):
-            found = f"it holds an object, {refused[1]}"
+            fault = f"it holds an object, {refused[1]}"
         raise ValueError(
-            f"{path}: {found}; give a .safetensors file, or a .pt of tensors and plain values, as "
+            f"{path}: {fault}; give a .safetensors file, or a .pt of tensors and plain values, as "
             "torch.save(model.state_dict(), ...) writes it"
         ) from error
 

@@ -153,8 +153,8 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     """
     kind = "fpdm" if any(name.startswith("block_fixed_point.") for name in tensors) else "dit"
     block = "block_fixed_point" if kind == "fpdm" else "blocks.0"
-    found: dict[str, Any] = {"kind": kind, "self_conditioned": f"{block}.t_embedder.mlp.0.weight" in tensors}
-    label = f"{block}.y_embedder" if found["self_conditioned"] else "y_embedder"
+    config: dict[str, Any] = {"kind": kind, "self_conditioned": f"{block}.t_embedder.mlp.0.weight" in tensors}
+    label = f"{block}.y_embedder" if config["self_conditioned"] else "y_embedder"
     needed = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, f"{block}.mlp.fc1.weight": 2}
     condition = [f"{label}.{name}.weight" for name in ("embedding_table", "proj")]
     needed[condition[condition[1] in tensors]] = 2
@@ -165,31 +165,31 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
             fault = f"has {tensors[name].ndim} dimensions" if name in tensors else "is missing"
             raise ValueError(f"tensor {name!r} {fault}: these are no weights of a DiT or FPDM")
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-    found |= {"hidden_size": width, "in_channels": channels, "patch_size": patch_size}
+    config |= {"hidden_size": width, "in_channels": channels, "patch_size": patch_size}
     outputs = len(tensors["final_layer.linear.weight"]) // max(1, patch_size**2)
-    found["learned_variance"] = outputs == 2 * channels
-    found["mlp_ratio"] = len(tensors[f"{block}.mlp.fc1.weight"]) / max(1, width)
+    config["learned_variance"] = outputs == 2 * channels
+    config["mlp_ratio"] = len(tensors[f"{block}.mlp.fc1.weight"]) / max(1, width)
     if kind == "dit":
-        found["depth"] = _depth(tensors, "blocks")
+        config["depth"] = _depth(tensors, "blocks")
     else:
-        found["pre_depth"], found["post_depth"] = _depth(tensors, "blocks_pre"), _depth(tensors, "blocks_post")
+        config["pre_depth"], config["post_depth"] = _depth(tensors, "blocks_pre"), _depth(tensors, "blocks_post")
     if condition[1] in tensors:
-        found["condition_dim"] = tensors[condition[1]].shape[1]
+        config["condition_dim"] = tensors[condition[1]].shape[1]
     else:
-        found["num_classes"] = len(tensors[condition[0]]) - 1
+        config["num_classes"] = len(tensors[condition[0]]) - 1
     if "pos_embed" in tensors:
-        found["input_size"] = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
+        config["input_size"] = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
     heads = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
     if width in heads:
-        found["num_heads"] = heads[width]
+        config["num_heads"] = heads[width]
     traceless = ["num_heads", "input_size"] + (["pre_post_timestep_conditioning"] if kind == "fpdm" else [])
-    found |= settings
+    config |= settings
     for name in traceless:
-        if name not in found:
+        if name not in config:
             raise ValueError(
                 f"{name}: cannot be inferred from these tensors, and changes the output; pass it (or add a config.json)"
             )
-    return DenoiserConfig(**found)
+    return DenoiserConfig(**config)
 
 
 def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:

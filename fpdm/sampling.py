@@ -269,8 +269,8 @@ def _one_a_step(name: str, values: Sequence[Any] | None, num_steps: int, needed:
     if not needed:
         return [None] * num_steps
     if values is None or len(values) != num_steps:
-        found = "None" if values is None else f"{len(values)} values"
-        raise ValueError(f"{name}: {found} for {num_steps} steps; pass one value per step, noisiest first")
+        given = "None" if values is None else f"{len(values)} values"
+        raise ValueError(f"{name}: {given} for {num_steps} steps; pass one value per step, noisiest first")
     return values
 
 

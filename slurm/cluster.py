@@ -61,8 +61,8 @@ def executor(
     refuse(cluster, folder, resources)
     site = load_site() if cluster == "slurm" else Site()
     with nullcontext() if submits else _on_paper():
-        made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
-    made.update_parameters(
+        submitter = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
+    submitter.update_parameters(
         name=name,
         nodes=resources.nodes,
         tasks_per_node=resources.processes,
@@ -71,10 +71,10 @@ def executor(
     )
     # A cluster without GPUs refuses even a request for 0 GPUs.
     if cluster != "slurm" or (resources.gpus_per_process and not asks_for_gpus(site)):
-        made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
+        submitter.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     if cluster == "slurm":
-        made.update_parameters(**_slurm_parameters(site, resources, after, code))
-    return made
+        submitter.update_parameters(**_slurm_parameters(site, resources, after, code))
+    return submitter
 
 
 def resolve(cluster: str) -> str:
@@ -152,9 +152,9 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def submission_script(made: submitit.AutoExecutor, parts: int = 1) -> str:
+def submission_script(submitter: submitit.AutoExecutor, parts: int = 1) -> str:
     """The script that would be passed to sbatch."""
-    inner: Any = made._executor
+    inner: Any = submitter._executor
     array = {"map_count": parts} if parts > 1 else {}
     before, inner.parameters = inner.parameters, inner.parameters | array
     try:
@@ -164,32 +164,32 @@ def submission_script(made: submitit.AutoExecutor, parts: int = 1) -> str:
 
 
 def run(
-    made: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any, failed: Callable[[Any], bool]
 ) -> list[Any]:
     """Submits one job, shows the output of its first task until it ends, and returns all tasks' results.
 
     A task that raises, or whose result `failed` accepts, ends the others, and only failed results are returned. Raises
     the exception of the task that failed first if there is no failed result. An interruption cancels the job.
     """
-    return _run_all(made, [partial(function, *arguments) if arguments else function], 1, failed)
+    return _run_all(submitter, [partial(function, *arguments) if arguments else function], 1, failed)
 
 
 def run_array(
-    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
 ) -> list[Any]:
     """Runs every call as a separate job, at most `at_once` at a time; a job array on SLURM.
 
     Returns all results in the order of `calls`. The first failure cancels the rest; as in `run`, its results are
     returned or its exception is raised. An interruption cancels all jobs.
     """
-    return _run_all(made, calls, at_once, failed)
+    return _run_all(submitter, calls, at_once, failed)
 
 
 def _run_all(
-    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
 ) -> list[Any]:
     """Shows the output of a single call, or counts the finished ones of several."""
-    batch = Batch(made.cluster, lambda some: submit(made, some, at_once), calls, at_once)
+    batch = Batch(submitter.cluster, lambda some: submit(submitter, some, at_once), calls, at_once)
     results: dict[int, list[Any]] = {}
     tails: tuple[Tail, ...] = ()
     try:
@@ -214,14 +214,14 @@ def _run_all(
 
 
 def submit(
-    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int | None = None
+    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int | None = None
 ) -> list[submitit.Job[Any]]:
     """Submits calls, on SLURM several as one array, without waiting. ValueError with SLURM's words if it refuses."""
-    if made.cluster == "slurm" and at_once is not None:
-        made.update_parameters(slurm_array_parallelism=at_once)
-    with controller.outside_of_jobs(), _on_this_machine() if made.cluster == "local" else nullcontext():
+    if submitter.cluster == "slurm" and at_once is not None:
+        submitter.update_parameters(slurm_array_parallelism=at_once)
+    with controller.outside_of_jobs(), _on_this_machine() if submitter.cluster == "local" else nullcontext():
         try:
-            return made.submit_array(calls)
+            return submitter.submit_array(calls)
         except submitit.core.utils.FailedJobError as error:  # submitit's error for a refusal by sbatch
             words = [line for line in str(error).splitlines() if "error" in line.lower() or "sbatch:" in line]
             reason = "; ".join(words) or " ".join(str(error).split())

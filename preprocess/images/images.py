@@ -131,8 +131,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """ADM's and DiT's crop for ImageNet: halve with a box filter while the shorter side is at least 2 x `resolution`, resize
-    it to `resolution` with a bicubic filter, crop the centre.
+    """ADM's and DiT's crop for ImageNet: halve with a box filter while the shorter side is at least 2 x `resolution`,
+    resize it to `resolution` with a bicubic filter, crop the centre.
 
     Raises Rejected for a strip that would have more than MAX_PIXELS before the crop.
     """

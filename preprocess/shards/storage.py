@@ -64,9 +64,9 @@ class LocalFolder:
 
 
 def check_size(path: Path, size: int) -> None:
-    found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-    if found != f"{size} bytes":
-        raise UserError(f"{path}: {found}, the index says {size} bytes; {REMEDY}")
+    actual = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    if actual != f"{size} bytes":
+        raise UserError(f"{path}: {actual}, the index says {size} bytes; {REMEDY}")
 
 
 class CachedFolder:

@@ -73,8 +73,8 @@ def _lsun(path: str, field: str, data: Data) -> Source:
 
 
 def _listing(path: str, field: str, data: Data, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
-    if found := find_zip(path):
-        return list_zip(*found, field, suffixes)
+    if archive := find_zip(path):
+        return list_zip(*archive, field, suffixes)
     return list_folder(path, field, suffixes, follow_links=data.follow_links)
 
 

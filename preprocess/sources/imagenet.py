@@ -52,13 +52,13 @@ def wnid_folders(listing: Listing) -> Layout:
     check_not_empty(listing)
     known, root = set(all_wnids()), listing.root
     homes = [folder for folder in root.walk() if not known.isdisjoint(folder.with_images())] or [root]
-    home, found = homes[0], homes[0].with_images()
+    home, folders = homes[0], homes[0].with_images()
     if len(homes) > 1 or (home is not root and home.count() < root.count()):
         where = some([listing.where(folder) for folder in homes])
         raise listing.refusal(root, f"holds ImageNet's folders of wnids further down; name one of them: {where}")
-    check_wnids([*found, *map(base, home.images[:1])], listing.where(home), listing.field)
+    check_wnids([*folders, *map(base, home.images[:1])], listing.where(home), listing.field)
     check_classes(listing, home, known.intersection(home.folders))
-    return Layout(class_names(list(found)), [folder.keys() for folder in found.values()], Counter())
+    return Layout(class_names(list(folders)), [folder.keys() for folder in folders.values()], Counter())
 
 
 class ImageNetTar:

@@ -84,10 +84,10 @@ def check_splits(listing: Listing, folder: Folder, names: Iterable[str], advice:
         raise name_one(listing, folder, f"the splits {some(splits)}", splits, advice)
 
 
-def name_one(listing: Listing, folder: Folder, found: str, names: list[str], advice: str = "") -> UserError:
+def name_one(listing: Listing, folder: Folder, what: str, names: list[str], advice: str = "") -> UserError:
     """An error that asks the user to name one of several folders in `folder`."""
     example = listing.where(folder.folders[names[0]])
-    return listing.refusal(folder, f"holds {found}, side by side; {advice}name one of them, such as {example}")
+    return listing.refusal(folder, f"holds {what}, side by side; {advice}name one of them, such as {example}")
 
 
 def check_classes(listing: Listing, top: Folder, names: Iterable[str]) -> None:
@@ -117,9 +117,9 @@ def check_not_empty(listing: Listing) -> None:
     raise listing.refusal(listing.root, f"{what_it_holds(listing.root)}: there are no images; {remedy}")
 
 
-def _is_chunked(found: dict[str, Folder]) -> bool:
+def _is_chunked(folders: dict[str, Folder]) -> bool:
     """Whether these folders are dataset_tool's chunks of a data set, which are no classes."""
-    return bool(found) and all(
+    return bool(folders) and all(
         CHUNK.fullmatch(name) and all(CHUNKED.fullmatch(base(key)) for key in folder.keys())  # noqa: SIM118
-        for name, folder in found.items()
+        for name, folder in folders.items()
     )

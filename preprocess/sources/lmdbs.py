@@ -26,7 +26,7 @@ NAMED_DATABASE = 48  # bytes of its record, which is a value of the main databas
 class LmdbSource:
     """The images in an LMDB, ordered by key, as one class named after its folder.
 
-    Leaves out values that are no images by their keys (`length`) and, if all keys begin with a resolution (`256-00000`),
+    Leaves out values without image keys (`length`) and, if all keys start with a resolution (`256-00000`),
     all but the largest. Raises UserError if the database is empty, damaged or cut off (reading past its end crashes the
     process), holds named databases, or if its first values are no encoded images.
     """

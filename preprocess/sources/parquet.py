@@ -172,14 +172,14 @@ def _holds_bytes(column: Any) -> bool:
 
 def _label_columns(tables: list[Table], field: str, candidates: Candidates, image: str) -> list[str]:
     """The columns that may be labels: by their names, or because `datasets` says so. All files have the same."""
-    found = [_labels_of(table, candidates, image) for table in tables]
-    first, shown = found[0], [", ".join(columns) or "none" for columns in found]
+    by_table = [_labels_for(table, candidates, image) for table in tables]
+    first, shown = by_table[0], [", ".join(columns) or "none" for columns in by_table]
     if candidates.wanted not in (None, NONE) and not first:
         raise UserError(
             f"data.label_field: {candidates.wanted} is no column of {tables[0].file}, which has "
             f"{', '.join(tables[0].schema.names)[:200]}"
         )
-    other = next((number for number, columns in enumerate(found) if columns != first), None)
+    other = next((number for number, columns in enumerate(by_table) if columns != first), None)
     if other:
         raise UserError(
             f"{field}: {tables[other].file} has other columns of labels ({shown[other]}) than {tables[0].file} "
@@ -188,7 +188,7 @@ def _label_columns(tables: list[Table], field: str, candidates: Candidates, imag
     return first
 
 
-def _labels_of(table: Table, candidates: Candidates, image: str) -> list[str]:
+def _labels_for(table: Table, candidates: Candidates, image: str) -> list[str]:
     names = [name for name in table.schema.names if name != image]
     known = [name for name in names if table.features.get(name, {}).get("_type") == "ClassLabel"]
     return sorted({*candidates.among(names), *(known if candidates.wanted is None else ())})
@@ -205,8 +205,8 @@ def _labels(file: Path, field: str, columns: list[str]) -> Iterator[dict[str, Va
         lists = [table[name].to_pylist() for name in columns] if table else []
     for row in range(rows):
         with errors_as(UserError, f"{field}: {file}, row {row}, has no supported label; {REMEDY}"):
-            found = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
-        yield found
+            labels = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
+        yield labels
 
 
 def _names(tables: list[Table], field: str, label: str) -> list[str] | None:

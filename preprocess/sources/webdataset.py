@@ -80,8 +80,8 @@ class Samples:
                 file = open(tar, "rb")  # noqa: SIM115
             with file:
                 stamp = file_stamp(os.fstat(file.fileno()))
-                for image, found in self._samples(tar, file):
-                    self.candidates.add(found)
+                for image, labels in self._samples(tar, file):
+                    self.candidates.add(labels)
                     yield Entry(f"{name}/{image.name}", 0, image.size, (number, image.offset), stamp)
 
     def _samples(self, tar: Path, file: BinaryIO) -> Iterator[tuple[TarMember, dict[str, Value]]]:
@@ -118,19 +118,19 @@ class Samples:
 
     def _labels(self, tar: Path, file: BinaryIO, members: list[Member]) -> dict[str, Value]:
         """Whatever of a sample may be its label, by its field; counts the rest."""
-        found: dict[str, Value] = {}
+        labels: dict[str, Value] = {}
         for field, member in members:
-            before = len(found)
+            before = len(labels)
             if is_image(member.name):
                 self.left_out[f"image beside the sample's own (.{field[-40:]})"] += 1
                 continue
             if field.rpartition(".")[2] == "json":
-                found |= self._json_labels(tar, file, member, field)
+                labels |= self._json_labels(tar, file, member, field)
             elif self.candidates.among([field]):
-                found[field] = self._text_label(tar, file, member)
-            if len(found) == before:
+                labels[field] = self._text_label(tar, file, member)
+            if len(labels) == before:
                 self._leave_out(file, field, member)
-        return found
+        return labels
 
     def _text_label(self, tar: Path, file: BinaryIO, member: TarMember) -> Value:
         data = _content(file, member, MAX_TEXT)

@@ -71,7 +71,7 @@ def test_ranks_that_all_come_go_on_together_in_any_order(host: str, tmp_path: Pa
         pass
 
 
-def test_what_else_comes_to_the_port_is_no_rank(tmp_path: Path) -> None:
+def test_other_connections_are_no_ranks(tmp_path: Path) -> None:
     port = free_port()
     first = start(0, 2, port, tmp_path / "log")
     patience = time.monotonic() + 30
@@ -142,13 +142,13 @@ def test_a_rank_that_waits_hears_signals(number: signal.Signals, deaf: bool, tmp
     assert last.endswith("nothing was done")
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert ended([start(0, 2, other.getsockname()[1], tmp_path / "log")]) == [2]
     assert "error: MASTER_PORT: rank 0 cannot listen at" in (tmp_path / "log").read_text()
 
 
-def test_ranks_without_a_place_to_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_without_an_address_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")

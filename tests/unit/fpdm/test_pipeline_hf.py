@@ -81,7 +81,7 @@ def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:
     assert images.shape == (2, 16, 16, 3)
 
 
-def test_weights_that_do_not_say_what_they_predict_are_refused(tiny_recipe: Recipe) -> None:
+def test_weights_without_an_objective_are_refused(tiny_recipe: Recipe) -> None:
     path = weights_folder(tiny_recipe, 64) / "config.json"
     resealed(path, lambda config: {name: value for name, value in config.items() if name != "extra"})
     with pytest.raises(ValueError, match=r"config\.json has no extra\.objective"):

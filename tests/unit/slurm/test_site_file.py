@@ -72,7 +72,7 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
     assert len(str(raised.value)) < 700
 
 
-def test_a_folder_in_place_of_a_site_file_is_told(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_site_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
         load_site(tmp_path)
 
@@ -111,7 +111,7 @@ def test_a_job_asks_for_gpus_in_one_way_and_the_sites_comes_first(
     assert [line for line in asked if not re.match("--gres=lscratch:100$", line)] == [expected]
 
 
-def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_site_file_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FPDM_SITE", str(tmp_path / "none.yaml"))
     with pytest.raises(ValueError, match=r"none\.yaml: no such file; FPDM_SITE names it"):
         load_site()
@@ -128,6 +128,6 @@ def test_a_scratch_folder_takes_the_jobs_variables_and_nothing_else_of_the_shell
     assert "USER: parameter null or not set" in asked(env={}).stderr
 
 
-def test_a_scratch_folder_that_cannot_be_made_is_told_by_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_that_cannot_be_created_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPDM_SCRATCH", "/proc/none/here")
     assert Job.of("os.path", "exists", Recipe(name="a"))()["error"].startswith("scratch: no folder /proc/none/here on ")

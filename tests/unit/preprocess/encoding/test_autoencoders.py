@@ -81,7 +81,7 @@ def test_the_published_file_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_a_published_configuration_means_here_what_it_means_to_diffusers(tmp_path: Path, name: str) -> None:
+def test_published_configurations_are_read_as_by_diffusers(tmp_path: Path, name: str) -> None:
     """At its real size: scaling and shapes are those of the network that diffusers builds."""
     scaling, shift, channels, downsampling = FACTS[name]
     shutil.copytree(PUBLISHED / name, tmp_path / "vae")
@@ -153,7 +153,7 @@ def test_the_demos_autoencoder_is_known_as_before() -> None:
         ({"latent_channels": 8}, r"vae\.latent_channels: 4 in the recipe, but 8 in .*; set it to that"),
     ],
 )  # fmt: skip
-def test_a_configuration_that_cannot_be_meant_is_one_line(tmp_path: Path, narrow_vae: Path, changed, message) -> None:
+def test_impossible_configurations_are_rejected(tmp_path: Path, narrow_vae: Path, changed, message) -> None:
     config = {**json.loads((narrow_vae / "config.json").read_text()), **changed}
     (narrow_vae / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message) as caught:
@@ -265,7 +265,7 @@ def make_a_pipeline(folder: Path) -> None:
         (make_a_pipeline, r"is a pipeline; set vae\.subfolder, usually to vae"),
     ],
 )
-def test_a_folder_without_weights_that_are_read_says_what_to_do(narrow_vae: Path, change, message: str) -> None:
+def test_missing_or_unsupported_weights_are_rejected(narrow_vae: Path, change, message: str) -> None:
     change(narrow_vae)
     with pytest.raises(UserError, match=message) as caught:
         find_vae(settings(narrow_vae))

@@ -179,7 +179,7 @@ sys.exit(exit_status_of(lambda: encode(parse_recipe(sys.argv[1]))))
 """
 
 
-def test_a_disk_that_is_full_half_way_is_told_and_the_run_goes_on_later(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes(recipe: Recipe, tmp_path: Path) -> None:
     chosen = into(recipe, tmp_path)
     encode_part(chosen, 0, 2)  # every other shard
     before = contents(chosen)

@@ -52,7 +52,7 @@ def test_psnr_is_that_of_the_definition() -> None:
     assert psnr(grey, grey) == float("inf")
 
 
-def test_deep_verification_passes_what_was_encoded(
+def test_deep_verification_passes_intact_shards(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(recipe)

@@ -104,7 +104,7 @@ def test_a_pickled_reader_opens_the_folder_anew(pristine: Path) -> None:
     assert np.array_equal(pickle.loads(pickle.dumps(shards)).gather(np.arange(22)), EXPECTED)  # noqa: S301
 
 
-def test_accepted_and_rejected_are_what_was_found(pristine: Path) -> None:
+def test_accepted_and_rejected_add_up(pristine: Path) -> None:
     index = LatentShards(pristine).index
     assert (index["found"], index["accepted"]) == (COUNT, COUNT - 1)
     assert index["rejected"] == [{"key": "class/5.png", "reason": "truncated"}]
@@ -359,7 +359,7 @@ def test_flips_that_the_shards_do_not_hold_are_refused(tmp_path: Path) -> None:
         LatentShards(tmp_path).gather(np.array([0]), np.array([True]))
 
 
-def test_a_shard_whose_images_were_all_rejected_is_empty_and_whole(tmp_path: Path) -> None:
+def test_a_shard_with_only_rejected_images_is_empty_and_valid(tmp_path: Path) -> None:
     records = [
         write_shard(tmp_path, 0, [Rejection("0.png", "truncated")], SETTINGS),
         write_shard(tmp_path, 1, [sample(1)], SETTINGS),

@@ -69,7 +69,7 @@ def damage(remote: fsspec.AbstractFileSystem, name: str) -> None:
 EVERYTHING = np.arange(COUNT)
 
 
-def test_remote_shards_give_what_local_ones_give(remote: object, local: Path, tmp_path: Path) -> None:
+def test_remote_shards_equal_local_ones(remote: object, local: Path, tmp_path: Path) -> None:
     here, there = LatentShards(local), LatentShards(ADDRESS, Cache(tmp_path))
     indices, flips = np.array([59, 0, 31, 31, 9, 10]), np.array([True, False, True, False, False, True])
     assert np.array_equal(there.gather(indices, flips), here.gather(indices, flips))
@@ -89,7 +89,7 @@ def test_only_the_shards_that_are_asked_for_are_fetched_and_each_once(
 
 
 @pytest.mark.parametrize("name", ["latents-000001.tar", "latents-000001.samples.npy"])
-def test_what_is_not_the_indexs_bytes_never_reaches_the_cache(
+def test_files_that_contradict_the_index_never_reach_the_cache(
     remote: fsspec.AbstractFileSystem, tmp_path: Path, name: str
 ) -> None:
     damage(remote, name)
@@ -125,7 +125,7 @@ def test_a_copy_that_goes_bad_in_the_cache_is_fetched_again(
     assert np.array_equal(LatentShards(ADDRESS, Cache(tmp_path)).gather(EVERYTHING), expected)
 
 
-def test_the_cache_stays_within_its_limit_by_dropping_what_was_used_longest_ago(
+def test_the_cache_stays_within_its_limit_by_deleting_the_least_recently_used(
     remote: object, local: Path, tmp_path: Path
 ) -> None:
     size = sum((local / name).stat().st_size for name in ("latents-000000.tar", "latents-000000.samples.npy"))
@@ -199,7 +199,7 @@ def test_a_killed_fetch_leaves_no_half_copy_and_the_next_one_goes_on(local: Path
     assert again.returncode == 0
 
 
-def test_what_a_killed_fetch_left_goes_where_room_is_needed_and_only_that(
+def test_leftovers_of_a_killed_fetch_are_deleted_when_room_is_needed(
     remote: object, local: Path, tmp_path: Path
 ) -> None:
     left = tmp_path / f".{16 * 'a'}-latents-000009.tar.node.1.tmp"
@@ -293,7 +293,7 @@ def test_settings_that_cannot_work_are_refused_by_name(local: Path, overrides: t
         open_latents(parse_recipe(recipe_text(local), overrides)).gather(EVERYTHING)
 
 
-def test_a_local_reader_of_an_address_says_what_is_missing() -> None:
+def test_a_remote_address_needs_a_cache() -> None:
     with pytest.raises(UserError, match=r"data\.cache: not set, but .* is remote; set it to a folder"):
         LatentShards("s3://bucket/shards")
 
@@ -348,7 +348,7 @@ except UserError as error:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_users_cache_is_read_where_it_is_whole_and_named_where_it_is_not(local: Path) -> None:
+def test_another_users_cache_is_read_if_complete_and_named_if_not(local: Path) -> None:
     with tempfile.TemporaryDirectory() as name:  # which others may enter, other than pytest's
         shared = Path(name)
         shared.chmod(0o755)

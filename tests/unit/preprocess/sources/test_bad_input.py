@@ -208,7 +208,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_SOURCES)
-def test_a_bad_source_is_refused_with_one_line_that_names_what_it_found(case: str, tmp_path: Path) -> None:
+def test_a_bad_source_is_refused_with_one_line(case: str, tmp_path: Path) -> None:
     make, source, reason = REFUSED_SOURCES[case]
     path = make(tmp_path)
     path = path if isinstance(path, Path | str) else tmp_path / "x.tar"

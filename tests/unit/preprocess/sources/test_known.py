@@ -80,7 +80,7 @@ TOLD: dict[str, tuple[str, Counted, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", TOLD)
-def test_another_number_of_images_than_is_known_is_told(case: str) -> None:
+def test_an_unexpected_number_of_images_is_a_warning(case: str) -> None:
     kind, source, expected = TOLD[case]
     assert warnings(kind, source) == expected
 
@@ -169,7 +169,7 @@ ADVICE = {
 
 
 @pytest.mark.parametrize("case", ADVICE)
-def test_advice_on_the_number_of_classes_says_what_was_found(recipe: Recipe, case: str) -> None:
+def test_advice_on_the_number_of_classes_fits_the_data(recipe: Recipe, case: str) -> None:
     kind, files, classes, told = ADVICE[case]
     with pytest.raises(UserError, match=told) as found:
         plan(changed(recipe, kind, files, classes))

@@ -98,7 +98,7 @@ def test_splits_are_not_one_class(tmp_path: Path, keys: list[str]) -> None:
         layout(tmp_path, keys, label_field="none")
 
 
-def test_splits_that_may_be_classes_are_to_be_renamed(tmp_path: Path) -> None:
+def test_splits_that_could_be_classes_must_be_renamed(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="the splits test, train, side by side; rename them if they are classes, or name"
     ):
@@ -128,7 +128,7 @@ def test_a_column_is_not_named_of_imagenets_folders_and_archives(tmp_path: Path,
 
 @FORMS
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_layout_of_classes_is_refused_by_what_it_holds(tmp_path: Path, case: str, form: str) -> None:
+def test_other_layouts_are_refused_with_their_content(tmp_path: Path, case: str, form: str) -> None:
     keys, told = REFUSED[case]
     with pytest.raises(UserError, match=told) as found:
         layout(tmp_path, keys, form=form)
@@ -136,7 +136,7 @@ def test_what_is_no_layout_of_classes_is_refused_by_what_it_holds(tmp_path: Path
     assert "num_classes" not in str(found.value)
 
 
-def test_only_an_empty_folder_may_be_removed(tmp_path: Path) -> None:
+def test_removal_is_advised_for_empty_folders_only(tmp_path: Path) -> None:
     path = write_folder(tmp_path, {"a/1.png": b"", "b/1.png": b""})
     (path / "c/d").mkdir(parents=True)
     with pytest.raises(UserError, match=r"/c is empty, beside folders of images, the classes; fill it or remove it"):
@@ -198,7 +198,7 @@ NOT_IMAGENET = {
 
 @FORMS
 @pytest.mark.parametrize("case", NOT_IMAGENET)
-def test_what_is_not_imagenets_layout_is_refused_with_the_folder_that_is(tmp_path: Path, case: str, form: str) -> None:
+def test_other_layouts_of_imagenet_are_refused_with_the_right_folder(tmp_path: Path, case: str, form: str) -> None:
     keys, told = NOT_IMAGENET[case]
     with pytest.raises(UserError, match=told) as found:
         layout(tmp_path, keys, "imagenet", form)

@@ -56,7 +56,7 @@ def test_an_lmdb_that_a_symbolic_link_leads_to_is_named_as_the_links_folder(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to a folder", "link outside"])
-def test_what_lies_beside_an_lmdb_is_counted_and_not_opened(tmp_path: Path, webps: list[bytes], kind: str) -> None:
+def test_files_beside_an_lmdb_are_counted_and_not_opened(tmp_path: Path, webps: list[bytes], kind: str) -> None:
     path = write_lmdb(tmp_path / "x", {"0": webps[0]})
     (path / "lock.mdb").unlink()
     if kind == "pipe":
@@ -139,9 +139,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_lmdb_without_encoded_images_is_refused_by_what_it_holds(
-    tmp_path: Path, webps: list[bytes], case: str
-) -> None:
+def test_an_lmdb_without_encoded_images_is_refused(tmp_path: Path, webps: list[bytes], case: str) -> None:
     make, told = REFUSED[case]
     with pytest.raises(UserError, match=told) as found:
         source_of("lsun", make(tmp_path, webps))

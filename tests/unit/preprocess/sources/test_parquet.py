@@ -113,7 +113,7 @@ def test_of_several_labels_one_is_to_be_named(tmp_path: Path) -> None:
     assert "data.label_field: nowhere is no column of" in refused(path, label_field="nowhere")
 
 
-def test_columns_that_may_be_labels_and_are_not_read_are_named_in_a_warning(tmp_path: Path) -> None:
+def test_unused_columns_that_could_be_labels_are_named_in_a_warning(tmp_path: Path) -> None:
     columns = {"image": STRUCTS, "identity": LABELS, "caption": list("abcd")}
     for number in range(2):
         write(tmp_path / f"{number}.parquet", columns)
@@ -142,7 +142,7 @@ BAD_LABELS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
-def test_a_label_that_is_not_read_never_becomes_one_class(tmp_path: Path, case: str) -> None:
+def test_unsupported_labels_never_become_one_class(tmp_path: Path, case: str) -> None:
     column, reason = BAD_LABELS[case]
     path = write(tmp_path / "x.parquet", {"image": STRUCTS, "label": column})
     with pytest.raises(UserError, match=reason) as found:
@@ -312,7 +312,7 @@ def test_splits_and_configurations_never_merge_and_keys_are_unique(tmp_path: Pat
 
 
 @pytest.mark.parametrize("root", ["", "data", "default/train", "a/b/c"])
-def test_one_split_is_read_from_the_folder_of_the_whole_clone(tmp_path: Path, root: str) -> None:
+def test_one_split_is_read_from_a_clone(tmp_path: Path, root: str) -> None:
     for number in range(2):
         write(tmp_path / root / f"{number:04d}.parquet", {"image": STRUCTS, "label": LABELS})
     beside = {"README.md": b"", ".gitattributes": b"", ".cache/huggingface/x.parquet": b"", "dataset_infos.json": b""}
@@ -343,7 +343,7 @@ def test_hidden_folders_stop_nothing(tmp_path: Path, hidden: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_parts_are_numbered_from_0_or_from_1_and_none_may_be_missing(tmp_path: Path, first: int) -> None:
+def test_parts_are_numbered_from_0_or_1_and_must_be_complete(tmp_path: Path, first: int) -> None:
     for number in range(first, first + 3):
         write(tmp_path / f"x-0000{number}-of-00003.parquet", {"image": STRUCTS, "label": LABELS})
     assert len(source_of("parquet", tmp_path).entries) == 12

@@ -171,7 +171,7 @@ def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: 
     assert all(line.startswith("data.images: ") and line.isprintable() for line in refusals)
 
 
-def test_a_name_that_no_encoding_has_is_read_and_told(tmp_path: Path) -> None:
+def test_an_undecodable_file_name_is_read_and_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     folder = fill(tmp_path, ["a/1.png"])
     (folder / name).mkdir()
@@ -204,7 +204,7 @@ NO_IMAGES = {
 
 
 @pytest.mark.parametrize("case", NO_IMAGES)
-def test_what_lies_there_in_place_of_images_is_said(tmp_path: Path, case: str) -> None:
+def test_files_found_instead_of_images_are_named(tmp_path: Path, case: str) -> None:
     keys, told = NO_IMAGES[case]
     with pytest.raises(UserError, match=told):
         source_of("folder", fill(tmp_path, keys))

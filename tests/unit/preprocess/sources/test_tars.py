@@ -79,7 +79,7 @@ def test_a_dotted_shard_beside_a_plain_one_loses_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", [".hidden.jpg", "./._a.jpg", "__MACOSX/a.jpg", "./PaxHeaders.1234/a.jpg", "PaxHeader/a.jpg", ".git/a.jpg"]
 )
-def test_what_is_really_hidden_is_counted(tmp_path: Path, name: str) -> None:
+def test_hidden_files_are_counted(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes({**LABELLED, name: JPEG}))
     source = source_of("webdataset", tmp_path / "x.tar")
     assert (len(source.entries), source.left_out) == (2, {"hidden": 1})
