@@ -103,7 +103,7 @@ def impatient_with_others() -> None:
         ([0], 8, "1 of 8 ranks have come to 127.0.0.1:{port}; missing: rank 1, 2, 3, 4, 5, 6, 7 after"),
         ([3], 8, "rank 3 of 8: rank 0 at 127.0.0.1:{port}, or another rank, is missing after"),
         ([0, 1, 3], 4, "3 of 4 ranks have come to 127.0.0.1:{port}; missing: rank 2 after"),
-        ([0], 100, "not rank 1, 2, 3, 4, 5, 6, 7, 8, ... after"),
+        ([0], 100, "missing: rank 1, 2, 3, 4, 5, 6, 7, 8, ... after"),
     ],
 )
 def test_ranks_that_do_not_come_are_named(here: list[int], ranks: int, expected: str, tmp_path: Path) -> None:

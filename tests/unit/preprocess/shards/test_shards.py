@@ -425,7 +425,7 @@ def test_verify_tells_that_one_of_its_processes_was_killed(folder: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
-    [("label", 7, "class 7"), ("shard", 1, "in shard 1"), ("offset", 0, "checksum"), ("offset", 10**12, "checksum")],
+    [("label", 7, "class 7"), ("shard", 1, "has shard 1"), ("offset", 0, "checksum"), ("offset", 10**12, "checksum")],
 )
 def test_verify_finds_rows_that_cannot_be(folder: Path, column: str, value: int, reason: str) -> None:
     rows = np.load(folder / SAMPLES, allow_pickle=False)
@@ -433,7 +433,7 @@ def test_verify_finds_rows_that_cannot_be(folder: Path, column: str, value: int,
     np.save(folder / SAMPLES, rows)
     faults = list(verify(folder))
     assert any("sample 3 " in fault and reason in fault for fault in faults)
-    assert any(SAMPLES in fault and "not the bytes" in fault for fault in faults)
+    assert any(SAMPLES in fault and "changed after it was written" in fault for fault in faults)
 
 
 def test_verify_finds_another_shape_and_counts_that_do_not_add_up(folder: Path) -> None:
@@ -455,7 +455,7 @@ def test_the_command_lists_the_faults_and_ends_with_status_2(folder: Path) -> No
     assert damaged.returncode == 2
     assert damaged.stdout.count("\n") == 1
     assert shard_name(1) in damaged.stdout
-    assert "(1)" in damaged.stderr
+    assert ": 1 faults" in damaged.stderr
 
 
 def test_as_many_latents_as_imagenets_open_in_little_memory(tmp_path: Path) -> None:

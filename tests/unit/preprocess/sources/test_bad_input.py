@@ -122,7 +122,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
     "a tar with a device": (
         lambda f: tar_file(f / "x.tar", {"0.jpg": JPEG}, link(tarfile.CHRTYPE, "")),
         "webdataset",
-        "no plain file",
+        "no regular file",
     ),
     "a tar with duplicate keys": (
         lambda f: tar_file(f / "x.tar", {"0.jpg": JPEG}, tarfile.TarInfo("0.jpg")),

@@ -28,7 +28,7 @@ class Counted:
 
 
 WNIDS = [str(label) for label in range(1000)]
-CHURCH = "warning: LSUN's church_outdoor, for training, has 126,227 images, here are"
+CHURCH = "warning: LSUN's church_outdoor, for training, has 126,227 images, found"
 
 TOLD: dict[str, tuple[str, Counted, list[str]]] = {
     "FFHQ": ("ffhq", Counted(70_000, ["face"]), []),
@@ -74,7 +74,7 @@ TOLD: dict[str, tuple[str, Counted, list[str]]] = {
     "most files left out": (
         "folder",
         Counted(9, ["a"], {"not an image: no suffix": 10, "hidden": 99}),
-        ["warning: most files are left out: 10 have no image's name, 9 are"],
+        ["warning: most files are left out: 10 have no image's name, 9 have"],
     ),
 }
 
@@ -155,9 +155,9 @@ ADVICE = {
         "folder",
         {"cat/1.png": b"", "dog/1.png": b""},
         1,
-        r"set model\.num_classes=2; if all images are one class, data\.label_field=none$",
+        r"set model\.num_classes=2; if all images are one class, set data\.label_field=none$",
     ),
-    "no classes": ("folder", {"cat/1.png": b""}, 1000, r"has 1 class \(cat\); without labels all images are alike"),
+    "no classes": ("folder", {"cat/1.png": b""}, 1000, r"has 1 class \(cat\); without labels a class-"),
     "a part of ImageNet": (
         "imagenet",
         WNID_FILES,

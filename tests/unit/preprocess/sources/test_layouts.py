@@ -122,7 +122,7 @@ def test_a_column_is_not_named_of_imagenets_folders_and_archives(tmp_path: Path,
     path = write_folder(tmp_path / "x", {"n01440764/1.JPEG": b""})
     if form != "folder":
         path = write_zip(tmp_path / f"x.{form}", {"n01440764/1.JPEG": b""})
-    with pytest.raises(UserError, match=rf"data\.{field}: x names a column of parquet files, but .* is none"):
+    with pytest.raises(UserError, match=rf"data\.{field}: x names a column of parquet files, but .* is not parquet"):
         source_of("imagenet", path, **{field: "x"})
 
 
