@@ -245,7 +245,7 @@ def test_settings_that_tensors_do_not_show_must_be_stated(tmp_path):
     training_checkpoint(tmp_path / "c.pt", {"lr": 1e-4})
     with pytest.raises(ValueError, match="pre_post_timestep_conditioning: cannot be inferred from these tensors"):
         import_checkpoint(tmp_path / "c.pt", num_heads=4)
-    with pytest.raises(ValueError, match="num_heads: cannot be told"):
+    with pytest.raises(ValueError, match="num_heads: cannot be inferred"):
         import_checkpoint(tmp_path / "c.pt", pre_post_timestep_conditioning=False)
     training_checkpoint(tmp_path / "c.pt", {"fixed_point_pre_post_timestep_conditioning": True})
     assert import_checkpoint(tmp_path / "c.pt", num_heads=4)[0].config.pre_post_timestep_conditioning
