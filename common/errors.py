@@ -1,14 +1,11 @@
-"""What ends a command before its work is done, and how faults of foreign bytes become one line."""
+"""Errors that end a command early, and the conversion of parser errors into one-line messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class OneLineError(Exception):
-    """An error whose message is for the user already: one line that names what is at fault.
-
-    Whatever foreign text is put into it, it is printable and has at most `limit` characters.
-    """
+    """An error whose message is one printable line of at most `limit` characters, whatever text it quotes."""
 
     limit = 1000
 
@@ -17,17 +14,17 @@ class OneLineError(Exception):
 
 
 class UserError(OneLineError):
-    """A mistake of the user's, or a fault in a user's file.
+    """A user's mistake, or a fault in a user's file.
 
     The message is one line: the field or file, what was found, what is allowed, what to do. Commands print it and exit
-    with status 2 (`common.command`); everything else is a fault of the program and keeps its traceback.
+    with status 2 (`common.command`). Any other exception is a bug and keeps its traceback.
     """
 
 
 class Interrupted(Exception):
-    """The command was asked to stop, and has saved all it did: the same command again goes on from here.
+    """The command was asked to stop and has saved its work: the same command continues from here.
 
-    Commands print the message and exit with status INTERRUPTED; whoever launched the work queues it again.
+    Commands print the message and exit with status INTERRUPTED; the launcher queues the work again.
     """
 
 
@@ -36,10 +33,10 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 @contextmanager
 def errors_as(kind: type[OneLineError], message: str) -> Iterator[None]:
-    """Makes `kind` of whatever a parser raises over foreign bytes: `message`, then its own words on the same line.
+    """Re-raises any exception as `kind`: `message`, then the exception's own words in parentheses.
 
-    What is `kind` already passes. Damaged files make parsers raise nearly anything (RecursionError, struct.error,
-    MemoryError, tokenize.TokenError): a list of exceptions is never complete.
+    An exception of type `kind` passes unchanged. It catches all because parsers raise nearly anything for damaged files
+    (RecursionError, struct.error, MemoryError, tokenize.TokenError).
     """
     try:
         yield
@@ -50,7 +47,7 @@ def errors_as(kind: type[OneLineError], message: str) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    """What an error says; its type too where that says more. An OSError's path is none of it: `message` names it."""
+    """An error's text, with its type where that says more; without an OSError's path, which `message` names."""
     known = isinstance(error, OSError) and error.strerror
     words = one_line(str(known or error), 200)
     if words and isinstance(error, OneLineError | OSError | ValueError):
@@ -59,12 +56,12 @@ def _words(error: Exception) -> str:
 
 
 def one_line(text: str, limit: int = 1000) -> str:
-    """`text`, of any number of lines, as one printable line of at most `limit` characters."""
+    """`text` joined to one printable line of at most `limit` characters."""
     return shortened(printable(" ".join(shortened(text, 2 * limit).split())), limit)
 
 
 def shortened(text: str, limit: int) -> str:
-    """At most `limit` characters of `text`: what is too long lacks its middle, and keeps how it ends."""
+    """`text`, without its middle if it is longer than `limit` characters."""
     if len(text) <= limit:
         return text
     end = limit // 3
@@ -72,5 +69,5 @@ def shortened(text: str, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what no terminal shows, or a terminal would obey, and what no encoding has, escaped."""
+    """`text` with control characters, lone surrogates and other unprintable characters escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -1,4 +1,4 @@
-"""Artefacts appear whole or not at all."""
+"""Atomic writes, folder locks and checksums: no file is ever half written."""
 
 import errno
 import fcntl
@@ -17,16 +17,16 @@ from safetensors import SafetensorError
 
 from common.errors import UserError, printable
 
-_umask = os.umask(0)  # it is read by setting it
+_umask = os.umask(0)  # reading it means setting it
 os.umask(_umask)
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; after the block it is synced to disk and renamed to `path`.
+    """Yields a temporary path beside `path`; after the block, syncs it to disk and renames it to `path`.
 
-    If the block raises, `path` is as it was and the temporary file is gone. A kill leaves at most a file named
-    `.<name>.<node>.<pid>.tmp`, which no reader takes for an artefact.
+    If the block raises, `path` is unchanged and the temporary file is deleted. A kill leaves at most a hidden file
+    `.<name>.<node>.<pid>.tmp`, which readers ignore.
     """
     path = Path(path)
     _make(path.parent)
@@ -43,21 +43,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """As `atomic_write`, for a folder: it is filled under a temporary name and takes the place of `path` at the end.
+    """As `atomic_write`, for a folder, which replaces an existing one.
 
-    Of either, a link at `path` is replaced; what it leads to stays as it is.
+    Both replace a symbolic link at `path` and leave its target unchanged.
     """
     path = Path(path)
     _make(path.parent)
     temporary = _beside(path)
-    aside = _beside(path, ".old")  # the one that is replaced, until the new one is there
+    aside = _beside(path, ".old")  # the replaced folder, until the new one has its name
     _discard(temporary)
     temporary.mkdir()
     try:
         yield temporary
         for file in (*temporary.rglob("*"), temporary):
             if file.is_file():
-                file.chmod(0o666 & ~_umask)  # some libraries let nobody else read what they write
+                file.chmod(0o666 & ~_umask)  # some libraries write files that only their owner can read
             sync(file)
         if path.exists() or path.is_symlink():
             path.replace(aside)
@@ -69,12 +69,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _beside(path: Path, ending: str = "") -> Path:
-    """A name for this process alone, which `remove_leftovers` knows and no reader takes for an artefact."""
+    """A hidden path beside `path` that is unique to this process; `remove_leftovers` recognises it."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{ending}.tmp")
 
 
 def _discard(path: Path) -> None:
-    """Deletes a file, a folder or a link, as far as that can be done; never what a link leads to."""
+    """Deletes a file, a folder as far as possible, or a link, but never the target of a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -82,7 +82,7 @@ def _discard(path: Path) -> None:
 
 
 def _make(folder: Path) -> None:
-    """With what is above it, all on disk: what is in a folder is not, while the folder is not."""
+    """mkdir -p, fsyncing each parent."""
     if not folder.is_dir():
         _make(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -99,9 +99,9 @@ NOT_WRITTEN = frozenset(
 
 @contextmanager
 def disk_errors_as_user_errors(place: str | Path, only: Container[int] | None = None) -> Iterator[None]:
-    """Makes a UserError that names `place` of what a full disk, a read-only folder or a quota raises.
+    """Re-raises disk errors (a full disk, a quota, a read-only folder) as a UserError naming `place`.
 
-    `only`: the errors, such as NOT_WRITTEN, that come of writing, where the block also reads what may be missing.
+    `only`: the error numbers to convert, such as NOT_WRITTEN, if the block also reads files.
     """
     try:
         yield
@@ -110,7 +110,7 @@ def disk_errors_as_user_errors(place: str | Path, only: Container[int] | None = 
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{place}: not written ({reason}); what is finished is kept: make room, let this user write there, or "
+            f"{place}: not written ({reason}); finished work is kept: make room, let this user write there, or "
             "choose another folder, and run this again"
         ) from error
 
@@ -154,7 +154,7 @@ def shared_folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def _open_lock(folder: Path, name: str, place: str) -> Iterator[int]:
     """The lock file's descriptor."""
-    with disk_errors_as_user_errors(place, NOT_WRITTEN):
+    with disk_errors_as_user_errors(place):
         _make(folder)
         lock = open_own(folder / name)
     _locks.add(lock)
@@ -167,14 +167,15 @@ def _open_lock(folder: Path, name: str, place: str) -> Iterator[int]:
 
 
 def open_own(path: Path, flags: int = 0) -> int:
-    """A descriptor of a file to read and write in place, made where it is missing. Raises UserError for a symbolic
-    link: what it leads to is not ours to write.
+    """Opens a file to read and write in place, creating it if missing; returns its descriptor.
+
+    Raises UserError for a symbolic link, whose target may be somebody else's file.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{path}: a symbolic link where a file of ours is needed; delete the link") from None
+            raise UserError(f"{path}: a symbolic link, but a regular file is needed here; delete the link") from None
         raise
 
 
@@ -206,7 +207,7 @@ def _flock(place: str, lock: int, how: int) -> None:
 
 
 def _leave_locks() -> None:
-    """A forked worker would hold its parent's locks for as long as it outlives it."""
+    """Without this, a forked worker that outlives its parent would keep the parent's locks."""
     while _locks:
         os.close(_locks.pop())
 
@@ -215,7 +216,7 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed `atomic_write` or `atomic_folder` left in `folder`; only for who alone writes there."""
+    """Deletes what killed atomic writes left in `folder`. No other process must be writing there."""
     for path in folder.glob(".*.tmp"):
         if _LEFTOVER.fullmatch(path.name):
             _discard(path)
@@ -225,14 +226,14 @@ _LEFTOVER = re.compile(r"\..+\.[0-9]+(\.old)?\.tmp")
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes a folder that `atomic_folder` made; a kill in the middle leaves no part of it under its name."""
+    """Deletes a folder; a kill in the middle leaves no part of it under its name."""
     aside = _beside(folder, ".old")
     folder.replace(aside)
     _discard(aside)
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder's entries to disk, so that a rename after it never shows an empty file."""
+    """Flushes a file, or a folder's entries, to disk, so that a later rename never shows an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -251,5 +252,5 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def content_key(value: Any) -> str:
-    """Sixteen hex digits that name a JSON-able value: results made from equal settings share it, others never do."""
+    """Sixteen hex digits of a JSON-able value's hash: equal for equal settings, different otherwise."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A call as submitit pickles it: names and plain values, so that a queue holds no objects of ours."""
+"""A job as submitit pickles it: names and plain values only, no objects of this project."""
 
 import atexit
 import importlib
@@ -22,18 +22,18 @@ from common.recipe import Recipe
 from slurm import controller
 from slurm.site_file import SCRATCH_VARIABLE
 
-# A dead node is noticed after SlurmdTimeout, five minutes by default; its job is then queued again.
+# SLURM notices a dead node after SlurmdTimeout, five minutes by default, and then requeues its job.
 LOST_RANK_SECONDS = 600
-# gloo's words, and NCCL's.
+# Error messages of gloo and NCCL.
 LOST_RANK_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exit",
                    "exit of a remote peer")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job(submitit.helpers.Checkpointable):
-    """`module.function(recipe, **arguments)`; the recipe is YAML.
+    """A call of `module.function(recipe, **arguments)`; the recipe is YAML.
 
-    `Checkpointable`: on a time limit or a preemption the same job is queued again; every stage finds what is done.
+    `Checkpointable`: at a time limit or a preemption the same job is requeued, and continues its stage.
     """
 
     module: str
@@ -46,21 +46,21 @@ class Job(submitit.helpers.Checkpointable):
         return cls(module, function, dump_recipe(recipe), arguments)
 
     def __call__(self) -> dict[str, Any]:
-        """{"seconds": ...}, or {"error": line} for a user's mistake: that needs no traceback."""
+        """{"seconds": ...}, or {"error": line} if it ended in a UserError."""
         os.environ.setdefault("TQDM_MININTERVAL", "1")  # a bar in a log file: a line a second is enough
         started = time.monotonic()
         _forget_result()
         try:
-            return self._told(started)
+            return self._outcome(started)
         finally:
             _make_folder()
 
     def checkpoint(self, *arguments: Any, **named: Any) -> submitit.helpers.DelayedSubmission:
-        """As submitit is to queue it again."""
+        """The job that submitit requeues."""
         _make_folder()
         return super().checkpoint(*arguments, **named)
 
-    def _told(self, started: float) -> dict[str, Any]:
+    def _outcome(self, started: float) -> dict[str, Any]:
         try:
             _use_scratch()
             self._work()
@@ -68,7 +68,7 @@ class Job(submitit.helpers.Checkpointable):
             _fail_in_the_queue_too(f"error: {error}")
             return {"error": str(error)}
         except subprocess.CalledProcessError as error:
-            if "requeue" in error.cmd:  # submitit's handler came too late: SLURM is ending this job itself
+            if "requeue" in error.cmd:  # submitit's handler came too late: SLURM is already ending this job
                 _leave_to_slurm()
             raise
         except RuntimeError as error:
@@ -89,7 +89,7 @@ class Job(submitit.helpers.Checkpointable):
 
 
 def failed(outcome: dict[str, Any]) -> bool:
-    """Whether a job's result tells of a user's mistake; `slurm.cluster` asks."""
+    """Whether the job ended in a UserError."""
     return "error" in outcome
 
 
@@ -98,9 +98,9 @@ def _cluster() -> str | None:
 
 
 def _use_scratch() -> None:
-    """Makes the site file's scratch folder on this node, and puts temporary files there.
+    """Creates the site file's scratch folder on this node and puts temporary files there.
 
-    Not by TMPDIR alone: SLURM sets it to /tmp where the folder's parent is not there yet.
+    Setting TMPDIR is not enough: SLURM resets it to /tmp if the folder's parent is missing.
     """
     folder = os.environ.get(SCRATCH_VARIABLE)
     if folder is None:
@@ -115,27 +115,29 @@ def _use_scratch() -> None:
 
 
 def _forget_result() -> None:
-    """A job that is queued again keeps its number, and so does the file of what it raised before."""
+    """Deletes the result of an earlier attempt: a requeued job keeps its number, and so the name of that file."""
     if _cluster() in ("local", "slurm"):
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
 
 
 def _make_folder() -> None:
-    """Of the logs, where submitit writes the result: who deleted it meanwhile did not mean to fail the work."""
+    """Creates the log folder again if somebody deleted it: submitit writes the result there."""
     if _cluster() in ("local", "slurm"):
         submitit.JobEnvironment().paths.folder.mkdir(parents=True, exist_ok=True)
 
 
 def _fail_in_the_queue_too(line: str) -> None:
-    """Lets this process end with status 2 after submitit has written its result: jobs that depend on this one must not
-    start, and the other ranks must not wait."""
+    """Ends this process with status 2 after submitit has written its result.
+
+    So jobs that depend on this one do not start, and the other ranks do not wait.
+    """
     if _cluster() == "slurm":
         print(line, file=sys.stderr, flush=True)
         atexit.register(os._exit, 2)
 
 
 def _queue_again() -> None:
-    """Does not return in a job that can be queued again: submitit's own handler does that on rank 0."""
+    """Requeues the job, through submitit's handler on rank 0, and does not return; returns outside of such a job."""
     if _cluster() not in ("local", "slurm"):
         return
     _leave_to_slurm()
@@ -146,23 +148,20 @@ def _queue_again() -> None:
 
 
 def _leave_to_slurm() -> None:
-    """Ends this process, without a result, where SLURM is ending its job already: cancelled, or queued again.
-
-    To queue a cancelled job again would bring it back.
-    """
+    """Ends this process without a result if SLURM is ending its job: requeuing would revive a cancelled job."""
     if _cluster() == "slurm" and controller.state(submitit.JobEnvironment().job_id) not in ("RUNNING", None):
         sys.exit(1)
 
 
 def _wait_for_the_cause() -> None:
-    """Returns when SLURM has not ended this job in spite of a rank that is gone.
+    """Waits for SLURM to end the job after a rank was lost; returns if it does not.
 
-    To fail at once would end the job, and one whose node died is to be queued again. A rank that failed ends the job
-    within seconds by itself (`srun --kill-on-bad-exit`), and is told as the cause.
+    Failing at once would end a job that SLURM requeues because a node died. A rank that failed ends the job within
+    seconds (`srun --kill-on-bad-exit`) and is reported as the cause.
     """
     if _cluster() != "slurm":
         return
-    print("another rank is gone; waiting for SLURM to tell why", file=sys.stderr, flush=True)
+    print("lost connection to another rank; waiting for SLURM to report why", file=sys.stderr, flush=True)
     patience = time.monotonic() + LOST_RANK_SECONDS
     while time.monotonic() < patience:
         time.sleep(2)

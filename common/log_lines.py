@@ -1,5 +1,7 @@
-"""Logs of one JSON line each. Every line carries its own seal: one that is cut or changed is told and left out, and
-stops neither a report nor a training that goes on."""
+"""Logs with one sealed JSON object per line.
+
+A damaged line is left out with a warning; it stops neither a report nor a resumed training.
+"""
 
 import json
 import os
@@ -19,11 +21,11 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 
 @with_config(OPEN)
 class LogLine(TypedDict):
-    """Of `metrics.jsonl` and `events.jsonl`: where it stands, and of what else it holds the parts that are read."""
+    """The fields of `metrics.jsonl` and `events.jsonl` that are read."""
 
     samples: Count
     step: NotRequired[Count]
-    loss: NotRequired[float | None]  # null: it was not finite
+    loss: NotRequired[float | None]  # null: not finite
     samples_per_second: NotRequired[Annotated[float, Field(ge=0)] | None]
 
 
@@ -32,7 +34,7 @@ def log_line(values: Any) -> str:
 
 
 def append_line(path: Path, values: Any) -> None:
-    """Begins a line of its own after one that a kill cut. Raises UserError for a link: what it leads to is not ours."""
+    """Appends a line, on a new line even after one that a kill cut off. Raises UserError for a symbolic link."""
     log = open_own(path, os.O_APPEND)
     try:
         size = os.fstat(log).st_size
@@ -43,26 +45,26 @@ def append_line(path: Path, values: Any) -> None:
 
 
 def read_log(path: Path, form: Any = LogLine) -> list[Any]:
-    """The lines of a log that are whole and of this form; the others are told in a warning. None where it is missing.
+    """The intact lines of a log, with a warning about the others; an empty list if the file is missing.
 
-    A last line without its end may still be written: it is left out without a word.
+    An unfinished last line, which may still be being written, is left out without a warning.
     """
     if not path.exists():
         return []
-    found, faults = [], []
+    lines, faults = [], []
     for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
         try:
-            found.append(_unsealed(line, f"{path}: line {number}", form))
+            lines.append(_unsealed(line, f"{path}: line {number}", form))
         except UserError as fault:
             faults.append(str(fault))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         print(f"warning: {faults[0]}{more}", file=sys.stderr, flush=True)
-    return found
+    return lines
 
 
 def _unsealed(line: bytes, where: str, form: Any) -> Any:
-    """The value of a line, in the order of its fields. One without a seal, by another program, is taken as it is."""
+    """A line's value. A line without a seal, from another program, is accepted."""
     value = parse_json(line, where, "left out")
     if isinstance(value, dict) and KEY in value and value.pop(KEY) != content_key(value):
         raise UserError(f"{where}: changed after it was written; left out")

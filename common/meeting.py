@@ -1,7 +1,7 @@
-"""Ranks that share a stage's work begin together: a launcher's word alone does not make them.
+"""A barrier for the ranks of a stage before they share its work.
 
-An interactive shell, or a variable left over in one, may say that there are eight where there is one: it would do its
-eighth and be content, or wait for the others in a library that hears no signal.
+In an interactive shell, or with variables left over in one, WORLD_SIZE may be 8 although there is one process. It would
+do an eighth of the work, or wait for the others in a library that ignores signals.
 """
 
 import contextlib
@@ -19,20 +19,19 @@ from common.command import outlived
 from common.errors import Interrupted, UserError
 from common.ranks import rank_and_world_size
 
-TOLD_SECONDS = 10.0  # of waiting, before it is told who is missing; and then now and again
-ALONE_SECONDS = 180.0  # while nobody has come: is there anybody?
-LIMIT_SECONDS = 600.0  # for the last of several: a node may be slow
-LATER_SECONDS = 10.0  # other ranks wait longer than rank 0, which knows who is missing and tells them
+REPORT_SECONDS = 10.0  # before the first report of missing ranks; each further one takes three times as long
+ALONE_SECONDS = 180.0  # time limit while no other rank has come
+LIMIT_SECONDS = 600.0  # time limit for the last of several ranks: a node may be slow
+LATER_SECONDS = 10.0  # other ranks wait longer than rank 0, which sends them the list of missing ranks
 LOOK_SECONDS = 0.2
 GO, NO = b"fpdm: go", b"fpdm: "
 
 
 def meet() -> None:
-    """Returns when every rank that the launcher names has called it; at once where there is one.
+    """Returns when all ranks have called it. With one rank, or under torchrun, which starts all or none, at once.
 
-    Rank 0 listens at MASTER_ADDR and MASTER_PORT, where training meets afterwards. Raises UserError naming the ranks
-    that do not come, and Interrupted where this process is asked to stop meanwhile. Ranks of torchrun are there: it
-    starts none otherwise, and itself listens at that port.
+    Rank 0 listens at MASTER_ADDR and MASTER_PORT, where training connects afterwards. Raises UserError naming the
+    missing ranks, and Interrupted if this process is asked to stop.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -41,8 +40,8 @@ def meet() -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
         raise UserError(
-            f"MASTER_ADDR, MASTER_PORT: no host and number, though RANK={rank} and WORLD_SIZE={world_size}; "
-            "set them to where rank 0 is, or unset RANK and WORLD_SIZE to work alone"
+            f"MASTER_ADDR, MASTER_PORT: no host and port, but RANK={rank} and WORLD_SIZE={world_size}; "
+            "set them to the address of rank 0, or unset RANK and WORLD_SIZE to run one process"
         ) from None
     patience = _Patience(rank, world_size, f"{host}:{port}")
     with _interruptible(patience):
@@ -53,44 +52,42 @@ def meet() -> None:
 
 
 class _Patience:
-    """Who has come, how long to wait for the others, and what to say of it."""
+    """The ranks that have come, the time limits, and the messages about missing ranks."""
 
     def __init__(self, rank: int, world_size: int, where: str) -> None:
         self.rank, self.world_size, self.where = rank, world_size, where
         self.here = {rank}
         self.began = time.monotonic()
-        self.tell_at = TOLD_SECONDS
+        self.report_at = REPORT_SECONDS
 
     def check(self) -> None:
-        """Tells now and again who is missing. Raises UserError where it has been long enough."""
+        """Reports missing ranks from time to time. Raises UserError after the time limit."""
         waited = time.monotonic() - self.began
         limit = ALONE_SECONDS if len(self.here) == 1 else LIMIT_SECONDS
         if waited > limit + (LATER_SECONDS if self.rank else 0):
             raise UserError(f"{self.missing()} after {waited:.0f} s; {self.advice()}")
-        if waited > self.tell_at:
-            self.tell_at *= 3
+        if waited > self.report_at:
+            self.report_at *= 3
             sys.stderr.write(f"waiting: {self.missing()}; {self.advice()}\n")
             sys.stderr.flush()
 
     def missing(self) -> str:
         if self.rank != 0:
-            return (
-                f"rank {self.rank} of {self.world_size}: rank 0 has not come, or not all ranks to it, at {self.where}"
-            )
+            return f"rank {self.rank} of {self.world_size}: rank 0 at {self.where}, or another rank, is missing"
         absent = [rank for rank in range(self.world_size) if rank not in self.here]
         named = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-        return f"{len(self.here)} of {self.world_size} ranks have come to {self.where}, not rank {named}"
+        return f"{len(self.here)} of {self.world_size} ranks have come to {self.where}; missing: rank {named}"
 
     @staticmethod
     def advice() -> str:
         return (
-            "if this process is alone, as in an interactive shell (srun --pty) or with variables left over in one, put "
+            "if this is the only process, as in an interactive shell (srun --pty) or with its variables left over, put "
             "RANK=0 WORLD_SIZE=1 before the command"
         )
 
 
 def _gather(host: str, port: int, patience: _Patience) -> None:
-    """Rank 0's part: all others are connected at the same time, and are told so."""
+    """Rank 0: waits until all others are connected at the same time, and sends them GO."""
     waiting: dict[socket.socket, int] = {}
     with contextlib.ExitStack() as opened:
         server = opened.enter_context(_server(host, port))
@@ -102,7 +99,7 @@ def _gather(host: str, port: int, patience: _Patience) -> None:
                         waiting[opened.enter_context(server.accept()[0])] = -1
                     else:
                         waiting[ready] = _rank_of(ready, patience.world_size)
-                        if waiting[ready] < 0:  # it has left, or is none of ours
+                        if waiting[ready] < 0:  # it has left, or is not one of our ranks
                             del waiting[ready]
                 patience.here = {0, *(rank for rank in waiting.values() if rank > 0)}
         except UserError as error:
@@ -112,7 +109,7 @@ def _gather(host: str, port: int, patience: _Patience) -> None:
 
 
 def _tell(ranks: Iterable[socket.socket], word: bytes) -> None:
-    """Waits until each has heard it: training listens at the same port afterwards."""
+    """Sends `word` and waits until each rank has read it: training listens at the same port afterwards."""
     for other in ranks:
         with contextlib.suppress(OSError):
             other.sendall(word)
@@ -124,7 +121,7 @@ def _tell(ranks: Iterable[socket.socket], word: bytes) -> None:
 
 
 def _server(host: str, port: int) -> socket.socket:
-    # Some launchers tell rank 0 `localhost`, and ranks on other nodes its name.
+    # Some launchers give rank 0 the address `localhost`, and ranks on other nodes its host name.
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     here = host == "127.0.0.1" or (host == "localhost" and one_node)
     try:
@@ -138,7 +135,7 @@ def _server(host: str, port: int) -> socket.socket:
 
 
 def _rank_of(other: socket.socket, world_size: int) -> int:
-    """What a rank says when it comes; -1 where it is none, or gone."""
+    """The rank that a connection announces; -1 if it is invalid or closed."""
     try:
         word = other.recv(64).decode().split()
         rank, ranks = int(word[0]), int(word[1])
@@ -148,7 +145,7 @@ def _rank_of(other: socket.socket, world_size: int) -> int:
 
 
 def _join(host: str, port: int, patience: _Patience) -> None:
-    """Another rank's part. Rank 0 may come later than this one, or again."""
+    """Another rank: connects to rank 0, which may start later, or restart, and waits for GO."""
     while True:
         patience.check()
         word = b""
@@ -167,7 +164,7 @@ def _join(host: str, port: int, patience: _Patience) -> None:
 
 @contextlib.contextmanager
 def _interruptible(patience: _Patience) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and a closed terminal raise Interrupted, where nobody else has a handler for them."""
+    """Makes Ctrl-C, SIGTERM and a closed terminal raise Interrupted, unless they have other handlers."""
 
     def stop(number: int, _frame: FrameType | None) -> NoReturn:
         name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What made an artefact: the command, the code, the versions, the machine."""
+"""The provenance of an artefact: command, commit, package versions, machine."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from common.sealed import STRICT
 
-COMMIT_FILE = "COMMIT"  # in a copy of the code, which is no checkout
+COMMIT_FILE = "COMMIT"  # in a snapshot of the code, which is no checkout
 PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "torch-fidelity", "timm", "safetensors", "submitit")
 
 
@@ -31,7 +31,7 @@ class Provenance(TypedDict):
 
 
 def provenance() -> Provenance:
-    """A JSON-able record. `git` is as `git_commit` says."""
+    """A JSON-able record; `git` is the result of `git_commit`."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
@@ -45,7 +45,7 @@ def provenance() -> Provenance:
 
 
 def _device() -> str | None:
-    """The kind of GPU, where there is one and this process has use for it."""
+    """The GPU's name, if there is one and this process has imported torch."""
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
@@ -58,13 +58,13 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
+    """The commit of the running code, with `-dirty` if files differ from it; None outside a checkout."""
     root = Path(__file__).parents[1]
     if (root / COMMIT_FILE).exists():
         return (root / COMMIT_FILE).read_text() or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()

@@ -1,4 +1,4 @@
-"""Who am I among the processes: the same answer under python, torchrun, the deepspeed launcher, srun and submitit."""
+"""Rank, world size, device and cores of this process under python, torchrun, deepspeed, srun and submitit."""
 
 import math
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
 CGROUPS = Path("/sys/fs/cgroup")  # in a container: its own
-FIRST_PORT, PORTS = 10_000, 10_000  # below those that Linux gives away by itself
+FIRST_PORT, PORTS = 10_000, 10_000  # below Linux's ephemeral ports
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -25,9 +25,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def export_environment() -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if the launcher did not.
 
-    Raises UserError where RANK and WORLD_SIZE are no rank and a number of ranks.
+    Raises UserError if RANK and WORLD_SIZE are set but invalid.
     """
     ranks: dict[str, int]
     where: dict[str, str]
@@ -54,16 +54,17 @@ def _stated_world_size() -> int:
         rank, world_size = -1, 0
     if not 0 <= rank < world_size:
         raise UserError(
-            f"RANK, WORLD_SIZE: found {stated[0]!r} and {stated[1]!r}, a rank from 0 and how many there are; launchers "
-            "set both: unset both to work alone"
+            f"RANK, WORLD_SIZE: found {stated[0]!r} and {stated[1]!r}; 0 <= RANK < WORLD_SIZE is allowed: unset both "
+            "to run one process"
         )
     return world_size
 
 
 def _in_a_shell() -> bool:
-    """Whether the step's variables are those of an interactive shell (`srun --pty`), which names all tasks of its step
-    and is one process. It has a terminal; tasks that srun starts have none, but for the first of `srun --pty`, which
-    leads a session of its own, as no command in a shell does.
+    """Whether this is one process in an interactive shell (`srun --pty`), whose variables name all tasks.
+
+    Such a process has a terminal and does not lead its session. Tasks that srun starts have no terminal, except the
+    first task of `srun --pty`, which leads its session.
     """
     if not has_terminal() or os.getsid(0) == os.getpid():
         return False
@@ -82,7 +83,7 @@ def has_terminal() -> bool:
 
 
 def _from_submitit() -> dict[str, int]:
-    """On this machine; `slurm.cluster` exports the port."""
+    """Ranks of a local submitit job; `slurm.cluster` exports the port."""
     import submitit
 
     job = submitit.JobEnvironment()
@@ -105,9 +106,9 @@ def _from_srun() -> dict[str, int]:
 
 
 def _rendezvous() -> dict[str, str]:
-    """Where the tasks of a step meet. They must agree without talking: on a function of the step's number.
+    """Address and port where the tasks of a step meet, as a function of the step's number, so that all agree.
 
-    A job that is queued again gets another port: the one before may be taken. One node stays on the loopback interface.
+    A requeued job gets another port, since the previous one may be taken. A single node uses the loopback interface.
     """
     from submitit.slurm.slurm import SlurmJobEnvironment
 
@@ -116,17 +117,17 @@ def _rendezvous() -> dict[str, str]:
 
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     number = crc32(" ".join(os.environ.get(name, "0") for name in names).encode())
-    found = {"MASTER_PORT": str(FIRST_PORT + number % PORTS)}
+    meeting_point = {"MASTER_PORT": str(FIRST_PORT + number % PORTS)}
     if int(os.environ["SLURM_STEP_NUM_NODES"]) > 1:
-        found["MASTER_ADDR"] = Step().hostnames[0]
-    return found
+        meeting_point["MASTER_ADDR"] = Step().hostnames[0]
+    return meeting_point
 
 
 def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
-    """Which of the `visible` GPUs is this process's: the one of its rank on the node, or the only one it was given.
+    """This process's GPU among the `visible` ones: the one with its local rank, or the only one.
 
     SLURM shows every task all GPUs of its job on the node, or with --gpus-per-task or --gpu-bind only its own. Raises
-    UserError where several are seen that are too few.
+    UserError if several are visible but fewer than processes.
     """
     if visible == 1:
         return 0
@@ -139,30 +140,30 @@ def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
 
 
 def own_cores() -> int:
-    """Cores that this process and its like may use: those it is bound to, or fewer where a container has a quota."""
+    """Cores available to this machine's processes: the bound ones, or fewer under a container's quota."""
     return min([len(os.sched_getaffinity(0)), *_quotas()])
 
 
 def _quotas() -> list[int]:
-    """What cgroups of either version grant of the processors' time, in cores, rounded up; nothing where none do."""
-    found = []
+    """CPU quotas of cgroups v2 and v1 in cores, rounded up; empty without a quota."""
+    quotas = []
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         try:
             quota, period = " ".join((CGROUPS / name).read_text() for name in names).split()
         except (OSError, ValueError):
             continue
         if quota not in ("max", "-1"):
-            found.append(max(1, math.ceil(int(quota) / int(period))))
-    return found
+            quotas.append(max(1, math.ceil(int(quota) / int(period))))
+    return quotas
 
 
 def share_of_cores() -> int:
-    """This process's cores, where all of this machine's processes have as many."""
+    """This process's equal share of the machine's cores."""
     return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def share_cores() -> None:
-    """Gives each process of this machine its share of the cores: more threads than cores stall one another."""
+    """Limits torch to this process's share of the cores: more threads than cores stall one another."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -170,9 +171,9 @@ def share_cores() -> None:
 
 
 def own_device() -> "torch.device":
-    """This process's GPU, from now on this thread's current one, or the CPU.
+    """This process's GPU, which becomes this thread's current one, or the CPU.
 
-    Said at every use all the same: each thread has a current GPU of its own.
+    Pass it explicitly all the same: each thread has its own current GPU.
     """
     import torch
 
@@ -185,10 +186,10 @@ def own_device() -> "torch.device":
 
 
 def float32_throughout() -> None:
-    """For this process: cuDNN would round the factors of float32 convolutions to TF32's 10 bits, as torch's default.
+    """Turns TF32 off in cuDNN for this process: by default, float32 convolutions would have a mantissa of 10 bits.
 
-    Images and features are compared with ones that were computed in float32. It is no setting of a call: a thread
-    that extracts features beside one that decodes images would change the other's.
+    Images and features are compared with ones computed in float32. It is set once, for the process, because other
+    threads may decode images or extract features at the same time.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""JSON files that prove themselves: sealed by a key of their content, and checked by type, form and range when read.
+"""JSON files with a seal, a key of their content, whose types and ranges are checked when they are read.
 
-A seal finds damage, and edits by hand; it is no signature: whoever can write the file can seal it. So every reader
-states the form that it needs (`Form`, a TypedDict), and what has another is refused in one line.
+A seal detects damage and edits by hand. It is no signature, since anybody can compute it; so every reader also names
+the form it expects (`Form`, a TypedDict), and anything else is refused in one line.
 """
 
 import json
@@ -20,17 +20,17 @@ Form = TypeVar("Form")
 KEY = "content_key"
 REMEDY = "delete it and make it again"
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # for `pydantic.with_config` of a TypedDict
-OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # of what may hold more than is read
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # allows fields that are not read
 
 
 def parse_json(data: bytes | str, where: str | Path, remedy: str = REMEDY) -> Any:
-    """The value of JSON from `where`. Raises UserError for bytes that are none, whatever they are."""
+    """The value of a JSON text from `where`. Raises UserError for anything else."""
     with errors_as(UserError, f"{where}: not readable as JSON; {remedy}"):
         return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A file's bytes. Raises UserError where it is missing or cannot be read."""
+    """A file's bytes. Raises UserError if it is missing or unreadable."""
     try:
         return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -40,32 +40,32 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_json(path: str | Path, remedy: str = REMEDY) -> Any:
-    """Raises UserError where the file is missing or is no JSON."""
+    """The value of a JSON file. Raises UserError if the file is missing or not JSON."""
     return parse_json(read_bytes(path), path, remedy)
 
 
 def write_sealed(path: str | Path, value: Any) -> None:
-    """Writes a JSON-able dict with its seal, whole or not at all."""
+    """Writes a JSON-able dict with its seal, atomically."""
     write_json(path, {**value, KEY: content_key(value)})
 
 
 def read_sealed(path: str | Path, form: type[Form], remedy: str = REMEDY) -> Form:
-    """Raises UserError where the file is missing, not as `write_sealed` left it, or not of this form."""
+    """A sealed file's content. Raises UserError if it is missing, changed since it was sealed, or of another form."""
     return unseal(read_bytes(path), path, form, remedy)
 
 
 def unseal(data: bytes | str, where: str | Path, form: type[Form], remedy: str = REMEDY) -> Form:
-    """As `read_sealed`, from the file's bytes; `where` is what errors name."""
+    """As `read_sealed`, from the file's bytes; errors name `where`."""
     value = parse_json(data, where, remedy)
-    with errors_as(UserError, f"{where}: not readable as JSON; {remedy}"):  # nested too deep for its key
-        whole = isinstance(value, dict) and value.pop(KEY, None) == content_key(value)
-    if not whole:
+    with errors_as(UserError, f"{where}: not readable as JSON; {remedy}"):  # too deeply nested for json.dumps
+        intact = isinstance(value, dict) and value.pop(KEY, None) == content_key(value)
+    if not intact:
         raise UserError(f"{where}: changed after it was written; {remedy}")
     return checked(value, where, form, remedy)
 
 
 def checked(value: Any, where: str | Path, form: type[Form], remedy: str = REMEDY) -> Form:
-    """`value` if it is of this form. Raises UserError naming the first field that is not."""
+    """`value`, if it has this form. Raises UserError naming the first wrong field."""
     try:
         return _adapter(form).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
     except ValidationError as error:

@@ -24,17 +24,17 @@ def allocate(
     outer_depth: int = 0,
     residuals: Tensor | None = None,
 ) -> list[int]:
-    """Iterations of each of `num_steps` timesteps, noisiest first, each at least 1, that spend the budget exactly.
+    """Iterations for each of `num_steps` timesteps, noisiest first, each at least 1, that spend the budget exactly.
 
     Args:
         kind: "constant", as even as whole numbers allow; "more_at_noise" and "more_at_data", linear ramps; "list", the
             list in `iterations`; "adaptive", every step until its residual falls to one threshold, the least that the
             budget allows; "calibrated", the least sum of the steps' last residuals.
         num_steps: number of timesteps.
-        iterations: the mean of a step (times num_steps it must be whole), or for "list" the list.
-        block_budget: instead of a mean, all block evaluations: (pre + iterations + post) of every step, summed. With
-            "list" it is checked.
-        outer_depth: pre + post layers, which the block budget also pays for.
+        iterations: the mean per step (times num_steps it must be an integer), or the list for "list".
+        block_budget: instead of a mean, the number of block evaluations: (pre + iterations + post) summed over the
+            steps. With "list" it is only checked.
+        outer_depth: pre + post layers, which the block budget includes.
         residuals: (num_steps, K) for "adaptive" and "calibrated": relative residual at each step of iteration 1..K.
 
     Raises:
@@ -64,7 +64,7 @@ def count_blocks(iterations: Sequence[int], outer_depth: int) -> int:
 def _total(
     num_steps: int, iterations: int | float | Sequence[int] | None, block_budget: int | None, outer_depth: int
 ) -> int:
-    """All iterations of the allocation."""
+    """Total iterations of the allocation."""
     if (iterations is None) == (block_budget is None):
         raise ValueError("iterations, block_budget: give exactly one of the two")
     if block_budget is not None:
@@ -92,9 +92,11 @@ def _checked_list(
     num_steps: int, iterations: int | float | Sequence[int] | None, block_budget: int | None, outer_depth: int
 ) -> list[int]:
     if iterations is None or isinstance(iterations, int | float):
-        raise ValueError(f"iterations: {iterations!r} is no list, which kind 'list' needs")
+        raise ValueError(f"iterations: {iterations!r} is not a list; kind 'list' needs one")
     if len(iterations) != num_steps:
-        raise ValueError(f"iterations: {len(iterations)} values for {num_steps} steps; give one a step, noisiest first")
+        raise ValueError(
+            f"iterations: {len(iterations)} values for {num_steps} steps; pass one per step, noisiest first"
+        )
     counts = [int(count) for count in iterations]
     if min(counts) < 1 or counts != list(iterations):
         raise ValueError(f"iterations: {list(iterations)} must be whole numbers of at least 1")
@@ -104,7 +106,7 @@ def _checked_list(
 
 
 def _constant(num_steps: int, total: int) -> list[int]:
-    """As even as possible, the larger counts spread over the whole range."""
+    """As even as possible, with the larger counts spread evenly."""
     return [end - start for start, end in pairwise(i * total // num_steps for i in range(num_steps + 1))]
 
 

@@ -43,7 +43,7 @@ def position_embedding(width: int, side: int) -> Tensor:
 
 
 class PatchEmbedder(nn.Module):
-    """(B, C, H, W) -> (B, T, D): one token a patch, row by row."""
+    """(B, C, H, W) -> (B, T, D): one token per patch, row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Mlp(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a block takes from its condition, (B, 1, D) each: shift, 1 + scale and gate of attention and of the MLP."""
+    """A block's adaLN-Zero parameters, (B, 1, D) each: shift, 1 + scale and gate of attention and of the MLP."""
 
     attn_shift: Tensor
     attn_scale: Tensor

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them, to tensors by plain names. No code in them is run: only plain values are made."""
+"""Reads checkpoints in their common forms as tensors by plain names. Runs no code in them: no pickled objects."""
 
 import argparse
 import datetime
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, weight_files
 
-# Under which a checkpoint keeps its averaged or its raw weights, and names that say neither.
+# Keys of averaged weights, of raw weights, and keys that say neither.
 WRAPPERS = {
     "ema": ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_model_state_dict"),
     "model": ("model", "model_state_dict", "model_state"),
 }
 NEUTRAL = ("state_dict", "module", "net", "network", "checkpoint", "params", "weights")
-DEEPEST = 8  # wrappers in one another
+DEEPEST = 8  # nested wrappers
 FIRST_LAYERS = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # of DiT and FPDM; in diffusers' names
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _inert_types() -> list[Any]:
-    """What lies beside tensors in checkpoints and does nothing when it is made. Each is named as files name it."""
+    """Types beside tensors in checkpoints whose construction has no side effects, by their pickled names."""
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
     inert: list[Any] = [argparse.Namespace, types.SimpleNamespace]
     inert += [(_plain_dict, "collections.defaultdict"), (_plain_list, "collections.deque")]  # torch fills no others
@@ -54,17 +54,17 @@ def _plain_list(*_: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read of a network."""
+    """A network's tensors and what the file says about them."""
 
     tensors: dict[str, Tensor]  # without prefixes and wrappers
-    source: str  # "ema" or "model", or "tensors" where the file tells neither
-    arguments: dict[str, Any]  # of the training, where the file states them
+    source: str  # "ema", "model", or "tensors" if the file does not say
+    arguments: dict[str, Any]  # training arguments in the file; empty if there are none
     left_out: list[str]  # tensors of other networks in the same state dict
-    folder: Path | None  # that holds its config.json
+    folder: Path | None  # with its config.json
 
 
 def read_checkpoint(path: Path, weights: str) -> Checkpoint:
-    """Reads a file, a folder of diffusers', or a pipeline's folder with `transformer` in it.
+    """Reads a file, a diffusers folder, or a pipeline's folder with `transformer` in it.
 
     Args:
         path: .safetensors, or what torch.save wrote; or a folder.
@@ -110,7 +110,7 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    path.open("rb").close()  # a file that is not there says so itself
+    path.open("rb").close()  # a missing file raises here
     inert = _inert_types()
     try:
         if path.suffix == ".safetensors":
@@ -118,19 +118,19 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise anything for damaged files
-        found = "damaged, or no checkpoint"
+        fault = "damaged, or no checkpoint"
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            found = f"loading it would run {refused[1]}"
+            fault = f"loading it would run {refused[1]}"
         elif refused := re.search(r"but got (?:<class ')?([\w.]+)", str(error)):
-            found = f"it holds an object, {refused[1]}"
+            fault = f"it holds an object, {refused[1]}"
         raise ValueError(
-            f"{path}: {found}; give a .safetensors file, or a .pt of tensors and plain values, as "
+            f"{path}: {fault}; give a .safetensors file, or a .pt of tensors and plain values, as "
             "torch.save(model.state_dict(), ...) writes it"
         ) from error
 
 
 def _unwrap(path: Path, content: Any, weights: str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """The state dict that lies in a checkpoint, under names that say which weights it is or say nothing."""
+    """The state dict in a checkpoint, however it is nested, and which weights it holds."""
     source = "tensors"
     arguments: dict[str, Any] = {}
     other = "model" if weights == "ema" else "ema"
@@ -169,19 +169,19 @@ def _is_state(content: Any) -> bool:
 
 
 def _plain_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel, FSDP and torch.compile put into names."""
+    """Names without the prefixes of DistributedDataParallel, FSDP and torch.compile."""
     wrapped = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = wrapped.sub("", name)
         if plain in named:
-            raise ValueError(f"{path}: tensor {plain!r} is there twice, as {name!r} too; keep one of the two")
+            raise ValueError(f"{path}: tensor {plain!r} is duplicated as {name!r}; keep one of the two")
         named[plain] = tensor
     return named
 
 
 def _choose(path: Path, names: list[str], weights: str, source: str) -> tuple[str, str]:
-    """What stands before the names of the network, such as Lightning's "model.", and which weights those are."""
+    """The prefix of the network's names, such as Lightning's "model.", and which weights these are."""
     ends = re.compile(rf"(.*\.)?(?:{'|'.join(map(re.escape, FIRST_LAYERS))})")
     prefixes = {match[1] or "" for name in names if (match := ends.fullmatch(name))}
     averaged = {prefix for prefix in prefixes if _is_average(prefix)}
@@ -202,7 +202,7 @@ def _is_average(name: str) -> bool:
 
 
 def _refuse_averages(path: Path, names: list[str]) -> None:
-    """Raw weights are not taken in silence where averaged ones lie beside them in a form that is not known."""
+    """Raises ValueError for raw weights beside averaged ones in an unknown form."""
     for name in names:
         if _is_average(name):
             raise ValueError(f"weights: {path} keeps averages as {name!r}, which is not read; choose 'model' instead")

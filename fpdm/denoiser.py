@@ -33,12 +33,12 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"hidden_size": 1024, "num_heads": 16, "depth": 24},
     "XL": {"hidden_size": 1152, "num_heads": 16, "depth": 28},
 }
-MAX_DEPTH = 1000  # a damaged or hostile config would take all memory
+MAX_DEPTH = 1000  # bounds the memory that a damaged or hostile config can take
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """Everything that fixes a network's function and parameter shapes; a ValueError names the field that is wrong."""
+    """The settings of a network: its function and parameter shapes. A ValueError names the wrong field."""
 
     kind: Literal["fpdm", "dit"] = "fpdm"
     input_size: int = 32  # height and width of the latents
@@ -72,7 +72,7 @@ class DenoiserConfig:
         if self.condition_dim is not None and self.condition_dim <= 0:
             raise ValueError(f"condition_dim: {self.condition_dim} must be positive, or None for class labels")
         if self.self_conditioned and (self.kind != "dit" or self.condition_dim is not None):
-            raise ValueError("self_conditioned: only a DiT with class labels is; leave it False")
+            raise ValueError("self_conditioned: supported for a DiT with class labels only; leave it False")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size: {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
@@ -95,12 +95,12 @@ class DenoiserConfig:
         return self.depth if self.kind == "dit" else self.pre_depth + iterations + self.post_depth
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        """What stands for "no condition" in classifier-free guidance, in the shape of `condition` (B,) or (B, dim)."""
+        """The null condition of classifier-free guidance, in the shape of `condition` (B,) or (B, dim)."""
         return torch.full_like(condition, self.num_classes if self.condition_dim is None else 0)
 
 
 class Denoised(NamedTuple):
-    """A network's answer.
+    """A network's output.
 
     output (B, C or 2C, H, W): prediction, then the variance's interpolation if learned.
     solution (B, T, D): where the fixed point iteration ended, or None (DiT).

@@ -57,23 +57,23 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
 
     Raises ValueError where there are none, several variants, or not all the files that a list of them names.
     """
-    found = {}
+    weights = {}
     for path in sorted(folder.glob(f"{STEM}*.safetensors*"), reverse=True):  # one whole file before a list of several
         if match := _NAMES.fullmatch(path.name):
             if re.search(r"-\d+-of-\d+$", match[1] or ""):
                 continue
-            found[match[1] or match[2]] = path
-    if not found:
+            weights[match[1] or match[2]] = path
+    if not weights:
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         kept = f" but {pickled.name}, which is pickled" if pickled else ""
         raise ValueError(f"{folder}: has no {WEIGHTS_NAME}{kept}; get that file, or write it with save_pretrained")
-    if None not in found and len(found) > 1:
+    if None not in weights and len(weights) > 1:
         raise ValueError(
-            f"{folder}: has no {WEIGHTS_NAME} but several variants of it, {', '.join(sorted(map(str, found)))}; "
+            f"{folder}: has no {WEIGHTS_NAME} but several variants of it, {', '.join(sorted(map(str, weights)))}; "
             f"copy the one you mean, with {CONFIG_NAME}, into a folder of its own"
         )
-    variant = None if None in found else next(iter(found))
-    path = found[variant]
+    variant = None if None in weights else next(iter(weights))
+    path = weights[variant]
     return (_listed(path) if path.suffix == ".json" else [path]), variant
 
 

@@ -102,7 +102,7 @@ def _iterate(
         residuals[slice(None) if rows is None else rows, k] = residual
         if tolerance is None:
             continue
-        running = ~(residual <= tolerance)  # a NaN runs on, and is seen, instead of counting as finished
+        running = ~(residual <= tolerance)  # a NaN keeps running, and is reported, instead of counting as finished
         if running.all():
             continue
         rows = running.nonzero()[:, 0] if rows is None else rows[running]

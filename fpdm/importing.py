@@ -25,13 +25,13 @@ class ImportReport:
     matched: list[str]
     missing: list[str]  # the network's own initialisation (seed 0) was kept
     unexpected: list[str]  # not used
-    mismatched: list[str]  # of another shape, or a position table of other numbers: not used
-    left_out: list[str] = field(default_factory=list)  # of other networks in the same file
-    note: str = ""  # how the network is computed, where that was told from the tensors
+    mismatched: list[str]  # another shape, or another position table: not used
+    left_out: list[str] = field(default_factory=list)  # tensors of other networks in the same file
+    note: str = ""  # how the network is computed, if that was inferred from the tensors
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of the file's network and of this one found its own."""
+        """Whether the tensors of the file and of the network are the same set, with the same shapes."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -62,16 +62,16 @@ def import_checkpoint(
         settings: fields of DenoiserConfig to set rather than infer, see `infer_config`.
 
     Raises:
-        ValueError: naming the file that is no checkpoint, the setting that cannot be told from the tensors or is told
-            otherwise, or the tensors that do not match.
+        ValueError: naming the file if it is no checkpoint, a setting that cannot be inferred from the tensors or
+            contradicts the file, or the tensors that do not match.
     """
     try:
         return _imported(Path(path), weights, strict, settings)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # what is odd in a file shows anywhere
+    except Exception as error:  # an odd file fails anywhere
         words = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: no DiT or FPDM that is read here ({type(error).__name__}: {words})") from error
+        raise ValueError(f"{path}: not a supported DiT or FPDM checkpoint ({type(error).__name__}: {words})") from error
 
 
 def _imported(path: Path, weights: str, strict: bool, settings: dict[str, Any]) -> tuple[Denoiser, ImportReport]:
@@ -107,7 +107,7 @@ def _imported(path: Path, weights: str, strict: bool, settings: dict[str, Any]) 
 
 
 def _with_stated(path: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with what the training arguments in the file, or its config.json, state; they must agree."""
+    """`settings`, completed by the training arguments in the file or its config.json. ValueError if they disagree."""
     stated: dict[str, Any] = {}
     conditioned = checkpoint.arguments.get("fixed_point_pre_post_timestep_conditioning")
     if conditioned is not None and "block_fixed_point.attn.qkv.weight" in checkpoint.tensors:
@@ -128,7 +128,7 @@ def _with_stated(path: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -
 
 
 def _is_table(given: Tensor, table: Tensor) -> bool:
-    """Whether a file's position table is ours but for rounding.
+    """Whether a file's position table equals ours up to rounding.
 
     Its values are sines and cosines of angles up to the table's side: computed in float32 they are off by an epsilon of
     the angle, and stored in half precision by an epsilon of 1.
@@ -142,7 +142,7 @@ def _is_table(given: Tensor, table: Tensor) -> bool:
 
 
 def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConfig:
-    """Tell a network's config from its tensors' names and shapes.
+    """Infer a network's config from the names and shapes of its tensors.
 
     Two settings leave no trace in them and change the output all the same: pre_post_timestep_conditioning of an FPDM,
     which must be given, and num_heads, which is taken from the standard size of that width or must be given. input_size
@@ -153,8 +153,8 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     """
     kind = "fpdm" if any(name.startswith("block_fixed_point.") for name in tensors) else "dit"
     block = "block_fixed_point" if kind == "fpdm" else "blocks.0"
-    found: dict[str, Any] = {"kind": kind, "self_conditioned": f"{block}.t_embedder.mlp.0.weight" in tensors}
-    label = f"{block}.y_embedder" if found["self_conditioned"] else "y_embedder"
+    config: dict[str, Any] = {"kind": kind, "self_conditioned": f"{block}.t_embedder.mlp.0.weight" in tensors}
+    label = f"{block}.y_embedder" if config["self_conditioned"] else "y_embedder"
     needed = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, f"{block}.mlp.fc1.weight": 2}
     condition = [f"{label}.{name}.weight" for name in ("embedding_table", "proj")]
     needed[condition[condition[1] in tensors]] = 2
@@ -165,35 +165,35 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
             fault = f"has {tensors[name].ndim} dimensions" if name in tensors else "is missing"
             raise ValueError(f"tensor {name!r} {fault}: these are no weights of a DiT or FPDM")
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-    found |= {"hidden_size": width, "in_channels": channels, "patch_size": patch_size}
+    config |= {"hidden_size": width, "in_channels": channels, "patch_size": patch_size}
     outputs = len(tensors["final_layer.linear.weight"]) // max(1, patch_size**2)
-    found["learned_variance"] = outputs == 2 * channels
-    found["mlp_ratio"] = len(tensors[f"{block}.mlp.fc1.weight"]) / max(1, width)
+    config["learned_variance"] = outputs == 2 * channels
+    config["mlp_ratio"] = len(tensors[f"{block}.mlp.fc1.weight"]) / max(1, width)
     if kind == "dit":
-        found["depth"] = _depth(tensors, "blocks")
+        config["depth"] = _depth(tensors, "blocks")
     else:
-        found["pre_depth"], found["post_depth"] = _depth(tensors, "blocks_pre"), _depth(tensors, "blocks_post")
+        config["pre_depth"], config["post_depth"] = _depth(tensors, "blocks_pre"), _depth(tensors, "blocks_post")
     if condition[1] in tensors:
-        found["condition_dim"] = tensors[condition[1]].shape[1]
+        config["condition_dim"] = tensors[condition[1]].shape[1]
     else:
-        found["num_classes"] = len(tensors[condition[0]]) - 1
+        config["num_classes"] = len(tensors[condition[0]]) - 1
     if "pos_embed" in tensors:
-        found["input_size"] = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
+        config["input_size"] = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
     heads = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
     if width in heads:
-        found["num_heads"] = heads[width]
+        config["num_heads"] = heads[width]
     traceless = ["num_heads", "input_size"] + (["pre_post_timestep_conditioning"] if kind == "fpdm" else [])
-    found |= settings
+    config |= settings
     for name in traceless:
-        if name not in found:
+        if name not in config:
             raise ValueError(
-                f"{name}: cannot be told from these tensors, and changes the output; give it (or a config.json)"
+                f"{name}: cannot be inferred from these tensors, and changes the output; pass it (or add a config.json)"
             )
-    return DenoiserConfig(**found)
+    return DenoiserConfig(**config)
 
 
 def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
-    """How many blocks a stack has. A number that is left out is a missing block, however large the last number is."""
+    """Number of blocks in a stack. Raises ValueError for a gap in their numbers."""
     numbers = {match[1] for name in tensors if (match := re.match(rf"{stack}\.(\d+)\.", name))}
     for number in range(len(numbers)):
         if str(number) not in numbers:

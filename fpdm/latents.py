@@ -1,4 +1,7 @@
-"""The scaling between an autoencoder's latents and those that diffusion works on, as diffusers defines it."""
+"""The scaling between an autoencoder's latents and those of diffusion, with diffusers' factors.
+
+Rombach et al., "High-resolution image synthesis with latent diffusion models" (CVPR 2022), appendix G.
+"""
 
 from torch import Tensor
 
@@ -18,5 +21,5 @@ def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_
 
 
 def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
-    """Latents of diffusion -> latents for the decoder, any shape: the inverse of the scaling in `draw_latents`."""
+    """Latents of diffusion (B, C, h, w) -> latents for the decoder: the inverse of the scaling in `draw_latents`."""
     return latents / scaling_factor + shift_factor

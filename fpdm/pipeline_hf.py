@@ -1,4 +1,4 @@
-"""A diffusers pipeline: the denoiser, an autoencoder of diffusers', and this project's sampler.
+"""A diffusers pipeline: the denoiser, a diffusers autoencoder and this project's sampler.
 
 from fpdm.pipeline_hf import FPDMPipeline
 pipeline = FPDMPipeline.from_pretrained("runs/demo/pipeline")
@@ -27,7 +27,7 @@ from fpdm.weights import load_pretrained, read_extra, save_pretrained
 class FPDMTransformer2DModel(ModelMixin):
     """A denoiser and the diffusion it was trained for, as a component of diffusers' pipelines.
 
-    `label_dropout` is how often training replaced labels by the null label; None where that is not known.
+    `label_dropout` is the share of labels that training replaced by the null label; None if unknown.
     """
 
     def __init__(self, denoiser: Denoiser, diffusion: Diffusion, label_dropout: float | None = None) -> None:
@@ -38,14 +38,14 @@ class FPDMTransformer2DModel(ModelMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any
     ) -> "FPDMTransformer2DModel":
-        """From a folder written by training or by `save_pretrained`.
+        """Loads a folder written by training or by `save_pretrained`.
 
-        Raises ValueError where the folder does not say what the weights predict, or holds other tensors than it says.
+        Raises ValueError if config.json has no objective or the tensors do not fit it.
         """
         extra = read_extra(folder)
         if (objective := extra.get("objective")) is None:
             raise ValueError(
-                f"{folder}: config.json has no extra.objective, what the weights predict; export them again"
+                f"{folder}: config.json has no extra.objective (what the weights predict); export the weights again"
             )
         denoiser = load_pretrained(folder).to(torch_dtype or torch.float32).eval()
         try:
@@ -62,14 +62,16 @@ class FPDMTransformer2DModel(ModelMixin):
 
 
 class FPDMPipeline(DiffusionPipeline):
-    """Class labels to images. Raises ValueError for an autoencoder whose latents are scaled a channel each."""
+    """Class labels to images. Raises ValueError for an autoencoder that scales each channel separately."""
 
     def __init__(
         self, transformer: FPDMTransformer2DModel, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC
     ) -> None:
         super().__init__()
         if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
-            raise ValueError("vae: scales each channel by itself (latents_mean, latents_std), which is not done here")
+            raise ValueError(
+                "vae: per-channel scaling (latents_mean, latents_std) is not supported; use a VAE with one factor"
+            )
         self.register_modules(transformer=transformer, vae=vae)
 
     @torch.no_grad()
@@ -87,20 +89,19 @@ class FPDMPipeline(DiffusionPipeline):
         first_index: int = 0,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draws one image a label.
+        """Draws one image per label.
 
         Args:
             class_labels: (B,) classes.
             num_inference_steps: steps of the sampler.
-            iterations, allocation: of the fixed point, as in `fpdm.allocate`; DiT takes none.
+            iterations, allocation: fixed point iterations, as in `fpdm.allocate`; ignored for DiT.
             sampler, reuse, guidance_scale: as in `fpdm.sample`.
-            seed, first_index: image i of the batch starts from the noise of sample first_index + i of this seed: the
-                same as the project's own sample of that index, whatever the batch.
+            seed, first_index: image i of the batch starts from the noise of sample first_index + i, so it equals the
+                sample of that index from `pipeline/sample.py`, whatever the batch size.
             output_type: "pil", "np" or "pt".
 
         Raises:
-            ValueError: as `fpdm.sample` and `fpdm.allocate`; and for guidance by a network that never saw the null
-                label.
+            ValueError: as `fpdm.sample` and `fpdm.allocate`; for guidance of a network trained without the null label.
         """
         transformer, vae = cast(FPDMTransformer2DModel, self.transformer), cast(AutoencoderKL, self.vae)
         if guidance_scale != 1 and transformer.label_dropout == 0:

@@ -199,7 +199,7 @@ def sample(
         guidance_channels: channels that are guided: None for all C; 3 is what DiT and FPDM published.
         guidance_interval: guide only where t / num_timesteps lies within, 1 being pure noise.
         solver, tolerance, with_residuals: see `fixed_point.solve_implicit`.
-        on_step: called with each step's number and the network's answer (with guidance: conditional half first).
+        on_step: called with each step's number and the network's output (with guidance: conditional half first).
 
     Returns:
         (B, C, H, W) float32 latents.
@@ -216,7 +216,7 @@ def sample(
     reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
     if step_noise is None and (sampler == "ddpm" or (sampler == "ddim" and eta > 0)):
         raise ValueError(
-            f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step's number"
+            f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step number"
         )
     x, solution = noise.float(), None
     for i, t in enumerate(steps.timesteps):
@@ -246,7 +246,7 @@ def sample(
 
 
 def check_guidance(in_channels: int, channels: int, interval: tuple[float, float]) -> None:
-    """Raise a ValueError for guided channels or an interval of guidance that there are not."""
+    """Raise a ValueError for an impossible number of guided channels or guidance interval."""
     if not 1 <= channels <= in_channels:
         raise ValueError(f"guidance_channels: {channels} is outside 1..{in_channels}")
     if interval[0] > interval[1]:
@@ -260,7 +260,7 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor) -> None
             "set both to what the model was trained with"
         )
     if not len(labels):
-        raise ValueError("labels: none; give one a sample")
+        raise ValueError("labels: none; pass one per sample")
     if config.condition_dim is None and not 0 <= int(labels.min()) <= int(labels.max()) <= config.num_classes:
         raise ValueError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{config.num_classes}")
 
@@ -269,15 +269,15 @@ def _one_a_step(name: str, values: Sequence[Any] | None, num_steps: int, needed:
     if not needed:
         return [None] * num_steps
     if values is None or len(values) != num_steps:
-        found = "None" if values is None else f"{len(values)} values"
-        raise ValueError(f"{name}: {found} for {num_steps} steps; pass one value a step, noisiest first")
+        given = "None" if values is None else f"{len(values)} values"
+        raise ValueError(f"{name}: {given} for {num_steps} steps; pass one value per step, noisiest first")
     return values
 
 
 def _fit_start(solution: Tensor | None, inputs: Tensor) -> Tensor | None:
-    """The last solution for a batch that guidance may just have doubled (null half second) or halved.
+    """The previous solution for a batch that guidance has just doubled (null half second) or halved.
 
-    Where the null half has none of its own yet it starts at the conditional one: the two differ in the label only.
+    A new null half starts at the conditional solution: the two differ in the label only.
     """
     if solution is None or len(solution) == len(inputs):
         return solution
@@ -285,12 +285,12 @@ def _fit_start(solution: Tensor | None, inputs: Tensor) -> Tensor | None:
 
 
 def require_sound(samples: Tensor) -> None:
-    """Raise a ValueError that names the samples (B, ...) which are non-finite or constant: no metric of them holds."""
+    """Raise a ValueError naming the samples (B, ...) that are non-finite or constant."""
     flat = samples.flatten(1)
     for problem, bad in (("non-finite", ~flat.isfinite().all(1)), ("constant", flat.amax(1) == flat.amin(1))):
         if bad.any():
             rows = bad.nonzero()[:, 0].tolist()
             shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
             raise ValueError(
-                f"samples: {len(rows)} of {len(samples)} are {problem} (rows {shown}); compute no metric from them"
+                f"samples: {len(rows)} of {len(samples)} are {problem} (rows {shown}); metrics of them mean nothing"
             )

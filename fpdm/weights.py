@@ -1,7 +1,7 @@
 """Weights on disk in diffusers' folder layout: config.json and safetensors.
 
-config.json seals both: it has the sha256 of the weights and a key of its own content. What was changed since is not
-loaded; folders that others wrote have neither, and load as they are.
+config.json holds the sha256 of the weights and a key of its own content: a file that changed since is not loaded.
+Folders written by other programs have neither and are loaded unchecked.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ def save_pretrained(
 
     Args:
         state_dict: every parameter by its name, any dtype and device; the position table is added.
-        config: of the network that they belong to.
-        folder: made if absent.
+        config: the network's config.
+        folder: created if absent.
         extra: further JSON values to keep in config.json under "extra", for example the diffusion's settings.
 
     Raises:
@@ -44,11 +44,11 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_whole(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _atomic_write(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     values = {"_class_name": CLASS_NAME, **asdict(config), "extra": extra or {}}
     values[WEIGHTS_SHA256] = _sha256(folder / WEIGHTS_NAME)
     text = json.dumps({**values, CONTENT_KEY: _key(values)}, indent=2) + "\n"
-    _write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text))
+    _atomic_write(folder / CONFIG_NAME, lambda path: path.write_text(text))
 
 
 def load_pretrained(folder: str | Path) -> Denoiser:
@@ -73,7 +73,7 @@ def check_seal(folder: str | Path) -> None:
 
 
 def assemble(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> Denoiser:
-    """A network that holds these tensors, which must be exactly its own; the position table is computed if absent."""
+    """A network with these tensors; the position table is computed if absent. ValueError as `check_tensors`."""
     if "pos_embed" not in tensors:
         table = position_embedding(config.hidden_size, config.input_size // config.patch_size)
         tensors = {**tensors, "pos_embed": table}
@@ -124,8 +124,10 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
 
 
 def weights_sha256(folder: str | Path) -> str | None:
-    """Of the weights, as config.json has it; None in a folder that `save_pretrained` did not write. ValueError as
-    `read_config`."""
+    """The sha256 of the weights in config.json; None in a folder that `save_pretrained` did not write.
+
+    ValueError as `read_config`.
+    """
     return _read_json(folder).get(WEIGHTS_SHA256)
 
 
@@ -169,17 +171,19 @@ def check_tensors(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> None
 
 
 def tensor_shapes(config: DenoiserConfig) -> dict[str, tuple[int, ...]]:
-    """Of a network's tensors by name, the position table among them; none is allocated."""
+    """Shape of each tensor by name, including the position table; allocates none."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Denoiser(config).state_dict().items()}
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename."""
+def _atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name in the same folder, flush to disk, rename (`fpdm` does not import `common`)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask gives; safetensors makes files that only their owner reads
+        mode = (
+            temporary.stat().st_mode
+        )  # the umask's mode; safetensors would write files that only their owner can read
         write(temporary)
         temporary.chmod(mode)
         with temporary.open("rb") as file:

@@ -1,9 +1,9 @@
-"""Converts finished latent shards to one FFCV file, proved equal to them.
+"""Converts finished latent shards to one FFCV file, and verifies that they are equal.
 
     python preprocess/beton.py --config recipes/demo.yaml
 
 Writes <data.shards>/ffcv/: latents.beton for FFCV's loader and for training with data.format=ffcv, and the index that
-lets LatentShards read it, each sample against the same checksum, in the same order as from the tars.
+lets LatentShards read it, with the same checksums and in the same order as from the tars.
 """
 
 import shutil
@@ -28,10 +28,10 @@ CHUNK = 1024  # samples
 
 
 class Samples:
-    """What FFCV's writer asks for, sample by sample: moments (, those of the mirror image), label.
+    """Samples for FFCV's writer: moments (, those of the mirror image), label.
 
-    float16 goes as the int16 of the same bits, because FFCV's reader hangs on float16 arrays; `View(torch.float16)`
-    at the end of its pipeline makes them numbers again.
+    float16 is stored as int16 of the same bits, because FFCV's reader hangs on float16 arrays; `View(torch.float16)` at
+    the end of its pipeline converts them back.
     """
 
     def __init__(self, shards: LatentShards) -> None:
@@ -47,7 +47,7 @@ class Samples:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether the FFCV file of these shards is there; its samples are proved when they are read."""
+    """Whether the FFCV file of these shards exists; its samples are verified when they are read."""
     try:
         return LatentShards(folder / FOLDER).content_key == LatentShards(folder).content_key
     except UserError:
@@ -55,20 +55,20 @@ def is_converted(folder: Path) -> bool:
 
 
 def is_missing(recipe: Recipe) -> bool:
-    """Whether the recipe asks for the FFCV file and it is still to be made."""
+    """Whether the recipe needs the FFCV file and it does not exist yet."""
     return recipe.data.format == "ffcv" and not is_converted(Path(recipe.data.shards))
 
 
 def convert(folder: Path, processes: int = 1) -> None:
-    """Writes `folder`/ffcv, whole or without an index.
+    """Writes `folder`/ffcv; its index last, so that an incomplete one has none.
 
-    Raises UserError for damaged shards, without room, or without FFCV.
+    Raises UserError for damaged shards, for lack of disk space, and without FFCV.
     """
     from importlib.util import find_spec
 
     if find_spec("ffcv") is None:
         raise UserError("data.format: ffcv is not installed; scripts/setup.sh --ffcv installs it, or keep format tar")
-    for fault in verify(folder, processes):  # a fault inside FFCV's writer would make it wait for ever
+    for fault in verify(folder, processes):  # FFCV's writer hangs on errors
         raise UserError(fault)
     shards, target = LatentShards(folder), folder / FOLDER
     with folder_lock(target, wait=True):
@@ -109,7 +109,7 @@ def _convert(shards: LatentShards, target: Path, processes: int) -> None:
 
 
 def _bytes(shards: LatentShards) -> int:
-    """About what the FFCV file takes."""
+    """Approximate size of the FFCV file."""
     return len(shards) * (1 + shards.index["settings"]["flips"]) * int(np.prod(shards.shape)) * 2
 
 
@@ -127,7 +127,7 @@ def _write(shards: LatentShards, path: Path, processes: int) -> None:
 
 
 def _rows(shards: LatentShards, path: Path) -> np.ndarray:
-    """The shards' rows, with the places in the FFCV file: its metadata hold a pointer for each array."""
+    """The shards' rows with offsets in the FFCV file, whose metadata have a pointer to each array."""
     from ffcv.reader import Reader
 
     metadata = Reader(str(path)).metadata
@@ -139,7 +139,7 @@ def _rows(shards: LatentShards, path: Path) -> np.ndarray:
 
 
 def _prove_equal(shards: LatentShards, converted: LatentShards) -> None:
-    """Reads all samples of both, by their checksums. Raises UserError naming one that differs."""
+    """Reads and compares all samples. Raises UserError if one differs."""
     flips = (False, True) if shards.index["settings"]["flips"] else (False,)
     for start in range(0, len(shards), CHUNK):
         indices = np.arange(start, min(start + CHUNK, len(shards)))

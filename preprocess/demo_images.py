@@ -25,14 +25,14 @@ from common.sealed import read_sealed, write_sealed
 
 CLASSES = {"robot": "set1", "monster": "set2", "robot-head": "set3", "cat": "set4"}
 BACKGROUND = (238, 238, 238, 255)
-MARKER = ".demo-pictures.json"  # hidden: no source takes it for an image
+MARKER = ".demo-pictures.json"  # hidden from sources; the name is kept, since finished folders have it
 
 Layers = tuple[tuple[Image.Image, ...], ...]  # bottom layer first; one part of each is drawn
 
 
 @dataclass(frozen=True)
 class Portraits:
-    """All portraits of one class at one resolution. Parts never mix between variants (set1's ten colours)."""
+    """The portraits of a class at one resolution. Parts of different variants (set1's ten colours) never mix."""
 
     variants: tuple[Layers, ...]
 
@@ -52,7 +52,7 @@ class Portraits:
 
 
 def load_portraits(class_name: str, resolution: int) -> Portraits:
-    """Reads and scales every part of a class; seconds, so it is done once a run."""
+    """Reads and scales all parts of a class, which takes seconds."""
     folder = _robohash_sets() / CLASSES[class_name]
     children = sorted(child for child in folder.iterdir() if child.is_dir())
     variants = [folder] if "#" in children[0].name else children
@@ -67,7 +67,7 @@ def _robohash_sets() -> Path:
 
 
 def _load_layers(folder: Path, resolution: int) -> Layers:
-    """One folder a layer; the text after `#` in its name gives the order from bottom to top."""
+    """One folder per layer; the text after `#` in its name orders the layers from bottom to top."""
     layers = sorted((child for child in folder.iterdir() if child.is_dir()), key=lambda child: child.name.split("#")[1])
     return tuple(tuple(_load_part(file, resolution) for file in sorted(layer.glob("*.png"))) for layer in layers)
 
@@ -83,7 +83,7 @@ def training_combinations(seed: int, class_name: str, portraits: Portraits, star
 
 
 def held_out_combinations(seed: int, class_name: str, portraits: Portraits, count: int) -> list[int]:
-    """Counted from the end of the permutation, so that they stay the same however many training portraits there are."""
+    """From the end of the permutation, so that they do not depend on the number of training portraits."""
     return _permuted(seed, class_name, portraits, portraits.combinations - count, count)
 
 
@@ -97,7 +97,7 @@ def _permuted(seed: int, class_name: str, portraits: Portraits, start: int, coun
 
 
 class Marker(TypedDict):
-    """What a finished folder of portraits says of itself."""
+    """The marker file of a finished folder of portraits."""
 
     settings: dict[str, Any]
 
@@ -118,7 +118,7 @@ class Part:
 
     @property
     def is_finished(self) -> bool:
-        """Raises UserError where the folder holds something that this command did not write."""
+        """Raises UserError if another program wrote the folder."""
         if not self.folder.exists():
             return False
         if not (self.folder / MARKER).is_file():
@@ -127,7 +127,7 @@ class Part:
 
 
 def parts(recipe: Recipe) -> list[Part]:
-    """What there is to compose. Raises UserError where the recipe has no section `demo`."""
+    """The parts to compose. Raises UserError if the recipe has no section `demo`."""
     if recipe.demo is None:
         raise UserError("demo: the recipe has no such section; add it, or name your own images in data.images")
     folders = [("training", recipe.data.images, recipe.demo.per_class)]
@@ -149,7 +149,7 @@ def finished(recipe: Recipe) -> bool:
 
 
 def compose(recipe: Recipe) -> None:
-    """The whole stage; returns at once where it is finished."""
+    """Runs the stage; returns at once if it is finished."""
     missing = [part for part in parts(recipe) if not part.is_finished]
     if missing:
         sets = {name: load_portraits(name, recipe.data.resolution) for name in CLASSES}

@@ -1,9 +1,9 @@
-"""Draws images beside what the autoencoder makes of their latents: look before you train.
+"""Draws images beside their decoded latents: look before you train.
 
     python preprocess/show_latents.py --config recipes/demo.yaml [--count 16] [--out latents.png]
 
-Left of each pair the image as it was cropped, right the decoded mean of its latents in `data.shards`; below, their
-PSNR. Writes `<data.shards>/latents.png` unless told otherwise.
+Each pair shows the cropped image, the decoded mean of its latents in `data.shards`, and their PSNR. Writes
+`<data.shards>/latents.png` by default.
 """
 
 import sys

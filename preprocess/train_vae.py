@@ -2,8 +2,8 @@
 
     python preprocess/train_vae.py --config recipes/demo.yaml
 
-It sees none of the demo's held-out portraits: those measure it. Every image, noise and initial weight is a function
-of the recipe's seed and a count. What is there so far is written every few minutes, whole.
+It is measured on the held-out portraits, which it never sees. Every image, noise and initial weight is a function of
+the recipe's seed and a count. The autoencoder is exported every few minutes, atomically.
 """
 
 import copy
@@ -73,9 +73,9 @@ def work(recipe: Recipe) -> None:
 
 
 def export(recipe: Recipe, vae: "AutoencoderKL", note: dict[str, Any]) -> None:
-    """Writes the autoencoder in fp16, its configuration and README.md: all of it or nothing.
+    """Writes the autoencoder in fp16, its config.json and README.md, atomically.
 
-    `note` is what `measure` gives, which sets the configuration's scaling, and how the training went.
+    `note`: the result of `measure`, which sets the scaling in config.json, and the training's progress.
     """
     import torch
 

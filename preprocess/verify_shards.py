@@ -1,11 +1,11 @@
-"""Proves a folder of latent shards whole: every byte, checksum, count and number.
+"""Verifies a folder of latent shards: every byte, checksum, count and number.
 
     python preprocess/verify_shards.py data/demo/shards [--processes 8]
     python preprocess/verify_shards.py data/demo/shards --deep recipes/demo.yaml [--images 64]
 
-With --deep also encodes some of the images again, and compares.
+With --deep also encodes some images again and compares the latents.
 
-Exit status 0: whole. 2: each fault on a line, with the shard, the sample, and what to do.
+Exit status 0: no faults. 2: a line for each fault, with the shard, the sample, and what to do.
 """
 
 import argparse
@@ -21,11 +21,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=path_argument, help="the folder that holds index.json")
     cores = own_cores()
-    parser.add_argument("--processes", type=int, default=cores, help=f"shards looked at at a time (here {cores})")
+    parser.add_argument("--processes", type=int, default=cores, help=f"shards verified in parallel (here {cores})")
     parser.add_argument(
-        "--deep", type=path_argument, metavar="RECIPE.yaml", help="the recipe by which the folder was encoded"
+        "--deep", type=path_argument, metavar="RECIPE.yaml", help="the recipe that the folder was encoded with"
     )
-    parser.add_argument("--images", type=int, default=64, help="with --deep: how many are encoded again (64)")
+    parser.add_argument("--images", type=int, default=64, help="with --deep: number of images to encode again (64)")
     arguments = parser.parse_args()
     return exit_status_of(lambda: work(str(arguments.folder), arguments.processes, arguments.deep, arguments.images))
 
@@ -37,21 +37,21 @@ def work(folder: str, processes: int, deep: Path | None, images: int) -> None:
     from preprocess.shards.forms import read_local_index
 
     if processes < 1:
-        raise UserError(f"--processes: {processes} read nothing; it must be at least 1")
+        raise UserError(f"--processes: {processes}; must be at least 1")
     faults = 0
     for fault in verify(folder, processes):
         tqdm.write(fault)
         faults += 1
     if faults:
-        raise UserError(f"{folder}: not whole, the faults are listed above ({faults})")
+        raise UserError(f"{folder}: {faults} faults, listed above; do what each line says")
     index = read_local_index(Path(folder))
-    print(f"{folder}: {index['accepted']:,} samples in {len(index['shardlist'])} shards, all whole")
+    print(f"{folder}: {index['accepted']:,} samples in {len(index['shardlist'])} shards, no faults")
     if deep is not None:
         compare(folder, deep, images)
 
 
 def compare(folder: str, recipe: Path, images: int) -> None:
-    """Encodes some images again. Raises UserError where their latents or labels are not those in the folder."""
+    """Encodes some images again. Raises UserError if their latents or labels differ from those in the folder."""
     from common.loading import load_recipe
     from preprocess.encoding.reencode_check import deep_faults
 
@@ -62,8 +62,10 @@ def compare(folder: str, recipe: Path, images: int) -> None:
         print(fault)
         faults += 1
     if faults:
-        raise UserError(f"{folder}: {faults} of {images} images have other latents or labels, listed above")
-    print(f"{folder}: up to {images} images encoded again, all of them as they were")
+        raise UserError(
+            f"{folder}: {faults} of {images} images have other latents or labels, listed above; encode again"
+        )
+    print(f"{folder}: up to {images} images encoded again, without differences")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where work runs: submitit executors for SLURM, for this machine, and for this process."""
+"""submitit executors for SLURM, for this machine and for this process."""
 
 import os
 import shlex
@@ -25,15 +25,15 @@ WITHOUT_LIMIT = 10 * 365 * 24 * 60  # minutes; after three time limits submitit 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one job asks for; `processes`, `cpus_per_process` and `gpus_per_process` are those of one node."""
+    """Resources of a job; `processes`, `cpus_per_process` and `gpus_per_process` are per node."""
 
     nodes: int = 1
     processes: int = 1
     cpus_per_process: int = 1
     gpus_per_process: int = 0
-    share_of_node: float = 1.0  # of its memory
-    timeout_minutes: int = 60  # on SLURM
-    signal_seconds: int = 120  # before that: time to save, and to be queued again
+    share_of_node: float = 1.0  # of the node's memory
+    timeout_minutes: int = 60  # SLURM only
+    signal_seconds: int = 120  # before the time limit: time to save and to be requeued
 
 
 def executor(
@@ -46,105 +46,105 @@ def executor(
     code: Path | None = None,
     submits: bool = True,
 ) -> submitit.AutoExecutor:
-    """A submitit executor whose jobs write their logs and pickles below `folder`; the site file says the rest.
+    """A submitit executor whose jobs write their logs and pickles to `folder`; the site file adds its options.
 
     Args:
-        after: SLURM only: the id of the job, or of the array, that has to succeed first.
-        code: a folder whose Python packages the jobs import in place of the clone's.
-        submits: False where only `submission_script` is wanted: SLURM need not be there.
+        after: SLURM only: id of the job or array that has to succeed first.
+        code: a folder with Python packages that the jobs import instead of the clone's.
+        submits: False if only `submission_script` is needed: works without SLURM.
 
-    Raises ValueError where `cluster` is none of CLUSTERS, or cannot give what `resources` asks for, and for a site file
-    or a folder that SLURM cannot be given.
+    Raises ValueError if `cluster` is unknown, unavailable or lacks the resources, and for a site file or folder that
+    SLURM would refuse.
     """
     if submits:
         cluster = resolve(cluster)
     refuse(cluster, folder, resources)
     site = load_site() if cluster == "slurm" else Site()
     with nullcontext() if submits else _on_paper():
-        made = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
-    made.update_parameters(
+        submitter = submitit.AutoExecutor(str(folder), cluster=cluster, **_constructor_arguments(cluster, site))
+    submitter.update_parameters(
         name=name,
         nodes=resources.nodes,
         tasks_per_node=resources.processes,
         cpus_per_task=resources.cpus_per_process,
         timeout_min=resources.timeout_minutes if cluster == "slurm" else WITHOUT_LIMIT,
     )
-    # A cluster without GPUs refuses even none of them.
+    # A cluster without GPUs refuses even a request for 0 GPUs.
     if cluster != "slurm" or (resources.gpus_per_process and not asks_for_gpus(site)):
-        made.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
+        submitter.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     if cluster == "slurm":
-        made.update_parameters(**_slurm_parameters(site, resources, after, code))
-    return made
+        submitter.update_parameters(**_slurm_parameters(site, resources, after, code))
+    return submitter
 
 
 def resolve(cluster: str) -> str:
-    """`cluster` with `auto` decided; ValueError where it is not to be had."""
+    """`cluster`, with `auto` resolved. ValueError if it is unknown or unavailable."""
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster: found {cluster!r}; allowed: {', '.join(CLUSTERS)}")
     if cluster == "auto":
         return "slurm" if controller.answers() else "local"
     if cluster == "slurm" and not controller.answers():
         raise ValueError(
-            "cluster: slurm is not to be had here (no controller answers `scontrol ping`); use local, debug or auto"
+            "cluster: slurm is unavailable (no controller answers `scontrol ping`); use local, debug or auto"
         )
     return cluster
 
 
 def refuse(cluster: str, folder: str | Path, resources: Resources) -> None:
-    """Raises ValueError where `cluster` cannot give what `resources` asks for, for a folder that SLURM cannot be given,
-    and for a faulty site file.
-    """
+    """Raises ValueError if `cluster` lacks the resources, for a folder SLURM cannot use, and a faulty site file."""
     if cluster == "slurm":
         load_site()
         _check_folder(Path(folder))
         if resources.signal_seconds >= 60 * resources.timeout_minutes:
             raise ValueError(
-                f"launch.signal_seconds: {resources.signal_seconds} before the end of {resources.timeout_minutes} "
-                "minutes is when a job begins, and it would be queued again for ever; set it lower"
+                f"launch.signal_seconds: {resources.signal_seconds} is not below launch.timeout_minutes "
+                f"({resources.timeout_minutes} minutes): a job would be requeued as soon as it starts; set it lower"
             )
     if cluster != "slurm" and resources.nodes > 1:
-        raise ValueError(f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; the {cluster} one has 1")
+        raise ValueError(
+            f"launch.nodes: {resources.nodes} nodes need a SLURM cluster; set it to 1 for cluster {cluster}"
+        )
     if cluster == "debug" and resources.processes > 1:
         raise ValueError(
-            f"launch.processes: the debug cluster is this one process; found {resources.processes}, set it to 1"
+            f"launch.processes: {resources.processes}, but the debug cluster runs one process; set it to 1"
         )
 
 
 def _constructor_arguments(cluster: str, site: Site) -> dict[str, Any]:
     if cluster != "slurm":
         return {}
-    # A long training reaches its time limit many times.
+    # A long training reaches its time limit, and is requeued, many times.
     python = {"slurm_python": site.python} if site.python else {}
     return {"slurm_max_num_timeout": 10_000, **python}
 
 
 def _on_paper() -> AbstractContextManager[Any]:
-    """submitit makes no executor for SLURM where there is no `srun`, not even one that only writes scripts."""
+    """Lets submitit make a SLURM executor without `srun`, to write submission scripts only."""
     return patch.object(submitit.SlurmExecutor, "affinity", return_value=1)
 
 
 def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
-    found, additional = submission_parameters(site), sbatch_options(site)
+    parameters, additional = submission_parameters(site), sbatch_options(site)
     if site.memory_gb is not None:
-        found["mem_gb"] = site.memory_gb * resources.share_of_node
+        parameters["mem_gb"] = site.memory_gb * resources.share_of_node
     if after is not None:
-        found["slurm_dependency"] = f"afterok:{after}"
-        additional["kill_on_invalid_dep"] = "yes"  # it would wait for ever
+        parameters["slurm_dependency"] = f"afterok:{after}"
+        additional["kill_on_invalid_dep"] = "yes"  # else it would stay pending forever
     if code is not None:
         # `python -m` looks in the working directory first, which is the clone.
         path = f"{shlex.quote(str(code.resolve()))}${{PYTHONPATH:+:$PYTHONPATH}}"
         lines = (f"export PYTHONPATH={path}", "export PYTHONSAFEPATH=1")
-        found["slurm_setup"] = [*found.get("slurm_setup", []), *lines]
-    return found | {
+        parameters["slurm_setup"] = [*parameters.get("slurm_setup", []), *lines]
+    return parameters | {
         "slurm_signal_delay_s": resources.signal_seconds,
         "slurm_additional_parameters": additional,
-        # A failed task ends the others in seconds. srun does not take over the job's CPUs a task since SLURM 22.05.
+        # A failed task ends the others in seconds. Since SLURM 22.05, srun does not inherit the job's --cpus-per-task.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_process}"],
     }
 
 
 def _check_folder(folder: Path) -> None:
-    """SLURM replaces `%` in the names of log files, and reads a backslash as the end of that; lines end at newlines."""
+    """Raises ValueError for characters in a path that SLURM would change in log file names, or that break a line."""
     for bad in ("%", "\\", "\n"):
         if bad in str(folder.absolute()):
             raise ValueError(
@@ -152,9 +152,9 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def submission_script(made: submitit.AutoExecutor, parts: int = 1) -> str:
-    """What would be given to sbatch."""
-    inner: Any = made._executor
+def submission_script(submitter: submitit.AutoExecutor, parts: int = 1) -> str:
+    """The script that would be passed to sbatch."""
+    inner: Any = submitter._executor
     array = {"map_count": parts} if parts > 1 else {}
     before, inner.parameters = inner.parameters, inner.parameters | array
     try:
@@ -164,42 +164,41 @@ def submission_script(made: submitit.AutoExecutor, parts: int = 1) -> str:
 
 
 def run(
-    made: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any, failed: Callable[[Any], bool]
 ) -> list[Any]:
-    """Submits one job, shows what its first task prints until it ends, and returns every task's result.
+    """Submits one job, shows the output of its first task until it ends, and returns all tasks' results.
 
-    A task that raises, or whose result `failed` says is a failure, brings the others down; failing results are returned
-    alone. Raises the exception of the task that failed first where no result tells of a failure. An interruption here
-    cancels the job.
+    A task that raises, or whose result `failed` accepts, ends the others, and only failed results are returned. Raises
+    the exception of the task that failed first if there is no failed result. An interruption cancels the job.
     """
-    return _run_all(made, [partial(function, *arguments) if arguments else function], 1, failed)
+    return _run_all(submitter, [partial(function, *arguments) if arguments else function], 1, failed)
 
 
 def run_array(
-    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
 ) -> list[Any]:
-    """Runs every call as a job of its own, at most `at_once` at a time; a job array on SLURM.
+    """Runs every call as a separate job, at most `at_once` at a time; a job array on SLURM.
 
-    Returns all tasks' results in the order of `calls`. The first failure cancels the rest: its results are returned
-    alone where `failed` tells them, its exception is raised otherwise, as `run` does. An interruption here cancels all.
+    Returns all results in the order of `calls`. The first failure cancels the rest; as in `run`, its results are
+    returned or its exception is raised. An interruption cancels all jobs.
     """
-    return _run_all(made, calls, at_once, failed)
+    return _run_all(submitter, calls, at_once, failed)
 
 
 def _run_all(
-    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
 ) -> list[Any]:
-    """Shows what a single call prints, and counts where there are several."""
-    batch = Batch(made.cluster, lambda some: submit(made, some, at_once), calls, at_once)
+    """Shows the output of a single call, or counts the finished ones of several."""
+    batch = Batch(submitter.cluster, lambda some: submit(submitter, some, at_once), calls, at_once)
     results: dict[int, list[Any]] = {}
     tails: tuple[Tail, ...] = ()
     try:
         while len(results) < len(calls):
             ended = batch.advance(failed)
-            for found in ended.values():
-                if any(failed(result) for result in found):
+            for outcome in ended.values():
+                if any(failed(result) for result in outcome):
                     batch.cancel()
-                    return found
+                    return outcome
             results |= ended
             if len(calls) > 1 and ended:
                 print(f"{len(results)} of {len(calls)} parts are done", flush=True)
@@ -215,37 +214,38 @@ def _run_all(
 
 
 def submit(
-    made: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int | None = None
+    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int | None = None
 ) -> list[submitit.Job[Any]]:
-    """Submits calls, several as one array on SLURM, and waits for none. ValueError with SLURM's words if it refuses."""
-    if made.cluster == "slurm" and at_once is not None:
-        made.update_parameters(slurm_array_parallelism=at_once)
-    with controller.outside_of_jobs(), _on_this_machine() if made.cluster == "local" else nullcontext():
+    """Submits calls, on SLURM several as one array, without waiting. ValueError with SLURM's words if it refuses."""
+    if submitter.cluster == "slurm" and at_once is not None:
+        submitter.update_parameters(slurm_array_parallelism=at_once)
+    with controller.outside_of_jobs(), _on_this_machine() if submitter.cluster == "local" else nullcontext():
         try:
-            return made.submit_array(calls)
-        except submitit.core.utils.FailedJobError as error:  # so submitit says what sbatch said
+            return submitter.submit_array(calls)
+        except submitit.core.utils.FailedJobError as error:  # submitit's error for a refusal by sbatch
             words = [line for line in str(error).splitlines() if "error" in line.lower() or "sbatch:" in line]
-            said = "; ".join(words) or " ".join(str(error).split())
+            reason = "; ".join(words) or " ".join(str(error).split())
             raise ValueError(
-                f"SLURM refuses the job: {said}; slurm/site.yaml, or the file that FPDM_SITE "
-                "names, says partition and account, the recipe's launch section the rest"
+                f"SLURM refuses the job: {reason}; set partition and account in slurm/site.yaml, or in the file that "
+                "FPDM_SITE names, and the rest in the recipe's launch section"
             ) from None
 
 
 @contextmanager
 def _on_this_machine() -> Iterator[None]:
-    """What the tasks of a local job inherit: a free port in MASTER_PORT, as one drawn by each of them would differ; and
-    an ear for SIGINT, by which submitit cancels them, and which processes in a shell's background are made to ignore.
+    """Sets what the tasks of a local job inherit: one free port in MASTER_PORT, and a handler of SIGINT.
+
+    submitit cancels tasks by SIGINT, which background processes of a shell ignore.
     """
     before = os.environ.get("MASTER_PORT")
     os.environ["MASTER_PORT"] = str(free_port())
-    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if deaf:
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if deaf:
+        if ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         del os.environ["MASTER_PORT"]
         if before is not None:
@@ -253,7 +253,7 @@ def _on_this_machine() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, on the loopback interface."""
+    """A free TCP port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

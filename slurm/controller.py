@@ -1,4 +1,4 @@
-"""What SLURM knows about jobs, asked through its own commands; nothing here needs `sacct`."""
+"""States of SLURM jobs, from `squeue` and `scontrol`; `sacct` is not needed."""
 
 import os
 import shutil
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 import submitit
 
-# States of a job that is over, and of one that is not. PREEMPTED and NODE_FAIL are neither: a job that is to be queued
-# again shows them for a moment.
+# States of a job that has ended, and of one that has not. PREEMPTED and NODE_FAIL are neither: a job shows them for a
+# moment before it is requeued.
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 ALIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
          "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "SUSPENDED")  # fmt: skip
 
 
 def answers() -> bool:
-    """Whether a SLURM controller answers here. Its commands alone are no cluster."""
+    """Whether a SLURM controller answers; installed commands alone are no cluster."""
     if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
         return False
     try:
@@ -28,8 +28,8 @@ def answers() -> bool:
 
 @contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """As outside of any job: a job submitted from within one would inherit its memory, its nodes and its ranks."""
-    configuration = os.environ.get("SLURM_CONF")  # where the cluster is, not which job this is
+    """Hides the surrounding job's variables: a submitted job would inherit its memory, nodes and ranks."""
+    configuration = os.environ.get("SLURM_CONF")  # names the cluster, not the job
     with submitit.helpers.clean_env():
         if configuration is not None:
             os.environ["SLURM_CONF"] = configuration
@@ -37,9 +37,9 @@ def outside_of_jobs() -> Iterator[None]:
 
 
 def states(job_ids: Iterable[str]) -> dict[str, str]:
-    """State by job id (`12`, or `12_3` in an array), of those that the controller still knows.
+    """State by job id (`12`, or `12_3` in an array); jobs that ended some minutes ago are missing.
 
-    Raises OSError or subprocess.SubprocessError where it does not answer; it forgets jobs some minutes after their end.
+    Raises OSError or subprocess.SubprocessError if the controller does not answer.
     """
     wanted = sorted({job_id.partition("_")[0] for job_id in job_ids})
     if not wanted:
@@ -51,7 +51,7 @@ def states(job_ids: Iterable[str]) -> dict[str, str]:
 
 
 def state(job_id: str) -> str | None:
-    """The state of one job, or of one of an array; None where it cannot be learned."""
+    """The state of a job or array task; None if unknown."""
     try:
         return _squeue("%T", job_id).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):

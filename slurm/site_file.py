@@ -1,4 +1,4 @@
-"""What this cluster wants of every job: partition, account, set-up lines. One YAML file, never part of a recipe."""
+"""The site file: this cluster's options for every job (partition, account, set-up lines), separate from recipes."""
 
 import os
 import re
@@ -23,11 +23,11 @@ VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
 
-# What the recipe's `launch` section says, what jobs find one another by, and what would keep sbatch from submitting.
+# Options that the recipe's `launch` section or this project sets, and options that keep sbatch from submitting.
 OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "help", "job-name", "kill-on-invalid-dep",
         "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "quiet", "requeue",
         "signal", "test-only", "time", "usage", "version", "wait", "wrap")  # fmt: skip
-# Each asks for GPUs; the first ones where their value names some (`lscratch:100` does not).
+# Options that request GPUs; those in GENERIC only if their value names GPUs (`lscratch:100` does not).
 GENERIC = ("gres", "tres-per-job", "tres-per-node", "tres-per-socket", "tres-per-task")
 GPUS = ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task")
 FIELDS = ("account", "constraint", "exclusive", "mem", "partition", "qos")  # of Site, by sbatch's names
@@ -35,19 +35,19 @@ GPU_WORDS = re.compile(r"\b(gpu|mps|shard)\b")
 
 
 def _in_full(option: str) -> str:
-    """sbatch takes any beginning of an option's name for the whole; two of a kind would be refused, or not be seen."""
+    """Refuses abbreviations, which sbatch would accept: a duplicate of another option would go unnoticed."""
     if option in OURS:
-        raise ValueError(f"{option} is not the site's to say: the recipe's launch section does, or the project itself")
+        raise ValueError(f"{option} is set by the recipe's launch section or by this project; remove it")
     known = (*OURS, *GENERIC, *GPUS, *FIELDS)
     whole = next((name for name in known if name.startswith(option)), None)
     if whole is not None and option not in known:
-        raise ValueError(f"{option} is the beginning of {whole}; write options of sbatch in full")
+        raise ValueError(f"{option} abbreviates {whole}; write options of sbatch in full")
     return option
 
 
 def _no_option(line: str) -> str:
     if line.lstrip().startswith("#SBATCH"):
-        raise ValueError("a line that sbatch reads as options; write them under sbatch")
+        raise ValueError("a line that sbatch would read as options; write them under sbatch")
     return line
 
 
@@ -72,28 +72,28 @@ Value = Annotated[Line, AfterValidator(_no_switch)]
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Site:
-    """Every field may be left out; SLURM's own defaults hold then. `site.example.yaml` shows them in use."""
+    """All fields are optional; SLURM's defaults apply. `site.example.yaml` is an example."""
 
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    # Of a node; jobs of fewer processes ask for their share.
+    # Per node; jobs with fewer processes request their share.
     memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     exclusive: StrictBool = False
     setup: tuple[SetupLine, ...] = ()  # shell lines before a job's command: modules, variables
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
     # A folder on each node's own disk, with a job's `~` and $VARIABLES; TMPDIR of every job.
     scratch: Annotated[Line, AfterValidator(_home)] | None = None
-    # Any other option of sbatch. One that asks for GPUs (gres, gpus-per-node), as where these have types, is what every
-    # job asks for then, instead of the recipe's number.
+    # Any other option of sbatch. One that requests GPUs (gres, gpus-per-node), for example typed ones, replaces the
+    # recipe's number of GPUs in every job.
     sbatch: dict[Option, Value | StrictBool | int] = Field(default_factory=dict)
 
 
 def load_site(path: str | Path | None = None) -> Site:
-    """The site file: `path`, else what FPDM_SITE names, else slurm/site.yaml; defaults where that is not there.
+    """Reads `path`, else the file in FPDM_SITE, else slurm/site.yaml; defaults if that does not exist.
 
-    Raises ValueError with one line that names the file and the field.
+    Raises ValueError naming the file and the field.
     """
     named = path or os.environ.get(VARIABLE)
     try:
@@ -125,7 +125,7 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def submission_parameters(site: Site) -> dict[str, Any]:
-    """The site's part of what `submitit.AutoExecutor.update_parameters` takes, without memory and `sbatch_options`."""
+    """The site's arguments of `submitit.AutoExecutor.update_parameters`, without memory and `sbatch_options`."""
     lines = [f"export {SCRATCH_VARIABLE}={_with_variables(site.scratch)}"] if site.scratch else []
     wanted = {
         "slurm_partition": site.partition,
@@ -139,7 +139,7 @@ def submission_parameters(site: Site) -> dict[str, Any]:
 
 
 def asks_for_gpus(site: Site) -> bool:
-    """Whether an option of the site's does; sbatch refuses some of them beside another, and adds others up."""
+    """Whether an option of the site requests GPUs; sbatch would refuse a second request, or add it."""
     return any(
         value is not False and (option in GPUS or (option in GENERIC and GPU_WORDS.search(str(value)) is not None))
         for option, value in site.sbatch.items()
@@ -147,17 +147,17 @@ def asks_for_gpus(site: Site) -> bool:
 
 
 def sbatch_options(site: Site) -> dict[str, str | bool | int]:
-    """By submitit's names, so that they take the place of its own. A dead node's job starts again, whatever the
-    cluster's default.
+    """The site's sbatch options by submitit's names, so that they replace submitit's. Jobs are requeued when a node
+    dies, whatever the cluster's default.
     """
     wanted = {name.replace("-", "_"): value for name, value in site.sbatch.items() if value is not False}
     return {"requeue": True, **wanted}
 
 
 def _with_variables(text: str) -> str:
-    """Shell words of `text` in which `$NAME` and `${NAME}` are expanded when the job runs, and nothing else is special.
+    """`text` quoted for the shell, except `$NAME` and `${NAME}`, which are expanded when the job runs.
 
-    A variable that is not set there ends the job with its name.
+    An unset variable ends the job with a message that names it.
     """
     parts = VARIABLES.split(text)  # literal, name, literal, ...
     return "".join(f'"${{{part}:?}}"' if number % 2 else shlex.quote(part) for number, part in enumerate(parts))

@@ -1,4 +1,4 @@
-"""What has become of the jobs of a run: their states, the last step trained, the loss, the time left, the last lines.
+"""Shows the jobs of a run: states, last training step, loss, time left, and the end of the newest log.
 
 python slurm/status.py runs/demo [--lines 5]
 """
@@ -40,11 +40,11 @@ def status(run: Path, lines: int) -> Iterator[str]:
     listing = RunFolder(run).jobs
     if not listing.exists():
         raise UserError(f"{listing}: no such file; a run folder whose stages were submitted with --detach has one")
-    jobs = read_sealed(listing, ListingForm, "squeue --me shows what is on its way")["jobs"]
+    jobs = read_sealed(listing, ListingForm, "squeue --me shows the queued jobs")["jobs"]
     yield ROW.format("step", "job", "state", "requeues", "elapsed", "why, or where")
     asked = [(listed, tasks_of(listed)) for listed in jobs]
     for listed, tasks in asked:
-        for task in tasks or [{"JobId": listed["job"], "JobState": told_by_files(listed)}]:
+        for task in tasks or [{"JobId": listed["job"], "JobState": state_from_files(listed)}]:
             yield ROW.format(
                 listed["step"],
                 job_name(task),
@@ -58,14 +58,14 @@ def status(run: Path, lines: int) -> Iterator[str]:
 
 
 def tasks_of(listed: JobForm) -> list[dict[str, str]]:
-    """What SLURM knows of a job, or of each task of an array: the controller, and where it has forgotten, sacct."""
+    """SLURM's description of a job, or of each array task: from the controller, or from sacct for older jobs."""
     asked = _output("scontrol", "--oneliner", "show", "job", listed["job"])
-    found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in asked.splitlines()]
-    if found:
-        return sorted(found, key=lambda task: int(re.split("[-,%]", task.get("ArrayTaskId", "0"))[0]))
-    told = _output("sacct", "--allocations", "--parsable2", "--noheader", "--format=JobID,State,Elapsed,NodeList",
+    tasks = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in asked.splitlines()]
+    if tasks:
+        return sorted(tasks, key=lambda task: int(re.split("[-,%]", task.get("ArrayTaskId", "0"))[0]))
+    answer = _output("sacct", "--allocations", "--parsable2", "--noheader", "--format=JobID,State,Elapsed,NodeList",
                    f"--jobs={listed['job']}")  # fmt: skip
-    rows = [line.split("|") for line in told.splitlines()]
+    rows = [line.split("|") for line in answer.splitlines()]
     return [
         {"JobId": job, "JobState": state.split()[0], "RunTime": elapsed, "NodeList": nodes}
         for job, state, elapsed, nodes in rows
@@ -73,20 +73,20 @@ def tasks_of(listed: JobForm) -> list[dict[str, str]]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is not there or does not succeed: sacct needs a data base."""
+    """A command's output; empty if it is missing or fails: sacct needs a database."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def told_by_files(listed: JobForm) -> str:
-    """How a job ended that SLURM has forgotten, by what it left."""
+def state_from_files(listed: JobForm) -> str:
+    """The state of a job that SLURM no longer knows, from its result files."""
     return "ended" if len(files_of(listed, "result.pkl")) >= listed["parts"] else "unknown"
 
 
 def files_of(listed: JobForm, *kinds: str) -> list[Path]:
-    """What submitit wrote for the tasks of a job."""
+    """Files that submitit wrote for the tasks of a job."""
     name = re.compile(rf"{listed['job']}(_[0-9]+)+_({'|'.join(map(re.escape, kinds))})")
     try:
         return [path for path in Path(listed["logs"]).iterdir() if name.fullmatch(path.name)]
@@ -105,7 +105,7 @@ def where_it_ran(task: dict[str, str]) -> str:
 
 
 def where(task: dict[str, str]) -> str:
-    """Why it waits or has ended, or the nodes that it runs on."""
+    """Why a task waits or ended, or its nodes."""
     reason = task.get("Reason", "None")
     waits_for = f" ({task['Dependency']})" if task.get("Dependency", "(null)") != "(null)" else ""
     if task["JobState"] == "FAILED" and "ExitCode" in task:
@@ -114,7 +114,7 @@ def where(task: dict[str, str]) -> str:
 
 
 def training(run: Path) -> Iterator[str]:
-    """The last line of the training log, and when the training will be done at the rate of that."""
+    """The last line of the training log, and the time left at its rate."""
     log = RunFolder(run).log
     needed = {"step", "loss", "samples_per_second"}
     steps = [line for line in read_log(log) if line.get("loss") is not None and needed <= line.keys()]
@@ -143,7 +143,7 @@ def _duration(seconds: float) -> str:
 
 
 def newest_log(jobs: list[JobForm], lines: int) -> Iterator[str]:
-    """The end of the log file that was written last; a progress bar counts as its last state."""
+    """The end of the log file that was written last."""
     logs = [path for listed in jobs for path in files_of(listed, "log.out", "log.err")]
     logs = [path for path in logs if path.is_file() and path.stat().st_size]
     if not logs or not lines:

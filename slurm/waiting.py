@@ -1,4 +1,4 @@
-"""Waiting for submitit jobs: what they print, when they have ended, and which failure came first."""
+"""Waiting for submitit jobs: their output, their end, and the failure that came first."""
 
 import subprocess
 import sys
@@ -13,19 +13,19 @@ import submitit
 
 from slurm import controller
 
-NEXT_LOOK_SECONDS = 0.2  # at files on disk
-NEXT_QUESTION_SECONDS = 2.0  # to SLURM's controller, which all users share
-UNSURE_SECONDS = 10.0  # a state that a job may leave again has to last, and a result may be late on a network disk
+NEXT_LOOK_SECONDS = 0.2  # between looks at files on disk
+NEXT_QUESTION_SECONDS = 2.0  # between requests to SLURM's controller, which all users share
+UNSURE_SECONDS = 10.0  # how long an ambiguous state has to last, and how late a result may appear on a network disk
 CANCEL_SECONDS = 10.0
-TOLD_LINES = 30  # of the log of a task that left no result
+SHOWN_LINES = 30  # of the log of a task without a result
 
 Failed = Callable[[Any], bool]
 
 
 class Batch:
-    """Calls on their way to being done, each a job: submitted in order, at most `at_once` of them unfinished.
+    """Runs calls as jobs, submitted in order, at most `at_once` at a time.
 
-    Where SLURM is the cluster all are one job array, which holds that number by itself.
+    On SLURM all of them are one job array, which keeps to `at_once` itself.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Batch:
         self.running: dict[int, submitit.Job[Any]] = {}
 
     def advance(self, failed: Failed) -> dict[int, list[Any]]:
-        """Submits what may run now, and returns the outcomes of the calls that have ended since, by their number."""
+        """Submits as many calls as `at_once` allows; returns the outcomes of calls that ended since, by number."""
         free = min(self.at_once - len(self.running), len(self.waiting))
         if free > 0:
             numbers, calls = zip(*(self.waiting.popleft() for _ in range(free)), strict=True)
@@ -51,7 +51,7 @@ class Batch:
         return {number: outcomes(self.running.pop(number), self.watch.states.get(number), failed) for number in ended}
 
     def cancel(self) -> None:
-        """Returns when those on this machine have ended: submitit kills what has not after a second."""
+        """Cancels all jobs and waits for the local ones, which submitit kills after a second."""
         self.waiting.clear()
         for job in self.running.values():
             job.cancel(check=False)
@@ -62,20 +62,20 @@ class Batch:
 
 
 class Watch:
-    """Tells which jobs of one cluster have ended.
+    """Finds out which jobs of one cluster have ended.
 
-    submitit asks `sacct`, which not every cluster has, and which calls a job ended that has been queued again; here
-    SLURM's controller is asked.
+    It asks SLURM's controller instead of `sacct` as submitit does: not every cluster has `sacct`, and it reports a
+    requeued job as ended.
     """
 
     def __init__(self, cluster: str) -> None:
         self.cluster = cluster
-        self.states: dict[int, str] = {}  # as SLURM last told them
+        self.states: dict[int, str] = {}  # as SLURM last reported them
         self.asked = float("-inf")
-        self.unsure: dict[int, float] = {}  # since when a job is in a state that it may leave again
+        self.unsure: dict[int, float] = {}  # since when a job is in an ambiguous state
 
     def ended(self, jobs: dict[int, submitit.Job[Any]], failed: Failed) -> list[int]:
-        """The numbers of the jobs that have ended, or one of whose tasks has failed: the others wait for it."""
+        """Numbers of the jobs that have ended, or that have a failed task, for which the others would wait."""
         if self.cluster == "debug":
             return list(jobs)
         if self.cluster != "slurm":
@@ -88,7 +88,7 @@ class Watch:
         self.asked = now
         try:
             states = controller.states(job.job_id for job in jobs.values())
-        except (OSError, subprocess.SubprocessError):  # a controller that restarts; jobs outlive it
+        except (OSError, subprocess.SubprocessError):  # the controller restarts; jobs keep running
             return []
         self.states = {number: states.get(job.job_id, "no longer known") for number, job in jobs.items()}
         return [number for number, state in self.states.items() if self._is_over(number, state, now)]
@@ -107,16 +107,16 @@ def tasks_of(job: submitit.Job[Any]) -> list[submitit.Job[Any]]:
 
 
 def has_failed(job: submitit.Job[Any], failed: Failed) -> bool:
-    """Whether one of a job's tasks has left an exception, or a result that tells of a failure."""
+    """Whether one of a job's tasks has left an exception, or a result that `failed` accepts."""
     left = [_left(task) for task in tasks_of(job) if task.paths.result_pickle.exists()]
     return any(kind == "error" or failed(result) for kind, result in left)
 
 
 def outcomes(job: submitit.Job[Any], state: str | None, failed: Failed) -> list[Any]:
-    """The results of an ended job's tasks, or those alone that `failed` tells of.
+    """The results of an ended job's tasks, or only the failed ones if there are any.
 
-    Raises the exception of the task that failed first where no result tells of a failure: a task that others were
-    waiting for explains more than their waiting. Ends the tasks that are left.
+    Raises the exception of the task that failed first if there is no failed result: the others only waited for it. Ends
+    the remaining tasks.
     """
     if isinstance(job, submitit.DebugJob):
         error = job.exception()  # runs it
@@ -134,21 +134,21 @@ def outcomes(job: submitit.Job[Any], state: str | None, failed: Failed) -> list[
             results.append(result)
         else:
             errors.append((_written(task.paths.result_pickle), result))
-    told = [result for result in results if failed(result)]
-    if errors and not told:
+    failures = [result for result in results if failed(result)]
+    if errors and not failures:
         raise submitit.core.utils.FailedJobError(min(errors)[1])
-    return told or results
+    return failures or results
 
 
 def _end(job: submitit.Job[Any]) -> None:
-    """Ends the tasks of a failed job that have not ended yet: they wait for the failed one in a collective."""
-    patience = time.monotonic() + 2.0  # several tasks may be about to tell the same
+    """Ends the remaining tasks of a failed job, which wait for the failed one in a collective."""
+    patience = time.monotonic() + 2.0  # other tasks may be about to report the same failure
     while not all(task.paths.result_pickle.exists() for task in tasks_of(job)):
         if time.monotonic() > patience:
             job.cancel(check=False)
             break
         time.sleep(NEXT_LOOK_SECONDS)
-    if isinstance(job, submitit.LocalJob):  # what it still prints must not follow what is said of it
+    if isinstance(job, submitit.LocalJob):  # so that its last output comes before our message about it
         job.wait()
 
 
@@ -158,7 +158,7 @@ def _left(task: submitit.Job[Any]) -> tuple[str, Any]:
 
 
 def _waited_for(task: submitit.Job[Any], state: str | None) -> bool:
-    """Whether an ended task left a result; on a network disk it may be late."""
+    """Whether an ended task left a result; waits for one that is late on a network disk."""
     patience = time.monotonic() + (UNSURE_SECONDS if state == "COMPLETED" else 1.0)
     while not task.paths.result_pickle.exists() and time.monotonic() < patience:
         time.sleep(NEXT_LOOK_SECONDS)
@@ -167,18 +167,18 @@ def _waited_for(task: submitit.Job[Any], state: str | None) -> bool:
 
 def _without_result(task: submitit.Job[Any], state: str | None) -> str:
     log = task.paths.stderr
-    lines = log.read_text(errors="replace").splitlines()[-TOLD_LINES:] if log.exists() else []
+    lines = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if log.exists() else []
     ended = f"ended ({state})" if state else "ended"
     return "\n".join([f"job {task.job_id} {ended} without a result; the last lines of {log}:", *lines])
 
 
 def _written(path: Path) -> float:
-    """When a file was written; infinity for one that never was: a task that tells nothing explains least."""
+    """Modification time of a file; infinity if it is missing, since a task without a result explains least."""
     return path.stat().st_mtime if path.exists() else float("inf")
 
 
 class Tail:
-    """Copies what is appended to a file, which may not exist yet."""
+    """Copies the lines appended to a file, which may not exist yet."""
 
     def __init__(self, path: Path, sink: BinaryIO) -> None:
         self.path, self.sink, self.copied = path, sink, 0
@@ -196,7 +196,7 @@ class Tail:
 
 
 def tails_of(job: submitit.Job[Any]) -> tuple[Tail, ...]:
-    """What a job's first task prints, to be copied to this terminal; a debug job prints here by itself."""
+    """Tails that copy the output of a job's first task to this terminal; a debug job prints here itself."""
     if isinstance(job, submitit.DebugJob):
         return ()
     first = tasks_of(job)[0].paths

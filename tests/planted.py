@@ -44,7 +44,7 @@ REJECTED_IMAGES: dict[str, tuple[bytes, str]] = (
         "an npy cut off": (npy(np.zeros((9, 9, 3), np.uint8))[:-50], "not readable"),
         "an npy that claims a terabyte": (
             npy(np.zeros((1000, 1, 1), np.uint8)).replace(b"(1000, 1, 1), }     ", b"(1000000, 1000000), }")[:200],
-            "of 1,000,000,000,000 bytes, of which .* cut off",
+            "of 1,000,000,000,000 bytes, but the file has .* cut off",
         ),
     }
     | {

@@ -1,4 +1,4 @@
-"""Images that are others now than when they were encoded, though their names and sizes are the same."""
+"""Detects images that were replaced after encoding by others of the same name and size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ from preprocess.sources import Entry, Source
 
 
 def check_images(source: Source, slices: Sequence[range], folder: Path, records: Sequence[Record]) -> None:
-    """Reads the images of `records` again where their files are of another time than those encoded; no others.
+    """Reads the images of `records` again if their files were modified since they were encoded.
 
-    Where the bytes are the same, the record has these files' times from now on. Raises UserError naming an image that
-    is another one. `slices`: the positions in the source of each shard in `folder`.
+    Records of unchanged images get the new files' times. Raises UserError naming an image that differs. `slices`: the
+    positions in the source of each shard in `folder`.
     """
-    moved = [each for each in records if each["stamp"] != source.entries.stamp(slices[each["number"]])]
-    for record in tqdm(moved, desc="read newer files again", unit="shard", disable=not moved, leave=False):
+    modified = [each for each in records if each["stamp"] != source.entries.stamp(slices[each["number"]])]
+    for record in tqdm(modified, desc="read newer files again", unit="shard", disable=not modified, leave=False):
         positions = slices[record["number"]]
         shard = folder / shard_name(record["number"])
         digests = record["pictures"] if len(record["pictures"]) == len(positions) else ["?"] * len(positions)
@@ -29,7 +29,7 @@ def check_images(source: Source, slices: Sequence[range], folder: Path, records:
             if digest != _digest(source, entry):
                 raise UserError(
                     f"data.images: {printable(entry.key)} is another image than the one encoded to {shard}, of the "
-                    "same size; delete that shard to encode the images that are there now, or choose another folder"
+                    "same size; delete that shard to encode the present images, or choose another folder"
                 )
         record["stamp"] = source.entries.stamp(positions)
         write_sealed(shard.with_suffix(".json"), record)

@@ -18,22 +18,22 @@ from common.recipe import VAE
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
 from fpdm.latents import unscale_latents
 
-# What is read, and what its configuration calls the encoder's stages, of which all but the first halve the side.
+# Supported classes, and their config's list of encoder stages. Each stage but the first halves the side.
 KINDS = {
     "AutoencoderKL": "block_out_channels",
     "AutoencoderTiny": "encoder_block_out_channels",
     "AutoencoderDC": "encoder_block_out_channels",
 }
-# Of one pass on a CPU, of one or two threads: more leave its caches, and each takes up to 1.6 times as long.
+# Pixels per forward pass on a CPU: beyond them the activations leave its caches and take up to 1.6 times as long.
 CPU_PIXELS = 2**16
-LARGEST = 1e30  # of a scaling or shift; far more than any has
-MAX_STAGES = 16  # of an encoder, each of which halves the side
+LARGEST = 1e30  # limit of scaling and shift factors
+MAX_STAGES = 16  # of an encoder
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which autoencoder made some moments, and how its latents are scaled. Two that are equal encode alike."""
+    """An autoencoder's files and scaling. Autoencoders with equal identities encode alike."""
 
     config_sha256: str
     weights_sha256: str
@@ -42,26 +42,26 @@ class Identity:
 
 
 def find_vae(settings: VAE) -> Path | None:
-    """The local folder of a VAE: `vae.path` itself, or the hub's copy of it in the cache; None if it is in neither.
+    """The local folder of a VAE: `vae.path`, or its copy in the hub's cache; None if it is in neither.
 
-    A path that begins with a dot or a slash is never looked for on the hub, where anybody may own its name. Raises
-    UserError where such a folder is missing, or a folder holds no configuration or no safetensors.
+    A path that begins with a dot or a slash is never looked up on the hub, where anybody could own its name. Raises
+    UserError if such a folder is missing, or if a folder has no config.json or no safetensors.
     """
     folder = Path(settings.path)
     if not folder.is_dir() and settings.path.startswith((".", "/")):
         raise UserError(
-            f"vae.path: {settings.path} is no folder below {Path.cwd()}; run this in the clone, or correct it"
+            f"vae.path: no folder {settings.path} in {Path.cwd()}; run this in the clone, or correct the path"
         )
     if folder.is_dir():
         return _checked(folder, settings)
     try:
         return _checked(_from_hub(settings, local_files_only=True), settings)
-    except (OSError, UserError):  # not here, or a part of it, or not even a hub's name
+    except (OSError, UserError):  # missing or incomplete in the cache, or no name of a hub repository
         return None
 
 
 def fetch_vae(settings: VAE) -> Path:
-    """As `find_vae`, downloading what is not here. Raises UserError where the hub does not give it."""
+    """As `find_vae`, but downloads a missing VAE. Raises UserError if the download fails."""
     folder = find_vae(settings)
     if folder is not None:
         return folder
@@ -70,9 +70,9 @@ def fetch_vae(settings: VAE) -> Path:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"vae.path: {settings.path} is no folder here, and the hub does not give it; download "
+            f"vae.path: {settings.path} is no folder, and its download from the hub failed; download "
             f"{settings.subfolder + '/' if settings.subfolder else ''}{CONFIG_NAME} and {WEIGHTS_NAME} from "
-            f"https://huggingface.co/{settings.path} into a folder and name that. The hub: {reason}"
+            f"https://huggingface.co/{settings.path} into a folder and set vae.path to it. The hub's error: {reason}"
         ) from None
 
 
@@ -80,8 +80,8 @@ def _checked(parent: Path, settings: VAE) -> Path:
     folder = parent / (settings.subfolder or "")
     if not (folder / CONFIG_NAME).is_file():
         if (folder / PIPELINE_NAME).is_file():
-            raise UserError(f"vae.path: {folder} is a whole pipeline; set vae.subfolder, usually to vae")
-        raise UserError(f"vae.path: {folder} has no {CONFIG_NAME}; give a folder written by a VAE's save_pretrained")
+            raise UserError(f"vae.path: {folder} is a pipeline; set vae.subfolder, usually to vae")
+        raise UserError(f"vae.path: {folder} has no {CONFIG_NAME}; name a folder written by a VAE's save_pretrained")
     _weights(folder)
     return folder
 
@@ -94,10 +94,9 @@ def _weights(folder: Path) -> tuple[list[Path], str | None]:
 
 
 def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
-    """The repository's folder in the hub's cache, which may hold only a part of it where nothing may be downloaded.
+    """The repository's folder in the hub's cache; it may be incomplete with `local_files_only`.
 
-    Other files of weights, shards or a variant, are asked for where the usual one is not there. Raises OSError with the
-    hub's own words.
+    Without the usual file of weights, asks for sharded ones or a variant. Raises OSError with the hub's own words.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -111,7 +110,7 @@ def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
                 allow_patterns=[prefix + CONFIG_NAME, prefix + PIPELINE_NAME, prefix + weights],
                 local_files_only=local_files_only,
             )
-        except (ValueError, HTTPError) as error:  # no name that the hub could have; a connection that broke
+        except (ValueError, HTTPError) as error:  # an impossible name; a broken connection
             raise OSError(str(error)) from None
         if not (Path(folder) / prefix / CONFIG_NAME).is_file() or (Path(folder) / prefix / WEIGHTS_NAME).is_file():
             break
@@ -119,16 +118,17 @@ def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
 
 
 def identify(folder: Path, settings: VAE) -> Identity:
-    """Checks a VAE's configuration against the recipe, without loading the network.
+    """Checks a VAE's config.json against the recipe, without loading the network.
 
-    Raises UserError for a kind that is none of KINDS, where latent channels or downsampling differ from
-    `vae.latent_channels` and `vae.downsampling`, and for a scaling that is none or is not read.
+    Raises UserError for an unsupported class, for other latent channels or downsampling than in the recipe, and for a
+    missing, invalid or per-channel scaling.
     """
     config = _configuration(folder)[1]
     for name, value in _sizes(folder, config).items():
         if value != getattr(settings, name):
-            found = short(value)
-            raise UserError(f"vae.{name}: {getattr(settings, name)} in the recipe, but {folder} has {found}; set that")
+            raise UserError(
+                f"vae.{name}: {getattr(settings, name)} in the recipe, but {short(value)} in {folder}; set it to that"
+            )
     return Identity(
         config_sha256=sha256_file(folder / CONFIG_NAME),
         weights_sha256=_sha256(_weights(folder)[0]),
@@ -138,7 +138,7 @@ def identify(folder: Path, settings: VAE) -> Identity:
 
 
 def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """A VAE's class in diffusers, and all arguments that diffusers builds it with."""
+    """A VAE's class in diffusers and its constructor arguments, defaults included."""
     try:
         kind, config = read_configuration(folder, tuple(KINDS))
     except ValueError as error:
@@ -146,8 +146,8 @@ def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
             raise UserError(
-                f"vae.path: {folder} scales each channel by itself ({name} in {CONFIG_NAME}), which is not done here; "
-                "choose a VAE that has a scaling_factor alone"
+                f"vae.path: {folder} has per-channel scaling ({name} in {CONFIG_NAME}), which is not supported; "
+                "choose a VAE with one scaling_factor"
             )
     return kind, config
 
@@ -156,29 +156,33 @@ def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     stages = next(config[name] for name in KINDS.values() if name in config)
     listed = isinstance(stages, list | tuple) and 0 < len(stages) <= MAX_STAGES
     if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not listed:
-        raise UserError(f"vae.path: {folder} is no VAE of colour images: see in_channels and stages in {CONFIG_NAME}")
+        raise UserError(
+            f"vae.path: {folder} is no VAE of RGB images: see in_channels and stages in {CONFIG_NAME}; choose another"
+        )
     return {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
 
 
 def _number(folder: Path, config: dict[str, Any], name: str) -> float:
     value, where = config[name], f"in its {CONFIG_NAME}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}, which is no number; correct it")
+        raise UserError(
+            f"vae.path: {folder} has {name} {short(value)} {where}, which is not a finite number; correct it"
+        )
     if name == "scaling_factor" and not float(value) > 0:
-        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}; above 0 is allowed: correct it")
+        raise UserError(f"vae.path: {folder} has {name} {short(value)} {where}; it must be above 0: correct it")
     return float(value)
 
 
 def _sha256(files: list[Path]) -> str:
-    """Of the one file's bytes, or of the several files' hashes."""
+    """sha256 of one file, or of the hashes of several files."""
     hashes = [sha256_file(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Encoder:
-    """A frozen VAE in `vae.precision`, on a GPU where there is one. Moments and images are float32.
+    """A frozen VAE in `vae.precision`, by default on a GPU if there is one. Moments and images are float32.
 
-    AutoencoderTiny and AutoencoderDC give one latent an image, no distribution: its standard deviation is 0.
+    AutoencoderTiny and AutoencoderDC are deterministic: the standard deviation of their moments is 0.
     """
 
     def __init__(
@@ -200,7 +204,7 @@ class Encoder:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """As `encode`, but the result is left on the device, which may not have computed it yet."""
+        """As `encode`, but asynchronous: the result stays on the device."""
         start = self._mark()
         moments = torch.cat([self._moments(part) for part in self._parts(images, 1)])
         self._spans.append((start, self._mark()))
@@ -224,8 +228,8 @@ class Encoder:
         return images.float().clamp(-1, 1).contiguous()
 
     def _parts(self, values: Tensor, pixels_a_side: int) -> tuple[Tensor, ...]:
-        """What goes through the network at once: `vae.batch_size`, since decoding takes far more memory than a
-        denoiser's step, or fewer on a CPU. A value's side stands for `pixels_a_side` of the image's.
+        """Splits a batch for the network: `vae.batch_size`, since decoding takes far more memory than a denoising step,
+        or fewer on a CPU. `pixels_a_side`: image pixels for each element along a side.
         """
         size = self._settings.batch_size
         if self.device.type == "cpu":
@@ -234,14 +238,14 @@ class Encoder:
 
     @property
     def busy_seconds(self) -> float:
-        """For how long the device has computed moments since this object was made."""
+        """Seconds for which the device has computed moments."""
         while self._spans and (self.device.type != "cuda" or self._spans[0][1].query()):
             start, end = self._spans.pop(0)
             self._busy += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
         return self._busy
 
     def _mark(self) -> Any:
-        """Now, on the device: a GPU's clock passes it when it has done what was asked for before."""
+        """The time on the device: on a GPU, an event after the work queued so far."""
         if self.device.type != "cuda":
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
@@ -253,16 +257,15 @@ class Encoder:
 
 
 def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """One of KINDS, from the folder that `fetch_vae` gives. Raises UserError where it does not load.
-
-    diffusers fills a tensor that the file lacks with random numbers; here it is refused.
+    """The VAE in the folder from `fetch_vae`. Raises UserError if it does not load, or if a tensor is missing, which
+    diffusers would fill with random numbers.
     """
     kind, _ = _configuration(folder)
     variant = _weights(folder)[1]
-    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it logs what is told below
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it logs what the error below says
     remedy = f"get {CONFIG_NAME} and the weights of one VAE"
     with errors_as(UserError, f"vae.path: {folder} does not load as an {kind.__name__}; {remedy}"):
-        network, found = kind.from_pretrained(
+        network, loading = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
             variant=variant,
@@ -271,7 +274,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             output_loading_info=True,
         )
     for fault in ("missing_keys", "unexpected_keys"):
-        if names := sorted(found[fault]):
+        if names := sorted(loading[fault]):
             raise UserError(
                 f"vae.path: {folder} does not load as an {kind.__name__}: {len(names)} tensors are "
                 f"{fault.removesuffix('_keys')}, {names[0]} first; {remedy}"

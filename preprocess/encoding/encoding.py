@@ -1,6 +1,6 @@
-"""Images to latent shards: what there is to do, and doing it.
+"""Encoding images to latent shards: the plan, its checks, and the work.
 
-Each shard is a pure function of the source list and the settings.
+Each shard is a pure function of the source's list of images and the settings.
 """
 
 import math
@@ -41,7 +41,7 @@ ONE_CLASS = {"ffhq", "celebahq", "lsun"}  # sources without labels
 
 @dataclass(frozen=True)
 class Encoding:
-    """An encoding, resolved and checked."""
+    """A checked encoding."""
 
     recipe: Recipe
     source: Source
@@ -53,13 +53,13 @@ class Encoding:
 
     @property
     def slices(self) -> list[range]:
-        """Positions in the source list, a range a shard."""
-        found, size = len(self.source.entries), self.recipe.data.shard_samples
-        return [range(start, min(start + size, found)) for start in range(0, found, size)]
+        """The positions in the source of each shard."""
+        count, size = len(self.source.entries), self.recipe.data.shard_samples
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     @property
     def stamp(self) -> str:
-        """Of all images."""
+        """`Entries.stamp` of all images."""
         return self.source.entries.stamp(range(len(self.source.entries)))
 
     @property
@@ -68,9 +68,7 @@ class Encoding:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder opens as shards of these settings and of images that nobody has written since; the
-        shards' bytes are checked when they are read.
-        """
+        """Whether the folder holds shards with these settings, of images not modified since; does not read samples."""
         try:
             index = LatentShards(self.folder).index
             return (index["settings"], index["stamp"]) == (self.settings, self.stamp)
@@ -79,22 +77,22 @@ class Encoding:
 
     @property
     def sample_bytes(self) -> int:
-        """Of one sample in a tar: headers and padding included."""
+        """Bytes of a sample in a tar, with headers and padding."""
         channels, height, width = latent_shape(self.recipe)
         moments = 512 + 512 * math.ceil((128 + 2 * 2 * channels * height * width) / 512)
         return moments * (1 + self.recipe.data.flips) + 2 * (512 + 512)
 
 
 def resolve(recipe: Recipe, *, download: bool) -> Encoding:
-    """Finds source and VAE and checks them against the recipe and against what is in `data.shards` already.
+    """Opens the source, finds the VAE, and checks both against the recipe and the shards in `data.shards`.
 
-    Raises UserError for: shards that are not to be in a local folder, a source that `sources.py` refuses, another
-    number of classes than `model.num_classes`, a VAE that cannot be had or differs from the recipe, shards made with
-    other settings. Without `download`, a VAE that is not here yet is left unknown.
+    Raises UserError for a remote `data.shards`, a source that cannot be opened, another number of classes than
+    `model.num_classes`, a missing or different VAE, and shards made with other settings. Without `download`, a VAE that
+    is not in the hub's cache is left unknown.
     """
     data, vae = recipe.data, recipe.vae
     if "://" in data.shards:
-        raise UserError(f"data.shards: {data.shards} is read by training; encode to a local folder, and copy it there")
+        raise UserError(f"data.shards: {data.shards} is remote; encode to a local folder, and upload it")
     source = open_source(data)
     _check_classes(recipe, source.class_names)
     folder = fetch_vae(vae) if download else find_vae(vae)
@@ -123,23 +121,23 @@ def _autoencoder(identity: Identity) -> Autoencoder:
 
 
 def _check_classes(recipe: Recipe, names: list[str]) -> None:
-    """Raises UserError for another number than `model.num_classes`; its advice is the number only where it is meant."""
-    data, wanted, found = recipe.data, recipe.model.num_classes, len(names)
-    if found == wanted:
+    """Raises UserError for another number of classes than `model.num_classes`, with advice for the likely mistake."""
+    data, wanted, count = recipe.data, recipe.model.num_classes, len(names)
+    if count == wanted:
         return
-    remedy = f"set model.num_classes={found}"
-    if found == 1 and data.source not in ONE_CLASS:
+    remedy = f"set model.num_classes={count}"
+    if count == 1 and data.source not in ONE_CLASS:
         remedy = (
-            "without labels all images are alike to a class-conditional model: name a folder of one folder a class, or "
+            "without labels a class-conditional model sees one class: name a folder with one sub-folder per class, or "
             "labelled archives; model.num_classes=1 is for training without classes"
         )
     elif data.source == "imagenet":
         remedy = f"name all 1,000, or {remedy} to train on this part of ImageNet"
     elif data.source not in ONE_CLASS:
-        remedy = f"if these are the classes that you mean, {remedy}"
-        remedy += "; if all images are one class, data.label_field=none" if wanted == 1 else ""
+        remedy = f"if these are the intended classes, {remedy}"
+        remedy += "; if all images are one class, set data.label_field=none" if wanted == 1 else ""
     raise UserError(
-        f"model.num_classes: {wanted}, but {data.images} has {found} {'class' if found == 1 else 'classes'} "
+        f"model.num_classes: {wanted}, but {data.images} has {count} {'class' if count == 1 else 'classes'} "
         f"({_some(names)}); {remedy}"
     )
 
@@ -150,26 +148,26 @@ def _some(names: list[str]) -> str:
 
 
 def _check_settings(encoding: Encoding) -> None:
-    """Refuses a folder whose shards were made with other settings: another data set is never overwritten."""
+    """Raises UserError for a folder with shards made with other settings: another data set is never overwritten."""
     wanted = _flat(encoding.settings)
     for path, recorded in recorded_settings(encoding.folder):
-        there = _flat(recorded)
+        previous = _flat(recorded)
         for name, value in wanted.items():
-            if there.get(name) != value:
+            if previous.get(name) != value:
                 raise UserError(
-                    f"data.shards: {path} was made with another {name} ({there.get(name)}; now {value}); "
+                    f"data.shards: {path} was made with another {name} ({previous.get(name)}; now {value}); "
                     f"choose another folder, or delete {encoding.folder}"
                 )
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
-    """The VAE's identity, where it is known, beside the other settings."""
+    """The settings with the VAE's identity, if known, in one flat dict."""
     vae = {f"vae.{name}": value for name, value in (settings.get("vae") or {}).items()}
     return {name: value for name, value in settings.items() if name != "vae"} | vae
 
 
 def check_disk(encoding: Encoding, missing: int) -> str:
-    """How much `missing` images will take of what is free. Raises UserError where it is not enough."""
+    """The disk space that `missing` images will take. Raises UserError if there is too little."""
     folder = encoding.folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     needed, free = missing * encoding.sample_bytes, shutil.disk_usage(existing).free
@@ -179,7 +177,7 @@ def check_disk(encoding: Encoding, missing: int) -> str:
 
 
 def describe_plan(encoding: Encoding) -> list[str]:
-    """A line each: the images, what becomes of them, the shards, and what is to do. Raises UserError without room."""
+    """Lines on the images, latents, shards and the work to do. Raises UserError if the disk is too full."""
     recipe, source, slices, data = encoding.recipe, encoding.source, encoding.slices, encoding.recipe.data
     shape = " x ".join(map(str, latent_shape(recipe)))
     vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
@@ -202,7 +200,7 @@ def _classes(names: list[str]) -> str:
 
 
 def _left_out(source: Source) -> list[str]:
-    """A line for each of the most common reasons."""
+    """A line for each of the most common reasons for leaving files out."""
     reasons = source.left_out.most_common()
     lines = [f"left out: {count:,} ({printable(reason)})" for reason, count in reasons[:SHOWN]]
     if more := sum(count for _, count in reasons[SHOWN:]):
@@ -211,10 +209,10 @@ def _left_out(source: Source) -> list[str]:
 
 
 def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
-    """Makes the shards i with i % parts == part that are missing or damaged, and keeps the rest.
+    """Encodes the missing and damaged ones of the shards i with i % parts == part.
 
-    Raises UserError where another run is at work in the folder (the other parts of the same array are not another
-    run), as soon as more than `data.max_rejected` of all images are rejected, and where the disk is full.
+    Raises UserError while another run works in the folder (other parts of the same array are allowed), as soon as more
+    than `data.max_rejected` of all images are rejected, and if the disk is full.
     """
     make_shards(resolve(recipe, download=True), part, parts)
 
@@ -238,7 +236,7 @@ def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
 
 
 def _proved_records(encoding: Encoding, numbers: range) -> dict[int, Record | None]:
-    """Reads every byte of the shards that are there; a data set of terabytes takes its time."""
+    """Checks every byte of the finished shards, with a progress bar: a large data set takes long."""
     prove = partial(finished_record, encoding.folder, thorough=True)
     with ThreadPoolExecutor(encoding.recipe.launch.cpus_per_process) as threads:
         proved = tqdm(threads.map(prove, numbers), total=len(numbers), desc="prove", unit="shard", delay=2, leave=False)
@@ -246,7 +244,7 @@ def _proved_records(encoding: Encoding, numbers: range) -> dict[int, Record | No
 
 
 def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]) -> None:
-    """A thread writes a shard while the next one is encoded."""
+    """Encodes the missing shards; a thread writes each while the next one is encoded."""
     slices = {number: encoding.slices[number] for number in missing}
     stamps = {number: encoding.source.entries.stamp(positions) for number, positions in slices.items()}
     writing: Future[Record] | None = None
@@ -261,19 +259,19 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
 
 
 def merge_shards(encoding: Encoding) -> None:
-    """Checks that all shards are there and writes the index over them; anyone may, at any time, any number of times.
+    """Writes the index over all shards. Idempotent, and safe in several processes at once.
 
-    Raises UserError naming the shards that are missing, and where too many images are rejected.
+    Raises UserError naming the missing shards, and if too many images are rejected.
     """
-    found = _records(encoding)
-    missing = [number for number, record in enumerate(found) if record is None]
+    all_records = _records(encoding)
+    missing = [number for number, record in enumerate(all_records) if record is None]
     if missing:
         names = ", ".join(shard_name(number) for number in missing[:SHOWN])
         raise UserError(
-            f"data.shards: {encoding.folder} has {len(found) - len(missing)} of {len(found)} shards, not {names}"
+            f"data.shards: {encoding.folder} lacks {len(missing)} of {len(all_records)} shards: {names}"
             f"{', ...' if len(missing) > SHOWN else ''}; run preprocess/encode_latents.py again"
         )
-    records = [record for record in found if record is not None]
+    records = [record for record in all_records if record is not None]
     check_rejected(encoding, records)
     channels, height, width = latent_shape(encoding.recipe)
     with (
@@ -288,7 +286,7 @@ def merge_shards(encoding: Encoding) -> None:
 
 
 def all_there(encoding: Encoding) -> bool:
-    """Whether every shard is, whoever made it."""
+    """Whether every shard is finished."""
     return None not in _records(encoding)
 
 
@@ -298,28 +296,28 @@ def _records(encoding: Encoding) -> list[Record | None]:
 
 def check_rejected(encoding: Encoding, records: Sequence[Record]) -> None:
     rejected = [rejection for record in records for rejection in record["rejected"]]
-    found, allowed = len(encoding.source.entries), encoding.recipe.data.max_rejected
-    if len(rejected) > allowed * found:
+    count, allowed = len(encoding.source.entries), encoding.recipe.data.max_rejected
+    if len(rejected) > allowed * count:
         raise UserError(
-            f"data.max_rejected: {len(rejected)} of {found} images are unusable, {allowed:.2%} may be; "
+            f"data.max_rejected: {len(rejected)} of {count} images are unusable, {allowed:.2%} are allowed; "
             f"{describe(rejected)}; repair or remove them, or raise data.max_rejected"
         )
 
 
 def describe(rejected: Sequence[RejectedImage]) -> str:
-    """The first few rejected images with their reasons, one line."""
+    """The first rejected images with their reasons, on one line."""
     first = "; ".join(f"{printable(rejection['key'])}: {rejection['reason']}" for rejection in rejected[:SHOWN])
     more = len(rejected) - SHOWN
     return first + (f"; and {more} more" if more > 0 else "")
 
 
 def summarise(encoding: Encoding) -> None:
-    """Prints what there is now, with the latents' statistics and what was rejected."""
+    """Prints the numbers of samples, the latents' statistics and the rejected images."""
     shards = LatentShards(encoding.folder)
     index, (scaling, _) = shards.index, shards.scaling
     counts = f"{index['accepted']:,} samples of {index['found']:,} images"
     print(f"{encoding.folder}: {counts} in {len(index['shardlist'])} shards")
-    print("latents over all images, unscaled; scaled for diffusion, deviations about 1 are wanted:")
+    print("unscaled latents over all images, and their deviation when scaled for diffusion, which should be about 1:")
     print("  channel     mean  deviation  scaled")
     for channel, (mean, std) in enumerate(zip(index["latents"]["mean"], index["latents"]["std"], strict=True)):
         print(f"  {channel:7} {mean:8.3f}  {std:9.3f}  {std * scaling:6.3f}")

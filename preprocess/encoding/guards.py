@@ -1,4 +1,4 @@
-"""What stops an encoding from outside, told in one line: memory, and another run in the same folder."""
+"""Guards of an encoding: GPU memory, and other runs in the same folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from common.recipe import Recipe
 
 @contextmanager
 def memory_errors_as_user_errors(recipe: Recipe) -> Iterator[None]:
-    """Makes a UserError of a GPU without room for a batch."""
+    """Re-raises an out-of-memory error of the GPU as a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -25,7 +25,7 @@ def memory_errors_as_user_errors(recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def at_work(folder: Path, part: int, parts: int) -> Iterator[None]:
-    """Keeps every other run out of `folder`: one whole run at a time, or each part of one array once."""
+    """Locks `folder` for one run, or for the parts of one job array, each at most once."""
     if parts == 1:
         with folder_lock(folder):
             yield

@@ -1,4 +1,4 @@
-"""Batches of images: read, decoded and cropped."""
+"""Loads batches of images: reads, decodes and crops them."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from preprocess.sources import Entry, Source
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch: one tensor for all that could be read, and the rest by name."""
+    """A batch: a tensor of the readable images, and the rejected ones with their reasons."""
 
     positions: list[int]
     sizes: list[tuple[int, int]]  # width, height before cropping
     digests: list[str]  # `image_digest` of each
-    images: Tensor | None  # (B, 3, resolution, resolution) uint8; None if none could be read
+    images: Tensor | None  # (B, 3, resolution, resolution) uint8; None if all were rejected
     rejected: list[Rejection]
 
     def with_images(self, places: Tensor) -> "LoadedBatch":
-        """With the pixels that `ImageLoader.fill` wrote."""
+        """This batch with the pixels that `ImageLoader.fill` wrote to `places`."""
         return replace(self, images=places[: len(self.positions)] if self.positions else None)
 
 
 class ImageLoader:
-    """Batches by their positions in a source."""
+    """Loads images by their positions in a source."""
 
     def __init__(self, source: Source, crop: str, resolution: int) -> None:
         self.source, self.crop, self.resolution = source, CROPS[crop], resolution
@@ -40,7 +40,7 @@ class ImageLoader:
         return self.fill(places, batch).with_images(torch.from_numpy(places))
 
     def fill(self, places: np.ndarray, batch: Iterable[int]) -> LoadedBatch:
-        """Writes the images that can be read into the first of `places`, (B, 3, resolution, resolution) uint8."""
+        """Writes the readable images to the first of `places` (B, 3, resolution, resolution) uint8."""
         loaded = LoadedBatch([], [], [], None, [])
         for position in batch:
             entry, digest = self.source.entries[position], ""
@@ -61,11 +61,11 @@ class ImageLoader:
 
 
 def open_image(source: Source, entry: Entry) -> bytes:
-    """An image's encoded bytes. Raises Rejected where they cannot be read."""
+    """An image's encoded bytes. Raises Rejected if they cannot be read."""
     with errors_as(Rejected, "cannot be read"):
         return source.open(entry)
 
 
 def image_digest(data: bytes) -> str:
-    """Sixteen hex digits that name an image's encoded bytes."""
+    """The first sixteen hex digits of the sha256 of an image's encoded bytes."""
     return hashlib.sha256(data).hexdigest()[:16]

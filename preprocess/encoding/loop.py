@@ -1,4 +1,4 @@
-"""The loop that encodes: images from worker processes through the VAE, one shard after another."""
+"""The encoding loop: images from worker processes through the VAE, shard by shard."""
 
 import itertools
 import time
@@ -19,20 +19,20 @@ from preprocess.shards import Rejection, Sample
 from preprocess.sources import Source
 
 Outcome = Sample | Rejection
-Moments = Callable[[], list[np.ndarray]]  # waits for them: none, one or two of (B, 2C, h, w) float16
+Moments = Callable[[], list[np.ndarray]]  # waits for the result: none, one or two (B, 2C, h, w) float16
 
 
 def encode_images(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
-    """Yields (shard, what became of each of its images); `slices` has the shards' positions in the source's list.
+    """Yields (shard, outcome of each of its images). `slices`: the positions in the source of each shard.
 
-    Shows images a second, the time left, and the share of it for which the VAE was busy.
+    Shows images per second, the time left, and the share of time for which the VAE was busy.
     """
     share_cores()
     encoder = Encoder(recipe.vae, own_device())
     loader = ImageLoader(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]
-    total, others = sum(map(len, every)), rank_and_world_size()[0] > 0  # one rank's bar stands for all
+    total, others = sum(map(len, every)), rank_and_world_size()[0] > 0  # only rank 0 shows a progress bar
     with (
         decoded(loader, every, recipe.launch.cpus_per_process) as loaded,
         tqdm(total=total, unit="image", desc="encode", disable=others) as bar,
@@ -48,16 +48,16 @@ def encode_images(recipe: Recipe, source: Source, slices: Mapping[int, range]) -
                 bar.update(len(given.positions) + len(given.rejected))
             yield number, outcomes
         seconds = time.monotonic() - started
-    print(f"encoded {total:,} images, {total / seconds:.1f} a second, VAE busy {encoder.busy_seconds / seconds:.0%}")
+    print(f"encoded {total:,} images, {total / seconds:.1f} images/s, VAE busy {encoder.busy_seconds / seconds:.0%}")
 
 
 def _batches(positions: range, size: int) -> list[range]:
-    """Batches are cut inside a shard, so that timing and kills never decide which images meet in one."""
+    """Splits each shard separately, so that the batches do not depend on timing and kills."""
     return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
 def _one_ahead(encoder: Encoder, batches: Iterator[LoadedBatch], flips: bool) -> Iterator[tuple[LoadedBatch, Moments]]:
-    """Each batch with its moments; the VAE has the next batch before these are waited for, so that no GPU waits."""
+    """Yields batches with their moments, after submitting the next batch, so that the GPU never waits."""
     waiting: list[tuple[LoadedBatch, Moments]] = []
     for loaded in batches:
         waiting.append((loaded, _submit(encoder, loaded.images, flips)))
@@ -67,9 +67,9 @@ def _one_ahead(encoder: Encoder, batches: Iterator[LoadedBatch], flips: bool) ->
 
 
 def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
-    """Images (B, 3, H, W) uint8 -> their moments, and those of the mirrored ones.
+    """Images (B, 3, H, W) uint8 -> their moments and those of the mirrored images.
 
-    A GPU copies them to this memory as soon as it has them: a copy asked for later would wait for the next batch too.
+    The copy from the GPU is queued at once: a later one would wait for the next batch too.
     """
     if images is None:
         return list
@@ -84,7 +84,7 @@ def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
 
     def wait() -> list[np.ndarray]:
         copied.synchronize()
-        return [each.numpy().copy() for each in copies]  # what is pinned serves the next batches
+        return [each.numpy().copy() for each in copies]  # pinned memory is reused for the next batches
 
     return wait
 

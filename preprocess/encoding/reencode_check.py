@@ -1,4 +1,4 @@
-"""Latents beside the images they were made of: a sheet to look at, and a check that they are theirs."""
+"""Compares shards with their images: a sheet to look at, and a check by encoding images again."""
 
 import math
 from collections.abc import Iterator
@@ -22,24 +22,24 @@ from preprocess.images.images import from_uint8, to_uint8
 from preprocess.shards import LatentShards, shard_name
 from preprocess.sources import Entry
 
-# Largest relative distance ||a - b|| / ||b|| between moments of one image by one VAE. It allows for other machines
-# and batches, and is far below the distance between two images, which is about 1.
+# Largest allowed relative distance ||a - b|| / ||b|| between two encodings of an image, on different machines and in
+# different batches. Between different images it is about 1.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.2}
 PAIRS_A_ROW, CAPTION, GAP = 4, 18, 8  # pixels
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples of the shards, and their images read again."""
+    """Samples of the shards with their images."""
 
     entries: list[Entry]
-    rows: np.ndarray  # of the shards' samples
+    rows: np.ndarray  # the samples' rows in the shards
     images: Tensor  # (B, 3, resolution, resolution) uint8
     moments: Tensor  # (B, 2C, h, w) float16, from the shards
 
 
 def read_again(encoding: Encoding, count: int) -> Iterator[Batch]:
-    """`count` samples, or all, evenly spaced. Raises UserError where an image cannot be read any more."""
+    """`count` evenly spaced samples, or all. Raises UserError if an image has become unreadable."""
     recipe, shards = encoding.recipe, LatentShards(encoding.folder)
     loader = ImageLoader(encoding.source, recipe.data.crop, recipe.data.resolution)
     count = min(count, len(shards))
@@ -51,7 +51,7 @@ def read_again(encoding: Encoding, count: int) -> Iterator[Batch]:
         loaded = loader[positions]
         for rejection in loaded.rejected:
             raise UserError(
-                f"data.images: {printable(rejection.key)} was encoded, and now is unusable: {rejection.reason}"
+                f"data.images: {printable(rejection.key)} was encoded, but is unusable now: {rejection.reason}; mend it"
             )
         assert loaded.images is not None
         moments = torch.from_numpy(shards.gather(indices))  # (B, 2C, h, w)
@@ -59,10 +59,9 @@ def read_again(encoding: Encoding, count: int) -> Iterator[Batch]:
 
 
 def deep_faults(recipe: Recipe, folder: str, count: int) -> Iterator[str]:
-    """Encodes `count` images again: a line for each whose latents or label in `folder` are not theirs.
+    """Encodes `count` images again; yields a line for each whose latents or label in `folder` differ.
 
-    Raises UserError where the folder was made of other images, by another VAE or with other settings than the
-    recipe's.
+    Raises UserError if the folder was made from other images, by another VAE or with other settings.
     """
     encoding = resolve(replace(recipe, data=replace(recipe.data, shards=folder)), download=True)
     encoder, allowed = Encoder(recipe.vae), TOLERANCES[recipe.vae.precision]
@@ -72,13 +71,16 @@ def deep_faults(recipe: Recipe, folder: str, count: int) -> Iterator[str]:
         for entry, row, distance in zip(batch.entries, batch.rows, difference.tolist(), strict=True):
             where = f"{encoding.folder / shard_name(int(row['shard']))}: {entry.key}"
             if not distance <= allowed:
-                yield f"{where}: its latents are {distance:.3f} from those encoded now, {allowed} may be; encode again"
+                yield (
+                    f"{where}: latents differ by {distance:.3f} (relative) from a fresh encoding; at most {allowed} is "
+                    "allowed: encode again"
+                )
             if entry.label != row["label"]:
-                yield f"{where}: label {row['label']}, the source says {entry.label}; encode again"
+                yield f"{where}: label {row['label']}, but {entry.label} in the source; encode again"
 
 
 def draw_sheet(recipe: Recipe, count: int) -> tuple[Image.Image, list[float]]:
-    """Pairs of an image as it was cropped and what the VAE makes of its latents' mean, and each pair's PSNR in dB."""
+    """A sheet of cropped images beside their decoded posterior means, and the PSNR of each pair in dB."""
     encoding = resolve(recipe, download=True)
     encoder, pairs, ratios = Encoder(recipe.vae), [], []
     scaling, shift = encoder.identity.scaling_factor, encoder.identity.shift_factor
@@ -103,7 +105,7 @@ def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
 
 def _pair(original: NDArray[np.uint8], again: NDArray[np.uint8], caption: str) -> Image.Image:
     side = original.shape[0]
-    scale = max(1, 128 // side)  # small images are enlarged: people look at them
+    scale = max(1, 128 // side)  # enlarge small images for viewing
     shown = [Image.fromarray(each).resize((side * scale,) * 2, Image.Resampling.NEAREST) for each in (original, again)]
     pair = Image.new("RGB", (2 * side * scale, side * scale + CAPTION), "white")
     for number, image in enumerate(shown):

@@ -1,9 +1,9 @@
-"""What a file is that is no image of the formats that are read, by its first bytes."""
+"""Identifies files that are no supported images by their first bytes."""
 
 import re
 
-CONVERT = "which is not read; convert it to PNG or JPEG"
-# Beginnings of files, and what they are. What stands first counts.
+CONVERT = "which is not supported; convert it to PNG or JPEG"
+# Beginnings of files, and their kinds; the first match counts.
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", f"encoded as JPEG 2000, {CONVERT}"),
     (rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a", f"encoded as JPEG XL, {CONVERT}"),
@@ -37,18 +37,18 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (rb"(?i)\s*(<.*)?<svg", f"encoded as SVG, {CONVERT}"),
     (rb"\s*<\?xml|\s*<\w", "an XML text, as a failed download may leave it"),
     (rb"\s*[\[{]\s*[\"{\[\d]", "a JSON text, as a failed download may leave it"),
-    (rb"\x89PNG|\xff\xd8\xff", "the header of its PNG or JPEG is damaged, or of a kind that is not read"),
-    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "the header of its TIFF is damaged, or of a kind that is not read"),
-    (rb"GIF8|RIFF....WEBP", "the header of its GIF or WebP is damaged, or of a kind that is not read"),
-    (rb"BM|P[1-6]\s", "the header of its BMP or PPM is damaged, or of a kind that is not read"),
+    (rb"\x89PNG|\xff\xd8\xff", "the header of its PNG or JPEG is damaged, or of an unsupported kind"),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "the header of its TIFF is damaged, or of an unsupported kind"),
+    (rb"GIF8|RIFF....WEBP", "the header of its GIF or WebP is damaged, or of an unsupported kind"),
+    (rb"BM|P[1-6]\s", "the header of its BMP or PPM is damaged, or of an unsupported kind"),
 )
 _PATTERNS = tuple((re.compile(pattern, re.DOTALL), kind) for pattern, kind in _BEGINNINGS)
 LOOKED_AT = 1024  # bytes
 
 
 def kind_of_file(data: bytes) -> str:
-    """What is known of it, in words that follow "not readable as an image: "."""
-    beginning = data[:LOOKED_AT].removeprefix(b"\xef\xbb\xbf")  # a text's mark of UTF-8
+    """The kind of a file, in words that follow "not readable as an image: "."""
+    beginning = data[:LOOKED_AT].removeprefix(b"\xef\xbb\xbf")  # the UTF-8 byte order mark
     for pattern, kind in _PATTERNS:
         if pattern.match(beginning):
             return kind

@@ -1,7 +1,4 @@
-"""Bytes to pixels and back: how an image is read, cropped, and turned into numbers.
-
-Each rule has its one home here.
-"""
+"""Bytes to pixels and back: decoding, cropping, and conversion between uint8 and float pixels."""
 
 import io
 import math
@@ -19,35 +16,42 @@ from preprocess.images.file_kinds import kind_of_file
 from preprocess.images.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
 Rounding = Literal["half_away", "truncate"]
-MAX_PIXELS = 2**27  # 134 million; more is taken for a decompression bomb
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, EPS above all, run programs or none
+MAX_PIXELS = 2**27  # 134 million; a larger image is taken for a decompression bomb
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # Pillow's other formats run external programs (EPS), or are rare
 WHITE = (255, 255, 255, 255)
 
 UNREADABLE = "not readable as an image"
 
 
 class Rejected(OneLineError):
-    """An image that cannot be used. The message is the reason, the same in every run."""
+    """An unusable image. The message is the reason, and the same in every run."""
 
     limit = 200
 
     def __init__(self, reason: str) -> None:
-        super().__init__(re.sub(r" at 0x[0-9A-Fa-f]+", "", reason))  # an object's address in memory
+        super().__init__(re.sub(r" at 0x[0-9A-Fa-f]+", "", reason))  # the memory address of an object
 
 
 def decode(data: bytes) -> Image.Image:
     """The image in an encoded file, as RGB.
 
-    - The format is found from the bytes, whatever the file's name says: one of FORMATS, or NPY of uint8 (CelebA-HQ):
-      (H, W), (H, W, 3), (3, H, W) or (1, 3, H, W). Of an animation, or several pages, the first counts.
-    - EXIF orientation is applied: the image stands as its photographer saw it. Of other metadata nothing is read,
-      ICC profiles are not applied; whatever is wrong with them, the pixels count.
-    - Alpha, a palette's transparent colour included, is composed on white. Grey is repeated in three channels. 16-bit
-      values are divided by 256, 12-bit ones by 16, those of a PGM up to another maximum are scaled to 16 bits first;
-      palettes, 1-bit, CMYK and other colour spaces take Pillow's conversion.
+    - The format follows from the bytes, not from the file's name: one of FORMATS, or NPY of uint8 (CelebA-HQ), (H, W),
+      (H, W, 3), (3, H, W) or (1, 3, H, W). Only the first frame of an animation, or the first page, is read.
+    - EXIF orientation is applied. Other metadata are ignored, ICC profiles too, even if they are damaged.
+    - Alpha, or a palette's transparent colour, is composed on white. Grey is repeated in three channels. 16-bit values
+      are divided by 256 and 12-bit ones by 16; a PGM with another maximum is scaled to 16 bits first. Palettes, 1-bit,
+      CMYK and other colour spaces are converted by Pillow.
 
-    Raises Rejected for what is truncated, damaged, above MAX_PIXELS, of floating-point pixels, or no image, and for
-    whatever else a decoder raises.
+    Raises Rejected for images that are truncated, damaged, above MAX_PIXELS or of floating-point pixels, for files that
+    are no images, and for any other error of a decoder.
     """
     if not data:
         raise Rejected("empty file")
@@ -85,7 +89,7 @@ def _from_array(data: bytes) -> Image.Image:
     size, left = math.prod(shape), len(data) - file.tell()
     if size != left:
         fault = "cut off" if size > left else "its header is damaged"
-        raise Rejected(f"{UNREADABLE}: an array of {size:,} bytes, of which {left:,} are there: {fault}")
+        raise Rejected(f"{UNREADABLE}: an array of {size:,} bytes, but the file has {left:,}: {fault}")
     planes = np.frombuffer(data, np.uint8, size, file.tell()).reshape(shape, order="F" if by_columns else "C")
     planes = planes[0] if planes.ndim == 4 and planes.shape[0] == 1 else planes
     if planes.ndim == 3 and planes.shape[0] == 3 != planes.shape[2]:
@@ -97,7 +101,7 @@ def _from_array(data: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image, turned: int) -> Image.Image:
-    """An image of that EXIF orientation. A TIFF comes without: Pillow has turned it when it loaded it."""
+    """Applies an EXIF orientation. Pillow has already applied a TIFF's when it loaded it."""
     if turned == UPRIGHT:
         return image
     image.info = {name: value for name, value in image.info.items() if name == "transparency"}
@@ -117,20 +121,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Of 16 bits a pixel, or of a TIFF's 12."""
+    """Converts grey of 16 bits per pixel, or of a TIFF's 12 bits."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     grey = values >> (4 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 8)
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
-        grey = 255 - grey  # white is zero: Pillow knows it for 8 bits alone
+        grey = 255 - grey  # white is zero, which Pillow handles for 8 bits only
     transparent = values == image.info.get("transparency")
     return Image.fromarray(np.where(transparent, 255, grey).astype(np.uint8)).convert("RGB")
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square, `resolution` pixels wide, as ADM and DiT prepare ImageNet: box filter by halves while
-    the shorter side is at least twice too long, then bicubic, then the crop.
+    """ADM's and DiT's crop for ImageNet: halve with a box filter while the shorter side is at least 2 x `resolution`,
+    resize it to `resolution` with a bicubic filter, crop the centre.
 
-    Raises Rejected for a strip so long that it would have more than MAX_PIXELS before the crop.
+    Raises Rejected for a strip that would have more than MAX_PIXELS before the crop.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -144,14 +148,14 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def short_side_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """LSUN's rule: the centred square of the shorter side, then one Lanczos resize to `resolution` pixels."""
+    """LSUN's crop: the centred square of the shorter side, resized to `resolution` pixels with a Lanczos filter."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return resize(image.crop((left, top, left + side, top + side)), resolution)
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
-    """The whole image, `resolution` pixels wide and high, by Lanczos: for images that are square and aligned."""
+    """Resizes without a crop, with a Lanczos filter: for square, aligned images."""
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -175,8 +179,8 @@ def from_uint8(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
     """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255.
 
-    The one rounding rule of the project: halves away from zero, as DiT; it gives back what `to_tensor` was given.
-    "truncate" drops the fraction, as REPA and EDM2 do: half a level darker, for comparison with their numbers.
+    By default rounds halves away from zero, as DiT; it inverts `to_tensor`. "truncate" drops the fraction, as REPA and
+    EDM2 do: half a level darker, for comparison with their numbers.
     """
     offset = 128 if rounding == "half_away" else 127.5
     return (images.float() * 127.5 + offset).floor().clamp(0, 255).to(torch.uint8)

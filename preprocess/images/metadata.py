@@ -1,6 +1,6 @@
-"""Encoded images without their metadata: text, profiles, previews, notes.
+"""Removes metadata (text, profiles, previews, notes) from encoded images.
 
-Pillow reads all metadata as it opens an image, and refuses the whole image where some are odd, large or damaged; but
+Pillow reads all metadata when it opens an image and refuses the image if they are odd, large or damaged, although the
 pixels do not depend on them.
 """
 
@@ -14,7 +14,7 @@ JPEG = b"\xff\xd8"
 TIFFS = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}  # byte orders; + is BigTIFF
 ORIENTATION, SHORT, UPRIGHT = 274, 3, 1
 STANDALONE_OR_SCAN = range(0xD0, 0xDB)  # restarts, start and end of the image, start of a scan
-# What pixels depend on, and the orientation, which Pillow applies itself.
+# Tags that the pixels depend on, and the orientation, which Pillow applies itself.
 TIFF_TAGS = frozenset(
     {254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 292, 293, 301}
     | {317, 318, 319, 320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 338, 339, 340, 341, 347}
@@ -23,9 +23,9 @@ TIFF_TAGS = frozenset(
 
 
 def without_metadata(data: bytes) -> tuple[bytes, bytes]:
-    """The file with what its pixels depend on, and its EXIF block apart; empty where there is none, or a damaged one.
+    """The file without metadata, and its EXIF block, which is empty if missing or damaged.
 
-    Knows JPEG, PNG and TIFF; any other file is given back as it is, and so is the rest of one from where it is damaged.
+    For JPEG, PNG and TIFF; other files are returned unchanged, and so is the rest of a file after damage.
     """
     if data.startswith(PNG):
         return _png(data)
@@ -52,16 +52,16 @@ def _png(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _jpeg(data: bytes) -> tuple[bytes, bytes]:
-    """Keeps all segments but the applications' and comments; of those, the two that tell the colour space."""
+    """Drops comments and application segments, except the two that state the colour space."""
     kept, exif, start = [JPEG], b"", len(JPEG)
     while start + 4 <= len(data):
         mark, marker, length = struct.unpack_from(">BBH", data, start)
-        if mark == 0xFF and marker == 0xFF:  # filling
+        if mark == 0xFF and marker == 0xFF:  # padding
             start += 1
             continue
         end = start + 2 + length
         if mark != 0xFF or marker < 0xC0 or marker in STANDALONE_OR_SCAN or end > len(data):
-            break  # the scans begin, or something is wrong
+            break  # the scans begin, or the file is damaged
         segment = data[start:end]
         jfif = marker == 0xE0 and segment[4:9] == b"JFIF\0" and length >= 16
         adobe = marker == 0xEE and segment[4:9] == b"Adobe" and length >= 14
@@ -75,7 +75,7 @@ def _jpeg(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _tiff(data: bytes) -> bytes:
-    """Takes the other tags out of the first page's directory, where it lies, and ends the file with this page."""
+    """Removes the other tags from the first page's directory in place, and all later pages."""
     try:
         start, count_of, offset_of = _directory(data)
         entries = [entry for tag, entry in _entries(data) if tag in TIFF_TAGS]
@@ -86,11 +86,11 @@ def _tiff(data: bytes) -> bytes:
 
 
 def orientation(exif: bytes) -> int:
-    """1 to 8, as EXIF numbers them; 1, upright, where an EXIF block does not tell."""
+    """The EXIF orientation, 1 to 8; 1 (upright) if the block does not state it."""
     block = exif.removeprefix(b"Exif\0\0")
     if block[:4] not in TIFFS:
         return UPRIGHT
-    with suppress(Exception):  # cut off
+    with suppress(Exception):  # truncated
         for tag, entry in _entries(block):
             _, kind, count, value = struct.unpack_from(TIFFS[block[:4]] + "HHIH", entry)
             if (tag, kind, count) == (ORIENTATION, SHORT, 1):
@@ -99,7 +99,7 @@ def orientation(exif: bytes) -> int:
 
 
 def _directory(data: bytes) -> tuple[int, str, str]:
-    """Where the first directory of a TIFF begins, and how the number of its entries, and offsets, are written."""
+    """Offset of a TIFF's first directory, and the struct formats of its entry count and of offsets."""
     order, is_big = TIFFS[data[:4]], b"+" in data[2:4]
     offset_of, count_of = order + ("Q" if is_big else "I"), order + ("Q" if is_big else "H")
     (start,) = struct.unpack_from(offset_of, data, 8 if is_big else 4)
@@ -107,7 +107,7 @@ def _directory(data: bytes) -> tuple[int, str, str]:
 
 
 def _entries(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Each tag of the first directory with its entry. Raises whatever struct does where it is cut off."""
+    """Tags of the first directory with their entries. Raises struct.error if it is truncated."""
     start, count_of, offset_of = _directory(data)
     (count,) = struct.unpack_from(count_of, data, start)
     start, size = start + struct.calcsize(count_of), 4 + 2 * struct.calcsize(offset_of)

@@ -1,20 +1,20 @@
-"""THE format of latent shards: WebDataset tars with checksums, an index, and a verified random-access reader.
+"""The format of latent shards: WebDataset tars with checksums, an index, and a verified random-access reader.
 
-    latents-000000.tar          plain ustar, reproducible to the byte; a sample's members lie next to each other:
+    latents-000000.tar          plain ustar, reproducible to the byte; a sample's members are consecutive:
         0000000042.moments.npy          float16 (2C, h, w): posterior mean and standard deviation, unscaled
-        0000000042.moments_flip.npy     the same of the mirrored image, where data.flips asks for it
+        0000000042.moments_flip.npy     the same for the mirrored image, with data.flips
         0000000042.cls                  class index as text
         0000000042.json                 key in the source, width, height
-    latents-000000.samples.npy  one row (SAMPLE) a sample; all that a reader of remote shards fetches beside the tar
-    latents-000000.json         the shard's record; written last, so a shard without one is unfinished
+    latents-000000.samples.npy  one row (SAMPLE) per sample; readers of remote shards fetch it with the tar
+    latents-000000.json         the shard's record; written last: a shard without one is unfinished
     samples.npy                 all rows, memory-mapped by the reader of a local folder
-    index.json                  all records and what they were made with; written last of all
+    index.json                  all records and their settings; written last of all
 
-A member's number is the image's position in the sorted source list, and shard i covers a fixed slice of that list:
-any worker can write any shard, and a kill costs the shard in hand.
+A member's number is the image's position in the source's sorted list, and shard i covers a fixed slice of that list.
+So any worker can write any shard, and a killed job loses at most the two shards in progress.
 
-`format` has the names, the row and the checksum; `forms` what the JSON files hold; `writer`, `reader` and
-`verification` what their names say; `mapping` maps files into memory; `storage` where files lie and how they get here.
+Modules: `format` (names, row, checksum), `forms` (fields of the JSON files), `writer`, `reader`, `verification`,
+`mapping` (memory-mapped files) and `storage` (local files, and a cache of remote ones).
 """
 
 from preprocess.shards.format import (

@@ -1,7 +1,6 @@
-"""The form of the JSON files beside shards: every field's type and range, checked by every reader before use.
+"""The fields of the JSON files beside shards, with their types and ranges, which every reader checks before use.
 
-An index or record may be damaged, of another version, or made by somebody who wants a reader to open, delete or
-allocate what is not the data set's: no field reaches a path, a count or an allocation unchecked.
+An index or record may be damaged, of another version, or hostile: no path, count or allocation uses an unchecked field.
 """
 
 import math
@@ -15,23 +14,23 @@ from common.errors import UserError, one_line
 from common.sealed import STRICT, checked, read_bytes, unseal, write_sealed
 from preprocess.shards.format import INDEX, MOMENTS, REMEDY, VERSION
 
-KIND = "__kind__"  # of the index, for wids; no name that a TypedDict could have
-MAX_SIDE = 2**16  # of the moments, or channels of them
+KIND = "__kind__"  # a field for wids, whose name a TypedDict cannot have
+MAX_SIDE = 2**16  # height, width or channels of the moments
 
 Digest = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
-Count = Annotated[int, Field(ge=0, lt=2**48)]  # of samples or bytes: sums of a million fit 64 bits
-Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]  # never leaves its folder
+Count = Annotated[int, Field(ge=0, lt=2**48)]  # samples or bytes: sums of a million fit 64 bits
+Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]  # no path
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Scale = Annotated[float, Field(gt=0)]
 
 
 class OtherVersion(UserError):
-    """Shards that another version of this project made."""
+    """Shards of another format version."""
 
 
 @with_config(STRICT)
 class Autoencoder(TypedDict):
-    """What made the moments, and how latents are scaled."""
+    """The autoencoder of the moments, and the scaling of its latents."""
 
     config_sha256: NotRequired[Digest]
     weights_sha256: NotRequired[Digest]
@@ -41,7 +40,7 @@ class Autoencoder(TypedDict):
 
 @with_config(STRICT)
 class Settings(TypedDict):
-    """What decides the shards' bytes; the same in every record and in the index."""
+    """The settings that decide the shards' bytes; the same in every record and in the index."""
 
     flips: bool
     source: NotRequired[str]
@@ -61,7 +60,7 @@ class RejectedImage(TypedDict):
 
 @with_config(STRICT)
 class Shard(TypedDict):
-    """What the index says of a shard."""
+    """A shard in the index."""
 
     url: Name
     nsamples: Count
@@ -72,7 +71,7 @@ class Shard(TypedDict):
 
 @with_config(STRICT)
 class Record(TypedDict):
-    """What a shard says of itself, in the file beside it."""
+    """The record of a shard, in the file beside it."""
 
     version: int
     number: Annotated[int, Field(ge=0, lt=10**6)]
@@ -84,12 +83,12 @@ class Record(TypedDict):
     rejected: list[RejectedImage]
     channel_sums: Annotated[list[list[float]], Field(min_length=2, max_length=2)]  # (2, C); (2, 0) without samples
     pictures: list[Annotated[str, Field(pattern=r"\A([0-9a-f]{16})?\z")]]  # the `Sample.digest` of each image
-    stamp: str  # of the files that these lay in: `sources.entries.Entries.stamp`
+    stamp: str  # `Entries.stamp` of its images
 
 
 @with_config(STRICT)
 class Statistics(TypedDict):
-    """A number a channel; none where there is no sample."""
+    """A number per channel; empty without samples."""
 
     mean: list[float]
     std: list[float]
@@ -112,20 +111,20 @@ class Index(TypedDict):
     warnings: list[str]
     samples_sha256: Digest
     latents: Statistics
-    stamp: str  # of all files that the images lay in
+    stamp: str  # `Entries.stamp` of all images
     converted_from: NotRequired[Digest]
 
 
 def read_index(data: bytes, where: str | Path) -> Index:
-    """An index from the bytes of its file. Raises UserError for anything but an index that agrees with itself."""
+    """Parses an index. Raises UserError for anything but a consistent index."""
     value = _of_this_version(data, where)
     value.pop(KIND, None)
-    index = checked(value, where, Index, f"{REMEDY}, or get it anew")
+    index = checked(value, where, Index, f"{REMEDY}, or download it again")
     if index["accepted"] != sum(shard["nsamples"] for shard in index["shardlist"]) or any(
         shard["nsamples"] * math.prod(index["shape"]) * MOMENTS.itemsize > shard["filesize"]
         for shard in index["shardlist"]
     ):
-        raise UserError(f"{where}: its counts, sizes or shapes contradict each other; {REMEDY}, or get it anew")
+        raise UserError(f"{where}: its counts, sizes or shapes contradict each other; {REMEDY}, or download it again")
     return index
 
 
@@ -138,11 +137,11 @@ def write_index_file(folder: Path, index: Index) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Raises UserError where the file is missing, damaged or no record."""
+    """Reads a record. Raises UserError if the file is missing, damaged or no record."""
     record = checked(_of_this_version(read_bytes(path), path), path, Record, REMEDY)
     first, second = record["channel_sums"]
     if len(first) != len(second) or bool(first) != bool(record["nsamples"]):
-        raise UserError(f"{path}: channel_sums: not two numbers a channel; {REMEDY}")
+        raise UserError(f"{path}: channel_sums: not two numbers per channel; {REMEDY}")
     return record
 
 
@@ -150,6 +149,6 @@ def _of_this_version(data: bytes, where: str | Path) -> dict[str, Any]:
     value = unseal(data, where, dict[str, Any], REMEDY)
     if (version := value.get("version", 2)) != VERSION:
         raise OtherVersion(
-            f"{where}: version {one_line(str(version), 20)}, this reads {VERSION}; encode again elsewhere"
+            f"{where}: version {one_line(str(version), 20)}, only {VERSION} is read; encode again to another folder"
         )
     return value

@@ -1,6 +1,6 @@
-"""Files mapped into memory and not kept open: a data set has more shards than a process may have descriptors.
+"""Memory-mapped files without open descriptors: a data set may have more shards than a process may open files.
 
-`mmap.mmap` holds a descriptor for as long as the mapping lives (until Python 3.13, whose `trackfd` ends that).
+`mmap.mmap` keeps a descriptor open for the lifetime of the mapping (up to Python 3.12; 3.13 has `trackfd`).
 """
 
 import ctypes
@@ -16,9 +16,9 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def map_file(descriptor: int) -> memoryview:
-    """All bytes of an open file, to be read only. The descriptor may be closed then.
+    """The bytes of an open file, read-only. The descriptor can be closed afterwards.
 
-    It is unmapped when the last view, or array over it, is gone. Raises OSError.
+    The file is unmapped when the last view or array over it is deleted. Raises OSError.
     """
     size = os.fstat(descriptor).st_size
     if size == 0:
@@ -28,5 +28,5 @@ def map_file(descriptor: int) -> memoryview:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     array = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(array, _libc.munmap, address, size).atexit = False  # the system unmaps what is left
+    weakref.finalize(array, _libc.munmap, address, size).atexit = False  # at exit the system unmaps it
     return memoryview(array).cast("B").toreadonly()

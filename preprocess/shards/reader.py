@@ -1,4 +1,4 @@
-"""Random, verified reading of samples, wherever their shards lie."""
+"""Random, verified reading of samples from local or remote shards."""
 
 import hashlib
 import math
@@ -29,7 +29,7 @@ from preprocess.shards.storage import Cache, CachedFolder, LocalFolder, ShardFil
 
 Storage = LocalFolder | CachedFolder
 
-PROVED_AT_ONCE = 64  # samples
+PROVED_AT_ONCE = 64  # samples per call of `gather`
 MAX_MAPPED = 8192  # shards; Linux lets a process map 65,530 files
 
 
@@ -37,8 +37,8 @@ class LatentShards:
     """Random, verified access to a finished folder of shards.
 
     `address` is a local folder or, with a `cache`, any fsspec address such as `s3://bucket/folder`. Opening reads the
-    index and, of a local folder, the files' sizes; no sample. Picklable: a copy opens the folder anew. For one thread
-    at a time. Raises UserError where the folder is unfinished, of another version, or not what its index says.
+    index and checks the sizes of local files; it reads no sample. Picklable: a copy opens the folder again. Not
+    thread-safe. Raises UserError if the folder is unfinished, of another version, or contradicts its index.
     """
 
     def __init__(self, address: str | Path, cache: Cache | None = None) -> None:
@@ -60,15 +60,17 @@ class LatentShards:
 
     @property
     def content_key(self) -> str:
-        """What names these samples in this order, in whatever format they lie."""
+        """A key of these samples in this order, the same in every format."""
         return self.index.get("converted_from", self.index["samples_sha256"])
 
     @property
     def scaling(self) -> tuple[float, float]:
-        """Scaling and shift factor of the latents. Raises UserError where the index says nothing of an autoencoder."""
+        """Scaling and shift factor of the latents. Raises UserError if the index has no autoencoder."""
         autoencoder = self.index["settings"].get("vae")
         if autoencoder is None:
-            raise UserError(f"{self.address}/{INDEX}: says nothing of the autoencoder that encoded it; encode again")
+            raise UserError(
+                f"{self.address}/{INDEX}: settings.vae: missing, so the latents' scaling is unknown; encode again"
+            )
         return autoencoder["scaling_factor"], autoencoder["shift_factor"]
 
     @cached_property
@@ -77,20 +79,22 @@ class LatentShards:
         return self.labels_at(np.arange(len(self)))
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """(B,) int64 class indices of samples `indices`; they are covered by the checksums that `gather` verifies.
+        """(B,) int64 class indices of samples `indices`; the checksums that `gather` verifies cover them.
 
-        Raises UserError for one that is no class.
+        Raises UserError for an impossible class.
         """
         labels = self.rows(np.asarray(indices))["label"].astype(np.int64)
         if len(labels) and labels.max() >= self.num_classes:
             raise UserError(
-                f"{self.address}/{SAMPLES}: a sample of class {labels.max()}, there are {self.num_classes}; {REMEDY}"
+                f"{self.address}/{SAMPLES}: class {labels.max()}, but there are {self.num_classes} classes; {REMEDY}"
             )
         return labels
 
     def prove_places(self, part: int = 0, parts: int = 1) -> None:
-        """Reads the first sample of every shard, of each `parts`-th from `part` on: shards that were exchanged, copied
-        over one another or renamed are of the right size. Raises UserError naming one. Remote shards have hashes.
+        """Verifies the first sample of every shard, or of each `parts`-th from `part` on.
+
+        This detects shards that were exchanged, copied over one another or renamed: their sizes are right. Raises
+        UserError naming one. Remote shards are verified by their hashes.
         """
         if isinstance(self.storage, LocalFolder):
             starts = np.cumsum([0] + [shard["nsamples"] for shard in self.index["shardlist"]])
@@ -103,10 +107,10 @@ class LatentShards:
 
         Where `flip` (B,) is true, those of the mirrored image. Each sample's checksum, which covers its label, is
         verified before anything is returned; a damaged copy in the cache is fetched again, once. Raises UserError
-        naming shard and sample for damage, or for flips that the shards do not hold.
+        naming the damaged shard and sample, or for flips if the shards have none.
         """
         indices = np.asarray(indices)
-        order = np.argsort(indices)  # as they lie on the disk
+        order = np.argsort(indices)  # in the order on disk
         indices = indices[order]
         rows = self.rows(indices)
         offsets, checksums = rows["offset"], rows["crc32"]
@@ -127,10 +131,10 @@ class LatentShards:
             target = buffer[start : start + size]
             try:
                 target[:] = data[offset : offset + size]
-                whole = checksum(target, label) == expected  # of the copy, which is what will be used
-            except ValueError:  # less than a sample
-                whole = False
-            if not whole:
+                intact = checksum(target, label) == expected  # of the copy, which the caller gets
+            except ValueError:  # the shard ends within the sample
+                intact = False
+            if not intact:
                 number = int(np.flatnonzero(order == start // size)[0])
                 data = self._read_again(indices[number], rows[number], offset, target, expected)
         return out
@@ -146,7 +150,7 @@ class LatentShards:
         return data
 
     def _read_again(self, index: int, row: np.void, offset: int, target: memoryview, expected: int) -> memoryview:
-        """The shard, after its cached copy was fetched anew. UserError where that does not help, or it is no copy."""
+        """Fetches a damaged cached copy again; returns the shard. UserError if it is still damaged, or local."""
         shards, shard = self.index["shardlist"], int(row["shard"])
         name = shards[shard]["url"] if shard < len(shards) else SAMPLES
         if shard < len(shards) and self.storage.discard(name, shards[shard]["sha256"]):
@@ -163,7 +167,7 @@ class LatentShards:
 
 
 def _mapped(storage: Storage, name: str, size: int, sha256: str) -> memoryview:
-    """A file's bytes."""
+    """Maps a file into memory."""
     file = storage.open(name, size, sha256)
     try:
         return map_file(file)
@@ -172,7 +176,7 @@ def _mapped(storage: Storage, name: str, size: int, sha256: str) -> memoryview:
 
 
 def _unmap(maps: OrderedDict[int, Any], storage: Storage, file_of: Callable[[int], ShardFile]) -> None:
-    """Makes room for one more. What the cache has deleted to stay within its limit takes room until it is unmapped."""
+    """Unmaps files deleted from the cache, which frees their disk space, and the oldest beyond MAX_MAPPED."""
     if isinstance(storage, CachedFolder) and storage.cache.limit is not None:
         for number in [number for number in maps if not storage.is_here(*file_of(number))]:
             del maps[number]
@@ -190,21 +194,21 @@ def _row_reader(storage: Storage, index: Index) -> Rows:
     for shard in index["shardlist"]:
         check_size(storage.path / shard["url"], shard["filesize"])
     rows = _map_rows(storage.path / SAMPLES, index["accepted"])
-    return rows.take  # whole rows at once; indexing a structured array goes field by field, nine times as slow
+    return rows.take  # indexing a structured array copies field by field, nine times as slow
 
 
 def _map_rows(path: Path, count: int) -> np.ndarray:
-    """Maps samples.npy, whose header and size the index foretells: a damaged header is never parsed."""
+    """Maps samples.npy. Its header follows from the index, so that a damaged one is never parsed."""
     header = rows_header(count)
     check_size(path, rows_size(count))
     with open(path, "rb") as file:
         if file.read(len(header)) != header:
-            raise UserError(f"{path}: not one row for each of {count} samples; {REMEDY}")
+            raise UserError(f"{path}: its header is not that of {count} rows; {REMEDY}")
     return np.memmap(path, SAMPLE, "r", offset=len(header), shape=(count,)).view(np.ndarray)  # indexed faster
 
 
 class RemoteRows:
-    """The rows of remote shards, fetched shard by shard: those of all samples may be larger than any disk here."""
+    """The rows of remote shards, fetched shard by shard: all of them might not fit on a local disk."""
 
     def __init__(self, storage: CachedFolder, shardlist: list[Shard]) -> None:
         self.storage, self.shardlist = storage, shardlist
@@ -216,11 +220,11 @@ class RemoteRows:
         rows, needed = np.empty(len(indices), SAMPLE), np.unique(shards).tolist()
         new = [file for shard in needed if shard not in self._tables for file in shard_files(self.shardlist[shard])]
         if new:
-            deque(self.storage.fetch(new), maxlen=0)  # with the shards themselves: they are read next
+            deque(self.storage.fetch(new), maxlen=0)  # together with the shards, which are read next
         for shard in needed:
             here = shards == shard
             rows[here] = self._table(shard).take(indices[here] - self.starts[shard])
-        rows["shard"] = shards  # as its table must say; known before it is fetched
+        rows["shard"] = shards  # known without the table
         return rows
 
     def _table(self, shard: int) -> np.ndarray:
@@ -231,7 +235,7 @@ class RemoteRows:
         return self._tables[shard]
 
     def _open(self, shard: Shard) -> np.ndarray:
-        """Maps the rows of a shard, once they are proved: no checksum covers all of a row."""
+        """Maps the rows of a shard after verifying their hash: no other checksum covers a whole row."""
         (name, size, sha256), _ = shard_files(shard)
         for _ in range(2):
             data = _mapped(self.storage, name, size, sha256)
@@ -239,4 +243,4 @@ class RemoteRows:
                 return np.frombuffer(data, SAMPLE, shard["nsamples"], size - shard["nsamples"] * SAMPLE.itemsize)
             self.storage.discard(name, sha256)
         where = self.storage.cache.folder
-        raise UserError(f"data.cache: {where} does not keep {name} as it was written; check the disk")
+        raise UserError(f"data.cache: {where} changed {name} after it was written; check the disk")

@@ -1,4 +1,4 @@
-"""Where a data set's files lie: in a local folder, or at any fsspec address behind a verified local cache."""
+"""Storage of a data set: a local folder, or any fsspec address behind a verified local cache."""
 
 import errno
 import hashlib
@@ -20,14 +20,14 @@ from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
 from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
 CHUNK = 8 << 20  # bytes
-ATTEMPTS = 3  # at fetching a file over a network
+ATTEMPTS = 3  # to fetch a file
 PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 LOCKS = 64  # lock files: two processes fetch one file once, and different files at the same time
 FETCHING_THREADS = 4
-ABANDONED = 600  # seconds without a byte after which a file that is being fetched belongs to a process that was killed
+ABANDONED = 600  # seconds without progress after which an unfinished file is taken for a killed process's
 
 
-OURS = re.compile(r"[0-9a-f]{16}-.+|\.[0-9a-f]{16}-.+\.tmp")  # copies in the cache, and those that are being made
+OURS = re.compile(r"[0-9a-f]{16}-.+|\.[0-9a-f]{16}-.+\.tmp")  # finished and unfinished copies in the cache
 
 
 ShardFile = tuple[str, int, str]  # name, bytes, sha256
@@ -38,43 +38,41 @@ class Cache:
     """A folder on a local disk for copies of remote files, shared by all processes of the machine."""
 
     folder: Path
-    limit: int | None = None  # bytes; where a file would go beyond it, the ones used longest ago go
+    limit: int | None = None  # bytes; beyond it, the least recently used files are deleted
 
 
 class LocalFolder:
-    """Files where they were written. Nothing is copied, nothing deleted."""
+    """A local folder, read in place."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def read_index(self) -> Index:
-        if ":/" in str(self.path):  # Path has made one slash of two
-            raise UserError(f"data.cache: {self.path} lies elsewhere; set data.cache to a folder on a local disk")
+        if ":/" in str(self.path):  # Path turns :// into :/
+            raise UserError(f"data.cache: not set, but {self.path} is remote; set it to a folder on a local disk")
         if not (self.path / INDEX).is_file():
             raise UserError(f"data.shards: {self.path} has no {INDEX}; run preprocess/encode_latents.py until it ends")
         return read_local_index(self.path)
 
     def open(self, name: str, size: int, sha256: str) -> int:
-        """A file descriptor for reading. Raises UserError where the file is missing or of another size."""
+        """A file descriptor for reading. Raises UserError if the file is missing or of another size."""
         check_size(self.path / name, size)
         return os.open(self.path / name, os.O_RDONLY)
 
     def discard(self, name: str, sha256: str) -> bool:
-        return False  # this is the only copy
+        return False  # it is no copy
 
 
 def check_size(path: Path, size: int) -> None:
-    found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-    if found != f"{size} bytes":
-        raise UserError(f"{path}: {found}, the index says {size} bytes; {REMEDY}")
+    actual = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    if actual != f"{size} bytes":
+        raise UserError(f"{path}: {actual}, the index says {size} bytes; {REMEDY}")
 
 
 class CachedFolder:
-    """Files at an fsspec address, each fetched whole, proved by its sha256 and kept in the cache
-    under a name made of both.
+    """Files at an fsspec address, each fetched completely, verified by its sha256 and kept in the cache.
 
-    A copy in the cache is whole or absent. What belongs to another version of the data set has another sha256 and so
-    another name.
+    A copy's name contains the sha256: another version of a file has another copy. Copies are complete or absent.
     """
 
     def __init__(self, address: str, cache: Cache) -> None:
@@ -92,21 +90,23 @@ class CachedFolder:
         return read_index(data, where)
 
     def open(self, name: str, size: int, sha256: str) -> int:
-        """A file descriptor of the whole copy, fetched first where it is not here.
+        """A file descriptor of the copy, which is fetched first if it is missing.
 
-        Raises UserError for what cannot be fetched, or is not what the index says, or has no room.
+        Raises UserError if the file cannot be fetched, contradicts the index, or does not fit.
         """
         for _ in range(ATTEMPTS):
             path = self._fetch(name, size, sha256)
-            with suppress(FileNotFoundError):  # another process has made room for its own
+            with suppress(FileNotFoundError):  # another process has deleted it to make room
                 file = os.open(path, os.O_RDONLY)
-                with suppress(OSError):  # another user's copy, or a read-only one: nobody here keeps account of it
-                    os.utime(file, ns=(time.time_ns(),) * 2)  # used last now; the kernel's clock ticks in milliseconds
+                with suppress(OSError):  # another user's copy, or a read-only one
+                    os.utime(
+                        file, ns=(time.time_ns(),) * 2
+                    )  # marks it as just used; the kernel's own clock has milliseconds only
                 return file
-        raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; allow more")
+        raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; raise it")
 
     def discard(self, name: str, sha256: str) -> bool:
-        """Deletes a copy that turned out to be damaged; true: it can be fetched again."""
+        """Deletes a damaged copy; True: it can be fetched again."""
         copy = self._copy(name, sha256)
         try:
             copy.unlink(missing_ok=True)
@@ -115,15 +115,15 @@ class CachedFolder:
         return True
 
     def fetch(self, files: list[ShardFile]) -> Iterator[Path]:
-        """Fetches what is not here yet, several files at a time, and yields their paths as they arrive."""
+        """Fetches missing files, several at a time, and yields paths as they arrive."""
         with ThreadPoolExecutor(FETCHING_THREADS) as threads:
             for fetched in as_completed([threads.submit(self._fetch, *file) for file in files]):
                 yield fetched.result()
 
     def stage(self, shardlist: list[Shard]) -> None:
-        """Fetches all shards now; one process of the machine does, the others wait for it.
+        """Fetches all shards; one process of the machine does, the others wait.
 
-        Raises UserError where they have no room, beside `open`'s reasons.
+        Raises UserError as `open`, and if they do not fit.
         """
         from tqdm import tqdm
 
@@ -132,7 +132,7 @@ class CachedFolder:
         if self.cache.limit is not None and total > self.cache.limit:
             raise UserError(
                 f"data.stage_in: {self.address} holds {total / 1e9:.2f} GB, data.cache_gb allows "
-                f"{self.cache.limit / 1e9:.2f}; allow more, or leave data.stage_in off"
+                f"{self.cache.limit / 1e9:.2f}; raise it, or set data.stage_in=false"
             )
         if all(self.is_here(*file) for file in files):
             return
@@ -151,16 +151,16 @@ class CachedFolder:
         return self.cache.folder / f"{sha256[:16]}-{name}"
 
     def is_here(self, name: str, size: int, sha256: str) -> bool:
-        """Whether there is a whole copy now."""
+        """Whether the cache holds the file."""
         path = self._copy(name, sha256)
         return path.is_file() and path.stat().st_size == size
 
     def _fetch(self, name: str, size: int, sha256: str) -> Path:
-        """The path of the whole copy."""
+        """The path of the copy, fetched if it is missing."""
         path = self._copy(name, sha256)
         if not self.is_here(name, size, sha256):
             with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
-                if not self.is_here(name, size, sha256):  # another process may have fetched it meanwhile
+                if not self.is_here(name, size, sha256):  # else another process has just fetched it
                     with (
                         disk_errors_as_user_errors(f"data.cache: {self.cache.folder}"),
                         atomic_write(path) as temporary,
@@ -187,7 +187,7 @@ class CachedFolder:
         raise UserError(f"{where}: {fault}, {ATTEMPTS} times; check the address, or upload it again")
 
     def _copy_hashed(self, name: str, path: Path, size: int) -> str:
-        """The sha256 of what was copied: at most `size` bytes and one more, however much the other side sends."""
+        """Copies a file, at most `size` + 1 bytes whatever the other side sends; returns the sha256."""
         digest, left = hashlib.sha256(), size
         with self.filesystem.open(f"{self.root}/{name}", "rb") as source, open(path, "r+b") as target:
             while chunk := source.read(min(CHUNK, left + 1)):
@@ -199,26 +199,25 @@ class CachedFolder:
         return digest.hexdigest()
 
     def _reserve(self, path: Path, size: int) -> None:
-        """Makes an empty file of this size at `path`; for it to fit the limit, what was used longest ago goes."""
+        """Reserves `size` bytes at `path`, deleting the least recently used copies to stay within the limit."""
         limit = self.cache.limit
         if limit is not None and size > limit:
-            raise UserError(f"data.cache_gb: {limit / 1e9:.2f} GB hold no shard of {size / 1e9:.2f} GB; allow several")
+            raise UserError(
+                f"data.cache_gb: {limit / 1e9:.2f} GB do not hold a shard of {size / 1e9:.2f} GB; allow several"
+            )
         while True:
             with self._lock("room"):
                 if limit is None or self._make_room(size, limit):
                     with open(path, "wb") as file:
-                        file.truncate(size)  # counts from now on
+                        file.truncate(size)  # so that other processes count it
                     return
-            time.sleep(0.05)  # what others fetch at this moment can be deleted only afterwards
+            time.sleep(0.05)  # files being fetched can be deleted only afterwards
 
     def _make_room(self, size: int, limit: int) -> bool:
-        """Whether `size` bytes more fit, after deleting as many whole copies as it takes.
-
-        What else lies in the folder is somebody's own: it is neither counted nor deleted.
-        """
+        """Deletes copies until `size` more bytes fit; whether they do. Neither counts nor deletes other files."""
         try:
             files = [(path.lstat(), path) for path in self.cache.folder.iterdir() if OURS.fullmatch(path.name)]
-        except FileNotFoundError:  # one has arrived meanwhile, and has another name
+        except FileNotFoundError:  # a file was renamed or deleted meanwhile
             return False
         excess = sum(status.st_size for status, _ in files) + size - limit
         for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
@@ -234,7 +233,7 @@ class CachedFolder:
 
 
 def shard_files(shard: Shard) -> tuple[ShardFile, ShardFile]:
-    """What a reader needs of a shard: its rows, and the shard itself."""
+    """The files that a reader needs for a shard: its rows and its tar."""
     rows = rows_name(shard["url"]), rows_size(shard["nsamples"]), shard["samples_sha256"]
     return rows, (shard["url"], shard["filesize"], shard["sha256"])
 

@@ -1,4 +1,4 @@
-"""Proving a folder of shards whole: every byte, checksum, count and number, in several processes."""
+"""Verification of a folder of shards: every byte, checksum, count and number, in several processes."""
 
 import math
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ from preprocess.shards.forms import Index, Shard, read_local_index
 
 
 @dataclass(frozen=True)
-class Part:
-    """One shard, and what the index says of it."""
+class ShardCheck:
+    """A shard to verify, with its entry in the index."""
 
     folder: Path
     number: int
@@ -43,46 +43,45 @@ class Part:
 
     @cached_property
     def header(self) -> bytes:
-        """Of each moments member."""
+        """The .npy header of each moments member."""
         return npy_header(MOMENTS.str, self.shape)
 
 
 def verify(folder: str | Path, processes: int = 1) -> Iterator[str]:
-    """Yields one line a fault, nothing if the folder is whole. Reads every byte; a process works on a shard at a time.
+    """Yields a line for each fault. Reads every byte; each process verifies one shard at a time.
 
-    Raises UserError for an index that cannot be read, or that names files elsewhere: there is nothing to compare with;
-    and where a process is killed.
+    Raises UserError for an unreadable index, and if a process is killed.
     """
     folder = Path(folder)
     index = read_local_index(folder)
     yield from _index_faults(folder, index)
-    parts, start = [], 0
+    checks, start = [], 0
     for number, shard in enumerate(index["shardlist"]):
         channels, height, width = index["shape"]
         known = index["accepted"], (channels, height, width), index["settings"]["flips"], len(index["class_names"])
-        parts.append(Part(folder, number, shard, start, *known))
+        checks.append(ShardCheck(folder, number, shard, start, *known))
         start += shard["nsamples"]
     if processes == 1:
-        for part in parts:
-            yield from shard_faults(part)
+        for check in checks:
+            yield from shard_faults(check)
         return
     try:
         with ProcessPoolExecutor(processes) as pool:
-            for faults in pool.map(shard_faults, parts):
+            for faults in pool.map(shard_faults, checks):
                 yield from faults
     except BrokenProcessPool:
         raise UserError(
-            f"{folder}: one of {processes} processes that prove it was killed, as for lack of memory; "
+            f"{folder}: one of {processes} verifying processes was killed, probably for lack of memory; "
             "allow more memory or set a smaller --processes"
         ) from None
 
 
 def _index_faults(folder: Path, index: Index) -> Iterator[str]:
-    """Counts that do not add up, and a table of samples that is not the index's."""
-    accepted, found = sum(shard["nsamples"] for shard in index["shardlist"]), index["found"]
-    if not accepted == index["accepted"] == found - len(index["rejected"]):
+    """Faults in the counts of the index, and in the table of all samples."""
+    accepted, images = sum(shard["nsamples"] for shard in index["shardlist"]), index["found"]
+    if not accepted == index["accepted"] == images - len(index["rejected"]):
         yield (
-            f"{folder / INDEX}: {found} found, {index['accepted']} accepted, {len(index['rejected'])} rejected and "
+            f"{folder / INDEX}: {images} found, {index['accepted']} accepted, {len(index['rejected'])} rejected and "
             f"{accepted} in shards do not add up; {REMEDY}"
         )
     if fault := _file_fault(folder / SAMPLES, rows_size(index["accepted"])):
@@ -92,55 +91,55 @@ def _index_faults(folder: Path, index: Index) -> Iterator[str]:
 
 
 def _file_fault(path: Path, size: int) -> str | None:
-    found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-    return None if found == f"{size} bytes" else f"{path}: {found}, the index says {size} bytes; {REMEDY}"
+    actual = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    return None if actual == f"{size} bytes" else f"{path}: {actual}, the index says {size} bytes; {REMEDY}"
 
 
 def _other_bytes(path: Path) -> str:
-    return f"{path}: not the bytes that were written; {REMEDY}"
+    return f"{path}: changed after it was written; {REMEDY}"
 
 
-def shard_faults(part: Part) -> list[str]:
-    """The faults of a shard, of its own rows, and of its rows in the table of all."""
-    path = part.folder / part.shard["url"]
+def shard_faults(check: ShardCheck) -> list[str]:
+    """Faults of a shard, of its rows file, and of its rows in samples.npy."""
+    path = check.folder / check.shard["url"]
     own_rows = path.with_name(rows_name(path.name))
     faults = []
-    if fault := _file_fault(own_rows, rows_size(part.shard["nsamples"])):
+    if fault := _file_fault(own_rows, rows_size(check.shard["nsamples"])):
         faults.append(fault)
-    elif sha256_file(own_rows) != part.shard["samples_sha256"]:
+    elif sha256_file(own_rows) != check.shard["samples_sha256"]:
         faults.append(_other_bytes(own_rows))
-    if fault := _file_fault(path, part.shard["filesize"]):
+    if fault := _file_fault(path, check.shard["filesize"]):
         return [*faults, fault]
-    if _file_fault(part.folder / SAMPLES, rows_size(part.accepted)) or not part.shard["filesize"]:
-        return faults  # told already; without rows nothing says where samples lie
-    in_samples = _sample_faults(part)
-    if not in_samples and sha256_file(path) != part.shard["sha256"]:
-        in_samples = [f"{path}: not the bytes that were written, outside any moments; {REMEDY}"]
+    if _file_fault(check.folder / SAMPLES, rows_size(check.accepted)) or not check.shard["filesize"]:
+        return faults  # already reported; without rows the samples cannot be located
+    in_samples = _sample_faults(check)
+    if not in_samples and sha256_file(path) != check.shard["sha256"]:
+        in_samples = [f"{path}: changed after it was written, outside of the moments; {REMEDY}"]
     return faults + in_samples
 
 
-def _sample_faults(part: Part) -> list[str]:
-    path = part.folder / part.shard["url"]
-    data = np.memmap(path, np.uint8, "r").view(np.ndarray)  # slices of a memmap are slow to make
+def _sample_faults(check: ShardCheck) -> list[str]:
+    path = check.folder / check.shard["url"]
+    data = np.memmap(path, np.uint8, "r").view(np.ndarray)  # slicing a memmap is slow
     faults = []
-    # Python's own numbers, a sample after the other: the fields of SAMPLE, in their order.
-    for index, row in enumerate(_rows(part).tolist(), part.start):
+    # Rows as Python numbers, in the order of the fields of SAMPLE.
+    for index, row in enumerate(_rows(check).tolist(), check.start):
         position, offset, flip_offset, shard, label, crc, flip_crc = row
         name = f"{path}: sample {index} (member {member_name(position)})"
-        places = [(offset, crc), (flip_offset, flip_crc)] if part.flips else [(offset, crc)]
-        reasons = [reason for place in places if (reason := _moments_fault(part, data, label, *place))]
+        places = [(offset, crc), (flip_offset, flip_crc)] if check.flips else [(offset, crc)]
+        reasons = [reason for place in places if (reason := _moments_fault(check, data, label, *place))]
         faults += [f"{name} {reason}; {REMEDY}" for reason in reasons]
-        if shard != part.number or label >= part.num_classes:
+        if shard != check.number or label >= check.num_classes:
             faults.append(
-                f"{name} is in shard {shard} and of class {label} by {SAMPLES}, which is not possible in shard "
-                f"{part.number} and {part.num_classes} classes; {REMEDY}"
+                f"{name} has shard {shard} and class {label} in {SAMPLES}, which is impossible in shard "
+                f"{check.number} and {check.num_classes} classes; {REMEDY}"
             )
     return faults
 
 
-def _moments_fault(part: Part, data: np.ndarray, label: int, offset: int, crc: int) -> str | None:
-    """What is wrong with a sample's moments (or those of its mirror image) where they lie in the shard."""
-    size = math.prod(part.shape) * MOMENTS.itemsize
+def _moments_fault(check: ShardCheck, data: np.ndarray, label: int, offset: int, crc: int) -> str | None:
+    """The fault of a sample's moments, or of its mirror image's, in the shard; None if they are intact."""
+    size = math.prod(check.shape) * MOMENTS.itemsize
     moments = data[offset : offset + size]
     if len(moments) != size or checksum(moments, label) != crc:
         return f"does not match its checksum in {SAMPLES}"
@@ -149,13 +148,13 @@ def _moments_fault(part: Part, data: np.ndarray, label: int, offset: int, crc: i
         return "has moments that are not finite"
     if bits[len(bits) // 2 :].max() > 0x8000:  # the second half; 0x8000 is minus zero
         return "has a negative standard deviation"
-    if part.shard["url"].endswith(".tar") and data[offset - len(part.header) : offset].tobytes() != part.header:
-        return f"is no .npy file of shape {part.shape}"
+    if check.shard["url"].endswith(".tar") and data[offset - len(check.header) : offset].tobytes() != check.header:
+        return f"is no .npy file of shape {check.shape}"
     return None
 
 
-def _rows(part: Part) -> np.ndarray:
-    """The shard's rows as the readers find them, in the table of all."""
-    shape = (part.shard["nsamples"],)
-    offset = len(rows_header(part.accepted)) + part.start * SAMPLE.itemsize
-    return np.memmap(part.folder / SAMPLES, SAMPLE, "r", offset=offset, shape=shape)
+def _rows(check: ShardCheck) -> np.ndarray:
+    """The shard's rows in samples.npy, which readers use."""
+    shape = (check.shard["nsamples"],)
+    offset = len(rows_header(check.accepted)) + check.start * SAMPLE.itemsize
+    return np.memmap(check.folder / SAMPLES, SAMPLE, "r", offset=offset, shape=shape)

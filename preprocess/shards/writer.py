@@ -49,10 +49,7 @@ if TYPE_CHECKING:
 def write_shard(
     folder: Path, number: int, outcomes: Iterable[Sample | Rejection], settings: Settings, stamp: str = ""
 ) -> Record:
-    """Writes one shard, whole or not at all, and returns its record.
-
-    `settings`: what it is made with; `stamp`: `Entries.stamp` of its images.
-    """
+    """Writes a shard atomically and returns its record; `stamp` is `Entries.stamp` of its images."""
     tar_path = folder / shard_name(number)
     rows: list[tuple[int, ...]] = []
     rejected: list[RejectedImage] = []
@@ -107,7 +104,7 @@ def _add_sample(tar: "TarWriter", shard: int, sample: Sample) -> tuple[int, ...]
 
 
 def _add_moments(tar: "TarWriter", name: str, field: str, moments: np.ndarray, label: int) -> tuple[int, int]:
-    """Returns the offset of the array's bytes and their checksum."""
+    """Appends an array; returns the offset of its bytes and their checksum."""
     array, buffer = np.ascontiguousarray(moments, MOMENTS), io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
     offset = _add_member(tar, name, field, buffer.getvalue()) + buffer.tell() - array.nbytes
@@ -115,37 +112,35 @@ def _add_moments(tar: "TarWriter", name: str, field: str, moments: np.ndarray, l
 
 
 def _add_member(tar: "TarWriter", name: str, field: str, data: bytes) -> int:
-    """Returns the offset of the member's first byte. One `write` each: a sample's members would be sorted otherwise."""
+    """Appends a member; returns the offset of its first byte. A `write` of several members would sort them."""
     offset = tar.tarstream.offset + tarfile.BLOCKSIZE
     tar.write({"__key__": name, field: data})
     return offset
 
 
 def _channel_sums(moments: np.ndarray) -> np.ndarray:
-    """(2, C): sums over a sample's pixels of x and x^2, x drawn from the posterior: E[x^2] = mean^2 + std^2."""
+    """(2, C): sums over pixels of E[x] and E[x^2] = mean^2 + std^2, for x drawn from the posterior."""
     mean, std = np.split(moments.astype(np.float64), 2)
     return np.stack([mean.sum(axis=(1, 2)), (mean**2 + std**2).sum(axis=(1, 2))])
 
 
 def finished_record(folder: Path, number: int, *, thorough: bool) -> Record | None:
-    """A shard's record, if the shard is there, is the one of this number, and has the recorded size and, where
-    `thorough`, hashes.
-    """
+    """The record of a finished shard, or None. Checks number and size and, if `thorough`, the hashes."""
     path = folder / shard_name(number)
     if not (path.is_file() and rows_path(path).is_file()):
         return None
     try:
         record = read_record(path.with_suffix(".json"))
-    except UserError:  # missing or damaged: the shard is made again
+    except UserError:  # missing or damaged: the shard is encoded again
         return None
-    whole = (record["number"], record["filesize"]) == (number, path.stat().st_size)
-    if whole and thorough:
-        whole = (sha256_file(path), sha256_file(rows_path(path))) == (record["sha256"], record["samples_sha256"])
-    return record if whole else None
+    intact = (record["number"], record["filesize"]) == (number, path.stat().st_size)
+    if intact and thorough:
+        intact = (sha256_file(path), sha256_file(rows_path(path))) == (record["sha256"], record["samples_sha256"])
+    return record if intact else None
 
 
 def remove_unfinished(folder: Path, numbers: Container[int]) -> None:
-    """Deletes what killed writers of the shards `numbers` left; only for who alone writes these."""
+    """Deletes temporary files of killed writers of the shards `numbers`, which nobody else may be writing."""
     for path in folder.glob(".latents-*.tmp"):
         left = re.fullmatch(r"\.latents-(\d{6,})\.(tar|samples\.npy|json)\..+\.tmp", path.name)
         if left and int(left[1]) in numbers:
@@ -153,13 +148,13 @@ def remove_unfinished(folder: Path, numbers: Container[int]) -> None:
 
 
 def recorded_settings(folder: Path) -> Iterator[tuple[Path, Settings]]:
-    """What the finished shards of a folder, and its index, were made with. Raises UserError for another version's."""
+    """The settings in a folder's index and records. Raises UserError for another format version."""
     for path in [folder / INDEX, *sorted(folder.glob("latents-*.json"))]:
         try:
             yield path, (read_local_index(folder) if path.name == INDEX else read_record(path))["settings"]
         except OtherVersion:
             raise
-        except UserError:  # missing or damaged: it is made again, and decides nothing
+        except UserError:  # missing or damaged: it is written again
             continue
 
 
@@ -172,13 +167,13 @@ def write_index(
     warnings: Sequence[str] = (),
     stamp: str = "",
 ) -> None:
-    """Merges the shards' records into samples.npy and index.json; for one at a time.
+    """Merges the shards' records into samples.npy and index.json; not for several processes at once.
 
-    `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason; `warnings` is what
-    is unlike the data set that it should be; `stamp` is `Entries.stamp` of all images.
+    `shape` is (2C, h, w); `left_out` counts the source's files that are no samples, by reason; `warnings` lists
+    differences from the known data set; `stamp` is `Entries.stamp` of all images.
     """
     for name in (SAMPLES, INDEX):
-        for left in folder.glob(f".{name}.*.tmp"):  # by a merge that was killed
+        for left in folder.glob(f".{name}.*.tmp"):  # from a killed merge
             left.unlink()
     paths = [folder / shard_name(number) for number in range(len(records))]
     accepted = sum(record["nsamples"] for record in records)
@@ -219,17 +214,17 @@ def write_index(
 
 
 def _rows_data(tar_path: Path, record: Record) -> bytes:
-    """A shard's rows without their header. Raises UserError where they are not those of its record."""
+    """A shard's rows without their header. Raises UserError if they contradict the record."""
     path = rows_path(tar_path)
     with open(path, "rb") as file:
         data = file.read()
     if hashlib.sha256(data).hexdigest() != record["samples_sha256"]:
-        raise UserError(f"{path}: not the bytes that were written; {REMEDY}")
+        raise UserError(f"{path}: changed after it was written; {REMEDY}")
     return data[len(rows_header(record["nsamples"])) :]
 
 
 def _statistics(records: list[Record], count: int) -> Statistics:
-    """Mean and standard deviation a channel of unscaled latents, over all pixels of all images, without flips."""
+    """Mean and standard deviation per channel of unscaled latents, over all pixels, without flips."""
     sums = [np.array(record["channel_sums"]) for record in records if record["nsamples"]]
     if not sums:
         return {"mean": [], "std": []}

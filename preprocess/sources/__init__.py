@@ -1,7 +1,6 @@
-"""Where images come from. A source lists its images in a stable order without reading one, and opens any of them.
+"""Sources of images. A source lists its images in a stable order without decoding them, and reads any of them.
 
-`open_source` opens what the recipe's section `data` names; each kind finds out by itself in which form the data set is
-there.
+`open_source` opens the source in the recipe's `data` section; each kind detects the form of its data set.
 """
 
 from collections.abc import Callable
@@ -27,13 +26,13 @@ from preprocess.sources.zips import find_zip, list_zip
 __all__ = ["Entries", "Entry", "Source", "Which", "fingerprint", "open_source", "warnings"]
 
 Which = Literal["images", "held_out"]
-HUB_PARQUET = ("*.parquet", "data/*.parquet", "*/train/*.parquet")  # where a clone of the hub's repository has them
+HUB_PARQUET = ("*.parquet", "data/*.parquet", "*/train/*.parquet")  # in a clone of the hub's repository
 
 
 def open_source(data: Data, which: Which = "images") -> Source:
-    """The images that `data.images` names, or `data.held_out`, which is of the same kind.
+    """Opens `data.images`, or `data.held_out`, which is of the same kind.
 
-    Raises UserError that begins with the field's name.
+    Raises UserError beginning with the field's name.
     """
     path = getattr(data, which)
     assert path is not None
@@ -51,7 +50,7 @@ def _imagenet(path: str, field: str, data: Data) -> Source:
     for name in ("image_field", "label_field"):
         if (named := getattr(data, name)) is not None:
             raise UserError(
-                f"data.{name}: {named} would be a column of parquet files, and {path} is none; leave it out"
+                f"data.{name}: {named} names a column of parquet files, but {path} is not parquet; leave it out"
             )
     if path.endswith(".tar"):
         return ImageNetTar(path, field)
@@ -66,7 +65,7 @@ def _faces(path: str, field: str, data: Data) -> Source:
 
 
 def _lsun(path: str, field: str, data: Data) -> Source:
-    """A category: its LMDB, or its images in a folder or a zip; the class is named as that is."""
+    """A category: its LMDB, or its images in a folder or zip, which also names the class."""
     if database := find_lmdb(path, field):
         return LmdbSource(database, field)
     listing = _listing(path, field, data)
@@ -74,8 +73,8 @@ def _lsun(path: str, field: str, data: Data) -> Source:
 
 
 def _listing(path: str, field: str, data: Data, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
-    if found := find_zip(path):
-        return list_zip(*found, field, suffixes)
+    if archive := find_zip(path):
+        return list_zip(*archive, field, suffixes)
     return list_folder(path, field, suffixes, follow_links=data.follow_links)
 
 

@@ -1,4 +1,4 @@
-"""Which files a path means: those of one split of a data set, and never two splits or configurations merged."""
+"""Resolves a path to the files of one split of a data set; never merges splits or configurations."""
 
 import glob
 import math
@@ -12,9 +12,11 @@ from common.errors import UserError, errors_as
 from preprocess.sources.entries import is_hidden, kind_of
 from preprocess.sources.folders import walk_visible
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of an address; no plain path that is meant begins so
-NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)-of-(\d+)(?:-[0-9a-f]+)?")  # name, part and parts, as the hub names files
-SPLITS = {  # as the hub tells them, between anything but letters
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # an address; no usual path begins so
+NUMBERED = re.compile(
+    r"(.*?)[-_.]?(\d+)-of-(\d+)(?:-[0-9a-f]+)?"
+)  # the hub's file names: name, part and number of parts
+SPLITS = {  # the hub's names of splits, not surrounded by letters
     "train": "train|training",
     "validation": "validation|valid|val|dev",
     "test": "test|testing|eval|evaluation",
@@ -25,13 +27,13 @@ MAX_FILES = 1_000_000
 
 
 def data_files(path: str, field: str, suffix: str) -> tuple[list[Path], Counter[str]]:
-    """The files of `suffix` that `path` means, in order, and how many others lie in the folder, by reason.
+    """The files with `suffix` at `path`, sorted, and the number of other files by reason.
 
-    A folder means all that are below it, a pattern all that it matches (`*`, `**`), and they must be of one split and
-    one configuration, with no part missing; braces (`{train,extra}-*.tar`, `x-{000..146}.tar`) list what is meant
-    together, each alternative on its own.
+    A folder stands for all files below it, a pattern (`*`, `**`) for all its matches. They must be all parts of
+    one split and one configuration. Braces (`{train,extra}-*.tar`, `x-{000..146}.tar`) combine sets, each checked
+    separately.
 
-    Raises UserError for addresses, what is not there, packed or unfinished files, and for sets that must not merge.
+    Raises UserError for addresses, missing files, packed or unfinished files, and for several sets.
     """
     left_out = Counter[str]()
     if SCHEME.match(path):
@@ -53,7 +55,7 @@ def data_files(path: str, field: str, suffix: str) -> tuple[list[Path], Counter[
 
 
 def common_folder(files: list[Path]) -> Path:
-    """The deepest folder that all of them are in."""
+    """The deepest folder that contains all files."""
     return Path(os.path.commonpath([file.absolute().parent for file in files]))
 
 
@@ -75,7 +77,7 @@ def _alternatives(path: str, field: str) -> list[str]:
     from braceexpand import braceexpand
 
     with errors_as(UserError, f"{field}: {path} has unbalanced braces; close them"):
-        ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # which braceexpand spells out at once
+        ranges = re.findall(r"\{(\d+)\.\.(\d+)", path)  # braceexpand would expand them all at once
         lists = re.findall(r"\{([^{},]*,[^{}]*)\}", path)
         count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
         if count * math.prod(each.count(",") + 1 for each in lists) <= MAX_FILES:
@@ -97,7 +99,7 @@ def _matching(pattern: str, field: str, suffix: str, left_out: Counter[str]) -> 
 
 
 def _check_one_set(files: list[Path], field: str, path: str) -> None:
-    """Refuses files of several splits or configurations, and splits that lack parts by their names."""
+    """Raises UserError for several splits or configurations, and for missing parts by the files' names."""
     sets: dict[tuple[str, ...], list[Path]] = {}
     root = common_folder(files) if files else Path()
     for file in files:
@@ -125,7 +127,7 @@ def _check_one_set(files: list[Path], field: str, path: str) -> None:
 
 
 def _set_of(file: Path) -> tuple[str, ...]:
-    """What the files of one set have in common: their folder, the split, and its number of parts."""
+    """The key of a file's set: folder, split, and number of parts."""
     folder = str(file.parent)
     numbered = NUMBERED.fullmatch(file.stem)
     if numbered:
@@ -135,6 +137,6 @@ def _set_of(file: Path) -> tuple[str, ...]:
 
 
 def _pattern(file: Path) -> Path:
-    """A pattern for the files of this one's set."""
+    """A pattern that matches the files of this file's set."""
     stem = re.sub(r"\d+(-of-\d+)-[0-9a-f]+$", r"*\1*", file.stem)  # with the hub's older fingerprint
     return file.with_name(re.sub(r"\d+(-of-\d+)?$", r"*\1", stem) + file.suffix)

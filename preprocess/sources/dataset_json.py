@@ -1,4 +1,4 @@
-"""Labels as StyleGAN's dataset_tool keeps them: dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}."""
+"""Labels in the format of StyleGAN's dataset_tool: dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}."""
 
 import json
 from collections import Counter
@@ -11,9 +11,9 @@ from preprocess.sources.listing import LABELS, Folder, Layout, Listing
 
 
 def labelled(listing: Listing, home: Folder) -> Layout | None:
-    """The images below `home` by its dataset.json; None where that has no labels: null, or it is something else.
+    """The images below `home` with the labels in its dataset.json; None if it has no labels.
 
-    Raises UserError where a label is no class index, and where images and labels are not the same.
+    Raises UserError if a label is no class index, and if an image or a label has no counterpart.
     """
     path = f"{listing.where(home)}/{LABELS}"
     pairs = _pairs(listing, home.below(LABELS), path)

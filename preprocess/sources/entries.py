@@ -1,4 +1,4 @@
-"""What every source of images gives: entries in a stable order, and the bytes of any of them."""
+"""The interface of sources: entries in a stable order, and the encoded bytes of each image."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-UNREAD = {  # suffixes of images that are not read, and how they are encoded
+UNSUPPORTED = {  # suffixes of unsupported images, and their encodings
     **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
     **dict.fromkeys((".avif", ".avifs"), "AVIF"),
     ".jxl": "JPEG XL",
@@ -29,29 +29,29 @@ UNREAD = {  # suffixes of images that are not read, and how they are encoded
     ".psd": "PSD",
     ".svg": "SVG",
 }
-ENCODED_AS = "encoded as"  # how reasons for files of UNREAD begin
+ENCODED_AS = "encoded as"  # how the reasons for UNSUPPORTED files begin
 HIDDEN = "hidden"
-HIDDEN_FOLDER = "hidden folder, not looked into"  # however much is in it, it counts as one
-SYSTEMS_OWN = re.compile(  # folders that macOS, Windows, Synology, Linux, Python and an old tar keep for themselves
+HIDDEN_FOLDER = "hidden folder, not looked into"  # counts as one file
+SYSTEMS_OWN = re.compile(  # system folders of macOS, Windows, Synology, Linux, Python and old tars
     r"__MACOSX|\$RECYCLE\.BIN|System Volume Information|@eaDir|#recycle|lost\+found|__pycache__|PaxHeaders?(\.\d+)?"
 )
-MAX_ENCODED = 2**28  # bytes; a file that claims more is taken for a bomb, and not read
-MAX_NAME = 4096  # characters of a path, which no system has more of
-MAX_CLASSES = 1_000_000  # a label above is taken for damage
+MAX_ENCODED = 2**28  # bytes; a larger file is rejected unread
+MAX_NAME = 4096  # characters of a path, the limit of common systems
+MAX_CLASSES = 1_000_000  # larger labels are refused
 
 
 class Entry(NamedTuple):
     """One image of a source."""
 
-    key: str  # its name within the source; no two entries share one
+    key: str  # unique name within the source
     label: int  # class index
-    size: int  # of the encoded image, bytes; of the file it lies in where the format does not tell
-    place: tuple[int, int] = (0, 0)  # where the source finds it: the source's own affair
-    stamp: int = 0  # of the file it lies in: `file_stamp`; 0 where `place` tells its content, as a checksum does
+    size: int  # bytes of the encoded image, or of its file if the format does not state it
+    place: tuple[int, int] = (0, 0)  # location, private to the source
+    stamp: int = 0  # `file_stamp` of its file; 0 if `place` holds a checksum of its content
 
 
 class Entries:
-    """Entries as columns of numbers: some 70 bytes each, and forked workers share them without copying."""
+    """Entries in arrays: about 70 bytes each, and shared with forked workers without copying."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         keys, columns, ends = bytearray(), array("q"), array("q", [0])
@@ -73,12 +73,12 @@ class Entries:
         return Entry(key, label, size, (place[0], place[1]), stamp)
 
     def stamp(self, positions: range) -> str:
-        """Of where these images lie: while it is the same, so are their bytes. Sixteen hex digits."""
+        """Sixteen hex digits of the images' locations and file times: if they are equal, so are the images."""
         columns = np.ascontiguousarray(self._columns[positions.start : positions.stop, 1:])
         return hashlib.sha256(columns.tobytes()).hexdigest()[:16]
 
     def labelled(self, labels: NDArray[np.int64]) -> "Entries":
-        """The same entries with other labels, (N,)."""
+        """These entries with other labels, (N,)."""
         self._columns[:, 0] = labels
         return self
 
@@ -87,19 +87,19 @@ class Entries:
 
 
 class Source(Protocol):
-    """A data set as people have it. Opening one reads names and labels, no pixels."""
+    """A data set. Opening one reads names and labels, no pixels."""
 
     class_names: list[str]
     entries: Entries
-    left_out: Counter[str]  # files not taken, by reason: with those taken every one; a hidden folder counts as one
+    left_out: Counter[str]  # number of all other files by reason; a hidden folder counts as one
 
     def open(self, entry: Entry) -> bytes:
-        """An image's encoded bytes. Raises Rejected where they cannot be read."""
+        """An image's encoded bytes. Raises Rejected if they cannot be read."""
         ...
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 over every key, label and size and the class names, in order: another list of images has another one."""
+    """sha256 over class names, keys, labels and sizes in order: identifies the list of images."""
     digest = hashlib.sha256("\n".join(source.class_names).encode(errors="surrogateescape"))
     for entry in source.entries:
         digest.update(f"\n{entry.key}\t{entry.label}\t{entry.size}".encode(errors="surrogateescape"))
@@ -107,16 +107,16 @@ def fingerprint(source: Source) -> str:
 
 
 def file_stamp(status: os.stat_result) -> int:
-    """The time when a file was last written, in ns: another one once it was written, or exchanged for another file.
+    """The modification time of a file in ns: it changes when the file is written or replaced.
 
-    It tells that bytes may be others, never that they are. Inodes and the time of the last change of anything are left
-    out: they differ from node to node and from mount to mount.
+    Another stamp means that the bytes may have changed. Inodes and ctime are not used, since they differ between nodes
+    and mounts.
     """
     return status.st_mtime_ns
 
 
 def read_at(path: os.PathLike[str], offset: int, size: int) -> bytes:
-    """`size` bytes of a file, opened anew: any number of forked workers may read at once. Raises Rejected."""
+    """`size` bytes of a file, through a new descriptor, so that forked workers can read at once. Raises Rejected."""
     check_size(size)
     with errors_as(Rejected, "cannot be opened"), open(path, "rb") as file:
         file.seek(offset)
@@ -130,7 +130,7 @@ def check_size(size: int) -> None:
 
 
 def read_whole(path: os.PathLike[str], size: int) -> bytes:
-    """A file that had `size` bytes when it was listed. Raises Rejected where it has not."""
+    """Reads a file that had `size` bytes when it was listed. Raises Rejected if its size changed."""
     data = read_at(path, 0, size)
     if len(data) != size or read_at(path, size, 1):
         raise Rejected(f"changed while images were read: it had {size:,} bytes")
@@ -142,26 +142,26 @@ def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Why a file that is no image by its name is left out: its suffix, as a reason for `Source.left_out`."""
+    """The reason in `Source.left_out` for a file that is no image by its name."""
     if is_hidden(name):
         return HIDDEN
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in UNREAD:
-        return f"{ENCODED_AS} {UNREAD[suffix]}, which is not read; convert to PNG or JPEG"
-    if len(suffix) > 12 or not suffix[1:].isalnum():  # no kind, but part of a name
+    if suffix in UNSUPPORTED:
+        return f"{ENCODED_AS} {UNSUPPORTED[suffix]}, which is not supported; convert to PNG or JPEG"
+    if len(suffix) > 12 or not suffix[1:].isalnum():  # not a suffix, but part of a name
         suffix = ""
     return f"not an image: {suffix or 'no suffix'}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether some part of a path begins with a dot, or is a folder that a system keeps for itself."""
+    """Whether a part of a path begins with a dot or is a system folder."""
     return any(part.startswith(".") or SYSTEMS_OWN.fullmatch(part) for part in name.split("/"))
 
 
 def member_name(field: str, archive: object, name: str) -> str:
-    """A member's name as a path has it: `./a//b.jpg`, which `tar -C folder -cf x.tar .` writes, is `a/b.jpg`.
+    """A member's normalised path: `./a//b.jpg`, which `tar -C folder -cf x.tar .` writes, becomes `a/b.jpg`.
 
-    Raises UserError for a name that would leave the folder it were unpacked in.
+    Raises UserError for a path that leads out of the archive.
     """
     if len(name) > MAX_NAME:
         raise UserError(f"{field}: {archive} has a member {name!r}, of {len(name):,} characters: no path is so long")
@@ -173,6 +173,6 @@ def member_name(field: str, archive: object, name: str) -> str:
 
 
 def refuse_lfs_pointer(path: object, field: str, start: bytes) -> None:
-    """Raises UserError for the note that a clone without Git LFS has in place of a file, by its first bytes."""
+    """Raises UserError for a Git LFS pointer, which a clone without Git LFS has in place of a file."""
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{field}: {path} is only Git LFS's note of a file; get the file itself: git lfs pull")

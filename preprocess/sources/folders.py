@@ -1,4 +1,4 @@
-"""Lists a folder: every file below it, each symbolic link by the recipe's rule."""
+"""Lists a folder recursively, following symbolic links as the recipe says."""
 
 import os
 from collections import Counter
@@ -14,25 +14,25 @@ from preprocess.sources.listing import Folder, Listing, Place
 def list_folder(
     path: str | Path, field: str, suffixes: frozenset[str] = IMAGE_SUFFIXES, *, follow_links: bool = False
 ) -> Listing:
-    """Everything below a folder; inodes are read of symbolic links alone, or with `follow_links` of folders too.
+    """Lists everything below a folder, with a stat of symbolic links only, or with `follow_links` of folders too.
 
     Raises UserError for a folder that is missing or cannot be listed, for pipes and devices, and for symbolic links:
-    without `follow_links` to folders and to files outside; with it to what is not there, and to a folder that is below
-    `path` by another way, so that none is listed for ever, or twice.
+    without `follow_links` those to folders and to files outside of `path`; with it dangling ones, and those to a folder
+    that is listed already, which would loop or count images twice.
     """
     path = Path(path)
     if not path.is_dir():
-        found = "is not there" if not path.exists() else "is not a folder"
-        raise UserError(f"{field}: {path} {found}; docs/data.md lists in what forms each data.source is read")
+        fault = "is not there" if not path.exists() else "is not a folder"
+        raise UserError(f"{field}: {path} {fault}; docs/data.md lists in what forms each data.source is read")
     listing = Listing(path, field, Folder(), partial(_locate, path, field), partial(_open, path))
     _Walk(listing, suffixes, follow_links).run()
     return listing
 
 
 def walk_visible(folder: Path, field: str, left_out: Counter[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each visible folder with the names of links to folders in it, which are not followed, and those of its files.
+    """Yields each visible folder with the names of its links to folders, which are not followed, and of its files.
 
-    Hidden folders are counted alone. Raises UserError for a folder that cannot be listed.
+    Hidden folders are only counted. Raises UserError for a folder that cannot be listed.
     """
     waiting = [folder]
     while waiting:
@@ -65,7 +65,7 @@ class _Walk:
     def __init__(self, listing: Listing, suffixes: frozenset[str], follow_links: bool) -> None:
         self.listing, self.suffixes, self.follow_links = listing, suffixes, follow_links
         self.real = os.path.realpath(listing.path)
-        self.met: dict[tuple[int, int], str] = {}  # device and inode of each folder, where links are followed
+        self.met: dict[tuple[int, int], str] = {}  # device and inode of each folder, with `follow_links`
         self.waiting = [listing.root]
 
     def run(self) -> None:
@@ -91,11 +91,11 @@ class _Walk:
                 self.waiting.append(folder.folder(item.name))
             elif item.is_file():
                 folder.add(item.name, self.suffixes)
-            else:  # reading a pipe would wait for ever
-                raise self._refusal(item, "is no plain file, but a pipe, socket or device; move it away")
+            else:  # reading a pipe would block
+                raise self._refusal(item, "is no regular file, but a pipe, socket or device; move it away")
 
     def _meet(self, folder: Folder) -> None:
-        """Raises UserError where this folder was met before: a loop of links, or images that would count twice."""
+        """Raises UserError if this folder was listed before: a loop of links, or images that would count twice."""
         status = os.stat(self.listing.path / folder.key)
         first = self.met.setdefault((status.st_dev, status.st_ino), folder.key)
         if first != folder.key:

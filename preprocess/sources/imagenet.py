@@ -1,4 +1,4 @@
-"""ImageNet-1k as people have it. Class indices are those of everybody: the wnids in the order of their names."""
+"""ImageNet-1k in its common forms, with the usual class indices: the wnids in sorted order."""
 
 import os
 from collections import Counter
@@ -45,24 +45,24 @@ def check_wnids(names: list[str], path: object, field: str) -> None:
 
 
 def wnid_folders(listing: Listing) -> Layout:
-    """`n01440764/n01440764_10026.JPEG`: one folder a wnid; a part of the wnids numbers them from 0.
+    """`n01440764/n01440764_10026.JPEG`: one folder per wnid; a subset of the wnids is numbered from 0.
 
-    Raises UserError for images in no such folder, and, naming them, for such folders further down beside others.
+    Raises UserError for images outside of such folders, and for several parents of such folders.
     """
     check_not_empty(listing)
     known, root = set(all_wnids()), listing.root
     homes = [folder for folder in root.walk() if not known.isdisjoint(folder.with_images())] or [root]
-    home, found = homes[0], homes[0].with_images()
+    home, folders = homes[0], homes[0].with_images()
     if len(homes) > 1 or (home is not root and home.count() < root.count()):
         where = some([listing.where(folder) for folder in homes])
-        raise listing.refusal(root, f"holds ImageNet's folders of wnids further down; name the one meant: {where}")
-    check_wnids([*found, *map(base, home.images[:1])], listing.where(home), listing.field)
+        raise listing.refusal(root, f"holds ImageNet's folders of wnids further down; name one of them: {where}")
+    check_wnids([*folders, *map(base, home.images[:1])], listing.where(home), listing.field)
     check_classes(listing, home, known.intersection(home.folders))
-    return Layout(class_names(list(found)), [folder.keys() for folder in found.values()], Counter())
+    return Layout(class_names(list(folders)), [folder.keys() for folder in folders.values()], Counter())
 
 
 class ImageNetTar:
-    """ILSVRC2012_img_train.tar: a tar of one tar a wnid, read where it lies."""
+    """ILSVRC2012_img_train.tar: a tar with one tar per wnid, read in place."""
 
     def __init__(self, path: str | Path, field: str) -> None:
         self.path, self.left_out = Path(path), Counter[str]()
@@ -96,7 +96,7 @@ class ImageNetTar:
 
 
 class ImageNetParquet(ParquetSource):
-    """Parquet files as Hugging Face has them; their labels are the standard indices."""
+    """Hugging Face's parquet files; their labels are the standard indices."""
 
     def __init__(
         self, path: str | Path, field: str, image_field: str | None = None, label_field: str | None = None
@@ -104,7 +104,7 @@ class ImageNetParquet(ParquetSource):
         super().__init__(path, field, image_field, label_field)
         wnids = all_wnids()
         if self.labels is None:
-            raise UserError(f"{field}: {path} has no labels that are read; set data.label_field to the column of them")
+            raise UserError(f"{field}: {path} has no supported labels; set data.label_field to the column of them")
         if self.named_by_labels:
             check_wnids(self.class_names, self.path, field)
         if len(self.class_names) != len(wnids):

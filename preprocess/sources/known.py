@@ -1,4 +1,4 @@
-"""What is known of data sets by their name: how many images they have, so that a part or another split is told."""
+"""Sizes of well-known data sets, to warn about an incomplete one or another split."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from preprocess.sources.entries import ENCODED_AS, Source
 from preprocess.sources.labels import NONE
 from preprocess.sources.parquet import ParquetSource
 
-LSUN = {  # images to train with of each scene; 300 are for validation
+LSUN = {  # training images of each scene; the validation sets have 300
     "bedroom": 3_033_042,
     "bridge": 818_687,
     "church_outdoor": 126_227,
@@ -28,7 +28,7 @@ LSUN_NAME = re.compile(rf"(?:lsun[-_])?({'|'.join(LSUN)})(?:[-_](train|val))?", 
 class Known(NamedTuple):
     name: str
     images: int
-    others: Mapping[int, str] = MappingProxyType({})  # counts by which something else is known
+    others: Mapping[int, str] = MappingProxyType({})  # sizes of related sets
 
 
 DATA_SETS = {
@@ -47,30 +47,30 @@ DATA_SETS = {
 
 
 def warnings(kind: str, source: Source) -> list[str]:
-    """One line each: what is unlike the data set `kind` (`data.source`), and what is left out that may be meant."""
-    found, left_out = len(source.entries), source.left_out
-    told = []
+    """Warnings, one line each: differences from the data set `kind` (`data.source`), unused columns and files."""
+    count, left_out = len(source.entries), source.left_out
+    lines = []
     known = _lsun(source.class_names[0]) if kind == "lsun" else DATA_SETS.get(kind)
-    if known and found != known.images:
-        told.append(f"warning: {known.name} has {known.images:,} images, here are {found:,}{_what(known, found)}")
+    if known and count != known.images:
+        lines.append(f"warning: {known.name} has {known.images:,} images, found {count:,}{_what(known, count)}")
     if kind == "imagenet" and len(source.class_names) != 1000:
-        told.append(f"warning: ImageNet-1k has 1,000 classes, here are {len(source.class_names):,}")
+        lines.append(f"warning: ImageNet-1k has 1,000 classes, found {len(source.class_names):,}")
     if isinstance(source, ParquetSource) and source.unread:
         columns = printable(", ".join(source.unread)[:200])
-        told.append(
-            f"warning: no labels were found, and all images are one class; columns that are not read: {columns}; set "
+        lines.append(
+            f"warning: no labels were found, and all images are one class; columns not read: {columns}; set "
             f"data.label_field to one that labels the images, or to {NONE}"
         )
-    if unread := sum(count for reason, count in left_out.items() if reason.startswith(ENCODED_AS)):
-        told.append(f"warning: {unread:,} images are in formats that are not read, and left out")
-    unnamed = sum(count for reason, count in left_out.items() if reason.startswith("not an image"))
-    if unnamed > found:
-        told.append(f"warning: most files are left out: {unnamed:,} are no images by their names, {found:,} are")
-    return told
+    if unread := sum(number for reason, number in left_out.items() if reason.startswith(ENCODED_AS)):
+        lines.append(f"warning: {unread:,} images are in unsupported formats and left out")
+    unnamed = sum(number for reason, number in left_out.items() if reason.startswith("not an image"))
+    if unnamed > count:
+        lines.append(f"warning: most files are left out: {unnamed:,} have no image's name, {count:,} have")
+    return lines
 
 
 def lsun_scene(name: str) -> str | None:
-    """The scene that a folder or archive of LSUN's is of, by its name."""
+    """The LSUN scene of a folder or archive, by its name."""
     match = LSUN_NAME.fullmatch(name.removesuffix("_lmdb"))
     return match[1].lower() if match else None
 
@@ -85,9 +85,9 @@ def _lsun(name: str) -> Known | None:
     return Known(f"LSUN's {category}, for training,", LSUN[category], {300: "those for validation"})
 
 
-def _what(known: Known, found: int) -> str:
-    """What the number found is known for."""
-    if found in known.others:
-        return f", as many as {known.others[found]}"
-    times, rest = divmod(found, known.images)
+def _what(known: Known, count: int) -> str:
+    """A likely explanation of another number of images."""
+    if count in known.others:
+        return f", as many as {known.others[count]}"
+    times, rest = divmod(count, known.images)
     return f", {times} times as many: are there copies?" if times > 1 and not rest else ""

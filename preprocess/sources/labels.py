@@ -1,4 +1,4 @@
-"""Labels as data sets carry them: what of a sample says its class, as a number or as a name."""
+"""Finds the labels of a data set: class indices or names in the fields of its samples."""
 
 import re
 from array import array
@@ -13,7 +13,7 @@ from common.errors import UserError
 from preprocess.sources.entries import MAX_CLASSES, MAX_NAME
 
 NONE = "none"  # data.label_field: all images are one class, whatever else a sample holds
-FIELDS = re.compile(  # of lower case, without underscores and dashes
+FIELDS = re.compile(  # in lower case, without underscores and dashes
     r"(class|label)(id|idx|index|name|label|text)?|cls(id)?|category(id|name)?|(fine|coarse)label|labels|targets?"
 )
 REMEDY = f"set data.label_field to the one that labels the images, or to {NONE} for one class"
@@ -22,17 +22,17 @@ Value = int | str | None
 
 
 class Labels(NamedTuple):
-    """What was decided: each sample's class, and the classes' names where the data set tells them."""
+    """Each sample's class, and the classes' names if the data set has them."""
 
     indices: NDArray[np.int64]  # (N,)
     names: list[str] | None
-    field: str  # which of the candidates it was
-    by_name: bool  # whether that holds names, numbered here in their order
+    field: str  # the chosen field
+    by_name: bool  # whether it holds names, which are numbered in sorted order
 
     def class_names(self, listed: list[str] | None, path: object, field: str) -> list[str]:
-        """Of all classes; `listed` are those that the data set lists beside its numbers.
+        """Names of all classes; `listed`: the data set's own list, if it has one.
 
-        Raises UserError where it lists fewer than there are, or one that is no name by its length.
+        Raises UserError if that list is too short, or has a name above MAX_NAME characters.
         """
         largest = int(self.indices.max())
         names = (None if self.by_name else listed) or self.names or list(map(str, range(largest + 1)))
@@ -46,9 +46,9 @@ class Labels(NamedTuple):
 
 
 class Candidates:
-    """Gathers, sample by sample, the values of every field that may be the label, then decides for one.
+    """Collects the values of all fields that may be the label, sample by sample, then chooses one field.
 
-    `wanted` is the recipe's `data.label_field`: one name, "none", or None to find it out.
+    `wanted` is the recipe's `data.label_field`: a name, "none", or None to detect it.
     """
 
     def __init__(self, path: object, field: str, wanted: str | None) -> None:
@@ -57,24 +57,23 @@ class Candidates:
         self._count = 0
 
     def among(self, names: Collection[str]) -> list[str]:
-        """Those fields of a sample that may be its label; `json:meta.label` goes by its last part."""
+        """The fields of a sample that may be its label; for `json:meta.label` the last part counts."""
         if self.wanted is not None:
             return [name for name in names if name == self.wanted != NONE]
         return [
             name for name in names if FIELDS.fullmatch(_plain(name)) or (_is_y(name) and f"{name[:-1]}x" not in names)
         ]
 
-    def add(self, found: Mapping[str, Value]) -> None:
-        """The candidates of one more sample; those that it lacks may be left out."""
-        for name, value in found.items():
+    def add(self, values: Mapping[str, Value]) -> None:
+        """Adds a sample's candidates; missing ones can be omitted."""
+        for name, value in values.items():
             self._columns.setdefault(name, Column()).put(self._count, value)
         self._count += 1
 
     def decide(self, name_of: Callable[[int], str]) -> Labels | None:
-        """None where no sample has a label. `name_of` names a sample for errors.
+        """The labels; None if no sample has one. `name_of` names a sample for errors.
 
-        Raises UserError where only a part is labelled, where values are no classes, and where fields contradict each
-        other.
+        Raises UserError if only some samples are labelled, if values are no classes, or if fields disagree.
         """
         for name, column in self._columns.items():
             self._check(name, column, name_of)
@@ -122,11 +121,11 @@ class Candidates:
 
 
 class Column:
-    """One candidate's values: some 8 bytes a sample."""
+    """A candidate's values, in about 8 bytes per sample."""
 
     def __init__(self) -> None:
         self.values: dict[int | str, int] = {}  # each value's number
-        self.ids = array("q")  # a sample: the number of its value, -1 where it has none
+        self.ids = array("q")  # of each sample: the number of its value, -1 without one
         self.count = 0
 
     @property
@@ -159,12 +158,12 @@ def _plain(name: str) -> str:
 
 
 def _is_y(name: str) -> bool:
-    """What scikit-learn calls its labels; beside an `x` it is a coordinate."""
+    """Whether a field is `y`, scikit-learn's name for labels; beside an `x` it is a coordinate."""
     return name.rpartition(":")[2] == "y"
 
 
 def as_label(value: object) -> Value:
-    """A number or a name from what a file holds. Raises ValueError for anything else."""
+    """A class index or name from a file's value. Raises ValueError for anything else."""
     if isinstance(value, bool | int | None):
         return None if value is None else int(value)
     if not isinstance(value, str):
@@ -178,7 +177,7 @@ def as_label(value: object) -> Value:
 
 
 def _disagreement(one: Column, two: Column) -> int | None:
-    """The first sample where they contradict. Numbers must be the same; a name must belong to one number or name."""
+    """The first sample where two columns disagree. Numbers must be equal; names must correspond one to one."""
     if one.is_numeric and two.is_numeric:
         differ = one.spread(int) != two.spread(int)
         return int(np.argmax(differ)) if differ.any() else None
@@ -191,7 +190,7 @@ def _disagreement(one: Column, two: Column) -> int | None:
 
 
 def _names(numbers: Column, words: Column) -> list[str]:
-    """The names that stand beside the numbers; a class that no sample has is named by its number."""
+    """The names beside the numbers; a class without samples is named by its number."""
     known = dict(zip(numbers.ids, words.ids, strict=True))
     texts = list(words.values)
     named = {int(value): str(texts[known[number]]) for value, number in numbers.values.items()}

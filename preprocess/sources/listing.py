@@ -1,4 +1,4 @@
-"""What lies below a folder or in a zip, before it is decided which files are the images that are meant."""
+"""The files in a folder or zip, and the choice of images among them."""
 
 import re
 from collections import Counter
@@ -10,18 +10,18 @@ from common.errors import UserError
 from preprocess.sources.entries import Entries, Entry, is_hidden, is_image, kind_of
 
 LABELS = "dataset.json"  # where StyleGAN's dataset_tool keeps labels
-SHOWN = 4  # of many names or reasons, in one line
+SHOWN = 4  # names or reasons in a message
 
 Place = tuple[int, tuple[int, int], int]  # size, place and stamp of a file, as an Entry has them
 
 
 class Folder:
-    """A folder with all that is below it: the keys of images by their names, the count of other files by reason."""
+    """A folder: the keys of its images, the number of other files by reason, and its sub-folders."""
 
     __slots__ = ("folders", "has_labels", "images", "key", "others")
 
     def __init__(self, key: str = "") -> None:
-        self.key = key  # the path below what was listed; of that itself ""
+        self.key = key  # the path below the listed folder, "" for the root
         self.folders: dict[str, Folder] = {}
         self.images: list[str] = []
         self.others: Counter[str] = Counter()
@@ -32,7 +32,7 @@ class Folder:
         return self.key.rpartition("/")[2]
 
     def add(self, name: str, suffixes: frozenset[str]) -> None:
-        """A file of this folder. A hidden one is none of the images, whatever its suffix."""
+        """Adds a file. Hidden files are never images."""
         if is_image(name, suffixes) and not is_hidden(name):
             self.images.append(self.below(name))
         else:
@@ -43,7 +43,7 @@ class Folder:
         return f"{self.key}/{name}" if self.key else name
 
     def folder(self, name: str) -> "Folder":
-        """The folder `name` in this one, made where it is not there."""
+        """The sub-folder `name`, created if missing."""
         if name not in self.folders:
             self.folders[name] = Folder(self.below(name))
         return self.folders[name]
@@ -57,31 +57,31 @@ class Folder:
             waiting.extend(folder.folders[name] for name in sorted(folder.folders, reverse=True))
 
     def keys(self) -> list[str]:
-        """Of all images below, in order."""
+        """Keys of all images below, sorted."""
         return sorted(key for folder in self.walk() for key in folder.images)
 
     def count(self) -> int:
-        """Images below."""
+        """Number of images below."""
         return sum(len(folder.images) for folder in self.walk())
 
     def with_images(self) -> dict[str, "Folder"]:
-        """The folders in this one with images below them, by name."""
+        """The sub-folders with images below them, by name."""
         return {name: self.folders[name] for name in sorted(self.folders) if self.folders[name].has_images()}
 
     def has_images(self) -> bool:
         return any(folder.images for folder in self.walk())
 
     def reasons(self) -> Counter[str]:
-        """Why the other files below are no images, counted."""
+        """Number of other files below, by reason."""
         return sum((folder.others for folder in self.walk() if folder.others), Counter())
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All that is below `path`, and how files of it are found and opened."""
+    """The files below `path`, with functions to locate and open them."""
 
     path: Path
-    field: str  # of the recipe; errors begin with it
+    field: str  # the recipe's field, with which errors begin
     root: Folder
     locate: Callable[[str], Place]
     open: Callable[[Entry], bytes]
@@ -91,7 +91,7 @@ class Listing:
 
     @property
     def name(self) -> str:
-        """Of the folder or zip."""
+        """Name of the folder or zip."""
         return re.sub(r"\.zip$", "", self.path.resolve().name, flags=re.I)
 
     def where(self, folder: Folder) -> str:
@@ -104,7 +104,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which images of a listing are meant: the keys of each class, in order; the others are left out by reason."""
+    """The chosen images of a listing: sorted keys for each class; `left_out` counts the others by reason."""
 
     class_names: list[str]
     keys: list[list[str]]
@@ -112,7 +112,7 @@ class Layout:
 
 
 class ListedSource:
-    """The images of a listing as a layout has them; entries are ordered by class, then by key."""
+    """The images of a layout, ordered by class, then by key."""
 
     def __init__(self, listing: Listing, layout: Layout) -> None:
         self.class_names = layout.class_names
@@ -133,12 +133,12 @@ def base(key: str) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first few of many names."""
+    """The first names of a list, for messages."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def what_it_holds(folder: Folder) -> str:
-    """Of a folder without images, for people."""
+    """Describes a folder without images."""
     reasons = folder.reasons()
     if not reasons:
         return "is empty"

@@ -1,4 +1,4 @@
-"""LMDBs of encoded images, read where they lie: LSUN's own (WebP under hashes), and those with numbers for keys."""
+"""LMDBs of encoded images, read in place: LSUN's own (WebP under hashes), and those with numbers for keys."""
 
 import math
 import os
@@ -19,16 +19,16 @@ NO_IMAGES = frozenset({b"length", b"num-samples", b"__len__", b"__keys__", b"__m
 OF_A_SIDE = re.compile(rb"(\d{2,4})-\d{5,}")  # a key of StyleGAN2's: 256-00000
 STARTS = re.compile(rb"\xff\xd8|\x89PNG|GIF8|BM|II\*\0|MM\0\*|P[4-6]\s|\x93NUMPY|RIFF....WEBP", re.S)  # of images
 PICKLED = re.compile(rb"\x80[\2-\5]")
-LOOKED_AT = 8  # first values; all of them are read only when they are decoded
+LOOKED_AT = 8  # first values that are checked when the LMDB is opened
 NAMED_DATABASE = 48  # bytes of its record, which is a value of the main database
 
 
 class LmdbSource:
-    """The images in an LMDB as one class, named as its folder, in the order of keys.
+    """The images in an LMDB, ordered by key, as one class named after its folder.
 
-    Left out are values that are no images by their keys (`length`) and, of keys that begin with several resolutions
-    (`256-00000`), all but the largest. Raises UserError where the database is empty, damaged or cut off (reading past
-    its end would end the process), holds named databases, or its first values are no encoded images.
+    Leaves out values without image keys (`length`) and, if all keys start with a resolution (`256-00000`),
+    all but the largest. Raises UserError if the database is empty, damaged or cut off (reading past its end crashes the
+    process), holds named databases, or if its first values are no encoded images.
     """
 
     def __init__(self, file: Path, field: str) -> None:
@@ -52,7 +52,7 @@ class LmdbSource:
         return value
 
     def _count_beside(self) -> None:
-        """Counts what else is in its folder, which is not opened: links lead anywhere, and a pipe stops nothing."""
+        """Counts the other files in its folder, without opening them."""
         for parent, links, names in walk_visible(self.file.parent, self.field, self.left_out):
             others = [name for name in names + links if parent / name != self.file]
             self.left_out.update(
@@ -61,7 +61,7 @@ class LmdbSource:
 
     def _entries(self) -> Iterator[Entry]:
         stamp = file_stamp(os.stat(self.file))
-        damaged = f"{self.field}: {self.file} is damaged; get it anew"
+        damaged = f"{self.field}: {self.file} is damaged; download it again"
         with errors_as(UserError, damaged), _environment(self.file).begin(buffers=True) as transaction:
             self._check_values(transaction)
             side = self._largest_side(transaction)
@@ -72,14 +72,14 @@ class LmdbSource:
                     raise UserError(f"{self.field}: {self.file} has two values of the key {name!r}; keep one of them")
                 previous = name
                 if name in NO_IMAGES:
-                    self.left_out["not an image: what an LMDB tells of itself"] += 1
+                    self.left_out["not an image: metadata of an LMDB"] += 1
                 elif side and not name.startswith(side):
                     self.left_out["of a smaller resolution"] += 1
                 else:
                     yield Entry(name.decode(errors="surrogateescape"), 0, len(value), stamp=stamp)
 
     def _check_values(self, transaction: Any) -> None:
-        """Raises UserError where none of the first values is an encoded image."""
+        """Raises UserError if none of the first values is an encoded image."""
         values = ((bytes(key), value) for key, value in transaction.cursor())
         first = [(key, value) for key, value in islice(values, LOOKED_AT) if key not in NO_IMAGES]
         if first and not any(STARTS.match(value) for _, value in first):
@@ -90,7 +90,7 @@ class LmdbSource:
             )
 
     def _largest_side(self, transaction: Any) -> bytes | None:
-        """How the keys of the largest images begin, where all begin with a resolution."""
+        """The prefix of the largest images' keys, if all keys begin with a resolution."""
         cursor = transaction.cursor()
         if not cursor.first() or not OF_A_SIDE.fullmatch(cursor.key()):
             return None
@@ -100,17 +100,17 @@ class LmdbSource:
         return max(sides, key=int) + b"-" if all(matches) else None
 
     def _check_size(self) -> None:
-        remedy = "name another, or get it anew where it is damaged"
-        with errors_as(UserError, f"{self.field}: {self.file} is not an LMDB that can be read; {remedy}"):
+        remedy = "name another, or download it again if it is damaged"
+        with errors_as(UserError, f"{self.field}: {self.file} is not a readable LMDB; {remedy}"):
             environment = _environment(self.file)
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             size = self.file.stat().st_size
         if size < needed:
-            raise UserError(f"{self.field}: {self.file} has not the {needed:,} bytes it says: cut off; get it anew")
+            raise UserError(f"{self.field}: {self.file} has {size:,} of {needed:,} bytes: cut off; download it again")
 
 
 def _what(value: memoryview) -> str:
-    """What a value that is no image looks like."""
+    """Describes a value that is no image."""
     size = len(value)
     if size == NAMED_DATABASE:
         return "a named database"
@@ -123,7 +123,7 @@ def _what(value: memoryview) -> str:
     return f"{size:,} bytes that begin {bytes(value[:8])!r}"
 
 
-_opened: dict[str, Any] = {}  # an LMDB must not be opened twice in a process
+_opened: dict[str, Any] = {}  # LMDB forbids opening a file twice in a process
 
 
 def _environment(file: Path) -> Any:
@@ -136,7 +136,7 @@ def _environment(file: Path) -> Any:
 
 
 def _close_all() -> None:
-    """An LMDB must not be carried over a fork either: parent and child open theirs when they read the next image."""
+    """LMDB forbids using an environment after a fork: parent and child open their own at the next read."""
     while _opened:
         _opened.popitem()[1].close()
 

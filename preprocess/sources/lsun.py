@@ -12,7 +12,7 @@ from preprocess.sources.one_class import one_class
 
 
 def find_lmdb(path: str, field: str) -> Path | None:
-    """The LMDB's file that `path` names or holds. Raises UserError where they lie further down: the user names one."""
+    """The LMDB file that `path` names or contains. Raises UserError if there are LMDBs further below instead."""
     if path.lower().endswith((".mdb", ".lmdb")) and os.path.isfile(path):
         return Path(path)
     if os.path.isfile(f"{path}/{DATA}"):
@@ -20,12 +20,12 @@ def find_lmdb(path: str, field: str) -> Path | None:
     below = [str(file.parent) for form in (f"*/{DATA}", f"*/*/{DATA}") for file in sorted(Path(path).glob(form))]
     below += [str(file) for file in sorted(Path(path).glob("*.lmdb")) if file.is_file()]
     if below:
-        raise UserError(f"{field}: {path} is no LMDB, but LMDBs lie below it; name the one meant: {some(below)}")
+        raise UserError(f"{field}: {path} is no LMDB, but LMDBs lie below it; name one of them: {some(below)}")
     return None
 
 
 def scene(listing: Listing) -> Layout:
-    """A scene's images as one class. Raises UserError where several scenes or splits lie side by side."""
+    """A scene's images as one class. Raises UserError for several scenes or splits side by side."""
     scenes = [name for name in listing.root.with_images() if lsun_scene(name)]
     if len({lsun_scene(name) for name in scenes}) > 1:
         raise name_one(listing, listing.root, f"the scenes {some(scenes)}", scenes)

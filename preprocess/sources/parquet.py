@@ -45,11 +45,13 @@ class ParquetSource:
             self.entries = self.entries.labelled(labels.indices)
             self.class_names = labels.class_names(_names(tables, field, labels.field), self.path, field)
         others = [name for name in tables[0].schema.names if name not in (self.image, *columns)]
-        self.unread = others if labels is None and label_field != NONE else []  # columns that may yet be labels
+        self.unread = (
+            others if labels is None and label_field != NONE else []
+        )  # columns that may be labels but are not used
         self._group: RowGroup | None = None
 
     def open(self, entry: Entry) -> bytes:
-        """Reads the row group that holds the image, and keeps it: the next image is most likely in it too."""
+        """Reads the row group of the image, and keeps it for the next image, which is probably in it too."""
         number, row = entry.place
         with errors_as(Rejected, "cannot be read"):
             image = self._row(number, row)
@@ -71,7 +73,7 @@ class ParquetSource:
                 yield Entry(f"{name}/{row:06d}", 0, status.st_size, (number, row), stamp)
 
     def _row(self, number: int, row: int) -> Any:
-        """What the images' column has there, as pyarrow's scalar: its bytes are not copied yet."""
+        """The value in the images' column, as a pyarrow scalar, whose bytes are not copied yet."""
         if self._group is None or self._group.file != number or row not in self._group.rows:
             self._group = self._read_group(number, row)
         return self._group.column[row - self._group.rows.start]
@@ -88,7 +90,7 @@ class ParquetSource:
 
 
 class RowGroup(NamedTuple):
-    """The images that a parquet file keeps together."""
+    """The images of a row group."""
 
     file: int
     rows: range
@@ -96,18 +98,18 @@ class RowGroup(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a file says of its columns."""
+    """A file's schema."""
 
     file: Path
     schema: Any
-    features: dict[str, dict[str, Any]]  # of `datasets`, a column; empty where something else wrote the file
+    features: dict[str, dict[str, Any]]  # by column, from `datasets`; empty for other writers
 
 
 def _describe(file: Path, field: str) -> Table:
-    """Raises UserError for a file that is no parquet, and for two columns of one name."""
+    """Reads a file's schema. Raises UserError for a file that is no parquet, and for duplicate columns."""
     from pyarrow import parquet
 
-    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a complete parquet file; download it again"):
         with open(file, "rb") as start:
             refuse_lfs_pointer(file, field, start.read(40))
         schema = parquet.read_schema(file)
@@ -122,7 +124,7 @@ def _describe(file: Path, field: str) -> Table:
 
 
 def _image_column(tables: list[Table], field: str, wanted: str | None) -> str:
-    """The name of the images' column in all files. Raises UserError where it cannot be told or holds no bytes."""
+    """The name of the images' column. Raises UserError if it is ambiguous, missing, or holds no bytes."""
     first = tables[0]
     usual = [name for name in first.schema.names if name.lower() in IMAGES]
     fit = [name for name in usual or first.schema.names if _holds_bytes(first.schema.field(name).type)]
@@ -146,10 +148,10 @@ def _image_column(tables: list[Table], field: str, wanted: str | None) -> str:
 
 
 def _check_embedded(file: Path, field: str, name: str) -> None:
-    """Raises UserError where the file's own statistics say that it has paths in place of all images."""
+    """Raises UserError if, by the file's statistics, no row has an image's bytes."""
     from pyarrow import parquet
 
-    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a complete parquet file; download it again"):
         metadata = parquet.read_metadata(file)
         places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in (name, f"{name}.bytes")]
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -171,15 +173,15 @@ def _holds_bytes(column: Any) -> bool:
 
 
 def _label_columns(tables: list[Table], field: str, candidates: Candidates, image: str) -> list[str]:
-    """The columns that may be labels: by their names, or because `datasets` says so. All files have the same."""
-    found = [_labels_of(table, candidates, image) for table in tables]
-    first, shown = found[0], [", ".join(columns) or "none" for columns in found]
+    """The columns that may be labels, by name or as ClassLabel. Raises UserError if they differ between files."""
+    by_table = [_labels_for(table, candidates, image) for table in tables]
+    first, shown = by_table[0], [", ".join(columns) or "none" for columns in by_table]
     if candidates.wanted not in (None, NONE) and not first:
         raise UserError(
             f"data.label_field: {candidates.wanted} is no column of {tables[0].file}, which has "
             f"{', '.join(tables[0].schema.names)[:200]}"
         )
-    other = next((number for number, columns in enumerate(found) if columns != first), None)
+    other = next((number for number, columns in enumerate(by_table) if columns != first), None)
     if other:
         raise UserError(
             f"{field}: {tables[other].file} has other columns of labels ({shown[other]}) than {tables[0].file} "
@@ -188,34 +190,34 @@ def _label_columns(tables: list[Table], field: str, candidates: Candidates, imag
     return first
 
 
-def _labels_of(table: Table, candidates: Candidates, image: str) -> list[str]:
+def _labels_for(table: Table, candidates: Candidates, image: str) -> list[str]:
     names = [name for name in table.schema.names if name != image]
     known = [name for name in names if table.features.get(name, {}).get("_type") == "ClassLabel"]
     return sorted({*candidates.among(names), *(known if candidates.wanted is None else ())})
 
 
 def _labels(file: Path, field: str, columns: list[str]) -> Iterator[dict[str, Value]]:
-    """What each row has in these columns."""
+    """The values of each row in these columns."""
     from pyarrow import parquet
 
-    with errors_as(UserError, f"{field}: {file} is not a whole parquet file; get it anew"):
+    with errors_as(UserError, f"{field}: {file} is not a complete parquet file; download it again"):
         with parquet.ParquetFile(file) as opened:
             rows = opened.metadata.num_rows
             table = opened.read(columns=columns) if columns else None
         lists = [table[name].to_pylist() for name in columns] if table else []
     for row in range(rows):
-        with errors_as(UserError, f"{field}: {file}, row {row}, has no label that is read; {REMEDY}"):
-            found = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
-        yield found
+        with errors_as(UserError, f"{field}: {file}, row {row}, has no supported label; {REMEDY}"):
+            labels = {name: as_label(values[row]) for name, values in zip(columns, lists, strict=True)}
+        yield labels
 
 
 def _names(tables: list[Table], field: str, label: str) -> list[str] | None:
-    """The class names that `datasets` keeps for a column."""
+    """The class names of a column in the metadata of `datasets`."""
     first, *others = (table.features.get(label, {}).get("names") for table in tables)
     other = next((table.file for table, names in zip(tables[1:], others, strict=True) if names != first), None)
     if other:
         raise UserError(f"{field}: {other} has other class names than {tables[0].file}; name files of one data set")
     with errors_as(UserError, f"{field}: {tables[0].file} has no list of class names for {label}; write it again"):
         names = None if first is None else list(map(str, first))
-        "".join(names or ()).encode()  # JSON may hold halves of characters, which are no text
+        "".join(names or ()).encode()  # raises for lone surrogates, which JSON can hold
     return names

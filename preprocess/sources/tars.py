@@ -1,4 +1,4 @@
-"""Tars, read without unpacking: their members are listed once, and any of them is read at its offset."""
+"""Tars, read without unpacking: members are listed once, then read at their offsets."""
 
 import tarfile
 from collections import Counter
@@ -25,7 +25,7 @@ class TarMember(NamedTuple):
 
 
 class Window:
-    """A part of a file as `tarfile` reads files: it begins at 0, ends after `size` bytes, and gives little at once."""
+    """`size` bytes of a file from `start`, as a file for `tarfile`; limits the size of each read."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self.file, self.start, self.size, self._position = file, start, size, 0
@@ -46,10 +46,10 @@ class Window:
 
 
 def tar_members(path: Path, field: str, file: Window, left_out: Counter[str]) -> Iterator[TarMember]:
-    """The visible regular files of a tar; offsets are those in the file that `file` shows. Counts hidden ones.
+    """The visible regular files of a tar, with offsets in the underlying file; counts hidden files in `left_out`.
 
-    Raises UserError naming what it found for a compressed or damaged tar, one without its end mark or with anything but
-    zeros after it, links, devices, members of impossible sizes, names that lead out, and names that occur twice.
+    Raises UserError for a compressed or damaged tar, one without an end mark or with data after it, links, devices,
+    members of impossible sizes, paths that lead out of the tar, and duplicate names.
     """
     seen: set[str] = set()
     _check_start(path, field, file)
@@ -68,11 +68,11 @@ def tar_members(path: Path, field: str, file: Window, left_out: Counter[str]) ->
 
 
 def _headers(path: Path, field: str, file: Window) -> Iterator[tarfile.TarInfo]:
-    """What `tarfile` finds, to the archive's end."""
-    with errors_as(UserError, f"{field}: {path} is not a whole tar: damaged or cut off; get it anew"):
+    """Yields the members, then checks the end of the archive."""
+    with errors_as(UserError, f"{field}: {path} is not a complete tar: damaged or cut off; download it again"):
         tar = tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload] # noqa: SIM115
         while member := tar.next():
-            tar.members = []  # else it keeps all it has met
+            tar.members = []  # else it keeps all members in memory
             yield member
         _check_end(path, field, file, tar.offset)
 
@@ -82,37 +82,41 @@ def _check_start(path: Path, field: str, file: Window) -> None:
     start = file.read(tarfile.BLOCKSIZE)
     kind = next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None)
     if kind:
-        raise UserError(f"{field}: {path} is compressed ({kind}), and tars are read where they lie: unpack the {kind}")
+        raise UserError(f"{field}: {path} is compressed ({kind}), and tars are read in place: unpack the {kind}")
     refuse_lfs_pointer(path, field, start)
     if not start:
-        raise UserError(f"{field}: {path} is empty; get it anew")
+        raise UserError(f"{field}: {path} is empty; download it again")
     file.seek(0)
 
 
 def _check_member(path: Path, field: str, member: tarfile.TarInfo, length: int) -> None:
     if not member.isreg() or member.issparse():
         kind = tarfile.GNUTYPE_SPARSE if member.issparse() else member.type
-        what = NOT_PLAIN.get(kind, f"no plain file, but of tar's type {kind.decode(errors='replace')!r}; pack it again")
+        what = NOT_PLAIN.get(
+            kind, f"no regular file, but of tar's type {kind.decode(errors='replace')!r}; pack it again"
+        )
         raise UserError(f"{field}: {path} has a member {member.name!r} that is {what}")
     left = length - member.offset_data
     if not 0 <= member.size <= left:
         raise UserError(
             f"{field}: {path} says its member {member.name!r} has {member.size:,} bytes, of {left:,} that are left: "
-            "damaged or cut off; get it anew"
+            "damaged or cut off; download it again"
         )
 
 
 def _check_end(path: Path, field: str, file: Window, end: int) -> None:
-    """`tarfile` takes any wrong header for the end, and never looks behind it."""
+    """Checks the end, since `tarfile` takes any invalid header for it and ignores the rest."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise UserError(
             f"{field}: {path} ends at byte {end:,} without a tar's end mark: cut off between two members, or its "
-            "writer did not close it; get it anew, or unpack it, see that all is there, and pack it again"
+            "writer did not close it; download it again, or unpack it, see that all is there, and pack it again"
         )
     if any(block):
-        raise UserError(f"{field}: {path} is damaged at byte {end:,}, where a member's header should be; get it anew")
+        raise UserError(
+            f"{field}: {path} is damaged at byte {end:,}, where a member's header should be; download it again"
+        )
     position = file.tell()
     while block := file.read(MAX_HEADER):
         if any(block):

@@ -1,4 +1,4 @@
-"""WebDatasets of images: tars of `key.jpg` with `key.cls` or `key.json`, read where they lie."""
+"""WebDatasets of images: tars of `key.jpg` with `key.cls` or `key.json`, read in place."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from preprocess.sources.entries import Entries, Entry, file_stamp, is_image, kin
 from preprocess.sources.labels import NONE, REMEDY, Candidates, Value, as_label
 from preprocess.sources.tars import TarMember, Window, tar_members
 
-MAX_TEXT, MAX_JSON = 1000, 2**24  # bytes of a label, of a sample's description
-DEPTH = 3  # of objects in a description that are searched for labels
+MAX_TEXT, MAX_JSON = 1000, 2**24  # bytes of a label and of a sample's description
+DEPTH = 3  # of nested objects in a description that are searched for labels
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 NAMES_FILE = "classnames.txt"
 
@@ -58,20 +58,20 @@ class WebDatasetSource:
 
 
 class Member(NamedTuple):
-    field: str  # of its sample, in lower case: what follows the first dot of its name
+    field: str  # the part of the name after the first dot, in lower case
     member: TarMember
 
 
 class Samples:
-    """A walk over all tars: the images, and what may label them."""
+    """Reads all tars: the images, and the fields that may be their labels."""
 
     def __init__(self, path: Path, field: str, image_field: str | None, label_field: str | None) -> None:
         self.path, self.field, self.image_field = path, field, image_field and image_field.lower()
         self.candidates = Candidates(path, field, label_field)
         self.left_out = Counter[str]()
-        self.fields = Counter[str]()  # of images in samples that have none of a simple field
-        self.alone = ""  # such an image
-        self.unread: dict[str, str] = {}  # fields that are no label by their name: the first one's text
+        self.fields = Counter[str]()  # fields of images such as `key.image.jpg` in samples without a `key.jpg`
+        self.alone = ""  # the first of these images
+        self.unread: dict[str, str] = {}  # fields that are no labels by their names, with the first text of each
 
     def read(self, tars: list[Path], root: Path) -> Iterator[Entry]:
         for number, tar in enumerate(tars):
@@ -80,8 +80,8 @@ class Samples:
                 file = open(tar, "rb")  # noqa: SIM115
             with file:
                 stamp = file_stamp(os.fstat(file.fileno()))
-                for image, found in self._samples(tar, file):
-                    self.candidates.add(found)
+                for image, labels in self._samples(tar, file):
+                    self.candidates.add(labels)
                     yield Entry(f"{name}/{image.name}", 0, image.size, (number, image.offset), stamp)
 
     def _samples(self, tar: Path, file: BinaryIO) -> Iterator[tuple[TarMember, dict[str, Value]]]:
@@ -117,20 +117,20 @@ class Samples:
         return own[0].member if own else None
 
     def _labels(self, tar: Path, file: BinaryIO, members: list[Member]) -> dict[str, Value]:
-        """Whatever of a sample may be its label, by its field; counts the rest."""
-        found: dict[str, Value] = {}
+        """The fields of a sample that may be its label; counts the others."""
+        labels: dict[str, Value] = {}
         for field, member in members:
-            before = len(found)
+            before = len(labels)
             if is_image(member.name):
                 self.left_out[f"image beside the sample's own (.{field[-40:]})"] += 1
                 continue
             if field.rpartition(".")[2] == "json":
-                found |= self._json_labels(tar, file, member, field)
+                labels |= self._json_labels(tar, file, member, field)
             elif self.candidates.among([field]):
-                found[field] = self._text_label(tar, file, member)
-            if len(found) == before:
+                labels[field] = self._text_label(tar, file, member)
+            if len(labels) == before:
                 self._leave_out(file, field, member)
-        return found
+        return labels
 
     def _text_label(self, tar: Path, file: BinaryIO, member: TarMember) -> Value:
         data = _content(file, member, MAX_TEXT)
@@ -143,7 +143,7 @@ class Samples:
             return {}
         if member.size > MAX_JSON:
             raise UserError(f"{place} has {member.size:,} bytes, too many for a sample's description; {REMEDY}")
-        with errors_as(UserError, f"{place} is no JSON that is read; mend it, or {REMEDY}"):
+        with errors_as(UserError, f"{place} is not valid JSON; mend it, or {REMEDY}"):
             content = json.loads(_content(file, member, MAX_JSON), object_pairs_hook=_unique)
             if not isinstance(content, dict):
                 raise ValueError(f"{str(content)[:50]!r} in place of an object")
@@ -151,7 +151,7 @@ class Samples:
             return {name: as_label(values[name]) for name in self.candidates.among(values)}
 
     def _leave_out(self, file: BinaryIO, field: str, member: TarMember) -> None:
-        """Counts a member that is neither image nor label, and keeps the first one's text of each field."""
+        """Counts a member that is neither image nor label, and keeps the first text of each field."""
         kind = field.rpartition(".")[2]
         if field not in self.unread and len(self.unread) < 100:
             self.unread[field] = _content(file, member, 20).decode(errors="replace").strip() if member.size < 20 else ""
@@ -162,7 +162,7 @@ class Samples:
         self.left_out[reason] += 1
 
     def check_found(self, count: int) -> None:
-        """Raises UserError where no sample, or not every one of those that hold images, has an image of its own."""
+        """Raises UserError if there are no images, or if a sample has images but none that can be chosen."""
         fields = ", ".join(sorted(self.fields)[:5]) + (", ..." if len(self.fields) > 5 else "")
         if self.alone:
             raise UserError(
@@ -175,7 +175,7 @@ class Samples:
             raise UserError(f"{self.field}: {self.path} holds {what}{f', but {there}' if there else ''}")
 
     def check_unlabelled(self) -> None:
-        """Raises UserError where something that is not read for labels may be them after all."""
+        """Raises UserError if an unsupported field may hold the labels."""
         if self.candidates.wanted == NONE:
             return
         if self.candidates.wanted:
@@ -185,7 +185,7 @@ class Samples:
             if is_pickle or re.fullmatch(r"-?\d+", text) or self.candidates.among([field.partition(".")[0]]):
                 what = "a pickle, which is never read" if is_pickle else repr(text) if text.isdigit() else "not read"
                 raise UserError(
-                    f"{self.field}: {self.path} has no label that is read, but .{field} ({what}) may be one; {REMEDY}"
+                    f"{self.field}: {self.path} has no supported label, but .{field} ({what}) may be one; {REMEDY}"
                 )
 
 
@@ -201,7 +201,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _leaves(content: dict[str, Any], depth: int, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in a description by its dotted name; what lies deeper than `depth` stays as it is."""
+    """The values in a description by dotted name; objects deeper than `depth` are not opened."""
     for name, value in content.items():
         if isinstance(value, dict) and depth > 1:
             yield from _leaves(value, depth - 1, f"{prefix}{name}.")
@@ -210,7 +210,7 @@ def _leaves(content: dict[str, Any], depth: int, prefix: str = "") -> Iterator[t
 
 
 def _names_beside(root: Path, field: str) -> list[str] | None:
-    """The class names of a file that lies beside the tars, or one folder above, a line a class."""
+    """The class names in a file beside the tars, or one folder above, one per line."""
     file = next((file for file in (root / NAMES_FILE, root.parent / NAMES_FILE) if file.is_file()), None)
     if file is None:
         return None

@@ -1,4 +1,4 @@
-"""Lists a zip, which is read without unpacking: its members are listed once, and any is read at its offset."""
+"""Zips, read without unpacking: members are listed once, then read at their offsets."""
 
 import re
 import stat
@@ -26,7 +26,7 @@ DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def find_zip(path: str) -> tuple[Path, str] | None:
-    """The zip that `path` names, and which folder in it, as in `faces.zip/images`; None where it names no zip."""
+    """The zip in `path` and the folder in it, as in `faces.zip/images`; None if `path` has no zip."""
     parts = Path(path).parts
     for count, part in enumerate(parts, 1):
         if part.lower().endswith(".zip") and not (archive := Path(*parts[:count])).is_dir():
@@ -35,10 +35,10 @@ def find_zip(path: str) -> tuple[Path, str] | None:
 
 
 def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
-    """Everything in a zip, or in its folder `inside`.
+    """Lists a zip, or its folder `inside`.
 
-    Raises UserError naming the member for links, encryption, methods other than stored and deflated, names that lead
-    out and names that occur twice; for a zip that is damaged; and where it has no folder `inside`.
+    Raises UserError naming the member for links, encryption, methods other than stored and deflated, paths that lead
+    out of the zip and duplicate names; for a damaged zip; and if there is no folder `inside`.
     """
     members = _members(archive, field)
     begin = f"{inside}/" if inside else ""
@@ -68,7 +68,7 @@ def list_zip(archive: Path, inside: str, field: str, suffixes: frozenset[str] = 
 
 
 def _visible(name: str) -> str:
-    """A file's path; where it lies in a hidden folder, that folder's, which ends with `/`."""
+    """A file's path, or the path of the hidden folder that contains it, which ends with `/`."""
     parts = name.split("/")
     hidden = next((count for count, part in enumerate(parts[:-1], 1) if is_hidden(part)), None)
     return f"{'/'.join(parts[:hidden])}/" if hidden else name
@@ -82,7 +82,7 @@ def _open(archive: Path, entry: Entry) -> bytes:
     if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
         raise Rejected("damaged in its zip: no header where the directory says")
     _, method, name_length, extra_length = LOCAL_HEADER.unpack(header)
-    slack = entry.size // 1000 + 1024 if method else 0  # deflating what does not shrink makes it longer
+    slack = entry.size // 1000 + 1024 if method else 0  # deflating incompressible data makes it longer
     data = read_at(archive, offset + LOCAL_HEADER.size + name_length + extra_length, entry.size + slack)
     with errors_as(Rejected, "damaged in its zip"):
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.size + 1) if method else data
@@ -92,11 +92,11 @@ def _open(archive: Path, entry: Entry) -> bytes:
 
 
 def _members(path: Path, field: str) -> dict[str, zipfile.ZipInfo]:
-    """The files in a zip by their names, as paths."""
+    """The files in a zip by their normalised paths."""
     if not path.is_file():
         raise UserError(f"{field}: {path} is not there")
     with (
-        errors_as(UserError, f"{field}: {path} is not a whole zip, or cannot be read"),
+        errors_as(UserError, f"{field}: {path} is not a complete zip, or is unreadable"),
         zipfile.ZipFile(path) as archive,
     ):
         infos = archive.infolist()
@@ -112,7 +112,7 @@ def _members(path: Path, field: str) -> dict[str, zipfile.ZipInfo]:
 
 
 def _name(info: zipfile.ZipInfo, path: Path, field: str) -> str:
-    """Zips name paths with `/`; a backslash is what old Windows programs write for it. Folders end with `/`."""
+    """A member's path, with the backslashes of old Windows programs replaced by `/`. Folders end with `/`."""
     name = info.orig_filename.replace("\\", "/")
     end = "/" if name.endswith("/") else ""
     return member_name(field, path, f"/{name}" if DRIVE.match(name) else name) + end

@@ -56,10 +56,10 @@ def test_the_debug_cluster_runs_everything_in_this_process(experiment: Experimen
         (("data.images=nowhere", "data.shards=other"), "error: data.images: nowhere"),
         (("train.batch_size=15", "launch.processes=2"), "error: train.batch_size: 15 is not divisible by the 2 ranks"),
         (("--cluster", "moon"), "error: cluster: found 'moon'; allowed: local, debug, slurm, auto"),
-        (("--cluster", "slurm"), "error: cluster: slurm is not to be had here"),
+        (("--cluster", "slurm"), "error: cluster: slurm is unavailable"),
         (
             ("--cluster", "debug", "launch.processes=2"),
-            "error: launch.processes: the debug cluster is this one process",
+            "error: launch.processes: 2, but the debug cluster runs one process",
         ),
     ],
 )

@@ -33,14 +33,14 @@ def test_a_users_error_shows_no_terminal_a_command_and_keeps_how_it_ends(capsys:
         (SyntaxError("two\nlines\x1b"), "SyntaxError: two lines\\x1b"),
     ],
 )
-def test_whatever_a_parser_raises_is_told_in_its_words(error: Exception, words: str) -> None:
+def test_any_parser_error_is_quoted_on_one_line(error: Exception, words: str) -> None:
     with pytest.raises(UserError) as found, errors_as(UserError, "x.tar: damaged"):
         raise error
     assert str(found.value) == f"x.tar: damaged ({words})"
 
 
 @pytest.mark.parametrize("kind", [UserError, Rejected])
-def test_what_is_told_already_passes(kind: type[OneLineError]) -> None:
+def test_errors_of_the_same_kind_pass_unchanged(kind: type[OneLineError]) -> None:
     with pytest.raises(kind, match=r"^told$"), errors_as(kind, "x.tar: damaged"):
         raise kind("told")
 

@@ -50,7 +50,7 @@ def test_a_folder_is_for_all_to_read_whoever_wrote_in_it(tmp_path: Path) -> None
     assert (tmp_path / "folder/weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_atomically(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     for content in ("first", "second"):
         with atomic_folder(target) as temporary:
@@ -59,7 +59,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_what_a_link_leads_to_is_never_written_locked_or_deleted(tmp_path: Path) -> None:
+def test_targets_of_links_are_never_written_locked_or_deleted(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
     ours.mkdir()

@@ -72,7 +72,7 @@ def test_ranks_that_all_come_go_on_together_in_any_order(host: str, tmp_path: Pa
         pass
 
 
-def test_what_else_comes_to_the_port_is_no_rank(tmp_path: Path) -> None:
+def test_other_connections_are_no_ranks(tmp_path: Path) -> None:
     port = free_port()
     first = start(0, 2, port, tmp_path / "log")
     patience = time.monotonic() + 30
@@ -91,20 +91,20 @@ def test_what_else_comes_to_the_port_is_no_rank(tmp_path: Path) -> None:
 
 
 def impatient() -> None:
-    meeting.TOLD_SECONDS, meeting.ALONE_SECONDS, meeting.LIMIT_SECONDS = 0.2, 0.8, 1.6
+    meeting.REPORT_SECONDS, meeting.ALONE_SECONDS, meeting.LIMIT_SECONDS = 0.2, 0.8, 1.6
 
 
 def impatient_with_others() -> None:
-    meeting.TOLD_SECONDS, meeting.ALONE_SECONDS, meeting.LIMIT_SECONDS = 0.2, 60.0, 6.0
+    meeting.REPORT_SECONDS, meeting.ALONE_SECONDS, meeting.LIMIT_SECONDS = 0.2, 60.0, 6.0
 
 
 @pytest.mark.parametrize(
     ("here", "ranks", "expected"),
     [
-        ([0], 8, "1 of 8 ranks have come to 127.0.0.1:{port}, not rank 1, 2, 3, 4, 5, 6, 7 after"),
-        ([3], 8, "rank 3 of 8: rank 0 has not come, or not all ranks to it, at 127.0.0.1:{port} after"),
-        ([0, 1, 3], 4, "3 of 4 ranks have come to 127.0.0.1:{port}, not rank 2 after"),
-        ([0], 100, "not rank 1, 2, 3, 4, 5, 6, 7, 8, ... after"),
+        ([0], 8, "1 of 8 ranks have come to 127.0.0.1:{port}; missing: rank 1, 2, 3, 4, 5, 6, 7 after"),
+        ([3], 8, "rank 3 of 8: rank 0 at 127.0.0.1:{port}, or another rank, is missing after"),
+        ([0, 1, 3], 4, "3 of 4 ranks have come to 127.0.0.1:{port}; missing: rank 2 after"),
+        ([0], 100, "missing: rank 1, 2, 3, 4, 5, 6, 7, 8, ... after"),
     ],
 )
 def test_ranks_that_do_not_come_are_named(here: list[int], ranks: int, expected: str, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_rank_that_waits_hears_signals(number: signal.Signals, deaf: bool, tmp
 
     def before() -> None:
         signal.signal(number, signal.SIG_IGN if deaf else signal.SIG_DFL)
-        meeting.TOLD_SECONDS = 0.0
+        meeting.REPORT_SECONDS = 0.0
 
     waiting = [start(rank, 3, port, tmp_path / f"log-{rank}", before) for rank in (0, 1)]
     patience = time.monotonic() + 30
@@ -143,20 +143,18 @@ def test_a_rank_that_waits_hears_signals(number: signal.Signals, deaf: bool, tmp
     assert last.endswith("nothing was done")
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert ended([start(0, 2, other.getsockname()[1], tmp_path / "log")]) == [2]
     assert "error: MASTER_PORT: rank 0 cannot listen at" in (tmp_path / "log").read_text()
 
 
-def test_ranks_without_a_place_to_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_without_an_address_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        UserError, match=r"^MASTER_ADDR, MASTER_PORT: no host and number, though RANK=0 and WORLD_SIZE=2"
-    ):
+    with pytest.raises(UserError, match=r"^MASTER_ADDR, MASTER_PORT: no host and port, but RANK=0 and WORLD_SIZE=2"):
         meet()
 
 

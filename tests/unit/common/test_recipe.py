@@ -169,7 +169,7 @@ def test_every_recipe_of_the_project_loads_and_survives_being_written(path: Path
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
-def test_defect_a8_the_defaults_are_what_the_recipes_say_the_paper_does() -> None:
+def test_the_defaults_are_the_papers() -> None:
     default = parse_recipe("name: a")
     assert (default.objective.prediction, default.objective.zero_terminal_snr) == ("v", True)
     assert not default.model.pre_post_timestep_conditioning

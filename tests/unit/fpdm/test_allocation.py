@@ -62,7 +62,7 @@ def test_allocations_from_curves_spend_their_budget_exactly_too(num_steps, spare
         assert max(counts) <= longest
 
 
-def test_defect_a6_the_budget_the_published_controller_missed_by_one_is_met():
+def test_the_budget_that_the_published_controller_missed_by_one_is_met():
     for kind in RULES:
         assert sum(allocate(kind, 40, 3)) == 120
 

@@ -78,19 +78,19 @@ def test_the_condition_and_the_null_condition_change_the_answer(condition_dim):
         assert ((model(x, t, other, iterations=2).output - answer).abs().amax(dim=(1, 2, 3)) > 1e-3).all()
 
 
-def test_defect_c4_the_null_label_is_the_number_of_classes_for_any_batch():
+def test_the_null_label_is_the_number_of_classes_for_any_batch():
     config = DenoiserConfig(**SMALL)
     assert config.null_condition(torch.tensor([0, 4, 2])).tolist() == [5, 5, 5]
 
 
-def test_defect_a10_a_condition_vector_of_the_wrong_shape_is_named():
+def test_a_condition_vector_of_the_wrong_shape_is_named():
     config = DenoiserConfig(**SMALL, condition_dim=7)
     x, t, y = inputs(3, config)
     with pytest.raises(ValueError, match=r"y: shape \(3, 1, 7\) does not fit the network, which takes \(3, 7\)"):
         build_denoiser(config)(x, t, y[:, None], iterations=1)
 
 
-def test_defect_a2_evaluation_is_deterministic_and_equals_training_mode():
+def test_evaluation_is_deterministic_and_equals_training_mode():
     config = DenoiserConfig(**SMALL)
     model = scrambled(config)
     first = model.eval()(*inputs(3, config), iterations=5).output
@@ -98,7 +98,7 @@ def test_defect_a2_evaluation_is_deterministic_and_equals_training_mode():
     assert torch.equal(model.train()(*inputs(3, config), iterations=5).output, first)
 
 
-def test_defect_a9_timestep_conditioning_of_the_outer_layers_is_off_by_default_and_matters():
+def test_timestep_conditioning_of_the_outer_layers_is_off_by_default_and_matters():
     off, on = DenoiserConfig(**SMALL), DenoiserConfig(**SMALL, pre_post_timestep_conditioning=True)
     assert not off.pre_post_timestep_conditioning
     answers = [scrambled(config)(*inputs(3, config), iterations=2).output for config in (off, on)]
@@ -114,7 +114,7 @@ def test_without_timestep_conditioning_only_the_implicit_layer_knows_the_timeste
     assert torch.equal(late, early)
 
 
-def test_defect_c9_nothing_is_remembered_between_calls_and_a_start_of_another_batch_is_refused():
+def test_calls_share_no_state_and_a_start_of_another_batch_is_refused():
     config = DenoiserConfig(**SMALL)
     model = scrambled(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -126,7 +126,7 @@ def test_defect_c9_nothing_is_remembered_between_calls_and_a_start_of_another_ba
         model(x[:2], t[:2], y[:2], iterations=3, start=first.solution)
 
 
-def test_defect_c8_the_number_of_iterations_is_said_and_may_be_zero():
+def test_the_number_of_iterations_is_required_and_can_be_zero():
     config = DenoiserConfig(**SMALL)
     model, given = scrambled(config), inputs(3, config)
     with pytest.raises(ValueError, match="iterations: an FPDM needs a count"):
@@ -145,7 +145,7 @@ def test_starting_at_a_solution_continues_the_iteration():
     torch.testing.assert_close(continued.output, model(*given, iterations=5).output)
 
 
-def test_computing_once_what_does_not_depend_on_the_iterate_changes_nothing():
+def test_precomputing_the_injection_changes_nothing():
     config = DenoiserConfig(**SMALL)
     model = scrambled(config)
     x, t, y = inputs(3, config)

@@ -60,7 +60,7 @@ def test_plain_v_loss_is_the_mean_squared_error_of_v(t):
     torch.testing.assert_close(loss["loss"], (output - v).square().mean(dim=(1, 2, 3)))
 
 
-def test_defect_a1_the_last_timestep_is_trained_unless_the_published_weight_is_asked_for_by_name():
+def test_the_last_timestep_is_trained_unless_the_published_weight_is_chosen():
     x0, noise = tensors()
     last = torch.full((4,), 999)
     plain = Diffusion(prediction="v", zero_terminal_snr=True, learned_variance=False)

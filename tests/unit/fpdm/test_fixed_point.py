@@ -54,7 +54,7 @@ def test_plain_iteration_applies_the_map_that_many_times():
         torch.testing.assert_close(value, (1 - rate**count).expand_as(start))
 
 
-def test_defect_a7_residuals_are_relative_and_one_a_sample_and_iteration():
+def test_residuals_are_relative_per_sample_and_iteration():
     rate = torch.tensor([0.5, 0.9])[:, None, None]
     residuals = solve_implicit(affine(rate), torch.zeros(2, 3, 4), (2, 2), with_residuals=True).residuals
     k = torch.arange(4)
@@ -62,7 +62,7 @@ def test_defect_a7_residuals_are_relative_and_one_a_sample_and_iteration():
     torch.testing.assert_close(residuals, torch.stack(expected))
 
 
-def test_defect_a7_a_sample_stops_at_its_own_tolerance_and_leaves_the_batch():
+def test_a_sample_stops_at_its_own_tolerance_and_leaves_the_batch():
     seen = []
     rate = torch.tensor([0.1, 0.9, 0.5])[:, None, None]
 
@@ -155,7 +155,7 @@ def test_sjfb_equals_autograd_through_a_plain_transcription():
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_defect_a4_every_parameter_gets_a_gradient_whatever_the_counts():
+def test_every_parameter_gets_a_gradient_for_any_counts():
     """So that data parallel training needs no search for unused parameters."""
     model = network()
     for n, m in itertools.product((0, 3), (1, 4)):
@@ -189,7 +189,7 @@ def saved_bytes(model, iterations, **options):
     return sum(kept.values())
 
 
-def test_defect_a3_what_the_graph_keeps_does_not_grow_with_the_iterations_without_gradient():
+def test_the_graph_does_not_grow_with_the_iterations_without_gradient():
     model = network()
     assert saved_bytes(model, (12, 1)) == saved_bytes(model, (1, 1))
     assert saved_bytes(model, (0, 6)) > 2 * saved_bytes(model, (0, 1))
@@ -213,7 +213,7 @@ print(peak() - before)
 """
 
 
-def test_defect_a3_peak_memory_does_not_grow_with_the_iterations_without_gradient():
+def test_peak_memory_does_not_grow_with_the_iterations_without_gradient():
     def growth(n, m):
         command = [sys.executable, "-c", PEAK, str(n), str(m)]
         return int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)

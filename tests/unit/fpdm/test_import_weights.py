@@ -67,7 +67,7 @@ def test_a_network_of_diffusers_is_imported_and_sampled_as_any_other(
         (("name=other", "model.kind=dit", "model.depth=2"), "has kind fpdm, the recipe makes it dit"),
     ],
 )
-def test_what_does_not_fit_the_recipe_is_one_line(command, tiny_recipe: Recipe, capsys, options, message) -> None:
+def test_misfitting_weights_are_one_line(command, tiny_recipe: Recipe, capsys, options, message) -> None:
     assert command(*options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

@@ -67,7 +67,7 @@ def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_aft
 def test_an_autoencoder_that_scales_by_channel_is_refused(tiny_recipe: Recipe) -> None:
     transformer = FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64))
     vae = AutoencoderKL.from_pretrained(tiny_recipe.vae.path, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    with pytest.raises(ValueError, match="vae: scales each channel by itself"):
+    with pytest.raises(ValueError, match="vae: per-channel scaling"):
         FPDMPipeline(transformer, vae)
 
 
@@ -78,7 +78,7 @@ def test_it_loads_the_weights_of_a_run_as_they_lie(tiny_recipe: Recipe) -> None:
     assert images.shape == (2, 16, 16, 3)
 
 
-def test_weights_that_do_not_say_what_they_predict_are_refused(tiny_recipe: Recipe) -> None:
+def test_weights_without_an_objective_are_refused(tiny_recipe: Recipe) -> None:
     path = weights_folder(tiny_recipe, 64) / "config.json"
     resealed(path, lambda config: {name: value for name, value in config.items() if name != "extra"})
     with pytest.raises(ValueError, match=r"config\.json has no extra\.objective"):

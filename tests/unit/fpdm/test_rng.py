@@ -45,7 +45,7 @@ def test_chunks_do_not_show(monkeypatch):
     assert torch.equal(rng.normal(0, "a", torch.arange(50), (40,)), whole)
 
 
-def test_seed_stream_and_index_each_change_what_is_drawn():
+def test_seed_stream_and_index_each_change_the_numbers():
     base = rng.uniform(1, "a", torch.tensor([1]), (8,))
     for seed, stream, index in ((2, "a", 1), (1, "b", 1), (1, "a", 2), (1, "a", 1 + 2**32)):
         assert not torch.equal(rng.uniform(seed, stream, torch.tensor([index]), (8,)), base)

@@ -105,7 +105,7 @@ def test_spaced_timesteps_are_distinct_ascending_and_end_at_the_last():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc", "flow_euler"])
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("tolerance", [None, 0.1])
-def test_defect_c5_a_sample_does_not_depend_on_its_batch(sampler, solver, tolerance):
+def test_a_sample_does_not_depend_on_its_batch(sampler, solver, tolerance):
     """Drawn with noise in each step, reuse, and guidance on an interval; with a tolerance some samples stop early."""
     diffusion = FLOW if sampler == "flow_euler" else PROCESSES["v zero snr"]
     model = network(learned_variance=diffusion.learned_variance)
@@ -139,7 +139,7 @@ def test_defect_c5_a_sample_does_not_depend_on_its_batch(sampler, solver, tolera
         assert (alone - together[i]).abs().max() < 1e-5 * together[i].abs().max()
 
 
-def test_defect_c4_any_batch_size_can_be_guided_and_the_null_label_is_num_classes():
+def test_any_batch_size_can_be_guided_and_the_null_label_is_num_classes():
     index = torch.arange(3)
     model = Exact(Diffusion(), noise_of(index, "clean"))
     sample(model, Diffusion(), noise_of(index), index, num_steps=2, guidance_scale=4.0)
@@ -215,7 +215,7 @@ def test_reuse_goes_together_with_a_guidance_interval():
     torch.testing.assert_close(coarse, fine, atol=1e-4, rtol=1e-3)  # at the fixed point the start is forgotten
 
 
-def test_defect_a5_the_allocation_is_what_each_step_of_every_batch_evaluates():
+def test_every_batch_evaluates_the_allocation():
     model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(2)
     counts = allocate("more_at_noise", 5, 4)
     evaluated = [0]
@@ -246,7 +246,7 @@ def test_ddim_with_eta_one_has_the_spread_of_ancestral_sampling():
         assert 0 < lower < upper
 
 
-def test_defect_c7_a_model_and_a_diffusion_that_disagree_on_the_variance_are_refused():
+def test_a_model_and_a_diffusion_that_disagree_on_the_variance_are_refused():
     index = torch.arange(2)
     diffusion = Diffusion(prediction="v", learned_variance=False)
     with pytest.raises(ValueError, match="learned_variance: True in the model, False in the diffusion"):
@@ -268,7 +268,7 @@ def test_stochastic_ddim_stays_real_for_any_number_of_steps():
 def test_a_non_finite_sample_is_reported_by_its_row(bad):
     samples = noise_of(torch.arange(5))
     samples[3, 0, 0, 0] = bad
-    with pytest.raises(ValueError, match=r"samples: 1 of 5 are non-finite \(rows 3\); compute no metric from them"):
+    with pytest.raises(ValueError, match=r"samples: 1 of 5 are non-finite \(rows 3\); metrics of them"):
         require_sound(samples)
 
 

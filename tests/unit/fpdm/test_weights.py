@@ -56,7 +56,7 @@ def unsealed(folder, **fields):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_saved_is_loaded_exactly(tmp_path, name):
+def test_saved_weights_are_loaded_exactly(tmp_path, name):
     model = network(CONFIGS[name])
     save_pretrained(model.state_dict(), model.config, tmp_path / "weights", extra={"prediction": "v"})
     loaded = load_pretrained(tmp_path / "weights")
@@ -178,7 +178,7 @@ def test_a_wrong_value_in_a_config_is_one_line_or_changes_nothing(tmp_path, name
         assert same(loaded, model)
 
 
-def test_a_failed_write_leaves_the_previous_weights_whole(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_previous_weights_intact(tmp_path, monkeypatch):
     from fpdm import weights
 
     model = network(CONFIGS["fpdm"])
@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_the_previous_weights_whole(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_settings_are_told_from_names_and_shapes(name):
+def test_settings_are_inferred_from_names_and_shapes(name):
     config = CONFIGS[name]
     settings = {"num_heads": 4}
     if config.kind == "fpdm":
@@ -241,11 +241,11 @@ def test_a_training_checkpoint_gives_its_ema_or_its_raw_weights(tmp_path, prefix
     assert same(import_checkpoint(tmp_path / "0400000.pt", weights="model", num_heads=4)[0], raw)
 
 
-def test_defect_a9_what_cannot_be_seen_in_the_tensors_must_be_stated(tmp_path):
+def test_settings_that_tensors_do_not_show_must_be_stated(tmp_path):
     training_checkpoint(tmp_path / "c.pt", {"lr": 1e-4})
-    with pytest.raises(ValueError, match="pre_post_timestep_conditioning: cannot be told from these tensors"):
+    with pytest.raises(ValueError, match="pre_post_timestep_conditioning: cannot be inferred from these tensors"):
         import_checkpoint(tmp_path / "c.pt", num_heads=4)
-    with pytest.raises(ValueError, match="num_heads: cannot be told"):
+    with pytest.raises(ValueError, match="num_heads: cannot be inferred"):
         import_checkpoint(tmp_path / "c.pt", pre_post_timestep_conditioning=False)
     training_checkpoint(tmp_path / "c.pt", {"fixed_point_pre_post_timestep_conditioning": True})
     assert import_checkpoint(tmp_path / "c.pt", num_heads=4)[0].config.pre_post_timestep_conditioning
@@ -253,7 +253,7 @@ def test_defect_a9_what_cannot_be_seen_in_the_tensors_must_be_stated(tmp_path):
         import_checkpoint(tmp_path / "c.pt", num_heads=4, pre_post_timestep_conditioning=False)
 
 
-def test_what_did_not_match_is_reported(tmp_path):
+def test_mismatches_are_reported(tmp_path):
     tensors = dict(network(CONFIGS["fpdm"]).state_dict())
     del tensors["final_layer.linear.bias"]
     tensors["t_embedder.mlp.0.bias"] = torch.zeros(3)
@@ -277,7 +277,7 @@ def test_a_position_table_of_other_numbers_is_reported_not_dropped_in_silence(tm
 
 
 @pytest.mark.parametrize("kind", ["dit", "fpdm"])
-def test_defect_c1_files_as_dit_and_fpdm_write_them_load_at_full_size(tmp_path, kind):
+def test_checkpoints_of_dit_and_fpdm_load_at_full_size(tmp_path, kind):
     """DiT-XL-2-256x256.pt is a bare state dict; FPDM's trainer wrote {model, ema, opt, args}. Zeros here."""
     config = DenoiserConfig(kind=kind)
     with torch.device("meta"):

@@ -42,18 +42,18 @@ def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.Monkey
         ('setup: ["one\\ntwo"]', "setup: String should match pattern"),
         (
             "sbatch: {output: x}",
-            "sbatch: output is not the site's to say: the recipe's launch section does",
+            "sbatch: output is set by the recipe's launch section",
         ),
-        ("sbatch: {wrap: 'true'}", "sbatch: wrap is not the site's to say"),
-        ("sbatch: {parsable: true}", "sbatch: parsable is not the site's to say"),
-        ("sbatch: {cpus-per-task: 4}", "sbatch: cpus-per-task is not the site's to say"),
-        ("sbatch: {outp: x}", "sbatch: outp is the beginning of output; write options of sbatch in full"),
-        ("sbatch: {o: x}", "sbatch: o is the beginning of open-mode"),
-        ("sbatch: {ntasks-per: 2}", "sbatch: ntasks-per is the beginning of ntasks-per-node"),
-        ("sbatch: {gre: 'gpu:8'}", "sbatch: gre is the beginning of gres"),
-        ("sbatch: {gpus-per-n: 8}", "sbatch: gpus-per-n is the beginning of gpus-per-node"),
-        ("sbatch: {part: gpu}", "sbatch: part is the beginning of partition"),
-        ("setup: ['#SBATCH --gres=gpu:8']", "setup: a line that sbatch reads as options"),
+        ("sbatch: {wrap: 'true'}", "sbatch: wrap is set by the recipe's launch section"),
+        ("sbatch: {parsable: true}", "sbatch: parsable is set by the recipe's launch section"),
+        ("sbatch: {cpus-per-task: 4}", "sbatch: cpus-per-task is set by the recipe's launch section"),
+        ("sbatch: {outp: x}", "sbatch: outp abbreviates output; write options of sbatch in full"),
+        ("sbatch: {o: x}", "sbatch: o abbreviates open-mode"),
+        ("sbatch: {ntasks-per: 2}", "sbatch: ntasks-per abbreviates ntasks-per-node"),
+        ("sbatch: {gre: 'gpu:8'}", "sbatch: gre abbreviates gres"),
+        ("sbatch: {gpus-per-n: 8}", "sbatch: gpus-per-n abbreviates gpus-per-node"),
+        ("sbatch: {part: gpu}", "sbatch: part abbreviates partition"),
+        ("setup: ['#SBATCH --gres=gpu:8']", "setup: a line that sbatch would read as options"),
         ("sbatch: {'a b': x}", "sbatch: String should match pattern"),
         ("- gpu", "site: Input should be a dictionary or an instance of Site"),
         ("a: [", "not readable as YAML"),
@@ -72,7 +72,7 @@ def test_a_fault_is_one_line_that_names_file_and_field(text: str, expected: str,
     assert len(str(raised.value)) < 700
 
 
-def test_a_folder_in_place_of_a_site_file_is_told(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_site_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
         load_site(tmp_path)
 
@@ -111,7 +111,7 @@ def test_a_job_asks_for_gpus_in_one_way_and_the_sites_comes_first(
     assert [line for line in asked if not re.match("--gres=lscratch:100$", line)] == [expected]
 
 
-def test_a_site_file_that_is_named_and_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_site_file_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FPDM_SITE", str(tmp_path / "none.yaml"))
     with pytest.raises(ValueError, match=r"none\.yaml: no such file; FPDM_SITE names it"):
         load_site()
@@ -151,6 +151,6 @@ def test_the_name_of_the_site_file_is_expanded(monkeypatch: pytest.MonkeyPatch, 
         load_site()
 
 
-def test_a_scratch_folder_that_cannot_be_made_is_told_by_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_that_cannot_be_created_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPDM_SCRATCH", "/proc/none/here")
     assert Job.of("os.path", "exists", Recipe(name="a"))()["error"].startswith("scratch: no folder /proc/none/here on ")

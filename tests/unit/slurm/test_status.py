@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_shows_every_job_the_last_whole_step_and_the_time_left(run: Path) -> None:
+def test_it_shows_every_job_the_last_step_and_the_time_left(run: Path) -> None:
     shown = show(run).stdout.splitlines()
     assert shown[1].split()[:3] == ["encode", "12", "unknown"]
     assert shown[2].split()[:3] == ["train", "13", "ended"]
@@ -62,7 +62,7 @@ def test_of_the_newest_log_it_shows_the_end(run: Path) -> None:
     assert show(run, "--lines", "2").stdout.splitlines()[-2:] == ["  train: 50%", "  train: 99%"]
 
 
-def test_a_run_without_jobs_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_run_without_jobs_is_one_line(tmp_path: Path) -> None:
     done = show(tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -81,13 +81,13 @@ def told(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return shown.out + shown.err
 
 
-def test_a_damaged_listing_is_told_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_listing_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("[{", '[{"step": "train"}]', "7", "[" * 100_000):
         (run / "jobs.json").write_text(text)
         assert told(run, capsys).startswith(f"error: {run}/jobs.json: ")
 
 
-def test_a_flipped_bit_in_what_it_reads_is_named_and_changes_no_number(
+def test_a_flipped_bit_in_its_files_is_named_and_changes_no_number(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random = np.random.default_rng(0)

@@ -159,7 +159,7 @@ def test_parts_of_a_stage_ask_for_one_process_each_and_its_share_of_a_nodes_memo
     [
         ("moon", Resources(), "cluster: found 'moon'; allowed: local, debug, slurm, auto"),
         ("local", Resources(nodes=2), r"launch\.nodes: 2 nodes need a SLURM cluster"),
-        ("debug", Resources(processes=2), r"launch\.processes: the debug cluster is this one process; found 2"),
+        ("debug", Resources(processes=2), r"launch\.processes: 2, but the debug cluster runs one process"),
     ],
 )
 def test_what_a_cluster_cannot_give_is_refused(

@@ -43,7 +43,7 @@ def loader(folder: Path) -> ImageLoader:
 
 
 @pytest.mark.parametrize("processes", [1, 3, 50])
-def test_batches_come_whole_and_in_order_from_any_number_of_processes(loader: ImageLoader, processes: int) -> None:
+def test_batches_are_complete_and_in_order_with_any_number_of_processes(loader: ImageLoader, processes: int) -> None:
     assert len(BATCHES) > AHEAD  # places are used again
     with decoded(loader, BATCHES, processes) as loaded:
         kept = list(loaded)
@@ -74,9 +74,7 @@ def test_leaving_early_ends_the_processes(loader: ImageLoader) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_whatever_a_source_or_a_crop_raises_names_its_image(
-    loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_a_source_or_a_crop_name_the_image(loader: ImageLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     real_open, real_crop = loader.source.open, loader.crop
 
     def open_(entry: Entry) -> bytes:
@@ -117,18 +115,21 @@ def leave(status: int) -> None:
 
 
 ENDS: dict[str, tuple[Callable[[], None], str]] = {
-    "killed": (end_by(signal.SIGKILL), "ended with SIGKILL, as for lack of memory; allow more memory or set a smaller"),
-    "without memory": (end_by(signal.SIGBUS), "ended with SIGBUS, as for lack of memory; allow more memory"),
+    "killed": (
+        end_by(signal.SIGKILL),
+        "ended with SIGKILL, probably for lack of memory; allow more memory or set a smaller",
+    ),
+    "without memory": (end_by(signal.SIGBUS), "ended with SIGBUS, probably for lack of memory; allow more memory"),
     "crashed": (end_by(signal.SIGSEGV), "ended with SIGSEGV; repair or remove this image"),
     "aborted": (os.abort, "ended with SIGABRT; repair or remove this image"),
     "exited": (lambda: os._exit(3), "ended with status 3; look for the reason above"),
     "left": (lambda: leave(4), "ended with status 4; look for the reason above"),
-    "without an end": (never_return, "took more than 0.3 seconds of computing; repair or remove this image"),
+    "without an end": (never_return, "took more than 0.3 seconds of CPU time; repair or remove this image"),
 }
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_what_ends_a_decoding_process_is_told_with_the_image_and_what_is_finished_is_kept(
+def test_a_dead_decoding_process_is_reported_with_its_image_and_finished_shards_are_kept(
     case: str, folder: Path, tmp_path: Path, tiny_vae: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end, told = ENDS[case]
@@ -149,14 +150,14 @@ def test_what_ends_a_decoding_process_is_told_with_the_image_and_what_is_finishe
         model=Model(num_classes=1),
         launch=Launch(cpus_per_process=2),
     )
-    with pytest.raises(UserError, match=f"^31.png: .*{told}.* what is finished is kept$") as found:
+    with pytest.raises(UserError, match=f"^31.png: .*{told}.* finished shards are kept$") as found:
         encode(recipe)
     assert "\n" not in str(found.value)
     assert {path.name for path in (tmp_path / "shards").glob("*.tar")} == {shard_name(0), shard_name(1), shard_name(2)}
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_dies_between_two_images_is_told(loader: ImageLoader) -> None:
+def test_a_process_that_dies_between_two_images_is_reported(loader: ImageLoader) -> None:
     with decoded(loader, BATCHES, 2) as loaded:
         next(loaded)
         time.sleep(0.2)  # until it waits for a free place: if it does not yet, an image is named
@@ -167,7 +168,7 @@ def test_a_process_that_dies_between_two_images_is_told(loader: ImageLoader) -> 
             list(loaded)
 
 
-def test_a_signal_to_the_whole_group_is_left_to_the_parent(loader: ImageLoader) -> None:
+def test_decoding_processes_ignore_signals_to_the_group(loader: ImageLoader) -> None:
     with decoded(loader, BATCHES, 2) as loaded:
         next(loaded), next(loaded)
         for process in multiprocessing.active_children():

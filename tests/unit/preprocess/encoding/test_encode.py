@@ -84,7 +84,7 @@ def test_workers_do_not_change_a_byte_and_batches_at_most_the_last_bit(recipe: R
     assert np.abs(first.view(np.int16).astype(int) - second.view(np.int16)).max() <= 1
 
 
-def test_what_is_missing_or_damaged_is_made_and_the_rest_is_kept(recipe: Recipe) -> None:
+def test_only_missing_or_damaged_shards_are_encoded(recipe: Recipe) -> None:
     encode(recipe)
     before, folder = contents(recipe), Path(recipe.data.shards)
     kept = (folder / shard_name(0)).stat().st_mtime_ns
@@ -214,7 +214,9 @@ def test_a_truncated_image_is_listed_and_the_rest_encoded(recipe: Recipe, capsys
 def test_too_many_rejected_images_stop_the_run_with_the_list(recipe: Recipe) -> None:
     truncate(recipe, "dog/3.png")
     for _ in range(2):  # the second run finds the first one's shards
-        with pytest.raises(UserError, match=r"data\.max_rejected: 1 of 18 .* 0\.10% may be; dog/3\.png: .*truncated"):
+        with pytest.raises(
+            UserError, match=r"data\.max_rejected: 1 of 18 .* 0\.10% are allowed; dog/3\.png: .*truncated"
+        ):
             encode(recipe)
     assert not (Path(recipe.data.shards) / INDEX).exists()
     encode(changed(recipe, "data", max_rejected=0.1))
@@ -248,7 +250,7 @@ def test_numbers_that_float16_does_not_hold_are_rejected(
         encode(recipe)
 
 
-def test_a_batch_that_the_device_cannot_hold_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_on_the_device_is_a_user_error(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(encoder: Encoder, images: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
@@ -265,8 +267,8 @@ def test_another_number_of_classes_is_refused(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("latent_channels", 8), ("downsampling", 8)])
-def test_another_vae_than_the_recipe_says_is_refused(recipe: Recipe, field: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"vae\.{field}: {value} in the recipe, but .* has 4"):
+def test_a_vae_that_differs_from_the_recipe_is_rejected(recipe: Recipe, field: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"vae\.{field}: {value} in the recipe, but 4 in "):
         plan(changed(recipe, "vae", **{field: value}))
 
 
@@ -282,11 +284,11 @@ def test_a_vae_that_is_not_here_is_planned_and_then_named(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     elsewhere = changed(recipe, "vae", path=path)
     assert f"{path} (to be downloaded from the hub)" in "\n".join(plan(elsewhere))
-    with pytest.raises(UserError, match=rf"vae\.path: {path} is no folder here.*config\.json.*safetensors"):
+    with pytest.raises(UserError, match=rf"vae\.path: {path} is no folder, .*config\.json.*safetensors"):
         encode(elsewhere)
 
 
-def test_a_vae_of_which_the_hubs_cache_has_a_part_is_fetched_and_what_the_hub_says_is_told(
+def test_a_partly_cached_vae_is_fetched_and_the_hubs_error_is_shown(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A download was interrupted, or was of other files of the repository."""
@@ -307,7 +309,7 @@ def test_a_vae_of_which_the_hubs_cache_has_a_part_is_fetched_and_what_the_hub_sa
     settings = replace(recipe.vae, path="somebody/vae")
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     assert find_vae(settings) is None
-    with pytest.raises(UserError, match=r"the hub does not give it; .*The hub: 401 Client Error\. Access to model"):
+    with pytest.raises(UserError, match=r"its download from the hub failed; .* error: 401 Client Error\. Access"):
         fetch_vae(settings)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert fetch_vae(settings) == cache
@@ -338,7 +340,7 @@ def test_shards_of_other_images_are_never_overwritten(recipe: Recipe) -> None:
         encode(recipe)
 
 
-def test_a_plan_touches_nothing_and_counts_what_is_there(recipe: Recipe) -> None:
+def test_a_plan_writes_nothing_and_counts_finished_shards(recipe: Recipe) -> None:
     assert "0 there already" in "\n".join(plan(recipe))
     assert not Path(recipe.data.shards).exists()
     encode(recipe)
@@ -346,7 +348,7 @@ def test_a_plan_touches_nothing_and_counts_what_is_there(recipe: Recipe) -> None
     assert "3 there already\nto do: 3 images" in "\n".join(plan(recipe))
 
 
-def test_the_disk_estimate_is_what_a_shard_takes(recipe: Recipe) -> None:
+def test_the_disk_estimate_is_the_size_of_a_shard(recipe: Recipe) -> None:
     recipe = changed(recipe, "data", shard_samples=COUNT)
     encode(recipe)
     estimate = COUNT * resolve(recipe, download=False).sample_bytes
@@ -373,7 +375,7 @@ def test_decoding_undoes_the_scaling(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_what_a_cpu_takes_at_once_changes_no_image(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_the_pass_size_on_a_cpu_changes_no_image(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     encoder = Encoder(recipe.vae)
     images = image(recipe, "cat/0.png").lerp(
         image(recipe, "dog/1.png"), torch.linspace(0, 1, count)[:, None, None, None]
@@ -401,5 +403,5 @@ def test_encoding_in_ffcv_format_makes_the_file_after_the_shards(
 
 
 def test_encoding_to_an_address_is_refused(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match=r"data\.shards: s3://bucket/shards is read by training; encode to a local"):
+    with pytest.raises(UserError, match=r"data\.shards: s3://bucket/shards is remote; encode to a local folder"):
         encode(changed(recipe, "data", shards="s3://bucket/shards"))

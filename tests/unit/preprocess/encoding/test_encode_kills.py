@@ -128,7 +128,7 @@ def test_parts_that_are_missing_are_named(recipe: Recipe, tmp_path: Path) -> Non
     chosen = into(recipe, tmp_path)
     encode_part(chosen, 1, 3)
     assert {name for name in contents(chosen) if name.endswith(".tar")} == {shard_name(n) for n in (1, 4, 7)}
-    with pytest.raises(UserError, match=r"has 3 of 10 shards, not latents-000000\.tar, latents-000002\.tar, .*run "):
+    with pytest.raises(UserError, match=r"lacks 7 of 10 shards: latents-000000\.tar, latents-000002\.tar, .*run "):
         merge(chosen)
     assert not (tmp_path / INDEX).exists()
 
@@ -180,7 +180,7 @@ sys.exit(exit_status_of(lambda: encode(parse_recipe(sys.argv[1]))))
 """
 
 
-def test_a_disk_that_is_full_half_way_is_told_and_the_run_goes_on_later(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes(recipe: Recipe, tmp_path: Path) -> None:
     chosen = into(recipe, tmp_path)
     encode_part(chosen, 0, 2)  # every other shard
     before = contents(chosen)

@@ -52,13 +52,13 @@ def test_psnr_is_that_of_the_definition() -> None:
     assert psnr(grey, grey) == float("inf")
 
 
-def test_deep_verification_passes_what_was_encoded(
+def test_deep_verification_passes_intact_shards(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(recipe)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert not run(verify_shards, monkeypatch, recipe.data.shards, "--deep", str(tmp_path / "recipe.yaml"))
-    assert "all of them as they were" in capsys.readouterr().out
+    assert "without differences" in capsys.readouterr().out
 
 
 def test_deep_verification_names_latents_of_another_image_and_wrong_labels(recipe: Recipe, tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_deep_verification_names_latents_of_another_image_and_wrong_labels(recip
     keys = [encoding.source.entries[number].key for number in (0, 1, 3)]
     tar = f"{tmp_path}/wrong/latents-000000.tar: "  # the name of a folder may have spaces
     assert [fault.removeprefix(tar).partition(":")[0] for fault in faults] == keys
-    assert ["latents are" in fault for fault in faults] == [True, True, False]
-    assert "label 0, the source says 1" in faults[2]
+    assert ["latents differ" in fault for fault in faults] == [True, True, False]
+    assert "label 0, but 1 in the source" in faults[2]
 
 
 def test_deep_verification_refuses_other_images_than_were_encoded(recipe: Recipe) -> None:

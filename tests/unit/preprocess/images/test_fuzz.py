@@ -48,7 +48,7 @@ def check(first: int, count: int, again: int) -> None:
     assert all(reasons[rejection.key] == rejection.reason for rejection in second.rejected)
 
 
-def test_what_is_mutated_is_whole_before() -> None:
+def test_files_are_valid_before_mutation() -> None:
     source = Mutations(0, len(originals()))
     source.open = lambda entry: originals()[entry.place[0]]
     assert not ImageLoader(source, "center", 16)[range(len(originals()))].rejected

@@ -35,7 +35,7 @@ def test_every_uint8_value_survives_the_round_trip() -> None:
     assert torch.equal(to_uint8(to_tensor(image)), values.permute(2, 0, 1))
 
 
-def test_halves_round_up_and_what_is_outside_is_clamped() -> None:
+def test_halves_round_up_and_values_outside_are_clamped() -> None:
     halves = (torch.tensor([0.5, 1.5, 2.5, 254.5]) - 127.5) / 127.5
     assert to_uint8(halves.double()).tolist() == [1, 2, 3, 255]
     assert to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]

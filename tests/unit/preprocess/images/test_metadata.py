@@ -120,7 +120,7 @@ def test_a_jpegs_odd_metadata_are_dropped(case: str) -> None:
     assert np.array_equal(np.asarray(decode(jpeg_with(*ODD_JPEGS[case]))), np.asarray(decode(jpeg_with())))
 
 
-def test_what_tells_a_jpegs_colour_space_is_kept() -> None:
+def test_a_jpegs_colour_space_segments_are_kept() -> None:
     red = np.zeros((8, 8, 3), np.uint8) + np.array([200, 30, 40], np.uint8)
     plain = encoded(Image.fromarray(red), "jpeg", keep_rgb=True)  # says so by its Adobe segment or components' names
     cmyk = encoded(Image.new("CMYK", (8, 8), (200, 30, 40, 5)), "jpeg")

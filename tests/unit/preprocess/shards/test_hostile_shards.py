@@ -122,7 +122,7 @@ def seal(path: Path, value: Any) -> None:
         write_sealed(path, value)
 
 
-def test_of_1500_edits_of_an_index_each_is_told_or_changes_no_sample(folder: Path, victim: Path) -> None:
+def test_of_1500_edits_of_an_index_each_is_reported_or_harmless(folder: Path, victim: Path) -> None:
     index, refused = unsealed(folder / INDEX), 0
     for number, value in enumerate(edits(index, np.random.default_rng(0), 1500, wrong(victim))):
         seal(folder / INDEX, value)
@@ -139,7 +139,7 @@ def test_of_1500_edits_of_an_index_each_is_told_or_changes_no_sample(folder: Pat
     assert refused > 1000
 
 
-def test_of_400_edits_of_a_far_index_each_is_told_or_changes_no_sample(
+def test_of_400_edits_of_a_remote_index_each_is_reported_or_harmless(
     folder: Path, victim: Path, tmp_path: Path
 ) -> None:
     """Behind a cache, which makes, links to and deletes files by names that the index has a part in."""
@@ -164,9 +164,7 @@ def test_of_400_edits_of_a_far_index_each_is_told_or_changes_no_sample(
     assert refused > 250
 
 
-def test_of_600_edits_of_a_record_each_is_taken_for_no_record_or_writes_the_same_index(
-    folder: Path, victim: Path
-) -> None:
+def test_of_600_edits_of_a_record_each_invalidates_it_or_writes_the_same_index(folder: Path, victim: Path) -> None:
     path = folder / "latents-000001.json"
     record, before = unsealed(path), (folder / INDEX).read_bytes()
     missing = same = 0
@@ -192,7 +190,7 @@ def test_of_600_edits_of_a_record_each_is_taken_for_no_record_or_writes_the_same
     assert victim.read_text() == "years of work"
 
 
-def test_of_600_edits_of_rows_each_is_told_or_changes_no_sample(folder: Path) -> None:
+def test_of_600_edits_of_rows_each_is_reported_or_harmless(folder: Path) -> None:
     """The table's hash in the index is that of the edited one."""
     rows, index = np.load(folder / SAMPLES, allow_pickle=False), unsealed(folder / INDEX)
     extremes = np.array([0, 1, 2, 3, 128, 1536, 2**16, 2**31, 2**32 - 1, 2**48, 2**63, 2**64 - 1], np.uint64)
@@ -217,7 +215,7 @@ def test_of_600_edits_of_rows_each_is_told_or_changes_no_sample(folder: Path) ->
 
 
 @pytest.mark.parametrize("name", [INDEX, "latents-000001.json"])
-def test_each_bit_flipped_in_a_json_file_is_told_or_the_file_is_made_again(folder: Path, name: str) -> None:
+def test_each_flipped_bit_in_a_json_file_is_reported_or_the_file_written_again(folder: Path, name: str) -> None:
     """Bit 7 too, after which the bytes are no text."""
     data = (folder / name).read_bytes()
     for bit in [*range(7, 8 * len(data), 8 * 3), *range(0, 8 * len(data), 41)]:
@@ -237,7 +235,7 @@ def test_each_bit_flipped_in_a_json_file_is_told_or_the_file_is_made_again(folde
 @pytest.mark.parametrize(
     "data", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"\xff\xfe", b"", b"null", b"\0", b'"\\ud800"']
 )
-def test_an_index_that_no_parser_likes_is_told(folder: Path, data: bytes) -> None:
+def test_an_unparsable_index_is_reported(folder: Path, data: bytes) -> None:
     (folder / INDEX).write_bytes(data)
     assert told_or_right(str(data[:20]), lambda: is_right(LatentShards(folder)))
 
@@ -251,7 +249,7 @@ def test_links_are_not_followed_where_we_write_lock_or_delete(folder: Path, vict
     for name in (".lock", f".{shard_name(1)}.node.1.tmp", f".{INDEX}.node.1.tmp", ".latents-x.tmp"):
         (folder / name).symlink_to(victim)
     (folder / ".folder.1.tmp").symlink_to(precious)
-    with pytest.raises(UserError, match=r"\.lock: a symbolic link where a file of ours is needed"), folder_lock(folder):
+    with pytest.raises(UserError, match=r"\.lock: a symbolic link, but a regular file is needed"), folder_lock(folder):
         pass
     remove_unfinished(folder, range(SHARDS))
     write_index(folder, [each for number in range(SHARDS) if (each := finished_record(folder, number, thorough=True))],

@@ -69,7 +69,7 @@ def damage(remote: fsspec.AbstractFileSystem, name: str) -> None:
 EVERYTHING = np.arange(COUNT)
 
 
-def test_remote_shards_give_what_local_ones_give(remote: object, local: Path, tmp_path: Path) -> None:
+def test_remote_shards_equal_local_ones(remote: object, local: Path, tmp_path: Path) -> None:
     here, there = LatentShards(local), LatentShards(ADDRESS, Cache(tmp_path))
     indices, flips = np.array([59, 0, 31, 31, 9, 10]), np.array([True, False, True, False, False, True])
     assert np.array_equal(there.gather(indices, flips), here.gather(indices, flips))
@@ -89,7 +89,7 @@ def test_only_the_shards_that_are_asked_for_are_fetched_and_each_once(
 
 
 @pytest.mark.parametrize("name", ["latents-000001.tar", "latents-000001.samples.npy"])
-def test_what_is_not_the_indexs_bytes_never_reaches_the_cache(
+def test_files_that_contradict_the_index_never_reach_the_cache(
     remote: fsspec.AbstractFileSystem, tmp_path: Path, name: str
 ) -> None:
     damage(remote, name)
@@ -125,7 +125,7 @@ def test_a_copy_that_goes_bad_in_the_cache_is_fetched_again(
     assert np.array_equal(LatentShards(ADDRESS, Cache(tmp_path)).gather(EVERYTHING), expected)
 
 
-def test_the_cache_stays_within_its_limit_by_dropping_what_was_used_longest_ago(
+def test_the_cache_stays_within_its_limit_by_deleting_the_least_recently_used(
     remote: object, local: Path, tmp_path: Path
 ) -> None:
     size = sum((local / name).stat().st_size for name in ("latents-000000.tar", "latents-000000.samples.npy"))
@@ -147,7 +147,7 @@ def test_the_cache_stays_within_its_limit_by_dropping_what_was_used_longest_ago(
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
         assert mapped
         assert not [line for line in mapped if "deleted" in line]
-    with pytest.raises(UserError, match=r"data\.cache_gb: 0\.00 GB hold no shard"):
+    with pytest.raises(UserError, match=r"data\.cache_gb: 0\.00 GB do not hold a shard"):
         LatentShards(ADDRESS, Cache(tmp_path / "small", 100)).gather(EVERYTHING)
 
 
@@ -199,7 +199,7 @@ def test_a_killed_fetch_leaves_no_half_copy_and_the_next_one_goes_on(local: Path
     assert again.returncode == 0
 
 
-def test_what_a_killed_fetch_left_goes_where_room_is_needed_and_only_that(
+def test_leftovers_of_a_killed_fetch_are_deleted_when_room_is_needed(
     remote: object, local: Path, tmp_path: Path
 ) -> None:
     left = tmp_path / f".{16 * 'a'}-latents-000009.tar.node.1.tmp"
@@ -283,7 +283,7 @@ def test_a_set_that_is_too_large_to_stage_in_is_refused(remote: object, tmp_path
         (("data.stage_in=true",), r"data\.stage_in needs data\.cache"),
         (("data.lanes=5",), r"data\.lanes: 5 do not divide train\.batch_size, 512"),
         (("data.cache=$UNSET_VARIABLE/x",), r"data\.cache: \$UNSET_VARIABLE/x names a variable that is not set"),
-        (("data.cache=/proc/x",), r"data\.cache: /proc/x cannot be written"),
+        (("data.cache=/proc/x",), r"data\.cache: /proc/x: not written"),
         (("data.cache=/tmp", "data.shards=nowhere://x"), r"data\.shards: nowhere://x cannot be opened: Protocol not"),
         (("data.cache=/tmp", "data.shards=memory://empty"), r"data\.shards: memory://empty has no index\.json"),
         (("data.format=ffcv",), r"data\.format: .*/ffcv has no index\.json; run preprocess/beton\.py"),
@@ -294,8 +294,8 @@ def test_settings_that_cannot_work_are_refused_by_name(local: Path, overrides: t
         open_latents(parse_recipe(recipe_text(local), overrides)).gather(EVERYTHING)
 
 
-def test_a_local_reader_of_an_address_says_what_is_missing() -> None:
-    with pytest.raises(UserError, match=r"data\.cache: .* lies elsewhere; set data\.cache"):
+def test_a_remote_address_needs_a_cache() -> None:
+    with pytest.raises(UserError, match=r"data\.cache: not set, but .* is remote; set it to a folder"):
         LatentShards("s3://bucket/shards")
 
 
@@ -349,7 +349,7 @@ except UserError as error:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_users_cache_is_read_where_it_is_whole_and_named_where_it_is_not(local: Path) -> None:
+def test_another_users_cache_is_read_if_complete_and_named_if_not(local: Path) -> None:
     with tempfile.TemporaryDirectory() as name:  # which others may enter, other than pytest's
         shared = Path(name)
         shared.chmod(0o755)

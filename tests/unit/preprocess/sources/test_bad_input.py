@@ -122,7 +122,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
     "a tar with a device": (
         lambda f: tar_file(f / "x.tar", {"0.jpg": JPEG}, link(tarfile.CHRTYPE, "")),
         "webdataset",
-        "no plain file",
+        "no regular file",
     ),
     "a tar with duplicate keys": (
         lambda f: tar_file(f / "x.tar", {"0.jpg": JPEG}, tarfile.TarInfo("0.jpg")),
@@ -171,19 +171,19 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         r"'a\.jpg' twice",
     ),
     "a zip of another compression": (lambda f: zip_method(f / "x.zip"), "ffhq", "only deflate is read"),
-    "a zip cut off": (lambda f: cut(write_zip(f / "x.zip", {"a.jpg": JPEG}), 0.7), "ffhq", "not a whole zip"),
+    "a zip cut off": (lambda f: cut(write_zip(f / "x.zip", {"a.jpg": JPEG}), 0.7), "ffhq", "not a complete zip"),
     "a zip of an LMDB": (lambda f: write_zip(f / "x.zip", {"church/data.mdb": b"0"}), "lsun", "unzip it"),
     "an LMDB cut off": (
         lambda f: cut(write_lmdb(f / "x", dict(zip("abcdefgh", photographs(8), strict=True))) / "data.mdb", 0.5),
         "lsun",
-        "cut off; get it anew",
+        "cut off; download it again",
     ),
     "an LMDB that is none": (lambda f: write_folder(f, {"data.mdb": b"no database" * 999}), "lsun", "is not an LMDB"),
     "an LMDB without entries": (lambda f: write_lmdb(f / "x", {}), "lsun", "LMDB without images"),
     "a parquet cut off": (
         lambda f: cut(write_parquet(f / "x.parquet", [JPEG], [0], None), 0.6),
         "parquet",
-        "not a whole parquet file",
+        "not a complete parquet file",
     ),
     "a parquet split without labels": (
         unlabelled_test_split,
@@ -196,7 +196,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
         r"2 sets of files .*: test-\*-of-.*, or name one, as .*/train-\*-of-00001\.parquet",
     ),
     "a loop of symbolic links": (link_loop, "folder", "symbolic link"),
-    "a pipe among the images": (pipe, "folder", r"a/1\.jpg is no plain file"),
+    "a pipe among the images": (pipe, "folder", r"a/1\.jpg is no regular file"),
     "folders that are no wnids": (lambda f: write_folder(f, {"cat/0.jpg": JPEG}), "imagenet", "none of ImageNet-1k's"),
     "a tar that is not ILSVRC's": (
         lambda f: tar_file(f / "x.tar", {"cat.tar": tar_bytes({"0.jpg": JPEG})}),
@@ -208,7 +208,7 @@ REFUSED_SOURCES: dict[str, tuple[Place, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_SOURCES)
-def test_a_bad_source_is_refused_with_one_line_that_names_what_it_found(case: str, tmp_path: Path) -> None:
+def test_a_bad_source_is_refused_with_one_line(case: str, tmp_path: Path) -> None:
     make, source, reason = REFUSED_SOURCES[case]
     path = make(tmp_path)
     path = path if isinstance(path, Path | str) else tmp_path / "x.tar"

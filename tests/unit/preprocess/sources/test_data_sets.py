@@ -81,7 +81,7 @@ def test_a_parquet_data_set_has_its_own_class_names(tmp_path: Path, images: list
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary"])
-def test_a_parquet_column_may_be_of_the_bytes_themselves(tmp_path: Path, images: list[bytes], kind: str) -> None:
+def test_a_parquet_column_can_hold_plain_bytes(tmp_path: Path, images: list[bytes], kind: str) -> None:
     import pyarrow
     from pyarrow import parquet
 

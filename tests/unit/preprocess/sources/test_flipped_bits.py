@@ -24,7 +24,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("shape", [(24, 24, 3), (3, 20, 24), (24, 24)])
-def test_of_each_flip_in_the_header_of_a_npy_face_comes_the_right_image_or_none(shape: tuple[int, ...]) -> None:
+def test_each_flipped_bit_in_a_npy_header_gives_the_right_image_or_none(shape: tuple[int, ...]) -> None:
     data = npy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     right, reasons = np.asarray(decode(data)), []
     for bit in range(1024):
@@ -102,7 +102,7 @@ def quiet() -> Iterator[None]:
         the_footer_of_a_parquet_file,
     ],
 )
-def test_a_flip_in_what_describes_a_source_is_read_or_refused(
+def test_a_flipped_bit_in_a_sources_metadata_is_read_or_refused(
     make: Callable[[Path], tuple[str, Path, range]], tmp_path: Path
 ) -> None:
     kind, path, places = make(tmp_path)

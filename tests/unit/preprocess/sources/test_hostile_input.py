@@ -152,7 +152,7 @@ def test_numbers_that_lie_are_refused_before_memory_is_taken_for_them(case: str,
     assert "\n" not in str(found.value)
 
 
-def test_damage_anywhere_in_a_parquet_file_is_told_on_one_line(tmp_path: Path) -> None:
+def test_damage_anywhere_in_a_parquet_file_is_one_line(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", list(photographs(4)), [0, 1, 0, 1], ["a", "b"])
     data, told = path.read_bytes(), list[str]()
     for position in range(len(data) - 600, len(data), 20):  # metadata, where all else is described
@@ -163,7 +163,7 @@ def test_damage_anywhere_in_a_parquet_file_is_told_on_one_line(tmp_path: Path) -
                 source.open(entry)
         except (UserError, Rejected) as error:
             told.append(str(error))
-    assert any("not a whole parquet file" in line for line in told)
+    assert any("not a complete parquet file" in line for line in told)
     assert not any("\n" in line for line in told)
 
 

@@ -28,7 +28,7 @@ class Counted:
 
 
 WNIDS = [str(label) for label in range(1000)]
-CHURCH = "warning: LSUN's church_outdoor, for training, has 126,227 images, here are"
+CHURCH = "warning: LSUN's church_outdoor, for training, has 126,227 images, found"
 
 TOLD: dict[str, tuple[str, Counted, list[str]]] = {
     "FFHQ": ("ffhq", Counted(70_000, ["face"]), []),
@@ -40,21 +40,21 @@ TOLD: dict[str, tuple[str, Counted, list[str]]] = {
     "ImageNet's validation images": (
         "imagenet",
         Counted(50_000, WNIDS),
-        ["warning: ImageNet-1k's training set has 1,281,167 images, here are 50,000, as many as its validation images"],
+        ["warning: ImageNet-1k's training set has 1,281,167 images, found 50,000, as many as its validation images"],
     ),
     "a part of ImageNet": (
         "imagenet",
         Counted(13, WNIDS[:10]),
         [
-            "warning: ImageNet-1k's training set has 1,281,167 images, here are 13",
-            "warning: ImageNet-1k has 1,000 classes, here are 10",
+            "warning: ImageNet-1k's training set has 1,281,167 images, found 13",
+            "warning: ImageNet-1k has 1,000 classes, found 10",
         ],
     ),
-    "FFHQ but one": ("ffhq", Counted(69_999, ["face"]), ["warning: FFHQ has 70,000 images, here are 69,999"]),
+    "FFHQ but one": ("ffhq", Counted(69_999, ["face"]), ["warning: FFHQ has 70,000 images, found 69,999"]),
     "CelebA-HQ twice": (
         "celebahq",
         Counted(60_000, ["face"]),
-        ["warning: CelebA-HQ has 30,000 images, here are 60,000, 2 times as many: are there copies?"],
+        ["warning: CelebA-HQ has 30,000 images, found 60,000, 2 times as many: are there copies?"],
     ),
     "a part of church_outdoor": (
         "lsun",
@@ -64,23 +64,23 @@ TOLD: dict[str, tuple[str, Counted, list[str]]] = {
     "another scene": (
         "lsun",
         Counted(5, ["lsun_bedroom_train"]),
-        ["warning: LSUN's bedroom, for training, has 3,033,042 images, here are 5"],
+        ["warning: LSUN's bedroom, for training, has 3,033,042 images, found 5"],
     ),
     "images that are not read": (
         "folder",
-        Counted(9, ["a"], {"encoded as HEIC, which is not read; convert to PNG or JPEG": 2}),
-        ["warning: 2 images are in formats that are not read, and left out"],
+        Counted(9, ["a"], {"encoded as HEIC, which is not supported; convert to PNG or JPEG": 2}),
+        ["warning: 2 images are in unsupported formats and left out"],
     ),
     "most files left out": (
         "folder",
         Counted(9, ["a"], {"not an image: no suffix": 10, "hidden": 99}),
-        ["warning: most files are left out: 10 are no images by their names, 9 are"],
+        ["warning: most files are left out: 10 have no image's name, 9 have"],
     ),
 }
 
 
 @pytest.mark.parametrize("case", TOLD)
-def test_another_number_of_images_than_is_known_is_told(case: str) -> None:
+def test_an_unexpected_number_of_images_is_a_warning(case: str) -> None:
     kind, source, expected = TOLD[case]
     assert warnings(kind, source) == expected
 
@@ -107,8 +107,8 @@ def recipe(tmp_path: Path, tiny_vae: Path) -> Recipe:
 
 
 WARNINGS = [
-    "warning: CelebA-HQ has 30,000 images, here are 3",
-    "warning: 1 images are in formats that are not read, and left out",
+    "warning: CelebA-HQ has 30,000 images, found 3",
+    "warning: 1 images are in unsupported formats and left out",
 ]
 
 
@@ -121,7 +121,7 @@ def test_warnings_and_files_left_out_are_in_the_plan_the_summary_and_the_index(
     index = LatentShards(recipe.data.shards).index
     assert index["warnings"] == WARNINGS
     assert index["left_out"] == {
-        "encoded as HEIC, which is not read; convert to PNG or JPEG": 1,
+        "encoded as HEIC, which is not supported; convert to PNG or JPEG": 1,
         "masks and maps of faces": 1,
         "not an image: no suffix": 1,
     }
@@ -149,15 +149,15 @@ ADVICE = {
         "folder",
         {"cat/1.png": b"", "dog/1.png": b""},
         3,
-        r"3, but .*other has 2 classes \(cat, dog\); if these are the classes that you mean, set model\.num_classes=2$",
+        r"3, but .*other has 2 classes \(cat, dog\); if these are the intended classes, set model\.num_classes=2$",
     ),
     "classes that are one": (
         "folder",
         {"cat/1.png": b"", "dog/1.png": b""},
         1,
-        r"set model\.num_classes=2; if all images are one class, data\.label_field=none$",
+        r"set model\.num_classes=2; if all images are one class, set data\.label_field=none$",
     ),
-    "no classes": ("folder", {"cat/1.png": b""}, 1000, r"has 1 class \(cat\); without labels all images are alike"),
+    "no classes": ("folder", {"cat/1.png": b""}, 1000, r"has 1 class \(cat\); without labels a class-"),
     "a part of ImageNet": (
         "imagenet",
         WNID_FILES,
@@ -169,7 +169,7 @@ ADVICE = {
 
 
 @pytest.mark.parametrize("case", ADVICE)
-def test_advice_on_the_number_of_classes_says_what_was_found(recipe: Recipe, case: str) -> None:
+def test_advice_on_the_number_of_classes_fits_the_data(recipe: Recipe, case: str) -> None:
     kind, files, classes, told = ADVICE[case]
     with pytest.raises(UserError, match=told) as found:
         plan(changed(recipe, kind, files, classes))

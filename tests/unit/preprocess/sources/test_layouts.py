@@ -94,11 +94,11 @@ def test_all_images_are_one_class_where_the_recipe_says_so(tmp_path: Path, case:
 
 @pytest.mark.parametrize("keys", [["train/1.jpg", "val/2.jpg"], ["a/train/1.jpg", "a/val/2.jpg", "b/3.jpg"]])
 def test_splits_are_not_one_class(tmp_path: Path, keys: list[str]) -> None:
-    with pytest.raises(UserError, match="holds the splits train, val, side by side; name the one that is meant"):
+    with pytest.raises(UserError, match="holds the splits train, val, side by side; name one of them"):
         layout(tmp_path, keys, label_field="none")
 
 
-def test_splits_that_may_be_classes_are_to_be_renamed(tmp_path: Path) -> None:
+def test_splits_that_could_be_classes_must_be_renamed(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="the splits test, train, side by side; rename them if they are classes, or name"
     ):
@@ -122,13 +122,13 @@ def test_a_column_is_not_named_of_imagenets_folders_and_archives(tmp_path: Path,
     path = write_folder(tmp_path / "x", {"n01440764/1.JPEG": b""})
     if form != "folder":
         path = write_zip(tmp_path / f"x.{form}", {"n01440764/1.JPEG": b""})
-    with pytest.raises(UserError, match=rf"data\.{field}: x would be a column of parquet files, and .* is none"):
+    with pytest.raises(UserError, match=rf"data\.{field}: x names a column of parquet files, but .* is not parquet"):
         source_of("imagenet", path, **{field: "x"})
 
 
 @FORMS
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_layout_of_classes_is_refused_by_what_it_holds(tmp_path: Path, case: str, form: str) -> None:
+def test_other_layouts_are_refused_with_their_content(tmp_path: Path, case: str, form: str) -> None:
     keys, told = REFUSED[case]
     with pytest.raises(UserError, match=told) as found:
         layout(tmp_path, keys, form=form)
@@ -136,7 +136,7 @@ def test_what_is_no_layout_of_classes_is_refused_by_what_it_holds(tmp_path: Path
     assert "num_classes" not in str(found.value)
 
 
-def test_only_an_empty_folder_may_be_removed(tmp_path: Path) -> None:
+def test_removal_is_advised_for_empty_folders_only(tmp_path: Path) -> None:
     path = write_folder(tmp_path, {"a/1.png": b"", "b/1.png": b""})
     (path / "c/d").mkdir(parents=True)
     with pytest.raises(UserError, match=r"/c is empty, beside folders of images, the classes; fill it or remove it"):
@@ -146,7 +146,7 @@ def test_only_an_empty_folder_may_be_removed(tmp_path: Path) -> None:
 @FORMS
 def test_the_folder_that_a_refusal_names_is_read(tmp_path: Path, form: str) -> None:
     keys = ["data/train/cat/1.png", "data/train/dog/1.png", "data/val/cat/1.png"]
-    with pytest.raises(UserError, match="name the one that is meant, as ") as found:
+    with pytest.raises(UserError, match="name one of them, such as ") as found:
         layout(tmp_path, keys, form=form)
     source = source_of("folder", str(found.value).rpartition(" as ")[2])
     assert labels(source) == {"cat/1.png": "cat", "dog/1.png": "dog"}
@@ -181,11 +181,11 @@ ILSVRC = "ILSVRC/Data/CLS-LOC"
 NOT_IMAGENET = {
     "validation images beside": (
         [*(f"{ILSVRC}/train/{key}" for key in WNIDS), f"{ILSVRC}/val/1.JPEG", "ILSVRC/ImageSets/train.txt"],
-        r"further down; name the one meant: .*/ILSVRC/Data/CLS-LOC/train$",
+        r"further down; name one of them: .*/ILSVRC/Data/CLS-LOC/train$",
     ),
     "two splits": (
         [f"{split}/{key}" for split in ("train", "val") for key in WNIDS],
-        r"name the one meant: .*/train, .*/val$",
+        r"name one of them: .*/train, .*/val$",
     ),
     "validation images alone": (["val/ILSVRC2012_val_00000001.JPEG"], "holds 'val', which is none of ImageNet-1k's"),
     "images alone": (["ILSVRC2012_val_00000001.JPEG"], "holds 'ILSVRC2012_val_00000001.JPEG', which is none of"),
@@ -198,7 +198,7 @@ NOT_IMAGENET = {
 
 @FORMS
 @pytest.mark.parametrize("case", NOT_IMAGENET)
-def test_what_is_not_imagenets_layout_is_refused_with_the_folder_that_is(tmp_path: Path, case: str, form: str) -> None:
+def test_other_layouts_of_imagenet_are_refused_with_the_right_folder(tmp_path: Path, case: str, form: str) -> None:
     keys, told = NOT_IMAGENET[case]
     with pytest.raises(UserError, match=told) as found:
         layout(tmp_path, keys, "imagenet", form)

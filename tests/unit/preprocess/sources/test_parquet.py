@@ -113,21 +113,21 @@ def test_of_several_labels_one_is_to_be_named(tmp_path: Path) -> None:
     assert "data.label_field: nowhere is no column of" in refused(path, label_field="nowhere")
 
 
-def test_columns_that_may_be_labels_and_are_not_read_are_named_in_a_warning(tmp_path: Path) -> None:
+def test_unused_columns_that_could_be_labels_are_named_in_a_warning(tmp_path: Path) -> None:
     columns = {"image": STRUCTS, "identity": LABELS, "caption": list("abcd")}
     for number in range(2):
         write(tmp_path / f"{number}.parquet", columns)
     source = source_of("parquet", tmp_path)
     assert (labels(source), source.class_names) == ([0] * 8, ["0"])
     (warning,) = warnings("parquet", source)
-    assert "all images are one class; columns that are not read: identity, caption; set data.label_field" in warning
+    assert "all images are one class; columns not read: identity, caption; set data.label_field" in warning
     assert source.left_out == {}  # files, and these are read
     check(source_of("parquet", tmp_path / "0.parquet", label_field="identity"))
     assert source_of("parquet", tmp_path / "0.parquet", label_field="caption").class_names == list("abcd")
 
 
 BAD_LABELS: dict[str, tuple[Any, str]] = {
-    "floats": ([0.0, 1.0, 2.0, 1.0], r"row 0, has no label that is read; .*'0\.0', which is no class index"),
+    "floats": ([0.0, 1.0, 2.0, 1.0], r"row 0, has no supported label; .*'0\.0', which is no class index"),
     "nan": ([float("nan")] * 4, "'nan', which is no class index"),
     "lists": ([[1], [0, 2], [], [1]], r"'\[1\]', which is no class index"),
     "structures": ([{"id": 1}] * 4, "which is no class index"),
@@ -142,13 +142,13 @@ BAD_LABELS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
-def test_a_label_that_is_not_read_never_becomes_one_class(tmp_path: Path, case: str) -> None:
+def test_unsupported_labels_never_become_one_class(tmp_path: Path, case: str) -> None:
     column, reason = BAD_LABELS[case]
     path = write(tmp_path / "x.parquet", {"image": STRUCTS, "label": column})
     with pytest.raises(UserError, match=reason) as found:
         source_of("parquet", path)
     assert "data.label_field" in str(found.value)
-    assert "anew" not in str(found.value)
+    assert "download" not in str(found.value)
     check(source_of("parquet", path, label_field="none"), [0] * 4)
 
 
@@ -202,7 +202,7 @@ def test_files_without_encoded_images_are_refused_by_name(tmp_path: Path, case: 
     path = write(tmp_path / "x.parquet", columns)
     with pytest.raises(UserError, match=reason) as found:
         source_of("parquet", path)
-    assert "anew" not in str(found.value)
+    assert "download" not in str(found.value)
 
 
 def test_a_row_with_a_path_alone_is_rejected_with_it(tmp_path: Path) -> None:
@@ -242,8 +242,8 @@ BAD_FILES = {
         lambda path: write_text(path, "version https://git-lfs.github.com/spec/v1\n"),
         "git lfs pull",
     ),
-    "nothing": (lambda path: write_text(path, ""), "is not a whole parquet file"),
-    "a page": (lambda path: write_text(path, "<html>" * 99), "is not a whole parquet file"),
+    "nothing": (lambda path: write_text(path, ""), "is not a complete parquet file"),
+    "a page": (lambda path: write_text(path, "<html>" * 99), "is not a complete parquet file"),
     "too few names": (
         lambda path: write(path, {"image": IMAGES, "label": LABELS}, {"label": class_label("a", "b")}),
         r"has the label 2 \(label\) and 2 class names",
@@ -312,7 +312,7 @@ def test_splits_and_configurations_never_merge_and_keys_are_unique(tmp_path: Pat
 
 
 @pytest.mark.parametrize("root", ["", "data", "default/train", "a/b/c"])
-def test_one_split_is_read_from_the_folder_of_the_whole_clone(tmp_path: Path, root: str) -> None:
+def test_one_split_is_read_from_a_clone(tmp_path: Path, root: str) -> None:
     for number in range(2):
         write(tmp_path / root / f"{number:04d}.parquet", {"image": STRUCTS, "label": LABELS})
     beside = {"README.md": b"", ".gitattributes": b"", ".cache/huggingface/x.parquet": b"", "dataset_infos.json": b""}
@@ -343,7 +343,7 @@ def test_hidden_folders_stop_nothing(tmp_path: Path, hidden: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_parts_are_numbered_from_0_or_from_1_and_none_may_be_missing(tmp_path: Path, first: int) -> None:
+def test_parts_are_numbered_from_0_or_1_and_must_be_complete(tmp_path: Path, first: int) -> None:
     for number in range(first, first + 3):
         write(tmp_path / f"x-0000{number}-of-00003.parquet", {"image": STRUCTS, "label": LABELS})
     assert len(source_of("parquet", tmp_path).entries) == 12
@@ -362,7 +362,7 @@ def test_imagenets_parquet_is_found_in_a_clone_and_has_its_own_order(tmp_path: P
     check(source)
     assert source.class_names[1] == "n01443537 goldfish, Carassius auratus"
     write(path, {"image": STRUCTS})
-    assert "has no labels that are read; set data.label_field" in refused(tmp_path, "imagenet")
+    assert "has no supported labels; set data.label_field" in refused(tmp_path, "imagenet")
     write(path, {"image": STRUCTS, "label": ["tench", "goldfish", "hen", "tench"]})
     assert "holds 'goldfish', which is none of ImageNet-1k's" in refused(tmp_path, "imagenet")
 

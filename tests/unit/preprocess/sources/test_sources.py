@@ -63,11 +63,11 @@ LEFT_OUT = {
     ".marker.json": "hidden",
     "a/.x.png": "hidden",
     "a/.DS_Store": "hidden",
-    "a/x.HEIC": "encoded as HEIC, which is not read; convert to PNG or JPEG",
-    "a/x.heif": "encoded as HEIC, which is not read; convert to PNG or JPEG",
-    "a/x.avif": "encoded as AVIF, which is not read; convert to PNG or JPEG",
-    "a/x.jxl": "encoded as JPEG XL, which is not read; convert to PNG or JPEG",
-    "a/x.dng": "encoded as a camera's raw data, which is not read; convert to PNG or JPEG",
+    "a/x.HEIC": "encoded as HEIC, which is not supported; convert to PNG or JPEG",
+    "a/x.heif": "encoded as HEIC, which is not supported; convert to PNG or JPEG",
+    "a/x.avif": "encoded as AVIF, which is not supported; convert to PNG or JPEG",
+    "a/x.jxl": "encoded as JPEG XL, which is not supported; convert to PNG or JPEG",
+    "a/x.dng": "encoded as a camera's raw data, which is not supported; convert to PNG or JPEG",
 }
 
 
@@ -171,7 +171,7 @@ def test_of_any_tree_all_files_are_taken_or_left_out_or_it_is_refused(tmp_path: 
     assert all(line.startswith("data.images: ") and line.isprintable() for line in refusals)
 
 
-def test_a_name_that_no_encoding_has_is_read_and_told(tmp_path: Path) -> None:
+def test_an_undecodable_file_name_is_read_and_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     folder = fill(tmp_path, ["a/1.png"])
     (folder / name).mkdir()
@@ -199,12 +199,12 @@ NO_IMAGES = {
     "a zip": (["images.zip"], "name the zip itself"),
     "parquet files": (["x/0.parquet"], "data.source=parquet"),
     "arrays": (["0.npy"], "data.source=celebahq or ffhq"),
-    "HEIC": (["a/0.heic"], "encoded as HEIC, which is not read; convert"),
+    "HEIC": (["a/0.heic"], "encoded as HEIC, which is not supported; convert"),
 }
 
 
 @pytest.mark.parametrize("case", NO_IMAGES)
-def test_what_lies_there_in_place_of_images_is_said(tmp_path: Path, case: str) -> None:
+def test_files_found_instead_of_images_are_named(tmp_path: Path, case: str) -> None:
     keys, told = NO_IMAGES[case]
     with pytest.raises(UserError, match=told):
         source_of("folder", fill(tmp_path, keys))
@@ -277,7 +277,7 @@ def test_a_followed_link_to_nothing_is_named(tmp_path: Path, target: str) -> Non
 def test_a_followed_link_to_a_device_is_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path / "images", ["a/1.png"])
     (folder / "a/2.png").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"a/2\.png is no plain file"):
+    with pytest.raises(UserError, match=r"a/2\.png is no regular file"):
         source_of("folder", folder, follow_links=True)
 
 

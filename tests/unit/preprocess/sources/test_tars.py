@@ -79,7 +79,7 @@ def test_a_dotted_shard_beside_a_plain_one_loses_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", [".hidden.jpg", "./._a.jpg", "__MACOSX/a.jpg", "./PaxHeaders.1234/a.jpg", "PaxHeader/a.jpg", ".git/a.jpg"]
 )
-def test_what_is_really_hidden_is_counted(tmp_path: Path, name: str) -> None:
+def test_hidden_files_are_counted(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes({**LABELLED, name: JPEG}))
     source = source_of("webdataset", tmp_path / "x.tar")
     assert (len(source.entries), source.left_out) == (2, {"hidden": 1})
@@ -114,9 +114,9 @@ AFTER_THE_END: dict[str, tuple[bytes, str | None]] = {
         "without a tar's end mark",
     ),
     "half an end mark": (tar_bytes({"a.jpg": JPEG})[: 512 + -(-len(JPEG) // 512) * 512 + 100], "without a tar's end"),
-    "nothing at all": (b"", "is empty; get it anew"),
+    "nothing at all": (b"", "is empty; download it again"),
     "zeros alone": (bytes(10240), "holds no images"),
-    "a page that the server sent": (b"<!DOCTYPE html>" + bytes(600), "is not a whole tar"),
+    "a page that the server sent": (b"<!DOCTYPE html>" + bytes(600), "is not a complete tar"),
     "a note of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     **{
         f"packed by {kind}": (magic + bytes(600), rf"is compressed \({kind}\)")
@@ -213,7 +213,7 @@ def test_a_chain_of_long_names_is_refused(tmp_path: Path) -> None:
     member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2
     block = member.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0")
     (tmp_path / "x.tar").write_bytes(block * 5000 + END)
-    assert "is not a whole tar" in refused(tmp_path / "x.tar")
+    assert "is not a complete tar" in refused(tmp_path / "x.tar")
 
 
 def test_imagenets_tar_of_tars_accounts_for_all_its_members(tmp_path: Path) -> None:

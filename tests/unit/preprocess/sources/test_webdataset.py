@@ -123,7 +123,7 @@ def two(first: object, second: object) -> list[dict[str, bytes]]:
     ]
 
 
-def test_labels_that_agree_may_be_there_twice_and_others_need_a_choice(tmp_path: Path) -> None:
+def test_several_labels_must_agree_or_one_is_chosen(tmp_path: Path) -> None:
     assert labels(opened(tmp_path, two([0, 2, 1], [0, 2, 1]))) == [0, 2, 1]
     path = write(tmp_path / "x.tar", two([0, 2, 1], [0, 2, 5]))
     message = refused(path)
@@ -163,16 +163,16 @@ BAD_LABELS: dict[str, tuple[dict[str, bytes], str]] = {
     "a page": ({"cls": b"<html>" * 999}, "is no label"),
     "below zero": ({"cls": b"-1"}, r"has the label -1 \(cls\), no class index; name a labelled split"),
     "a hash": ({"json": b'{"label": 123456789012345678901234567890}'}, "has the label 123456789012345678901234567890"),
-    "a number of 5,000 digits": ({"json": b'{"label": ' + b"9" * 5000 + b"}"}, "is no JSON that is read"),
+    "a number of 5,000 digits": ({"json": b'{"label": ' + b"9" * 5000 + b"}"}, "is not valid JSON"),
     "a number of 20 digits": ({"cls": b"9" * 20}, "no class index and no name"),
     "a key twice": ({"json": b'{"label": 1, "label": 2}'}, "a key twice"),
     "a list of labels": ({"json": b"[1]"}, "in place of an object"),
     "a bare number": ({"json": b"1"}, "in place of an object"),
-    "half an object": ({"json": b'{"label": 1'}, "is no JSON that is read"),
-    "no text": ({"json": b"\xff\xfe\x00"}, "is no JSON that is read"),
-    "an empty description": ({"json": b""}, "is no JSON that is read"),
-    "brackets without end": ({"json": b"[" * 200_000}, "is no JSON that is read"),
-    "braces without end": ({"json": b'{"a":' * 200_000}, "is no JSON that is read"),
+    "half an object": ({"json": b'{"label": 1'}, "is not valid JSON"),
+    "no text": ({"json": b"\xff\xfe\x00"}, "is not valid JSON"),
+    "an empty description": ({"json": b""}, "is not valid JSON"),
+    "brackets without end": ({"json": b"[" * 200_000}, "is not valid JSON"),
+    "braces without end": ({"json": b'{"a":' * 200_000}, "is not valid JSON"),
     "an array": ({"cls.npy": b"\x93NUMPY"}, r"\.cls\.npy \(not read\) may be one"),
     "a pickle": ({"pyd": b"\x80\x04."}, r"\.pyd \(a pickle, which is never read\) may"),
     "a pickled label": ({"label.pkl": b"\x80\x04."}, r"\.label\.pkl \(a pickle"),
@@ -183,7 +183,7 @@ BAD_LABELS: dict[str, tuple[dict[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
-def test_a_label_that_is_not_read_never_becomes_one_class(tmp_path: Path, case: str) -> None:
+def test_unsupported_labels_never_become_one_class(tmp_path: Path, case: str) -> None:
     fields, reason = BAD_LABELS[case]
     path = write(tmp_path / "x.tar", [{"jpg": JPEG, **fields}])
     with pytest.raises(UserError, match=reason) as found:
@@ -213,13 +213,13 @@ UNLABELLED: dict[str, tuple[dict[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", UNLABELLED)
-def test_what_has_no_label_is_one_class_and_the_plan_says_what_was_there(tmp_path: Path, case: str) -> None:
+def test_samples_without_labels_are_one_class_and_the_plan_lists_their_fields(tmp_path: Path, case: str) -> None:
     fields, reason = UNLABELLED[case]
     source = opened(tmp_path, [{"jpg": JPEG, **fields}] * COUNT)
     assert (labels(source), source.class_names, source.left_out) == ([0] * COUNT, ["x"], {reason: COUNT})
 
 
-def test_any_field_may_be_named_as_the_label(tmp_path: Path) -> None:
+def test_label_field_chooses_any_field(tmp_path: Path) -> None:
     samples = [{"jpg": JPEG, "txt": b"dog", "meta.json": b'{"a": {"b": 4}}', "index": b"7"}] * 2
     path = write(tmp_path / "x.tar", samples)
     assert source_of("webdataset", path, label_field="txt").class_names == ["dog"]
@@ -353,7 +353,7 @@ BAD_PATHS = {
 
 
 @pytest.mark.parametrize("path", BAD_PATHS)
-def test_a_path_that_names_no_tars_is_told_on_one_line(tmp_path: Path, path: str) -> None:
+def test_a_path_without_tars_is_one_line(tmp_path: Path, path: str) -> None:
     write(tmp_path / "x-0.tar", [{"jpg": JPEG}])
     write_folder(tmp_path, {"others/a.zip": b"", "others/b.zip": b"", "others/README.md": b""})
     (tmp_path / "empty").mkdir()

@@ -132,7 +132,7 @@ def test_names_in_utf_8_and_in_a_dos_code_page_are_read(tmp_path: Path) -> None:
     assert read(source) == {"Füßeaa/1.png": ("Füßeaa", b"1"), "dog/3.png": ("dog", b"3"), "猫/2.png": ("猫", b"2")}
 
 
-def test_a_folder_in_a_zip_may_be_named(tmp_path: Path) -> None:
+def test_a_folder_in_a_zip_can_be_named(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "x.zip", ["train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "README"])
     source = source_of("folder", f"{path}/train/")
     assert read(source) == {"cat/1.png": ("cat", b"train/cat/1.png"), "dog/2.png": ("dog", b"train/dog/2.png")}
@@ -240,7 +240,7 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path, case: str
     assert "\n" not in str(found.value)
 
 
-def test_damage_anywhere_in_a_zip_is_told_on_one_line(tmp_path: Path) -> None:
+def test_damage_anywhere_in_a_zip_is_one_line(tmp_path: Path) -> None:
     """Each byte of the directory, and every seventh of the rest, flipped: refused, rejected, or read all the same."""
     path = write_zip(tmp_path / "x.zip", {"cat/1.png": b"one" * 9, "dog/2.png": b"two" * 9}, zipfile.ZIP_DEFLATED)
     data, told = path.read_bytes(), list[str]()
