@@ -1,13 +1,16 @@
 """Muon under DeepSpeed: one update with any number of ranks and any ZeRO stage, and an exact resume."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Experiment
+from tests.integration.conftest import ROOT, Experiment
 from tests.integration.ranks import finish, run_ranks, started
 from tests.integration.test_training import SAME_TO, losses, newest_state
 
+GOLDEN = ROOT / "tests/golden/muon-losses.json"
 STEPS = 5
 SETTINGS = (
     *("train.optimizer.name=muon", "train.optimizer.weight_decay=0.1", "train.batch_size=12"),
@@ -34,7 +37,7 @@ def train_stages(recipe_path: str, stages: list[int]) -> None:
 @pytest.fixture(scope="module")
 def runs(experiment: Experiment) -> Path:
     """A run of every ZeRO stage with 1, 2, 3 and 4 ranks: `muon-<ranks>-<stage>`."""
-    for ranks, stages in ((1, [0]), (2, [0, 1, 2, 3]), (3, [2, 3]), (4, [1, 3])):
+    for ranks, stages in ((1, [0]), (2, [0, 1, 2, 3]), (3, [3]), (4, [0, 2])):
         with started(experiment.folder, train_stages, str(experiment.recipe), stages, ranks=ranks) as running:
             assert finish(running, 240).statuses == [0] * ranks, running.output
     return experiment.folder / "runs"
@@ -44,16 +47,22 @@ def test_ranks_and_zero_stages_change_no_loss(runs: Path) -> None:
     expected = losses(runs / "muon-1-0")
     assert len(expected) == STEPS
     curves = {run.name: losses(run) for run in runs.glob("muon-[1-4]-[0-3]")}
-    assert len(curves) == 9
+    assert len(curves) == 8
     for name, curve in curves.items():
         assert curve == pytest.approx(expected, rel=SAME_TO), name
 
 
+def test_the_losses_are_the_golden_ones(runs: Path) -> None:
+    """Relative 1e-4, for other machines sum in another order; after an intended change: WRITE_GOLDEN=1."""
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(losses(runs / "muon-1-0")) + "\n")
+    assert losses(runs / "muon-1-0") == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+
+
 def test_a_run_resumes_to_the_bit_and_with_other_ranks_and_stages(experiment: Experiment, runs: Path) -> None:
-    """Stopped after two of five steps, then after four, and once with other ranks at every stop."""
-    resumes = {"same": ((2, 2), (2, 2), (2, 2)), "moved": ((2, 2), (3, 3), (1, 0))}
-    for name, stops in resumes.items():
-        for total, (ranks, stage) in zip((24, 48, 60), stops, strict=True):
+    """Stopped after two of five steps; the rest is done by as many ranks, or by others."""
+    for name, stops in {"same": ((2, 2), (2, 2)), "moved": ((2, 2), (3, 3))}.items():
+        for total, (ranks, stage) in zip((24, 60), stops, strict=True):
             given = (*SETTINGS, f"name=muon-{name}", f"train.total_samples={total}", f"train.zero_stage={stage}")
             done = run_ranks(experiment, *given, ranks=ranks)
             assert done.statuses == [0] * ranks, done.output
