@@ -20,6 +20,7 @@ from common.recipe.network import (
     describe_network,
     diffusion,
     latent_shape,
+    timestep_density,
 )
 from common.recipe.sampling import Evaluate, Sample, Sweep, check_sampling
 from common.recipe.training import Train, check_training, with_world_size
@@ -41,6 +42,7 @@ __all__ = [
     "describe_network",
     "diffusion",
     "latent_shape",
+    "timestep_density",
     "with_world_size",
 ]
 

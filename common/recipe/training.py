@@ -15,6 +15,7 @@ from common.recipe.fields import (
     Count,
     CountOrZero,
     Fraction,
+    Number,
     Place,
     Positive,
     TwoOrMore,
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Optimizer:
-    """AdamW, and the schedule of its learning rate."""
+    """What updates the weights, and the schedule of its learning rate."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: the matrices of the blocks are updated by Muon, all other parameters by AdamW, at one learning rate."""
     learning_rate: Positive = 1e-4
     """The learning rate after the warm-up."""
     warmup_samples: CountOrZero = 0
@@ -43,6 +46,25 @@ class Optimizer:
     """Largest global norm of the gradient; a longer one is scaled down to it. 0: no clipping."""
     offload: StrictBool = False
     """Keep Adam's moments and the fp32 parameters in the host's memory."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Timesteps:
+    """Which timesteps training sees, as fractions of model time: 0 is data, 1 is noise (`fpdm.timesteps`)."""
+
+    kind: Literal["uniform", "logit_normal"] = "uniform"
+    """`logit_normal`: the logit of the fraction is normal; the middle is seen more often (Esser et al., 2024)."""
+    mean: Number = 0.0
+    """Mean of that logit. Above 0: more noise."""
+    deviation: Positive = 1.0
+    """Standard deviation of that logit."""
+    shift: Positive = 1.0
+    """Moves a fraction x to shift x / (1 + (shift - 1) x). Above 1: more noise, as larger latents need."""
+    stratified: StrictBool = False
+    """One timestep from each of batch_size equal parts of the distribution in every step, not independent ones."""
+    corrected: StrictBool = False
+    """Weigh the losses by 1 / density, so that their mean is that of uniform timesteps. false: timesteps that are seen
+    more often count more. Logged losses are never weighted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,7 +124,8 @@ class Previews:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Train:
-    """Batches, iterations, precision and memory. Sections below it: optimizer, ema, checkpoint, log, previews."""
+    """Batches, iterations, precision and memory. Sections below it: timesteps, optimizer, ema, checkpoint, log and
+    previews."""
 
     total_samples: Count = 204_800_000
     """Length of the training in samples, rounded up to a multiple of `batch_size`. The default is the paper's 400,000
@@ -137,6 +160,7 @@ class Train:
     first."""
     spike_deviations: Positive | None = 10.0
     """A loss this many standard deviations above the last 100 is reported in events.jsonl. null: none is."""
+    timesteps: Timesteps = Timesteps()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()
     checkpoint: Checkpoints = Checkpoints()
@@ -154,6 +178,8 @@ def check_training(train: Train) -> None:
         raise ValueError(
             "train.optimizer.offload: ZeRO stage 0 has no optimizer of its own to move; use train.zero_stage 1, 2 or 3"
         )
+    if train.optimizer.name == "muon" and train.optimizer.offload:
+        raise ValueError("train.optimizer.offload: only of AdamW; set it to false, or train.optimizer.name to adamw")
     if train.zero_stage == 3 and train.compile:
         raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
     if not (train.ema.decays or train.ema.widths):

@@ -1,5 +1,6 @@
 """What a run's report shows, and writing it: `report.html`, one file that needs no other, and `samples.png`."""
 
+import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ ROLES = {
     "held_out": "real images that training never saw: the floor",
     "reconstruction": "the same images after the autoencoder alone",
 }
+SEAL = "\n<!-- sha256 of the page above:"
 
 
 @with_config(OPEN)
@@ -84,19 +86,29 @@ def report(shown: Report) -> None:
         contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
     page = render(**context(recipe), panels=panels, losses=losses, loss_curve=loss_curve(losses), inputs=inputs)
     with atomic_write(folder.report) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page + _seal(page, folder.contact_sheet), encoding="utf-8")
 
 
 def finished(shown: Report) -> bool:
-    """Whether the report was made from what lies in the run folder now."""
-    page = shown.folder.report
-    if not page.exists() or not shown.folder.contact_sheet.exists():
+    """Whether the report was made from what lies in the run folder now, and is as it was written."""
+    folder = shown.folder
+    if not folder.report.exists() or not folder.contact_sheet.exists():
         return False
-    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page.read_text(encoding="utf-8", errors="replace"))
+    text = folder.report.read_text(encoding="utf-8", errors="replace")
+    page = text[: text.rfind(SEAL)]
+    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page)
+    if made_from is None or text != page + _seal(page, folder.contact_sheet):
+        return False
     try:
-        return made_from is not None and made_from[1] == shown.inputs
+        return made_from[1] == shown.inputs
     except UserError:  # a stage before this one is missing
         return False
+
+
+def _seal(page: str, contact_sheet: Path) -> str:
+    """The page's last line, by which `finished` sees a changed byte of either file."""
+    sha256 = hashlib.sha256(page.encode(errors="replace")).hexdigest()
+    return f"{SEAL} {sha256}, of samples.png {sha256_file(contact_sheet)} -->\n"
 
 
 def render(**values: Any) -> str:

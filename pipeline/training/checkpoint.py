@@ -7,11 +7,13 @@ the networks of this project are small enough for that (XL/2: 1.4 GB).
 
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
+from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic_folder, disk_errors_as_user_errors, remove_folder, sha256_file
@@ -45,7 +47,7 @@ def folder_of(recipe: Recipe) -> Path:
 
 def collect(engine: Any, ema: EMA) -> Tensors:
     """Copies of all tensors that training resumes from, on rank 0. A collective: every rank must call it."""
-    parts = {f"ema-{name}": shards for name, shards in ema.shards.items()}
+    parts: dict[str, Sequence[Tensor | None]] = {f"ema-{name}": shards for name, shards in ema.shards.items()}
     parts |= {"model": parameter_shards(engine)} | {moment: moment_shards(engine, moment) for moment in MOMENTS}
     return {
         f"{part}.{name}": tensor for part, shards in parts.items() for name, tensor in gather(engine, shards).items()

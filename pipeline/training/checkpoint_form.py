@@ -19,6 +19,7 @@ from common.run_folder import ema_names
 from common.sealed import STRICT, read_sealed
 from fpdm.weights import tensor_shapes
 from pipeline.training.identity import changes
+from pipeline.training.muon import takes
 from pipeline.training.state import WINDOW, TrainState
 from pipeline.training.throughput import QUARTILES
 from pipeline.training.zero import MOMENTS
@@ -147,7 +148,13 @@ def _misfit(tensors: Tensors, recipe: Recipe) -> str | None:
     """The first tensor that no run of this recipe can have, and why; None if all are possible."""
     parts = ("model", *(f"ema-{name}" for name in ema_names(recipe)), *MOMENTS)
     shapes = tensor_shapes(denoiser_config(recipe))
-    wanted = {f"{part}.{name}": shape for part in parts for name, shape in shapes.items() if name != "pos_embed"}
+    muon = recipe.train.optimizer.name == "muon"
+    wanted = {
+        f"{part}.{name}": shape
+        for part in parts
+        for name, shape in shapes.items()
+        if name != "pos_embed" and not (muon and part == "exp_avg_sq" and takes(name, len(shape)))
+    }
     for name in sorted(wanted.keys() ^ tensors.keys()):
         return f"tensor {name!r} is {'missing' if name in wanted else 'unknown'}"
     for name, tensor in tensors.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.loading import expanded
-from common.recipe import Recipe, latent_shape
+from common.recipe import Recipe, latent_shape, timestep_density
 from fpdm import rng
 from fpdm.diffusion import Diffusion
 from fpdm.latents import draw_latents
@@ -64,12 +64,13 @@ def stage_in(recipe: Recipe, shards: LatentShards) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of one forward pass: `latents` and `noise` (B, C, h, w), `timesteps` and `labels` (B,)."""
+    """One forward pass: `latents` and `noise` (B, C, h, w); `timesteps`, `labels` and weights of the losses (B,)."""
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     labels: Tensor
+    weights: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
@@ -102,12 +103,26 @@ class Stream:
         latents = draw_latents(moments, normals, *self.shards.scaling)
         labels = torch.from_numpy(self.shards.labels_at(indices))
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
+        density, u = timestep_density(recipe), self._timestep_quantiles(positions)
         return Batch(
             latents=latents,
             noise=rng.normal(seed, "train/noise", positions, shape),
-            timesteps=self.diffusion.timesteps(rng.uniform(seed, "train/timestep", positions)),
+            timesteps=self.diffusion.timesteps(density.fractions(u)),
             labels=torch.where(dropped, recipe.model.num_classes, labels),  # num_classes is the null label
+            weights=density.weights(u) if recipe.train.timesteps.corrected else torch.ones(count),
         )
+
+    def _timestep_quantiles(self, positions: Tensor) -> Tensor:
+        """(B,) in [0, 1): uniform, or one in each of the step's equal parts, which are dealt out at random."""
+        seed, batch_size = self.recipe.seed, self.recipe.train.batch_size
+        u = rng.uniform(seed, "train/timestep", positions)
+        if not self.recipe.train.timesteps.stratified:
+            return u
+        places = torch.empty_like(positions)
+        for step in (positions // batch_size).unique().tolist():
+            here = positions // batch_size == step
+            places[here] = rng.permute(seed, f"train/timestep/{step}", positions[here] % batch_size, batch_size)
+        return (places + u.double()) / batch_size
 
     def _flips(self, positions: Tensor) -> np.ndarray | None:
         if not self.recipe.data.flips:

@@ -16,7 +16,7 @@ STATED = {"zero_optimization": "stage", "bf16": "enabled", "fp16": "enabled"}
 ARITHMETIC = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 EVERY = "*"  # all fields of the section
-OURS = "the recipe's AdamW and learning rate are used, which resume exactly"
+OURS = "the recipe's optimizer and learning rate are used, which resume exactly"
 HARM = "a gradient that is not finite would ruin the weights"
 REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: the only value allowed, and the reason
     "optimizer": {EVERY: (None, OURS)},
@@ -54,7 +54,7 @@ def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None
         "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * world_size),
         "gradient_clipping": settings.optimizer.gradient_clipping,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW, which saves and restores the same everywhere
+        "zero_allow_untested_optimizer": True,  # torch's AdamW and ours, which save and restore the same everywhere
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": chosen == "bf16"},
         "fp16": {"enabled": chosen == "fp16"},

@@ -10,14 +10,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.recipe import Recipe
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
-from pipeline.training.identity import total_samples
+from pipeline.training.identity import precision, total_samples
+from pipeline.training.muon import MuonAdamW, find_layouts
 
 # The state of a loss scaler (only fp16 has one); its other fields are settings.
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any:
-    """DeepSpeed's engine around the model and torch's AdamW."""
+    """DeepSpeed's engine around the model and the recipe's optimizer."""
     import deepspeed
 
     settings = recipe.train
@@ -25,14 +26,22 @@ def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()  # in place: parameters keep their names
-    adam = settings.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=adam.learning_rate, betas=adam.betas, weight_decay=adam.weight_decay
-    )
+    optimizer = _build_optimizer(recipe, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if isinstance(optimizer, MuonAdamW):
+        find_layouts(engine, optimizer)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # it would copy every gradient and add nothing
     return engine
+
+
+def _build_optimizer(recipe: Recipe, model: Denoiser) -> torch.optim.Optimizer:
+    settings = recipe.train.optimizer
+    rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
+    if settings.name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay)
+    dtype = torch.float32 if precision(recipe) == "fp32" else torch.bfloat16
+    return MuonAdamW(model, lr=rate, betas=betas, weight_decay=decay, dtype=dtype)
 
 
 def learning_rate(recipe: Recipe, samples_seen: int) -> float:

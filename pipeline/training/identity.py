@@ -14,8 +14,10 @@ IDENTITY = {
     "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": ["batch_size", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"],
     "train.optimizer": [
-        *("learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas", "gradient_clipping"),
+        *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
+        "gradient_clipping",
     ],
+    "train.timesteps": None,
     "train.ema": None,
 }
 

@@ -68,7 +68,7 @@ def train_step(
                 sums[-1] += answer.residuals[:, -1].double().sum() / settings.batch_size
             all_losses.append(losses.detach())
         with watch("backward"):
-            engine.backward(propagate_non_finite(losses.mean()))
+            engine.backward(propagate_non_finite((losses * batch.weights).mean()))
         with watch("optimizer"):
             if number < len(batches):
                 engine.step()  # counts the micro-batch

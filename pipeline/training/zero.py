@@ -6,7 +6,7 @@ list and complete tensors by parameter name. To do so they copy the list over th
 own functions know where every element of a parameter lies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,71 +27,94 @@ def parameter_shards(engine: Any) -> list[Tensor]:
 
 
 def optimizer_state(engine: Any) -> dict[Tensor, dict[str, Tensor]]:
-    """Adam's state by flat parameter. Above stage 0 DeepSpeed wraps torch's optimizer."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer).state
+    """The optimizer's state by flat parameter."""
+    return _wrapped(engine).state
+
+
+def _wrapped(engine: Any) -> Any:
+    """The optimizer itself, which DeepSpeed wraps unless it is one of fp32 at stage 0."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def start_moments(engine: Any, steps: int) -> None:
-    """Sets Adam's state to `steps` updates and moments of zero; torch itself would create it at the first update."""
-    for shard in parameter_shards(engine):
+    """Sets the optimizer's state to `steps` updates and moments of zero; torch would create it at the first update."""
+    muon_names = getattr(_wrapped(engine), "matrix_names", ())
+    for shard, names in zip(parameter_shards(engine), _names_by_shard(engine), strict=True):
+        moments = MOMENTS[:1] if names[0] in muon_names else MOMENTS
         optimizer_state(engine)[shard] = {
             "step": torch.tensor(float(steps)),
-            **{name: torch.zeros_like(shard) for name in MOMENTS},
+            **{name: torch.zeros_like(shard) for name in moments},
         }
 
 
-def moment_shards(engine: Any, name: str) -> list[Tensor]:
-    return [optimizer_state(engine)[shard][name] for shard in parameter_shards(engine)]
+def moment_shards(engine: Any, moment: str) -> list[Tensor | None]:
+    """Of `parameter_shards`; None where the optimizer has no such moment: Muon has no second."""
+    return [optimizer_state(engine)[shard].get(moment) for shard in parameter_shards(engine)]
 
 
-def gather(engine: Any, shards: list[Tensor]) -> dict[str, Tensor]:
-    """Complete fp32 tensors on the CPU, by parameter name, from `shards`. A collective; only rank 0 gets them."""
+def gather(engine: Any, shards: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Complete fp32 tensors on the CPU, by parameter name, from `shards`. A collective; only rank 0 gets them.
+
+    Where a shard is None its parameters are left out.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    tensors = {}
+    complete, tensors = engine.zero_optimization_stage() == 0, {}
     with _in_place_of_parameters(engine, shards), torch.no_grad():
         for name, parameter, shard in _with_shards(engine, shards):
-            value = safe_get_full_fp32_param(parameter) if shard is None else shard
+            value = shard if complete else safe_get_full_fp32_param(parameter)
             if engine.global_rank == 0:
                 tensors[name] = value.detach().to("cpu", torch.float32).clone()
     return tensors
 
 
-def scatter(engine: Any, tensors: dict[str, Tensor], shards: list[Tensor]) -> None:
+def scatter(engine: Any, tensors: dict[str, Tensor], shards: Sequence[Tensor | None]) -> None:
     """Writes this rank's part of complete tensors, which every rank has, into `shards`: the inverse of `gather`."""
+    complete = engine.zero_optimization_stage() == 0
     with _in_place_of_parameters(engine, shards), torch.no_grad():
         for name, parameter, shard in _with_shards(engine, shards):
             value = tensors[name].to(engine.device)
-            _set_full(parameter, value) if shard is None else shard.copy_(value)
+            shard.copy_(value) if complete else _set_full(parameter, value)
 
 
-def _with_shards(engine: Any, shards: list[Tensor]) -> Iterator[tuple[str, Any, Tensor | None]]:
-    """(name, parameter, shard); shard is None above stage 0, where shards and parameters do not correspond."""
-    complete = engine.zero_optimization_stage() == 0
-    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
-        yield name, parameter, shards[number] if complete else None
+def _with_shards(engine: Any, shards: Sequence[Tensor | None]) -> Iterator[tuple[str, Any, Tensor]]:
+    """(name, parameter, the shard that holds it), without the parameters whose shard is None."""
+    by_name = {name: shard for names, shard in zip(_names_by_shard(engine), shards, strict=True) for name in names}
+    for name, parameter in engine.module.named_parameters():
+        shard = by_name[name]
+        if shard is not None:
+            yield name, parameter, shard
+
+
+def _names_by_shard(engine: Any) -> list[list[str]]:
+    """The names of the parameters that each of `parameter_shards` holds."""
+    named, stage = list(engine.module.named_parameters()), engine.zero_optimization_stage()
+    if stage == 0:
+        ordered = [name for group in engine.optimizer.param_groups for name in group.get("param_names", ())]
+        return [[name] for name in ordered or dict(named)]
+    names = {id(parameter): name for name, parameter in named}
+    groups = engine.optimizer.fp16_groups if stage == 3 else engine.optimizer.bit16_groups
+    return [[names[id(parameter)] for parameter in group] for group in groups]
 
 
 @contextmanager
-def _in_place_of_parameters(engine: Any, shards: list[Tensor]) -> Iterator[None]:
+def _in_place_of_parameters(engine: Any, shards: Sequence[Tensor | None]) -> Iterator[None]:
     """Inside, the engine's fp32 parameters hold the values of `shards`; at the end these get the parameters' values."""
-    parameters = [shard.detach() for shard in parameter_shards(engine)]
-    same = all(mine.data_ptr() == shard.data_ptr() for mine, shard in zip(parameters, shards, strict=True))
+    pairs = zip(parameter_shards(engine), shards, strict=True)
+    held = [(parameter.detach(), shard.detach()) for parameter, shard in pairs if shard is not None]
+    same = all(parameter.data_ptr() == shard.data_ptr() for parameter, shard in held)
     if same or engine.zero_optimization_stage() == 0:
         yield
         return
-    originals = [parameter.clone() for parameter in parameters]
-    _copy(shards, parameters)
+    originals = [parameter.clone() for parameter, _ in held]
+    for parameter, shard in held:
+        parameter.copy_(shard)
     try:
         yield
     finally:
-        _copy(parameters, shards)
-        _copy(originals, parameters)
-
-
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.detach().copy_(source.detach())
+        for (parameter, shard), original in zip(held, originals, strict=True):
+            shard.copy_(parameter)
+            parameter.copy_(original)
 
 
 def _set_full(parameter: Any, value: Tensor) -> None:

@@ -14,7 +14,7 @@ from common.log_lines import LogLine, append_line, read_log
 from common.recipe import Recipe
 from common.run_folder import RunFolder, counted, find_weights, weights_folder
 from common.run_recipe import read_recipe, write_recipe
-from common.run_weights import describe
+from common.run_weights import describe, load_network
 from common.sealed import read_json
 from common.stage_times import read_times, write_time
 from fpdm.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -70,14 +70,45 @@ def plan_of(recipe: Recipe) -> dict[str, Any]:
     return asdict(plans.read_plan(recipe, drawn_in(recipe)))
 
 
-READERS: dict[str, tuple[Callable[[Recipe], Path], Callable[[Recipe], Any], int]] = {
-    "plan.json": (lambda r: drawn_in(r) / "plan.json", plan_of, 60),
-    "eval": (eval_file, lambda r: Evaluation.of(r).measured(Evaluation.of(r).samples[0]), 60),
-    "metrics.json": (lambda r: r.folder / "metrics.json", lambda r: evaluate.read_metrics(RunFolder(r.folder)), 60),
-    "table.json": (lambda r: r.folder / "sweep/table.json", lambda r: read_table(RunFolder(r.folder)), 60),
-    "config.json": (lambda r: weights_folder(r, 64) / CONFIG_NAME, lambda r: describe(weights_folder(r, 64)), 60),
-    "stages.json": (lambda r: r.folder / "stages.json", lambda r: read_times(RunFolder(r.folder)), 60),
+def first_chunk(recipe: Recipe) -> Path:
+    return min(drawn_in(recipe).glob("chunk-*"))
+
+
+def first_features(recipe: Recipe) -> Path:
+    return min(features_folder(recipe).glob("chunk-*"))
+
+
+def rows_of(path: Path) -> dict[str, Any]:
+    return {name: rows.tolist() for name, rows in chunks.read_chunk(path).items()}
+
+
+def reference_file(recipe: Recipe) -> Path:
+    folder = RunFolder(recipe.folder).references
+    if not folder.exists():
+        Evaluation.of(recipe).yardstick.prepare_reference()
+    return min(folder.glob("*.npz"))
+
+
+def network_of(recipe: Recipe) -> dict[str, Any]:
+    return {name: tensor.tolist() for name, tensor in load_network(weights_folder(recipe, 64)).state_dict().items()}
+
+
+Reader = tuple[Callable[[Recipe], Path], Callable[[Recipe], Any]]  # the file, and what is read of it
+JSON: dict[str, Reader] = {
+    "plan.json": (lambda r: drawn_in(r) / "plan.json", plan_of),
+    "eval": (eval_file, lambda r: Evaluation.of(r).measured(Evaluation.of(r).samples[0])),
+    "metrics.json": (lambda r: r.folder / "metrics.json", lambda r: evaluate.read_metrics(RunFolder(r.folder))),
+    "table.json": (lambda r: r.folder / "sweep/table.json", lambda r: read_table(RunFolder(r.folder))),
+    "config.json": (lambda r: weights_folder(r, 64) / CONFIG_NAME, lambda r: describe(weights_folder(r, 64))),
+    "stages.json": (lambda r: r.folder / "stages.json", lambda r: read_times(RunFolder(r.folder))),
 }
+READERS: dict[str, Reader] = JSON | {
+    "chunk": (first_chunk, lambda r: rows_of(first_chunk(r))),
+    "features": (first_features, lambda r: rows_of(first_features(r))),
+    "weights": (lambda r: weights_folder(r, 64) / WEIGHTS_NAME, network_of),
+    "reference": (reference_file, lambda r: read_summary(reference_file(r), "").statistics["pooled"].count),
+}
+FLIPS = (60, pytest.param(400, marks=pytest.mark.slow))
 
 
 def tried(reader: Callable[[Recipe], Any], recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
@@ -91,11 +122,12 @@ def tried(reader: Callable[[Recipe], Any], recipe: Recipe, capsys: pytest.Captur
     return found, said
 
 
+@pytest.mark.parametrize("count", FLIPS)
 @pytest.mark.parametrize("name", READERS)
 def test_a_flipped_bit_is_named_by_whoever_reads_the_file(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str, count: int
 ) -> None:
-    find, reader, count = READERS[name]
+    find, reader = READERS[name]
     path = find(recipe)
     expected, _ = tried(reader, recipe, capsys)
     assert expected
@@ -104,11 +136,11 @@ def test_a_flipped_bit_is_named_by_whoever_reads_the_file(
         assert str(path) in said or found == expected, bit
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", JSON)
 def test_an_edited_field_under_a_new_seal_is_one_line_or_a_value_of_its_form(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    find, reader, _ = READERS[name]
+    find, reader = JSON[name]
     path = find(recipe)
     whole = {field: value for field, value in json.loads(path.read_text()).items() if field != "content_key"}
     expected, _ = tried(reader, recipe, capsys)
@@ -205,14 +237,15 @@ def test_a_damaged_summary_of_the_reference_is_made_again(recipe: Recipe, capsys
     assert read_summary(path, "").statistics
 
 
+@pytest.mark.parametrize("count", FLIPS)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "provenance.jsonl"])
 def test_a_damaged_or_cut_line_of_a_log_is_left_out_with_a_warning(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str, count: int
 ) -> None:
     path, form = recipe.folder / name, page.Started if name == "provenance.jsonl" else LogLine
     lines = read_log(path, form)
     assert len(lines) == 2
-    for _ in flips(path, np.random.default_rng(0), 80):
+    for _ in flips(path, np.random.default_rng(0), count):
         found, said = read_log(path, form), capsys.readouterr().err
         kept = [{field: line[field] for field in lines[0] if field in line} for line in found]
         # Nothing to say of the end of the last line, which may still be written, or of the seal's own name.
@@ -226,15 +259,16 @@ def test_a_damaged_or_cut_line_of_a_log_is_left_out_with_a_warning(
     assert f"{path}: line 3: not readable" in capsys.readouterr().err
 
 
-def test_a_flipped_bit_in_the_recipe_of_a_run_that_is_a_reference_is_named(recipe: Recipe) -> None:
+@pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_the_recipe_of_a_run_that_is_a_reference_is_named(recipe: Recipe, count: int) -> None:
     path, whole = recipe.folder / "recipe.yaml", read_recipe(recipe.folder)
-    found = 0
-    for _ in flips(path, np.random.default_rng(0), 25):
+    named = 0
+    for _ in flips(path, np.random.default_rng(0), count):
         try:
             assert read_recipe(recipe.folder) == whole
         except UserError as error:
-            found += str(path) in str(error)
-    assert found > 20
+            named += str(path) in str(error)
+    assert named > 0.8 * count
 
 
 def test_damaged_times_are_told_and_fail_no_stage(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,13 +283,19 @@ def test_damaged_times_are_told_and_fail_no_stage(recipe: Recipe, capsys: pytest
     assert f"warning: {RunFolder(recipe.folder).times}: not written" in capsys.readouterr().err
 
 
-def test_a_damaged_report_is_made_again(recipe: Recipe) -> None:
+@pytest.mark.parametrize("count", FLIPS)
+@pytest.mark.parametrize("name", ["report.html", "samples.png"])
+def test_a_flipped_bit_in_the_report_makes_it_again(recipe: Recipe, name: str, count: int) -> None:
     run_stage(REPORT, recipe)
-    page = recipe.folder / "report.html"
-    data = bytearray(page.read_bytes())
-    data[data.index(b'content="', data.index(b'"inputs"')) + 9] ^= 0x80
-    page.write_bytes(data)
-    assert not REPORT.is_finished(recipe)
+    path, shown = recipe.folder / name, page.Report(recipe)
+    pristine = path.read_bytes()
+    assert page.finished(shown)
+    for bit in flips(path, np.random.default_rng(0), count):
+        assert not page.finished(shown), bit
+    path.write_bytes(pristine[:-1])
+    assert not page.finished(shown)
+    run_stage(REPORT, recipe)
+    assert page.finished(page.Report(recipe))
 
 
 def test_copies_beside_weights_and_chunks_are_none(recipe: Recipe) -> None:

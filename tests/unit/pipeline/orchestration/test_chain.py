@@ -46,7 +46,7 @@ def test_a_listing_is_as_it_was_written_or_named(tmp_path: Path) -> None:
     path, random = tmp_path / "jobs.json", np.random.default_rng(0)
     jobs = chain(("encode", "1", None), ("train", "2", "1"))
     write_sealed(path, {"jobs": [asdict(one) for one in jobs]})
-    for _ in flips(path, random, 200):
+    for _ in flips(path, random, 400):
         with pytest.raises(UserError, match=str(path)):
             listed_jobs(RunFolder(tmp_path))
     listing = {"jobs": json.loads(path.read_text())["jobs"]}

@@ -103,20 +103,21 @@ def test_a_symbolic_link_to_a_checkpoint_is_read_and_never_deleted(tmp_path: Pat
     assert (tmp_path / "elsewhere" / MARKER).exists()
 
 
+@pytest.mark.parametrize("count", [30, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [MARKER, STATE])
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, count: int
 ) -> None:
-    recipe, random = recipe_in(tmp_path), np.random.default_rng(0)
+    recipe = recipe_in(tmp_path)
     write(recipe, 16)
-    for name, count in ((MARKER, 150), (STATE, 30)):
-        path = write(recipe, 32) / name
-        for _ in flips(path, random, count):
-            newest = checkpoint.newest_checkpoint(recipe, {"seed": 0})
-            assert newest is not None
-            assert newest.state.samples_seen == 16
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1
-            assert str(path) in said
+    path = write(recipe, 32) / name
+    for _ in flips(path, np.random.default_rng(0), count):
+        newest = checkpoint.newest_checkpoint(recipe, {"seed": 0})
+        assert newest is not None
+        assert newest.state.samples_seen == 16
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert str(path) in said
 
 
 def test_an_edited_marker_under_a_new_seal_is_an_error_of_one_line_or_harmless(tmp_path: Path) -> None:

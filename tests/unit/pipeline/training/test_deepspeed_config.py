@@ -33,7 +33,7 @@ def test_the_generated_settings_add_up() -> None:
         ({"gradient_clipping": 0.1}, "has gradient_clipping 0.1, the recipe and the ranks make it 1.0"),
         (
             {"optimizer": {"type": "Adam"}},
-            "has optimizer {'type': 'Adam'}; the recipe's AdamW and learning rate are used",
+            "has optimizer {'type': 'Adam'}; the recipe's optimizer and learning rate are used",
         ),
         ({"bf16": {"check_grad_overflow": False}}, "has bf16.check_grad_overflow False; a gradient that is not finite"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "has zero_optimization.compute_grad_norm False"),

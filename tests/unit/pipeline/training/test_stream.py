@@ -79,3 +79,22 @@ def test_another_seed_gives_another_stream(stream: Stream) -> None:
     other = Stream(recipe(stream.shards.address, "seed=1"), stream.shards, stream.diffusion)
     assert not torch.equal(other.batch(0, 8).noise, stream.batch(0, 8).noise)
     assert other.order.indices(torch.arange(COUNT)).tolist() != stream.order.indices(torch.arange(COUNT)).tolist()
+
+
+def test_stratified_timesteps_have_one_in_each_part_of_a_step(stream: Stream) -> None:
+    settings = ("train.batch_size=20", "train.timesteps.stratified=true")
+    stratified = Stream(recipe(stream.shards.address, *settings), stream.shards, stream.diffusion)
+    for first in (0, 20):
+        assert sorted((stratified.batch(first, 20).timesteps // 50).tolist()) == list(range(20))
+    halves = [stratified.batch(first, 10).timesteps for first in (0, 10)]
+    assert torch.equal(torch.cat(halves), stratified.batch(0, 20).timesteps)
+    assert not torch.equal(stratified.batch(0, 20).timesteps // 50, stratified.batch(20, 20).timesteps // 50)
+
+
+def test_corrected_losses_have_the_weights_of_their_timesteps(stream: Stream) -> None:
+    settings = ("train.timesteps.kind=logit_normal", "train.timesteps.corrected=true")
+    corrected = Stream(recipe(stream.shards.address, *settings), stream.shards, stream.diffusion).batch(0, 512)
+    assert (stream.batch(0, 512).weights == 1).all()
+    middle = (corrected.timesteps > 300) & (corrected.timesteps < 700)
+    assert float(corrected.weights[middle].max()) < 1 < float(corrected.weights[~middle].max())
+    assert middle.float().mean() > 0.55  # 0.4 of uniform ones
