@@ -23,14 +23,11 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from pipeline.sampling.sample_set import Sampling
-
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 import scipy.linalg
 import torch
-from pipeline.sampling.samples import generate
 
 from benchmarks.machine import show_machine
 from common.loading import load_recipe
@@ -40,6 +37,8 @@ from fpdm.sampling import build_sampler
 from pipeline.evaluation.metrics import frechet_distance, statistics
 from pipeline.evaluation.statistics import summarise
 from pipeline.features.extractors import find_weights, load_extractor, wanted_layers
+from pipeline.sampling.generate import generate
+from pipeline.sampling.sample_set import Sampling
 from pipeline.training.checkpoint import export_weights
 from preprocess.encoding.encoder import Encoder
 

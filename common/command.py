@@ -155,4 +155,4 @@ def _run(arguments: argparse.Namespace, stage: Stage) -> None:
     from common.stage_jobs import run_in_jobs
 
     with ended_by_signals():
-        run_in_jobs(recipe, stage, cluster, jobs or recipe.launch.jobs)
+        run_in_jobs(recipe, stage, cluster, jobs or recipe.launch.jobs, timed=False)

@@ -26,14 +26,19 @@ class Step:
     resources: Resources
 
 
-def steps(recipe: Recipe, stage: Stage, parts: int) -> list[Step]:
-    """One job of the work; or `parts` jobs of one process each, where the stage has parts, with `first` and `merge`."""
+def steps(recipe: Recipe, stage: Stage, parts: int, *, timed: bool = True) -> list[Step]:
+    """One job of the work; or `parts` jobs of one process each, if the stage has parts, with `first` and `merge`.
+
+    `timed`: the jobs write the stage's time, as a run's do.
+    """
     launch = recipe.launch
     one, all_cores = _resources(launch, 1, 1), _all_cores(launch)
     if stage.part is None or parts == 1:
         asked = _resources(launch, launch.nodes, launch.processes) if stage.all_processes else all_cores
-        return [Step(stage.name, [_job(recipe, stage, stage.work, timed=True)], asked)]
-    array = [_job(recipe, stage, stage.part, timed=part == 0, part=part, parts=parts) for part in range(parts)]
+        return [Step(stage.name, [_job(recipe, stage, stage.work, timed=timed)], asked)]
+    array = [
+        _job(recipe, stage, stage.part, timed=timed and part == 0, part=part, parts=parts) for part in range(parts)
+    ]
     planned = [Step(stage.name, array, one)]
     if stage.first:
         planned.insert(0, Step(f"{stage.name}-first", [_job(recipe, stage, stage.first)], one))
@@ -43,13 +48,15 @@ def steps(recipe: Recipe, stage: Stage, parts: int) -> list[Step]:
     return planned
 
 
-def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, parts: int) -> float:
-    """Submits the jobs of a stage and waits for them. Returns the seconds that they took.
+def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, parts: int, *, timed: bool = True) -> float:
+    """Submits the jobs of a stage and waits for them. Returns the seconds that they took; `timed`: see `steps`.
+
+    What the stage downloads is fetched here, because compute nodes often have no internet.
 
     Raises UserError with the message of the first job that failed.
     """
-    planned = steps(recipe, stage, parts)
-    if stage.fetch is not None and len(planned) > 1:
+    planned = steps(recipe, stage, parts, timed=timed)
+    if stage.fetch is not None:
         stage.fetch(recipe)
     return sum(_run_step(recipe, step, cluster) for step in planned)
 

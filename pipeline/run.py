@@ -91,6 +91,9 @@ def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace)
         code = Path("<snapshot>") if arguments.snapshot else None
         print("\n".join(submission_scripts(recipe, stages, code)))
         return
+    for stage in stages:
+        if stage.fetch is not None:  # compute nodes often have no internet
+            stage.fetch(recipe)
     folder = RunFolder(recipe.folder)
     code = take_snapshot(folder.code) if arguments.snapshot else None
     print("\n".join(describe(folder, submit_chain(recipe, stages, code))), flush=True)

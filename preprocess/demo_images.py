@@ -93,7 +93,8 @@ def _permuted(seed: int, class_name: str, portraits: Portraits, start: int, coun
     from fpdm.rng import permute
 
     positions = torch.arange(start, start + count)
-    return permute(seed, f"demo_images/{class_name}", positions, portraits.combinations).tolist()
+    # The stream's name is data: with another one other portraits would be held out than those of assets/vae-demo.
+    return permute(seed, f"demo_pictures/{class_name}", positions, portraits.combinations).tolist()
 
 
 class Marker(TypedDict):

@@ -97,7 +97,7 @@ def load_site(path: str | Path | None = None) -> Site:
     """
     named = path or os.environ.get(VARIABLE)
     try:
-        file = Path(expanded(str(named or DEFAULT)))
+        file = Path(expanded(str(named))) if named else DEFAULT
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
     if not file.exists():

@@ -64,7 +64,8 @@ class Launch:
     signal_seconds: Count = 120
     """Seconds before the time limit at which training saves; every job that is not finished is queued again."""
     jobs: Count = 1
-    """Jobs, of one process each, into which encoding, sampling and evaluation are divided on SLURM."""
+    """Jobs of one process each into which encoding, sampling, evaluation and a sweep are divided, by `run.py` on SLURM
+    and by a command with --cluster. 1: a single job, of sampling with the processes above."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -77,18 +77,18 @@ class Trainer:
         """Opens the run folder before the first step, and closes the log at the end. All ranks raise its errors."""
         recipe, samples_seen, rank = self.recipe, self.state.samples_seen, self.ranks.rank
         weights = gather(self.engine, parameter_shards(self.engine)) if samples_seen == 0 else {}
-        with raise_on_all_ranks(self.ranks):
-            if rank == 0:
-                self.log = open_run_folder(recipe, self.identity, self.config, samples_seen, weights)
-                if recipe.train.previews.grid_every_samples or recipe.train.previews.distance_every_samples:
-                    self.previews = Previews(recipe, self.log, self.engine.device)
-        with closing(ProgressBar(self.total, samples_seen, rank)) as self.progress:
-            self.throughput.start()
-            try:
+        try:
+            with raise_on_all_ranks(self.ranks):
+                if rank == 0:
+                    self.log = open_run_folder(recipe, self.identity, self.config, samples_seen, weights)
+                    if recipe.train.previews.grid_every_samples or recipe.train.previews.distance_every_samples:
+                        self.previews = Previews(recipe, self.log, self.engine.device)
+            with closing(ProgressBar(self.total, samples_seen, rank)) as self.progress:
+                self.throughput.start()
                 yield
-            finally:
-                if self.log is not None:
-                    self.log.close()
+        finally:
+            if self.log is not None:
+                self.log.close()
 
     def step(self) -> None:
         """One step, and what is due after it."""

@@ -127,3 +127,8 @@ def test_the_four_classes_are_composed_and_readable_as_a_source(tmp_path: Path) 
     assert source.class_names == sorted(CLASSES)
     assert (len(source.entries), source.left_out) == (8, {"hidden": 1})
     assert np.asarray(Image.open(tmp_path / "images" / source.entries[0].key)).shape == (16, 16, 3)
+
+
+def test_the_portraits_are_those_that_the_shipped_autoencoder_was_held_out_from(monsters: Portraits) -> None:
+    assert held_out_combinations(0, "monster", monsters, 2) == [2928542, 2809664]
+    assert training_combinations(0, "monster", monsters, 0, 2) == [8902331, 11061547]
