@@ -57,6 +57,15 @@ class EMA:
     reference_batch: Count = 512
     """Samples for which `decays` hold; with another batch size the average is as long in samples."""
 
+    @property
+    def names(self) -> list[str]:
+        """Of the averages, and of their folders: constant decays as `0.9999`, power functions as `power-0.05`."""
+        return [*(f"{decay:g}" for decay in self.decays), *map(power_name, self.widths)]
+
+
+def power_name(width: float) -> str:
+    return f"power-{width:g}"
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Checkpoints:

@@ -152,7 +152,7 @@ def test_defects_c2_c3_every_allocation_can_be_drawn_and_spends_its_budget_exact
     chosen = changed(recipe, num_samples=4, calibration_samples=2, **fields)
     folder = generated(chosen, "latest")
     planned = json.loads((folder / "plan.json").read_text())
-    assert sum(planned["iterations"]) == 6 == plans.total_iterations(chosen)
+    assert sum(planned["iterations"]) == 6 == plans.total_iterations(chosen.sample)
     assert len(planned["reuse"]) == len(planned["iterations"]) == 3
     assert len(load_samples(folder, 4)[0]) == 4
 
