@@ -154,7 +154,7 @@ def shared_folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def _open_lock(folder: Path, name: str, place: str) -> Iterator[int]:
     """The lock file's descriptor."""
-    with disk_errors_as_user_errors(place, NOT_WRITTEN):
+    with disk_errors_as_user_errors(place):
         _make(folder)
         lock = open_own(folder / name)
     _locks.add(lock)

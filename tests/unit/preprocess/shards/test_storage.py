@@ -283,7 +283,7 @@ def test_a_set_that_is_too_large_to_stage_in_is_refused(remote: object, tmp_path
         (("data.stage_in=true",), r"data\.stage_in needs data\.cache"),
         (("data.lanes=5",), r"data\.lanes: 5 do not divide train\.batch_size, 512"),
         (("data.cache=$UNSET_VARIABLE/x",), r"data\.cache: \$UNSET_VARIABLE/x names a variable that is not set"),
-        (("data.cache=/proc/x",), r"data\.cache: /proc/x cannot be written"),
+        (("data.cache=/proc/x",), r"data\.cache: /proc/x: not written \(No such file"),
         (("data.cache=/tmp", "data.shards=nowhere://x"), r"data\.shards: nowhere://x cannot be opened: Protocol not"),
         (("data.cache=/tmp", "data.shards=memory://empty"), r"data\.shards: memory://empty has no index\.json"),
         (("data.format=ffcv",), r"data\.format: .*/ffcv has no index\.json; run preprocess/beton\.py"),
