@@ -46,7 +46,7 @@ class RunFolder:
     sweep_table = _Place("sweep/table.json")
     sweep_csv = _Place("sweep/table.csv")
     sweep_markdown = _Place("sweep/table.md")
-    sweep_picture = _Place("sweep/distances.png")
+    sweep_plot = _Place("sweep/distances.png")
     contact_sheet = _Place("samples.png")
     report = _Place("report.html")
     pipeline = _Place("pipeline")  # as diffusers loads it
@@ -75,7 +75,7 @@ class RunFolder:
         return self.logs / step
 
     def sample_set(self, samples_seen: int, key: str) -> Path:
-        """`key`: of all settings that change a picture."""
+        """`key`: of all settings that change an image."""
         return self.samples / f"{_counted_name(samples_seen)}-{key}"
 
 
@@ -97,7 +97,7 @@ class SampleFolder:
 
     def pngs(self, count: int) -> Path:
         """The first samples as <index>.png."""
-        return self.path / f"pictures-{count}"
+        return self.path / f"images-{count}"
 
 
 def _counted_name(samples_seen: int) -> str:

@@ -111,7 +111,7 @@ class Trainer:
         set_learning_rate(self.engine, learning_rate(settings, before))
         diffusion = self.stream.diffusion
         result = train_step(self.engine, diffusion, batches, iterations, settings, watch, with_residuals=logs)
-        with watch("averages"):
+        with watch("ema"):
             self.ema.update(before, after)
         with watch("exchange"):
             torch.distributed.all_reduce(result.sums, group=self.ranks.control)
@@ -119,7 +119,7 @@ class Trainer:
         self.throughput.count(settings.batch_size, iterations)
         self.progress.advance(settings.batch_size)
 
-        with watch("pictures"):
+        with watch("previews"):
             distance = self.draw_previews(measures=measures, paints=paints) if measures or paints else None
         if logs:
             self.write_log(result, iterations, distance)

@@ -53,7 +53,7 @@ def encode_part(recipe: Recipe, part: int, parts: int) -> None:
 def merge(recipe: Recipe) -> None:
     """Completes the shards that any number of jobs have made; any number of times, by any process.
 
-    Raises UserError naming the shards that are missing, and where too many pictures are rejected.
+    Raises UserError naming the shards that are missing, and where too many images are rejected.
     """
     from preprocess.encoding.encoding import resolve
 
