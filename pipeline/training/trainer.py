@@ -7,6 +7,7 @@ from functools import partial
 
 import torch.distributed
 
+from common.background import Background
 from common.errors import Interrupted
 from common.one_ahead import one_ahead
 from common.recipe import Recipe, denoiser_config, diffusion
@@ -14,7 +15,6 @@ from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble
 from pipeline.training import checkpoint
-from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.data import Stream, rank_positions, step_batches
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.distributed import Ranks, raise_on_all_ranks
@@ -60,7 +60,7 @@ class Trainer:
         place = (ranks.rank, ranks.world_size)
         self.batches = one_ahead(step_batches(self.stream, self.state.samples_seen, self.total, *place))
         self.throughput = Throughput(recipe.train.log.peak_tflops, network, self.engine.device, ranks.world_size)
-        self.writer = BackgroundWriter()
+        self.writer = Background()
         self.log: TrainingLog | None = None  # on rank 0
         self.previewer: Previewer | None = None  # on rank 0, where the recipe asks for any
 
@@ -173,7 +173,7 @@ class Trainer:
                 self.log.sync()  # the log on disk reaches at least as far as the checkpoint, if the machine dies
             if tensors:
                 job = partial(checkpoint.write, self.recipe, state, tensors, self.identity)
-                self.writer.start(partial(job, with_weights=with_weights))
+                self.writer.submit(partial(job, with_weights=with_weights))
             if wait:
                 self.writer.wait()
         self.samples_saved = self.state.samples_seen
