@@ -3,10 +3,10 @@
     python benchmarks/evaluate.py [--samples 96] [--rounds 5] [--dimensions 2048] [--json FILE]
 
 In one run, the contenders taking turns:
-  pipeline   draws, decodes, rounds, checks and writes pictures, extracts and writes their features, and fits them
+  pipeline   draws, decodes, rounds, checks and writes images, extracts and writes their features, and fits them
   bare       the same calls of the network, of the autoencoder's decoder and of the extractor, on tensors in memory
 What every set costs once, such as loading networks, is left out: the time of a set of one batch is subtracted on both
-sides. The network is the demo's, 4.3 M parameters and 140 blocks a picture of 64 pixels, so that what a picture costs
+sides. The network is the demo's, 4.3 M parameters and 140 blocks an image of 64 pixels, so that what an image costs
 apart from blocks weighs more than on any published network. Of each contender's rounds the fastest counts, and on the
 CPU time is this process's CPU time: the rest is the machine's other load.
 """
@@ -143,11 +143,11 @@ def measure_overhead(count: int, rounds: int) -> Row:
             if number:
                 fastest[name, size] = min(fastest[name, size], seconds)
     ours, theirs = ((fastest[name, count] - fastest[name, BATCH]) / (count - BATCH) for name in calls)
-    return Row("a picture, drawn and measured", "bare calls", ours, theirs, ours / theirs, "at most 1.05")
+    return Row("an image, drawn and measured", "bare calls", ours, theirs, ours / theirs, "at most 1.05")
 
 
 def measure_distance(dimensions: int, rounds: int) -> tuple[Row, float]:
-    """Of two fitted Gaussians with three pictures a dimension; also the relative difference of the two results."""
+    """Of two fitted Gaussians with three images a dimension; also the relative difference of the two results."""
     generator = np.random.default_rng(0)
     fitted = []
     for _ in range(2):

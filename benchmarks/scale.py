@@ -118,7 +118,7 @@ def first_batch(folder: Path, ranks: int, rank: int) -> dict[str, float]:
     fsspec.register_implementation("repeated", Repeated)
     chosen, before = recipe(folder, ranks), memory("VmRSS")
     started = time.perf_counter()
-    shards = open_latents(chosen)
+    shards = open_latents(chosen.data)
     opened = time.perf_counter()
     stream = Stream(chosen, shards, diffusion(chosen))
     step = len(shards) * 3 // 2 // chosen.train.batch_size

@@ -32,6 +32,7 @@ import torch
 from benchmarks.machine import show_machine
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
+from common.run_folder import RunFolder
 from fpdm.denoiser import build_denoiser
 from pipeline.training.data import open_shards
 from pipeline.training.distributed import process_group
@@ -126,7 +127,7 @@ def measure(size: str, batch: int, rounds: int) -> list[Row]:
             middle = time.process_time()
             bare.step()
             end = time.process_time()
-            line = json.loads((recipe.folder / "metrics.jsonl").read_text().splitlines()[-1])
+            line = json.loads((RunFolder(recipe.folder).log).read_text().splitlines()[-1])
             if number >= WARM_UP:
                 ours.append(middle - start)
                 theirs.append(end - middle)

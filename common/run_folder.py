@@ -46,7 +46,7 @@ class RunFolder:
     sweep_table = _Place("sweep/table.json")
     sweep_csv = _Place("sweep/table.csv")
     sweep_markdown = _Place("sweep/table.md")
-    sweep_picture = _Place("sweep/distances.png")
+    sweep_plot = _Place("sweep/distances.png")
     contact_sheet = _Place("samples.png")
     report = _Place("report.html")
     pipeline = _Place("pipeline")  # as diffusers loads it
@@ -75,7 +75,7 @@ class RunFolder:
         return self.logs / step
 
     def sample_set(self, samples_seen: int, key: str) -> Path:
-        """`key`: of all settings that change a picture."""
+        """`key`: of all settings that change an image."""
         return self.samples / f"{_counted_name(samples_seen)}-{key}"
 
 
@@ -97,21 +97,11 @@ class SampleFolder:
 
     def pngs(self, count: int) -> Path:
         """The first samples as <index>.png."""
-        return self.path / f"pictures-{count}"
+        return self.path / f"images-{count}"
 
 
 def _counted_name(samples_seen: int) -> str:
     return f"{samples_seen:012d}"
-
-
-def ema_names(recipe: Recipe) -> list[str]:
-    """The averages that the run keeps: constant decays as `0.9999`, power functions as `power-0.05`."""
-    constant = [f"{decay:g}" for decay in recipe.train.ema.decays]
-    return [*constant, *(power_name(width) for width in recipe.train.ema.widths)]
-
-
-def power_name(width: float) -> str:
-    return f"power-{width:g}"
 
 
 def counted(folder: Path) -> list[Path]:
@@ -126,7 +116,7 @@ def counted(folder: Path) -> list[Path]:
 
 def weights_folder(recipe: Recipe, samples_seen: int, ema: str | None = None) -> Path:
     """Holds averaged weights after `samples_seen` training samples, in diffusers' layout; `ema`: the run's first."""
-    return RunFolder(recipe.folder).weights_after(samples_seen, ema or ema_names(recipe)[0])
+    return RunFolder(recipe.folder).weights_after(samples_seen, ema or recipe.train.ema.names[0])
 
 
 def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tuple[int, Path]:
@@ -134,7 +124,7 @@ def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tupl
 
     Raises UserError naming what there is.
     """
-    name = ema or ema_names(recipe)[0]
+    name = ema or recipe.train.ema.names[0]
     weights = RunFolder(recipe.folder).weights
     folders = counted(weights)  # each appears by renaming: all that exist are complete
     available = [int(folder.name) for folder in folders if (folder / name).is_dir()]

@@ -22,7 +22,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from common.loading import load_recipe
-    from common.run_folder import power_name, weights_folder
+    from common.recipe.training import power_name
+    from common.run_folder import weights_folder
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     if arguments.width is None:
@@ -43,7 +44,8 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
     Raises UserError where there is none.
     """
-    from common.run_folder import RunFolder, counted, power_name
+    from common.recipe.training import power_name
+    from common.run_folder import RunFolder, counted
 
     weights = RunFolder(recipe.folder).weights
     snapshots = {
@@ -83,7 +85,7 @@ def write(
     width: float,
 ) -> None:
     """Adds the stored averages up in float64 and writes the sum as weights, with its factors in config.json."""
-    from common.run_folder import power_name
+    from common.recipe.training import power_name
     from common.run_weights import describe, load_network
     from pipeline.training.checkpoint import export_weights
 

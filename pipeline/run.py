@@ -102,7 +102,7 @@ def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace)
 def say_where(recipe: Recipe) -> None:
     """The last lines of a run: where the results lie, and what to do next."""
     folder = RunFolder(recipe.folder)
-    print(f"\nreport:   {folder.report}\npictures: {folder.contact_sheet}\nnumbers:  {folder.metrics}")
+    print(f"\nreport:  {folder.report}\nimages:  {folder.contact_sheet}\nnumbers: {folder.metrics}")
     longer = (f"name={recipe.name}-longer", f"train.total_samples={4 * recipe.train.total_samples}")
     command = shlex.join([os.path.relpath(sys.executable), *sys.argv, *longer])
     print(f"\nnext: train four times as long, beside this run:\n  {command}")

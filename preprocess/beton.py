@@ -17,7 +17,7 @@ import numpy as np
 from common.command import run_command
 from common.errors import UserError
 from common.files import atomic_write, folder_lock, remove_leftovers, sha256_file
-from common.recipe import Recipe
+from common.recipe import Data, Recipe
 from preprocess.shards import INDEX, SAMPLE, SAMPLES, LatentShards, rows_name, verify
 from preprocess.shards.forms import Index, Shard, write_index_file
 
@@ -54,9 +54,9 @@ def is_converted(folder: Path) -> bool:
         return False
 
 
-def is_missing(recipe: Recipe) -> bool:
-    """Whether the recipe needs the FFCV file and it does not exist yet."""
-    return recipe.data.format == "ffcv" and not is_converted(Path(recipe.data.shards))
+def is_missing(data: Data) -> bool:
+    """Whether `data.format` needs the FFCV file and it does not exist yet."""
+    return data.format == "ffcv" and not is_converted(Path(data.shards))
 
 
 def convert(folder: Path, processes: int = 1) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from common.recipe.data import VAE, Data, DemoPictures, check_data
+from common.recipe.data import VAE, Data, DemoImages, check_data
 from common.recipe.fields import STRICT, Count, CountOrZero, Name, Place, Seed
 from common.recipe.network import (
     Model,
@@ -20,15 +20,14 @@ from common.recipe.network import (
     describe_network,
     diffusion,
     latent_shape,
-    timestep_density,
 )
 from common.recipe.sampling import Evaluate, Sample, Sweep, check_sampling
-from common.recipe.training import Train, check_training, with_world_size
+from common.recipe.training import Train, check_training, timestep_density, with_world_size
 
 __all__ = [
     "VAE",
     "Data",
-    "DemoPictures",
+    "DemoImages",
     "Evaluate",
     "Launch",
     "Model",
@@ -78,7 +77,7 @@ class Recipe:
     """Folder of all runs."""
     seed: Seed = 0
     """Everything random is a function of it."""
-    demo: DemoPictures | None = None
+    demo: DemoImages | None = None
     data: Data = Data()
     vae: VAE = VAE()
     model: Model = Model()

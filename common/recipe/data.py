@@ -13,7 +13,7 @@ WITH_FIELDS = ("webdataset", "parquet", "imagenet")  # data.source whose samples
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DemoPictures:
+class DemoImages:
     """The portraits that `preprocess/demo_images.py` composes. Only the demo has this section."""
 
     per_class: Count = 1024

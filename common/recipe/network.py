@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from common.recipe import Recipe
     from fpdm.denoiser import DenoiserConfig
     from fpdm.diffusion import Diffusion
-    from fpdm.timesteps import TimestepDensity
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -105,14 +104,6 @@ def diffusion(recipe: Recipe) -> Diffusion:
     from fpdm.diffusion import Diffusion
 
     return Diffusion(**vars(recipe.objective))
-
-
-def timestep_density(recipe: Recipe) -> TimestepDensity:
-    """The density of timesteps as `fpdm` computes it."""
-    from fpdm.timesteps import TimestepDensity
-
-    settings = recipe.train.timesteps
-    return TimestepDensity(kind=settings.kind, mean=settings.mean, deviation=settings.deviation, shift=settings.shift)
 
 
 def check_network(recipe: Recipe) -> None:

@@ -138,13 +138,12 @@ class Sweep:
     """As sample.guidance_scale."""
 
 
-def total_iterations(recipe: Recipe) -> int:
+def total_iterations(sample: Sample) -> int:
     """Of all steps; exact whatever the allocation. ValueError names the field that does not fit."""
     from fpdm.allocation import allocate
 
-    settings = recipe.sample
-    kind = "constant" if settings.allocation in MEASURED else settings.allocation
-    return sum(allocate(kind, settings.num_steps, settings.iterations))
+    kind = "constant" if sample.allocation in MEASURED else sample.allocation
+    return sum(allocate(kind, sample.num_steps, sample.iterations))
 
 
 def check_sampling(recipe: Recipe) -> None:
@@ -180,7 +179,7 @@ def _check_steps(recipe: Recipe) -> None:
     settings, latent_channels = recipe.sample, recipe.vae.latent_channels
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
     if recipe.model.kind == "fpdm":
-        _check_step_choices(recipe, total_iterations(recipe))
+        _check_step_choices(recipe, total_iterations(settings))
     elif settings.step_choices:
         raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
     process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval

@@ -24,6 +24,7 @@ from common.recipe.fields import (
 
 if TYPE_CHECKING:
     from common.recipe import Recipe
+    from fpdm.timesteps import TimestepDensity
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -78,6 +79,15 @@ class EMA:
     pipeline/reconstruct_ema.py makes any other width after training."""
     reference_batch: Count = 512
     """Samples for which `decays` hold; with another batch size the average is as long in samples."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the averages, and of their folders: constant decays as `0.9999`, power functions as `power-0.05`."""
+        return [*(f"{decay:g}" for decay in self.decays), *map(power_name, self.widths)]
+
+
+def power_name(width: float) -> str:
+    return f"power-{width:g}"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -166,6 +176,13 @@ class Train:
     checkpoint: Checkpoints = Checkpoints()
     log: Log = Log()
     previews: Previews = Previews()
+
+
+def timestep_density(settings: Timesteps) -> TimestepDensity:
+    """The density of timesteps as `fpdm` computes it."""
+    from fpdm.timesteps import TimestepDensity
+
+    return TimestepDensity(kind=settings.kind, mean=settings.mean, deviation=settings.deviation, shift=settings.shift)
 
 
 def check_training(train: Train) -> None:

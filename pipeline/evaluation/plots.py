@@ -17,7 +17,7 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def sweep_picture(rows: Sequence[dict[str, Any]]) -> bytes:
+def sweep_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     """The distance against blocks an image, a line a way of sampling (the paper's Table 1); where several numbers of
     steps were tried, also against iterations a step, a line a budget (its Figure 4). From rows of `sweep/table.json`.
     """

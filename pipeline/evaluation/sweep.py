@@ -21,7 +21,7 @@ from common.recipe import Sweep as SweepSettings
 from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from pipeline.evaluation.measurements import Evaluation, Measurement
-from pipeline.evaluation.plots import sweep_picture
+from pipeline.evaluation.plots import sweep_plot
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.sampling.generate import sample
 from pipeline.sampling.models import Models
@@ -128,8 +128,8 @@ class Sweep:
         write_sealed(self.folder.sweep_table, {"rows": rows})
         _write_text(self.folder.sweep_csv, _csv(rows))
         _write_text(self.folder.sweep_markdown, _markdown(rows))
-        with atomic_write(self.folder.sweep_picture) as temporary:
-            temporary.write_bytes(sweep_picture(rows))
+        with atomic_write(self.folder.sweep_plot) as temporary:
+            temporary.write_bytes(sweep_plot(rows))
 
 
 def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
@@ -195,7 +195,7 @@ def read_table(folder: RunFolder) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Header and lines, as the CSV, the Markdown and the report show them."""
     names = {key: number["name"] for row in rows for key, number in row["numbers"].items()}
-    lines = [[*COLUMNS, "pictures", *names.values()]]
+    lines = [[*COLUMNS, "images", *names.values()]]
     for row in rows:
         numbers = [row["numbers"].get(key) for key in names]
         values = ["" if number is None else f"{number['value']:.6g}" for number in numbers]

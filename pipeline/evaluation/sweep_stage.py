@@ -60,7 +60,7 @@ def show(sweep: "Sweep") -> None:
     sweep.write_tables()
     folder = sweep.folder
     print(folder.sweep_markdown.read_text(encoding="utf-8"), end="")
-    print(f"\ntable:   {folder.sweep_csv}\npicture: {folder.sweep_picture}")
+    print(f"\ntable: {folder.sweep_csv}\nplot:  {folder.sweep_plot}")
     print("report:  python pipeline/report.py with the recipe shows both")
 
 

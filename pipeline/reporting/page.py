@@ -21,7 +21,7 @@ from common.stage_times import read_times
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.measurements import Evaluation
-from pipeline.evaluation.plots import loss_curve, sweep_picture
+from pipeline.evaluation.plots import loss_curve, sweep_plot
 from pipeline.evaluation.sweep import read_table, table
 from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
 from pipeline.sampling.plans import blocks_an_image
@@ -152,4 +152,4 @@ def _sweep(folder: RunFolder) -> dict[str, Any] | None:
     if not folder.sweep_table.exists():
         return None
     rows = read_table(folder)
-    return {"table": table(rows), "picture": sweep_picture(rows)}
+    return {"table": table(rows), "plot": sweep_plot(rows)}

@@ -18,7 +18,7 @@ def resolve(recipe: Recipe) -> "Report":
 
 def plan(shown: "Report") -> Iterator[str]:
     yield f"report: {shown.folder.report}, " + ("up to date" if finished(shown) else "to be written")
-    yield f"pictures: {shown.folder.contact_sheet}, {shown.recipe.sample.save_images} of each set"
+    yield f"images: {shown.folder.contact_sheet}, {shown.recipe.sample.save_images} of each set"
 
 
 def finished(shown: "Report") -> bool:

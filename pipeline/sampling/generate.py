@@ -1,8 +1,6 @@
 """Images drawn from weights: sample i is a function of (seed, i) alone, whatever the batch, the rank or the chunk."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.background import Background
 from common.errors import UserError
 from common.files import shared_folder_lock
 from common.ranks import float32_throughout, own_device, rank_and_world_size, share_cores
@@ -81,42 +80,21 @@ def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: 
     total = sum(end - first for first, end in spans)
     with (
         tqdm(total=total, unit="image", desc=f"sample {samples.samples_seen}", disable=rank != 0) as bar,
-        _in_the_background() as submit,
+        Background(_batches_in_the_background()) as background,
     ):
         for span in spans:
             batches: list[Chunk] = []
             for start in range(*span, recipe.sample.batch_size):
                 index = torch.arange(start, min(start + recipe.sample.batch_size, span[1]), device=device)
                 images, labels = draw_images(recipe, steps, model, vae, index), labels_for(recipe, index)
-                submit(partial(_finish_batch, index, images, labels, recipe.sample.rounding, batches))
+                background.submit(partial(_finish_batch, index, images, labels, recipe.sample.rounding, batches))
                 bar.update(len(index))
-            submit(partial(_write_chunk, form, span, batches))
+            background.submit(partial(_write_chunk, form, span, batches))
 
 
-@contextmanager
-def _in_the_background() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Yields `submit`: calls run one after another in a thread; what one raises, the next `submit` or the end raises.
-
-    Where torch has several threads on a CPU the calls run here: two teams of threads would stall one another.
-    """
-    if not torch.cuda.is_available() and torch.get_num_threads() > 1:
-        yield lambda call: call()
-        return
-    waiting: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as pool:
-
-        def submit(call: Callable[[], None]) -> None:
-            while len(waiting) >= WAITING or (waiting and waiting[0].done()):
-                waiting.pop(0).result()
-            waiting.append(pool.submit(call))
-
-        try:
-            yield submit
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        for future in waiting:
-            future.result()
+def _batches_in_the_background() -> int:
+    """At once. None where torch has several threads on a CPU: two teams of threads would stall one another."""
+    return WAITING if torch.cuda.is_available() or torch.get_num_threads() == 1 else 0
 
 
 def draw_images(recipe: Recipe, steps: Plan, model: Denoiser, vae: Encoder, index: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class PlanForm(TypedDict):
 def even_iterations(recipe: Recipe) -> list[int] | None:
     """The same budget, constant over the steps: where nothing is measured. None for DiT."""
     steps = recipe.sample.num_steps
-    return allocate("constant", steps, total_iterations(recipe) / steps) if recipe.model.kind == "fpdm" else None
+    return allocate("constant", steps, total_iterations(recipe.sample) / steps) if recipe.model.kind == "fpdm" else None
 
 
 def blocks_an_image(recipe: Recipe) -> int:
@@ -122,7 +122,7 @@ def _misfit(recipe: Recipe, plan: Plan) -> str | None:
     if settings.reuse != "calibrated" and set(plan.reuse) != {settings.reuse == "always"}:
         return f"reuse: not {settings.reuse!r} in every step"
     outer = denoiser_config(recipe).blocks(0)
-    blocks, budget = sum(counts) + outer * steps, total_iterations(recipe) + outer * settings.num_steps
+    blocks, budget = sum(counts) + outer * steps, total_iterations(settings) + outer * settings.num_steps
     return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
@@ -164,7 +164,7 @@ def _measure(recipe: Recipe, model: Denoiser) -> Plan:
     index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
     draw = bind_sampler(recipe, model, "calibrate", index)
     outer = model.config.blocks(0)
-    budget = total_iterations(recipe) + outer * steps
+    budget = total_iterations(settings) + outer * steps
     if settings.step_choices:
         choices = (steps, *settings.step_choices)
         best = calibrate(

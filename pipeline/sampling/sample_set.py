@@ -23,7 +23,7 @@ from preprocess.shards import INDEX
 from preprocess.shards.forms import read_local_index
 
 # Fields of `sample` that change no image.
-NOT_OF_THE_PICTURE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
+CHANGES_NO_IMAGE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def sample_set(recipe: Recipe, weights: Weights, vae: Identity | None = None) ->
         "weights_sha256": described.sha256,
         "network": _network_settings(recipe, folder, described),
         "seed": recipe.seed,
-        "sample": {name: value for name, value in asdict(recipe.sample).items() if name not in NOT_OF_THE_PICTURE},
+        "sample": {name: value for name, value in asdict(recipe.sample).items() if name not in CHANGES_NO_IMAGE},
         "objective": asdict(recipe.objective),
         "vae": identity | {"precision": recipe.vae.precision},
         "resolution": recipe.data.resolution,

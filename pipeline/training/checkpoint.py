@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import atomic_folder, disk_errors_as_user_errors, remove_folder, sha256_file
 from common.recipe import Recipe, denoiser_config
-from common.run_folder import counted, ema_names, weights_folder
+from common.run_folder import RunFolder, counted, weights_folder
 from common.sealed import write_sealed
 from fpdm.denoiser import DenoiserConfig
 from fpdm.weights import save_pretrained
@@ -34,18 +34,14 @@ from pipeline.training.checkpoint_form import (
     read,
 )
 from pipeline.training.distributed import Ranks, raise_on_all_ranks
-from pipeline.training.ema import EMA
+from pipeline.training.ema import EMAWeights
 from pipeline.training.engine import restore_scaler
 from pipeline.training.identity import total_samples
 from pipeline.training.state import TrainState
 from pipeline.training.zero import MOMENTS, gather, moment_shards, parameter_shards, scatter, start_moments
 
 
-def folder_of(recipe: Recipe) -> Path:
-    return recipe.folder / "checkpoints"
-
-
-def collect(engine: Any, ema: EMA) -> Tensors:
+def collect(engine: Any, ema: EMAWeights) -> Tensors:
     """Copies of all tensors that training resumes from, on rank 0. A collective: every rank must call it."""
     parts: dict[str, Sequence[Tensor | None]] = {f"ema-{name}": shards for name, shards in ema.shards.items()}
     parts |= {"model": parameter_shards(engine)} | {moment: moment_shards(engine, moment) for moment in MOMENTS}
@@ -61,16 +57,17 @@ def write(recipe: Recipe, state: TrainState, tensors: Tensors, identity: dict[st
     after their checkpoint, because they mark the run as finished. Raises UserError where a tensor is not finite or the
     disk does not take it; the checkpoint before it stays.
     """
-    _require_finite(recipe, tensors, state.samples_seen)
-    folder, last = folder_of(recipe) / f"{state.samples_seen:012d}", state.samples_seen == total_samples(recipe)
-    ema_weights = {name: part(tensors, f"ema-{name}") for name in ema_names(recipe)} if with_weights else {}
+    samples_seen, last = state.samples_seen, state.samples_seen == total_samples(recipe.train)
+    _require_finite(tensors, samples_seen, recipe.train.optimizer.learning_rate)
+    folder = RunFolder(recipe.folder).checkpoint(samples_seen)
+    ema_weights = {name: part(tensors, f"ema-{name}") for name in recipe.train.ema.names} if with_weights else {}
     with disk_errors_as_user_errors(folder):
         if not last:
-            export_ema_weights(recipe, ema_weights, state.samples_seen, identity)
-        marker = {"samples_seen": state.samples_seen, "identity": identity, "progress": state.to_json()}
+            export_ema_weights(recipe, ema_weights, samples_seen, identity)
+        marker = {"samples_seen": samples_seen, "identity": identity, "progress": state.to_json()}
         _write_folder(folder, tensors, marker)
         if last:
-            export_ema_weights(recipe, ema_weights, state.samples_seen, identity)
+            export_ema_weights(recipe, ema_weights, samples_seen, identity)
         prune(recipe)
 
 
@@ -88,17 +85,17 @@ def prune(recipe: Recipe) -> None:
     A symbolic link is left to the person who made it.
     """
     keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
-    folders = [folder for folder in complete_checkpoints(recipe) if not folder.is_symlink()]
+    folders = [folder for folder in complete_checkpoints(recipe.folder) if not folder.is_symlink()]
     for folder in folders[:-keep]:
         if not every or int(folder.name) % every >= recipe.train.batch_size:  # the first at or after a multiple stays
             remove_folder(folder)
 
 
-def _require_finite(recipe: Recipe, tensors: Tensors, samples_seen: int) -> None:
+def _require_finite(tensors: Tensors, samples_seen: int, learning_rate: float) -> None:
     if name := first_not_finite(tensors):
         raise UserError(
             f"train.optimizer.learning_rate: {name} is not finite after {samples_seen} samples; nothing is saved of "
-            f"this; lower it from {recipe.train.optimizer.learning_rate}"
+            f"this; lower it from {learning_rate}"
         )
 
 
@@ -136,9 +133,9 @@ def export_weights(
         save_pretrained(weights, config or denoiser_config(recipe), folder, extra)
 
 
-def complete_checkpoints(recipe: Recipe) -> list[Path]:
-    """Oldest first. Folders without a marker, or under names that `write` does not give, are left out."""
-    return [path for path in counted(folder_of(recipe)) if (path / MARKER).is_file()]
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those in a run's folder, oldest first, but none without a marker or under a name that `write` does not give."""
+    return [path for path in counted(RunFolder(folder).checkpoints) if (path / MARKER).is_file()]
 
 
 def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
@@ -155,7 +152,7 @@ def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> C
     with raise_on_all_ranks(ranks):
         if choice[0] is not None and checkpoint is None:
             checkpoint = _read_choice(choice[0], recipe, identity)
-    if checkpoint and checkpoint.state.samples_seen > total_samples(recipe):
+    if checkpoint and checkpoint.state.samples_seen > total_samples(recipe.train):
         raise UserError(
             f"train.total_samples: {recipe.train.total_samples}, but {recipe.folder} has trained on "
             f"{checkpoint.state.samples_seen}; ask for more, or choose another name"
@@ -169,7 +166,7 @@ def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Checkpoint | 
     Prints a warning for each damaged one. Raises UserError where all are damaged, or where the recipe no longer
     describes the run that the checkpoint belongs to.
     """
-    folders = complete_checkpoints(recipe)
+    folders = complete_checkpoints(recipe.folder)
     for folder in reversed(folders):
         try:
             return read(folder, recipe, identity, samples_seen=int(folder.name))
@@ -177,7 +174,7 @@ def newest_checkpoint(recipe: Recipe, identity: dict[str, Any]) -> Checkpoint | 
             print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
     if folders:
         raise UserError(
-            f"{folder_of(recipe)}: all of its {len(folders)} checkpoints are damaged or of another version; delete it "
+            f"{folders[0].parent}: all of its {len(folders)} checkpoints are damaged or of another version; delete it "
             "to start again"
         )
     if recipe.train.resume_from is None:
@@ -198,7 +195,7 @@ def _read_choice(folder: Path, recipe: Recipe, identity: dict[str, Any]) -> Chec
         ) from None
 
 
-def restore(engine: Any, ema: EMA, checkpoint: Checkpoint) -> None:
+def restore(engine: Any, ema: EMAWeights, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint into the engine and the EMAs, to the bit. A collective: every rank must call it.
 
     The engine's module must have been built from the same weights.

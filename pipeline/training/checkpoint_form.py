@@ -15,7 +15,6 @@ from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.log_lines import Count
 from common.recipe import Recipe, denoiser_config
-from common.run_folder import ema_names
 from common.sealed import STRICT, read_sealed
 from fpdm.weights import tensor_shapes
 from pipeline.training.identity import changes
@@ -99,7 +98,7 @@ def read(folder: Path, recipe: Recipe, identity: dict[str, Any], samples_seen: i
         marker = read_sealed(folder / MARKER, MarkerForm, "no checkpoint of this version")
     if changed := changes(marker["identity"], identity):
         raise UserError(f"{folder}: belongs to a run with another {changed}; set it back, or choose another name")
-    if reason := _out_of_range(marker, recipe, samples_seen):
+    if reason := _out_of_range(marker, recipe.train.batch_size, samples_seen):
         raise Damaged(f"{folder / MARKER}: {reason}")
     with _as_damage():
         tensors = _read_tensors(folder / STATE, marker["sha256"])
@@ -116,9 +115,9 @@ def _as_damage() -> Iterator[None]:
         raise Damaged(str(error)) from None
 
 
-def _out_of_range(marker: MarkerForm, recipe: Recipe, samples_seen: int | None) -> str | None:
+def _out_of_range(marker: MarkerForm, batch_size: int, samples_seen: int | None) -> str | None:
     """The first number of a marker that no run of this recipe can have, and why; None if all are possible."""
-    seen, progress, batch_size = marker["samples_seen"], marker["progress"], recipe.train.batch_size
+    seen, progress = marker["samples_seen"], marker["progress"]
     if samples_seen not in (None, seen):
         return f"samples_seen: {seen} in a folder of that name"
     if seen % batch_size:
@@ -146,7 +145,7 @@ def _read_tensors(path: Path, sha256: str) -> Tensors:
 
 def _misfit(tensors: Tensors, recipe: Recipe) -> str | None:
     """The first tensor that no run of this recipe can have, and why; None if all are possible."""
-    parts = ("model", *(f"ema-{name}" for name in ema_names(recipe)), *MOMENTS)
+    parts = ("model", *(f"ema-{name}" for name in recipe.train.ema.names), *MOMENTS)
     shapes = tensor_shapes(denoiser_config(recipe))
     muon = recipe.train.optimizer.name == "muon"
     wanted = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.loading import expanded
-from common.recipe import Recipe, latent_shape, timestep_density
+from common.recipe import Data, Recipe, latent_shape, timestep_density
 from fpdm import rng
 from fpdm.diffusion import Diffusion
 from fpdm.latents import draw_latents
@@ -26,9 +26,8 @@ from preprocess.shards import INDEX, Cache, LatentShards
 from preprocess.shards.storage import CachedFolder
 
 
-def open_latents(recipe: Recipe) -> LatentShards:
-    """The recipe's latents, in a folder or at an address, in either format. Raises UserError where they are missing."""
-    data = recipe.data
+def open_latents(data: Data) -> LatentShards:
+    """The latents, in a folder or at an address, in either format. Raises UserError where they are missing."""
     address = data.shards.rstrip("/")
     if data.format == "ffcv":
         address = f"{address}/{beton.FOLDER}"
@@ -42,7 +41,7 @@ def open_latents(recipe: Recipe) -> LatentShards:
 
 def open_shards(recipe: Recipe) -> LatentShards:
     """As `open_latents`; raises UserError where latent shape or classes are not the recipe's."""
-    shards = open_latents(recipe)
+    shards = open_latents(recipe.data)
     channels, height, width = latent_shape(recipe)
     if shards.shape != (2 * channels, height, width):
         raise UserError(
@@ -56,9 +55,9 @@ def open_shards(recipe: Recipe) -> LatentShards:
     return shards
 
 
-def stage_in(recipe: Recipe, shards: LatentShards) -> None:
+def stage_in(data: Data, shards: LatentShards) -> None:
     """Copies all shards to this machine's cache, if data.stage_in is set."""
-    if recipe.data.stage_in and isinstance(shards.storage, CachedFolder):
+    if data.stage_in and isinstance(shards.storage, CachedFolder):
         shards.storage.stage(shards.index["shardlist"])
 
 
@@ -103,7 +102,7 @@ class Stream:
         latents = draw_latents(moments, normals, *self.shards.scaling)
         labels = torch.from_numpy(self.shards.labels_at(indices))
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout
-        density, u = timestep_density(recipe), self._timestep_quantiles(positions)
+        density, u = timestep_density(recipe.train.timesteps), self._timestep_quantiles(positions)
         return Batch(
             latents=latents,
             noise=rng.normal(seed, "train/noise", positions, shape),
@@ -134,9 +133,9 @@ class Stream:
         return self.order.indices(torch.arange(positions.start, positions.stop)).tolist()
 
 
-def rank_positions(recipe: Recipe, samples_seen: int, rank: int, world_size: int) -> range:
+def rank_positions(batch_size: int, samples_seen: int, rank: int, world_size: int) -> range:
     """A rank's stream positions in the step that starts at `samples_seen`."""
-    share = recipe.train.batch_size // world_size
+    share = batch_size // world_size
     return range(samples_seen + rank * share, samples_seen + (rank + 1) * share)
 
 
@@ -148,5 +147,5 @@ def step_batches(stream: Stream, samples_seen: int, total: int, rank: int, world
     settings = stream.recipe.train
     assert settings.micro_batch_size is not None
     for start in range(samples_seen, total, settings.batch_size):
-        positions = rank_positions(stream.recipe, start, rank, world_size)
+        positions = rank_positions(settings.batch_size, start, rank, world_size)
         yield [stream.batch(first, settings.micro_batch_size) for first in positions[:: settings.micro_batch_size]]

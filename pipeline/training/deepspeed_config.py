@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError, errors_as
-from common.recipe import Recipe
+from common.recipe import Train
 from pipeline.training.identity import precision
 
 # Settings that the recipe also states: fields of sections, and top-level ones.
@@ -29,30 +29,29 @@ REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: the 
 }
 
 
-def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> dict[str, Any]:
+def deepspeed_config(train: Train, world_size: int, on_gpu: bool | None = None) -> dict[str, Any]:
     """DeepSpeed's settings: generated from the recipe, or the user's file, checked against the recipe and completed.
 
     `train.micro_batch_size` must be resolved (`with_world_size`). `on_gpu`: whether training sees GPUs; None: whether
     this process does. Raises UserError for settings that DeepSpeed lacks, or a file that contradicts the recipe.
     """
-    settings = recipe.train
-    assert settings.micro_batch_size is not None
+    assert train.micro_batch_size is not None
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    chosen = precision(recipe, on_gpu)
+    chosen = precision(train, on_gpu)
     if chosen == "fp16" and not on_gpu:  # DeepSpeed allows it on some CPUs; one rule for all is simpler
         raise UserError(
             "train.precision: fp16 needs a GPU, and training sees none (launch.gpus_per_process says how many a job "
             "asks for); use fp32, or bf16 to try it"
         )
-    stage = zero_stage(recipe, world_size, on_gpu)
+    stage = zero_stage(train, world_size, on_gpu)
     zero: dict[str, Any] = {"stage": stage}
-    if settings.optimizer.offload:
+    if train.optimizer.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     generated = {
-        "train_batch_size": settings.batch_size,
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * world_size),
-        "gradient_clipping": settings.optimizer.gradient_clipping,
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world_size),
+        "gradient_clipping": train.optimizer.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW and ours, which save and restore the same everywhere
         "zero_force_ds_cpu_optimizer": False,
@@ -60,20 +59,19 @@ def deepspeed_config(recipe: Recipe, world_size: int, on_gpu: bool | None = None
         "fp16": {"enabled": chosen == "fp16"},
         "steps_per_print": 2**31,  # the training loop does the printing
     }
-    config = generated if settings.deepspeed_config is None else _own_config(settings.deepspeed_config, generated)
+    config = generated if train.deepspeed_config is None else _own_config(train.deepspeed_config, generated)
     if stage == 0 and chosen == "fp32":
         config["gradient_clipping"] = 0.0  # `update` does it there
     return config
 
 
-def zero_stage(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> int:
+def zero_stage(train: Train, world_size: int, on_gpu: bool | None = None) -> int:
     """The stage that is used: 0 for a single rank in fp32, where sharding would cost a tenth of the speed for nothing.
 
     With a DeepSpeed file of the user's own, or offloading, it is the recipe's.
     """
-    settings = recipe.train
-    alone = world_size == 1 and precision(recipe, on_gpu) == "fp32"
-    return 0 if alone and not (settings.optimizer.offload or settings.deepspeed_config) else settings.zero_stage
+    alone = world_size == 1 and precision(train, on_gpu) == "fp32"
+    return 0 if alone and not (train.optimizer.offload or train.deepspeed_config) else train.zero_stage
 
 
 def _own_config(path: str, generated: dict[str, Any]) -> dict[str, Any]:

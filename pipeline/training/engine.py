@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.recipe import Recipe
+from common.recipe import Train
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
 from pipeline.training.identity import precision, total_samples
@@ -17,16 +17,15 @@ from pipeline.training.muon import MuonAdamW, find_layouts
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any:
+def build_engine(train: Train, model: Denoiser, config: dict[str, Any]) -> Any:
     """DeepSpeed's engine around the model and the recipe's optimizer."""
     import deepspeed
 
-    settings = recipe.train
-    if settings.compile:
+    if train.compile:
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()  # in place: parameters keep their names
-    optimizer = _build_optimizer(recipe, model)
+    optimizer = _build_optimizer(train, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if isinstance(optimizer, MuonAdamW):
         find_layouts(engine, optimizer)
@@ -35,22 +34,22 @@ def build_engine(recipe: Recipe, model: Denoiser, config: dict[str, Any]) -> Any
     return engine
 
 
-def _build_optimizer(recipe: Recipe, model: Denoiser) -> torch.optim.Optimizer:
-    settings = recipe.train.optimizer
+def _build_optimizer(train: Train, model: Denoiser) -> torch.optim.Optimizer:
+    settings = train.optimizer
     rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
     if settings.name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay)
-    dtype = torch.float32 if precision(recipe) == "fp32" else torch.bfloat16
+    dtype = torch.float32 if precision(train) == "fp32" else torch.bfloat16
     return MuonAdamW(model, lr=rate, betas=betas, weight_decay=decay, dtype=dtype)
 
 
-def learning_rate(recipe: Recipe, samples_seen: int) -> float:
+def learning_rate(train: Train, samples_seen: int) -> float:
     """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or falling to zero."""
-    settings = recipe.train.optimizer
+    settings = train.optimizer
     rate = settings.learning_rate
     if settings.warmup_samples:
-        rate *= min(1.0, (samples_seen + recipe.train.batch_size) / settings.warmup_samples)
-    progress = min(1.0, samples_seen / total_samples(recipe))
+        rate *= min(1.0, (samples_seen + train.batch_size) / settings.warmup_samples)
+    progress = min(1.0, samples_seen / total_samples(train))
     if settings.learning_rate_decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * progress))
     elif settings.learning_rate_decay == "linear":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.files import atomic_write
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.run_folder import RunFolder
 from fpdm import rng
 from fpdm.sampling import sample
 from fpdm.weights import assemble
@@ -41,7 +42,7 @@ class GridPainter:
             iterations=even_iterations(recipe),
         )
         images = to_uint8(self.vae.decode(latents)).cpu()  # (N, 3, H, W)
-        path = recipe.folder / "grids" / f"{samples_seen:012d}.png"
+        path = RunFolder(recipe.folder).grid(samples_seen)
         with atomic_write(path) as file:
             write_png(make_grid(images, nrow=math.isqrt(len(images) - 1) + 1), str(file))
         return path

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from common.recipe import Recipe
+from common.recipe import Recipe, Train
 from pipeline.training.distributed import Ranks
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
@@ -20,7 +20,7 @@ Event = dict[str, Any]
 
 
 def check_finite(
-    recipe: Recipe,
+    train: Train,
     state: TrainState,
     result: StepResult,
     ranks: Ranks,
@@ -36,19 +36,18 @@ def check_finite(
         scaled: whether the gradient is scaled (fp16): then one that overflows is no event.
         sample_ids: returns the data set's samples of `result.losses`.
     """
-    settings = recipe.train
-    loss = float(result.sums[0]) / settings.batch_size
+    loss = float(result.sums[0]) / train.batch_size
     if math.isfinite(loss) and math.isfinite(result.norm):
-        deviations = loss_spike(state.recent_losses, loss, settings.spike_deviations)
-        event = None if deviations is None else _spike_event(recipe, state.samples_seen, loss, deviations)
-        return state.updated(result.sums.tolist(), settings.batch_size, spike=event is not None), event
+        deviations = loss_spike(state.recent_losses, loss, train.spike_deviations)
+        event = None if deviations is None else _spike_event(train.batch_size, state.samples_seen, loss, deviations)
+        return state.updated(result.sums.tolist(), train.batch_size, spike=event is not None), event
     if math.isfinite(loss) and scaled:
-        return state.passed_over(settings.batch_size, scaling=True), None
+        return state.passed_over(train.batch_size, scaling=True), None
     own = [each for each, loss in zip(sample_ids(), result.losses.tolist(), strict=True) if not math.isfinite(loss)]
     by_rank: list[list[int]] = [[] for _ in range(ranks.world_size)]
     torch.distributed.all_gather_object(by_rank, own, group=ranks.control)
-    event = _not_finite_event(recipe, state.samples_seen, loss, result.norm, [*chain.from_iterable(by_rank)])
-    return state.passed_over(settings.batch_size, scaling=False), event
+    event = _not_finite_event(train.batch_size, state.samples_seen, loss, result.norm, [*chain.from_iterable(by_rank)])
+    return state.passed_over(train.batch_size, scaling=False), event
 
 
 def not_finite_error(recipe: Recipe, event: Event, skipped: int) -> UserError:
@@ -79,11 +78,11 @@ def loss_spike(recent_losses: Sequence[float], loss: float, allowed: float | Non
     return deviations if deviations > allowed else None
 
 
-def _not_finite_event(recipe: Recipe, samples_seen: int, loss: float, norm: float, sample_ids: list[int]) -> Event:
+def _not_finite_event(batch_size: int, samples_seen: int, loss: float, norm: float, sample_ids: list[int]) -> Event:
     """Of a step that started at `samples_seen`; `sample_ids`: the samples, over all ranks, with a bad loss."""
     return {
-        "samples": samples_seen + recipe.train.batch_size,
-        "step": samples_seen // recipe.train.batch_size + 1,
+        "samples": samples_seen + batch_size,
+        "step": samples_seen // batch_size + 1,
         "event": "not finite",
         "loss": loss if math.isfinite(loss) else None,
         "gradient_norm": norm if math.isfinite(norm) else None,
@@ -91,13 +90,13 @@ def _not_finite_event(recipe: Recipe, samples_seen: int, loss: float, norm: floa
     }
 
 
-def _spike_event(recipe: Recipe, samples_seen: int, loss: float, deviations: float) -> Event:
+def _spike_event(batch_size: int, samples_seen: int, loss: float, deviations: float) -> Event:
     """Of a step that started at `samples_seen`; `stream`: its first position in the stream and the next step's."""
     return {
-        "samples": samples_seen + recipe.train.batch_size,
-        "step": samples_seen // recipe.train.batch_size + 1,
+        "samples": samples_seen + batch_size,
+        "step": samples_seen // batch_size + 1,
         "event": "loss spike",
         "loss": loss,
         "deviations": round(deviations, 2),
-        "stream": [samples_seen, samples_seen + recipe.train.batch_size],
+        "stream": [samples_seen, samples_seen + batch_size],
     }

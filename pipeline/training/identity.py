@@ -5,7 +5,7 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from common.recipe import Recipe
+from common.recipe import Recipe, Train
 from preprocess.shards import LatentShards
 
 IDENTITY = {
@@ -27,7 +27,7 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "seed": recipe.seed,
         "data.shards": shards.content_key,
-        "train.precision": precision(recipe),
+        "train.precision": precision(recipe.train),
     }
     if recipe.train.optimizer.learning_rate_decay != "constant":  # every rate of the schedule depends on its end
         fields["train.total_samples"] = recipe.train.total_samples
@@ -46,18 +46,18 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def precision(recipe: Recipe, on_gpu: bool | None = None) -> str:
+def precision(train: Train, on_gpu: bool | None = None) -> str:
     """`train.precision`, with "auto" resolved. `on_gpu`: whether training sees GPUs; None: as this process."""
     import torch
 
-    if recipe.train.precision == "auto":
+    if train.precision == "auto":
         return "bf16" if (torch.cuda.is_available() if on_gpu is None else on_gpu) else "fp32"
-    return recipe.train.precision
+    return train.precision
 
 
-def total_samples(recipe: Recipe) -> int:
+def total_samples(train: Train) -> int:
     """`train.total_samples`, rounded up to a multiple of the batch size."""
-    return math.ceil(recipe.train.total_samples / recipe.train.batch_size) * recipe.train.batch_size
+    return math.ceil(train.total_samples / train.batch_size) * train.batch_size
 
 
 def crosses(before: int, after: int, interval: int) -> bool:

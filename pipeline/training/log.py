@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import atomic_write, content_key, disk_errors_as_user_errors, sync
 from common.log_lines import append_line, log_line, read_log
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from pipeline.training.engine import learning_rate
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
@@ -47,7 +48,7 @@ def log_values(
         **state.interval.means(),
         "residual": float(result.sums[-1]) if recipe.model.kind == "fpdm" else None,
         "gradient_norm": result.norm,
-        "learning_rate": learning_rate(recipe, state.samples_seen - batch_size),
+        "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size),
         "no_grad_iterations": iterations[0],
         "grad_iterations": iterations[1],
         **speed,
@@ -67,14 +68,15 @@ class TrainingLog:
     """
 
     def __init__(self, recipe: Recipe, samples_seen: int, identity: dict[str, Any]) -> None:
-        self.metrics, self.events = recipe.folder / "metrics.jsonl", recipe.folder / "events.jsonl"
+        folder = RunFolder(recipe.folder)
+        self.metrics, self.events = folder.log, folder.events
         for path in (self.metrics, self.events):
             _remove_lines_after(path, samples_seen)
         self.tensorboard = self.wandb = None
         if recipe.train.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=samples_seen + 1)
+            self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=samples_seen + 1)
         if recipe.train.log.wandb_project:
             self.wandb = _start_wandb(recipe, identity)
 
@@ -104,7 +106,7 @@ class TrainingLog:
             append_line(self.events, values)
         tqdm.write(f"train: {json.dumps(values)}", file=sys.stderr)
 
-    def picture(self, path: Path, samples: int) -> None:
+    def image(self, path: Path, samples: int) -> None:
         """A grid of samples, an image file at `path`."""
         if self.tensorboard is not None:
             import numpy as np

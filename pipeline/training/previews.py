@@ -13,7 +13,7 @@ from preprocess.encoding.encoder import Encoder
 Weights = dict[str, Tensor]  # complete tensors by parameter name
 
 
-class Previews:
+class Previewer:
     """Loads the models that the recipe's previews need; raises UserError at once if one is missing.
 
     A network that has learned nothing may draw nothing: then the log says so, and training goes on.
@@ -34,7 +34,7 @@ class Previews:
         assert self.painter is not None
         try:
             with disk_errors_as_user_errors(self.folder):
-                self.log.picture(self.painter.paint(weights, samples_seen), samples_seen)
+                self.log.image(self.painter.paint(weights, samples_seen), samples_seen)
         except ValueError as error:
             self.log.event({"samples": samples_seen, "event": "no grid", "reason": str(error)})
 

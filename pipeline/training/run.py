@@ -9,9 +9,9 @@ from common.errors import UserError
 from common.files import disk_errors_as_user_errors, folder_lock
 from common.ranks import rank_and_world_size
 from common.recipe import Recipe, with_world_size
-from common.run_folder import ema_names, weights_folder
+from common.run_folder import RunFolder, weights_folder
 from common.run_weights import describe
-from pipeline.training.checkpoint import MARKER, folder_of
+from pipeline.training.checkpoint import MARKER
 from pipeline.training.data import open_shards, stage_in
 from pipeline.training.distributed import process_group, raise_on_all_ranks
 from pipeline.training.identity import identity, total_samples
@@ -38,7 +38,7 @@ def train(recipe: Recipe) -> None:
                 with disk_errors_as_user_errors(recipe.folder):
                     lock.enter_context(folder_lock(recipe.folder))
             shards = open_shards(recipe)
-            stage_in(recipe, shards)
+            stage_in(recipe.data, shards)
             shards.prove_places(rank, world_size)
         Trainer(recipe, shards, ranks, stop).run()
 
@@ -51,7 +51,7 @@ def finished(recipe: Recipe) -> bool:
         return False
     try:
         return all(
-            folder.exists() and _is_same_run(recipe, describe(folder).extra["run"], wanted)
+            folder.exists() and _is_same_run(describe(folder).extra["run"], wanted, recipe.train.precision)
             for folder in _last_weights(recipe)
         )
     except UserError:  # damaged; training says so and writes them again
@@ -59,13 +59,14 @@ def finished(recipe: Recipe) -> bool:
 
 
 def _last_weights(recipe: Recipe) -> list[Path]:
-    return [weights_folder(recipe, total_samples(recipe), name) for name in ema_names(recipe)]
+    train = recipe.train
+    return [weights_folder(recipe, total_samples(train), name) for name in train.ema.names]
 
 
-def _is_same_run(recipe: Recipe, run: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+def _is_same_run(run: dict[str, Any] | None, wanted: dict[str, Any], precision: str) -> bool:
     """Compares identities. "auto" precision matches any: a cluster's login node has no GPU to resolve it as training
     did."""
-    free = {"train.precision": None} if recipe.train.precision == "auto" else {}
+    free = {"train.precision": None} if precision == "auto" else {}
     return run is not None and run | free == wanted | free
 
 
@@ -77,7 +78,7 @@ def _check_last_weights(recipe: Recipe, rank: int) -> None:
             if folder.exists():
                 describe(folder)
         except UserError as error:
-            if not (folder_of(recipe) / f"{total_samples(recipe):012d}" / MARKER).exists():
+            if not (RunFolder(recipe.folder).checkpoint(total_samples(recipe.train)) / MARKER).exists():
                 raise
             if rank == 0:
                 print(f"warning: {error}; now they are written again", file=sys.stderr, flush=True)

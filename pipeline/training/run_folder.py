@@ -6,7 +6,7 @@ from common.files import disk_errors_as_user_errors, remove_leftovers, write_jso
 from common.log_lines import append_line
 from common.provenance import provenance
 from common.recipe import Recipe
-from common.run_folder import counted, ema_names
+from common.run_folder import RunFolder, counted
 from common.run_recipe import write_recipe
 from pipeline.training.checkpoint import export_ema_weights
 from pipeline.training.checkpoint_form import Tensors
@@ -27,14 +27,14 @@ def open_run_folder(
         samples_seen: where training begins.
         weights: of the untrained network, by parameter name, if `samples_seen` is 0.
     """
-    folder = recipe.folder
-    with disk_errors_as_user_errors(folder):
-        for written in (folder, folder / "checkpoints", folder / "grids", *counted(folder / "weights")):
+    folder = RunFolder(recipe.folder)
+    with disk_errors_as_user_errors(folder.path):
+        for written in (folder.path, folder.checkpoints, folder.grids, *counted(folder.weights)):
             remove_leftovers(written)
         write_recipe(recipe)
-        write_json(folder / "deepspeed.json", config)
-        append_line(folder / "provenance.jsonl", {"stage": "train", "from_samples": samples_seen, **provenance()})
+        write_json(folder.deepspeed, config)
+        append_line(folder.provenance, {"stage": "train", "from_samples": samples_seen, **provenance()})
         log = TrainingLog(recipe, samples_seen, identity)
         if samples_seen == 0:
-            export_ema_weights(recipe, dict.fromkeys(ema_names(recipe), weights), 0, identity)
+            export_ema_weights(recipe, dict.fromkeys(recipe.train.ema.names, weights), 0, identity)
     return log

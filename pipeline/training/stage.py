@@ -22,15 +22,15 @@ def plan(recipe: Recipe) -> Iterator[str]:
         yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
     _, world_size = rank_and_world_size()
     try:
-        config = deepspeed_config(with_world_size(recipe, world_size), world_size)
+        config = deepspeed_config(with_world_size(recipe, world_size).train, world_size)
     except ValueError as error:
         raise UserError(str(error)) from None
     micro_batch_size, accumulations = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     yield (
-        f"steps: {total_samples(recipe) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
+        f"steps: {total_samples(train) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
         f"{micro_batch_size} x {accumulations} accumulations, ZeRO {config['zero_optimization']['stage']}"
     )
-    checkpoints = complete_checkpoints(recipe)
+    checkpoints = complete_checkpoints(recipe.folder)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
     yield f"run folder: {recipe.folder}, {state}"
     samples = len(open_shards(recipe))
@@ -56,7 +56,7 @@ def check(recipe: Recipe, cluster: str) -> None:
 
     ranks = recipe.launch.nodes * recipe.launch.processes
     try:
-        deepspeed_config(with_world_size(recipe, ranks), ranks, _has_gpus(recipe.launch, cluster))
+        deepspeed_config(with_world_size(recipe, ranks).train, ranks, _has_gpus(recipe.launch, cluster))
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.recipe import Recipe
 from fpdm.denoiser import Denoiser, DenoiserConfig
 
 QUARTILES = 4
@@ -100,8 +99,11 @@ class Stopwatch:
 class Throughput:
     """Speed since the last log line or since this process started, whichever is later."""
 
-    def __init__(self, recipe: Recipe, config: DenoiserConfig, device: torch.device, world_size: int) -> None:
-        self.recipe, self.config, self.world_size = recipe, config, world_size
+    def __init__(
+        self, peak_tflops: float | None, config: DenoiserConfig, device: torch.device, world_size: int
+    ) -> None:
+        self.peak_tflops = known_peak() if peak_tflops is None else peak_tflops
+        self.config, self.world_size = config, world_size
         self.watch = Stopwatch(device)
         self.start()
 
@@ -114,14 +116,13 @@ class Throughput:
         """Samples per second over all ranks; seconds per step, by part; TFLOP/s and utilisation of one device."""
         seconds, steps = max(time.perf_counter() - self.started, 1e-9), max(self.steps, 1)
         tflops = self.flops / seconds / self.world_size / 1e12
-        peak = self.recipe.train.log.peak_tflops or known_peak()
         speed = {
             "samples_per_second": round(self.samples / seconds, 2),
             "step_seconds": round(seconds / steps, 6),
             **{f"{part}_seconds": round(spent / steps, 6) for part, spent in self.watch.read().items()},
             "memory_gib": round(peak_memory() / 2**30, 3),
             "tflops": round(tflops, 4),
-            "flop_utilisation": round(tflops / peak, 4) if peak else None,
+            "flop_utilisation": round(tflops / self.peak_tflops, 4) if self.peak_tflops else None,
         }
         self.start()
         return speed

@@ -7,24 +7,23 @@ from functools import partial
 
 import torch.distributed
 
+from common.background import Background
 from common.errors import Interrupted
 from common.one_ahead import one_ahead
 from common.recipe import Recipe, denoiser_config, diffusion
-from common.run_folder import ema_names
 from fpdm.denoiser import build_denoiser
 from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble
 from pipeline.training import checkpoint
-from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.data import Stream, rank_positions, step_batches
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.distributed import Ranks, raise_on_all_ranks
-from pipeline.training.ema import EMA
+from pipeline.training.ema import EMAWeights
 from pipeline.training.engine import build_engine, learning_rate, scaler_state, set_learning_rate
 from pipeline.training.guards import check_finite, not_finite_error
 from pipeline.training.identity import crosses, identity, total_samples
 from pipeline.training.log import ProgressBar, TrainingLog, log_values
-from pipeline.training.previews import Previews
+from pipeline.training.previews import Previewer
 from pipeline.training.run_folder import open_run_folder
 from pipeline.training.signals import StopRequest
 from pipeline.training.state import TrainState
@@ -39,9 +38,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, shards: LatentShards, ranks: Ranks, stop: StopRequest | None = None) -> None:
         self.recipe, self.ranks, self.stop = recipe, ranks, StopRequest() if stop is None else stop
-        self.total = total_samples(recipe)
+        self.total = total_samples(recipe.train)
         self.identity = identity(recipe, shards)
-        self.config = deepspeed_config(recipe, ranks.world_size)
+        self.config = deepspeed_config(recipe.train, ranks.world_size)
         network = denoiser_config(recipe)
         resumed = checkpoint.find_checkpoint(recipe, self.identity, ranks)
         if resumed:
@@ -51,8 +50,8 @@ class Trainer:
             self.state = TrainState()
             model = build_denoiser(network, seed=recipe.seed)
         self.samples_saved = self.state.samples_seen
-        self.engine = build_engine(recipe, model, self.config)
-        self.ema = EMA(recipe, self.engine)
+        self.engine = build_engine(recipe.train, model, self.config)
+        self.ema = EMAWeights(recipe.train.ema, self.engine)
         if resumed:
             checkpoint.restore(self.engine, self.ema, resumed)
         else:
@@ -60,10 +59,10 @@ class Trainer:
         self.stream = Stream(recipe, shards, diffusion(recipe))
         place = (ranks.rank, ranks.world_size)
         self.batches = one_ahead(step_batches(self.stream, self.state.samples_seen, self.total, *place))
-        self.throughput = Throughput(recipe, network, self.engine.device, ranks.world_size)
-        self.writer = BackgroundWriter()
+        self.throughput = Throughput(recipe.train.log.peak_tflops, network, self.engine.device, ranks.world_size)
+        self.writer = Background()
         self.log: TrainingLog | None = None  # on rank 0
-        self.previews: Previews | None = None  # on rank 0, where the recipe asks for any
+        self.previewer: Previewer | None = None  # on rank 0, where the recipe asks for any
 
     def run(self) -> None:
         """Trains to the end. Raises Interrupted, on all ranks, where any of them was asked to stop."""
@@ -82,7 +81,7 @@ class Trainer:
                 if rank == 0:
                     self.log = open_run_folder(recipe, self.identity, self.config, samples_seen, weights)
                     if recipe.train.previews.grid_every_samples or recipe.train.previews.distance_every_samples:
-                        self.previews = Previews(recipe, self.log, self.engine.device)
+                        self.previewer = Previewer(recipe, self.log, self.engine.device)
             with closing(ProgressBar(self.total, samples_seen, rank)) as self.progress:
                 self.throughput.start()
                 yield
@@ -109,10 +108,10 @@ class Trainer:
         # The same counts on every rank: a rank that iterates longer would make the others wait.
         counts = (settings.max_no_grad_iterations, settings.max_grad_iterations)
         iterations = sjfb_counts(recipe.seed, before // settings.batch_size, *counts)
-        set_learning_rate(self.engine, learning_rate(recipe, before))
+        set_learning_rate(self.engine, learning_rate(settings, before))
         diffusion = self.stream.diffusion
         result = train_step(self.engine, diffusion, batches, iterations, settings, watch, with_residuals=logs)
-        with watch("averages"):
+        with watch("ema"):
             self.ema.update(before, after)
         with watch("exchange"):
             torch.distributed.all_reduce(result.sums, group=self.ranks.control)
@@ -120,7 +119,7 @@ class Trainer:
         self.throughput.count(settings.batch_size, iterations)
         self.progress.advance(settings.batch_size)
 
-        with watch("pictures"):
+        with watch("previews"):
             distance = self.draw_previews(measures=measures, paints=paints) if measures or paints else None
         if logs:
             self.write_log(result, iterations, distance)
@@ -131,9 +130,9 @@ class Trainer:
     def count(self, result: StepResult) -> None:
         """Adds a step to the state and its event to the log. All ranks raise UserError where training must end."""
         recipe, ranks, before = self.recipe, self.ranks, self.state.samples_seen
-        positions = rank_positions(recipe, before, ranks.rank, ranks.world_size)
+        positions = rank_positions(recipe.train.batch_size, before, ranks.rank, ranks.world_size)
         scaled, sample_ids = self.config["fp16"]["enabled"], partial(self.stream.sample_ids, positions)
-        self.state, event = check_finite(recipe, self.state, result, ranks, scaled=scaled, sample_ids=sample_ids)
+        self.state, event = check_finite(recipe.train, self.state, result, ranks, scaled=scaled, sample_ids=sample_ids)
         if event is not None:
             with raise_on_all_ranks(ranks):
                 if self.log is not None:
@@ -143,12 +142,12 @@ class Trainer:
 
     def draw_previews(self, *, measures: bool, paints: bool) -> tuple[float, str] | None:
         """From the first EMA, on rank 0: a grid of samples, and the distance of some with its name."""
-        weights, distance = gather(self.engine, self.ema.shards[ema_names(self.recipe)[0]]), None
+        weights, distance = gather(self.engine, self.ema.shards[self.recipe.train.ema.names[0]]), None
         with raise_on_all_ranks(self.ranks):
-            if self.previews is not None and measures:
-                distance = self.previews.measure(weights, self.state.samples_seen)
-            if self.previews is not None and paints:
-                self.previews.paint(weights, self.state.samples_seen)
+            if self.previewer is not None and measures:
+                distance = self.previewer.measure(weights, self.state.samples_seen)
+            if self.previewer is not None and paints:
+                self.previewer.paint(weights, self.state.samples_seen)
         return distance
 
     def write_log(self, result: StepResult, iterations: tuple[int, int], distance: tuple[float, str] | None) -> None:
@@ -174,7 +173,7 @@ class Trainer:
                 self.log.sync()  # the log on disk reaches at least as far as the checkpoint, if the machine dies
             if tensors:
                 job = partial(checkpoint.write, self.recipe, state, tensors, self.identity)
-                self.writer.start(partial(job, with_weights=with_weights))
+                self.writer.submit(partial(job, with_weights=with_weights))
             if wait:
                 self.writer.wait()
         self.samples_saved = self.state.samples_seen

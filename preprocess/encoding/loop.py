@@ -41,7 +41,7 @@ def encode_images(recipe: Recipe, source: Source, slices: Mapping[int, range]) -
         for number, of_shard in batches.items():
             outcomes: list[Outcome] = []
             for given, moments in _one_ahead(encoder, itertools.islice(loaded, len(of_shard)), recipe.data.flips):
-                outcomes += _collect(recipe, source, given, moments())
+                outcomes += _collect(recipe.vae.precision, source, given, moments())
                 bar.set_postfix_str(
                     f"VAE busy {encoder.busy_seconds / (time.monotonic() - started):.0%}", refresh=False
                 )
@@ -89,19 +89,18 @@ def _submit(encoder: Encoder, images: Tensor | None, flips: bool) -> Moments:
     return wait
 
 
-def _collect(recipe: Recipe, source: Source, loaded: LoadedBatch, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
+def _collect(precision: str, source: Source, loaded: LoadedBatch, moments: Sequence[np.ndarray]) -> Iterator[Outcome]:
     yield from loaded.rejected
     for number, position in enumerate(loaded.positions):
         digest, arrays = loaded.digests[number], [array[number] for array in moments]
-        yield _outcome(recipe, source, position, loaded.sizes[number], digest, arrays)
+        yield _outcome(precision, source, position, loaded.sizes[number], digest, arrays)
 
 
 def _outcome(
-    recipe: Recipe, source: Source, position: int, size: tuple[int, int], digest: str, moments: Sequence[np.ndarray]
+    precision: str, source: Source, position: int, size: tuple[int, int], digest: str, moments: Sequence[np.ndarray]
 ) -> Outcome:
     entry = source.entries[position]
     if not all(np.isfinite(array).all() for array in moments):
-        precision = recipe.vae.precision
         reason = f"the VAE's moments are not finite in float16 (vae.precision {precision})"
         return Rejection(entry.key, reason, position, digest)
     flipped = moments[1] if len(moments) > 1 else None

@@ -22,7 +22,7 @@ def finished(recipe: Recipe) -> bool:
     from preprocess.encoding.encoding import resolve
 
     try:
-        return resolve(recipe, download=False).is_finished and not beton.is_missing(recipe)
+        return resolve(recipe, download=False).is_finished and not beton.is_missing(recipe.data)
     except UserError:  # something is missing or does not fit; the stage says what
         return False
 
@@ -53,7 +53,7 @@ def encode_part(recipe: Recipe, part: int, parts: int) -> None:
 def merge(recipe: Recipe) -> None:
     """Completes the shards that any number of jobs have made; any number of times, by any process.
 
-    Raises UserError naming the shards that are missing, and where too many pictures are rejected.
+    Raises UserError naming the shards that are missing, and where too many images are rejected.
     """
     from preprocess.encoding.encoding import resolve
 
@@ -67,7 +67,7 @@ def complete(encoding: "Encoding") -> None:
 
     merge_shards(encoding)
     summarise(encoding)
-    if beton.is_missing(encoding.recipe):
+    if beton.is_missing(encoding.recipe.data):
         beton.convert(encoding.folder, encoding.recipe.launch.cpus_per_process)
 
 

@@ -75,7 +75,7 @@ def whole_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs_from_the_pictures_to_the_report(
+def test_every_recipe_runs_from_the_images_to_the_report(
     recipe: str, tmp_path: Path, narrow_vae: Path, inception: Path
 ) -> None:
     images = DATA_SETS[settings_of(recipe)["data"]["source"]](tmp_path, 5, 300)

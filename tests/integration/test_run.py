@@ -21,7 +21,7 @@ def finished_run(experiment: Experiment) -> Path:
     return experiment.folder / "runs/chain"
 
 
-def test_a_run_ends_with_report_pictures_and_numbers(finished_run: Path) -> None:
+def test_a_run_ends_with_report_images_and_numbers(finished_run: Path) -> None:
     for name in ("report.html", "samples.png", "metrics.json", "recipe.yaml", "provenance.jsonl", "metrics.jsonl"):
         assert (finished_run / name).stat().st_size > 0, name
     stages = set(json.loads((finished_run / "stages.json").read_text())["seconds"])

@@ -27,8 +27,8 @@ TRAIN = "pipeline/train.py"
 SAME_TO = 1e-5  # relative, in fp32 with another order of summation
 OF_THE_CLOCK = {
     *("samples_per_second", "tflops", "flop_utilisation", "memory_gib"),
-    *(f"{part}_seconds" for part in ("step", "data", "forward", "backward", "optimizer", "averages", "exchange")),
-    *("pictures_seconds", "save_seconds"),
+    *(f"{part}_seconds" for part in ("step", "data", "forward", "backward", "optimizer", "ema", "exchange")),
+    *("previews_seconds", "save_seconds"),
     "content_key",  # which covers the others
 }
 
@@ -76,7 +76,7 @@ def test_the_command_trains_under_torchrun_and_prints_its_plan(experiment: Exper
 def test_a_log_line_has_losses_gradient_norm_and_seconds_by_part(finished_run: Path) -> None:
     line = lines_of(finished_run, "metrics")[-1]
     assert {"loss_q1", "loss_q4", "residual", "gradient_norm", "learning_rate", "no_grad_iterations"} <= set(line)
-    assert set(line) >= OF_THE_CLOCK - {"pictures_seconds"}  # none were drawn
+    assert set(line) >= OF_THE_CLOCK - {"previews_seconds"}  # none were drawn
     parts = sum(line[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer"))
     assert 0 < parts <= line["step_seconds"]
     assert line["flop_utilisation"] is None  # there is no peak to compare a CPU with

@@ -196,7 +196,7 @@ def test_an_edited_plan_is_written_again_and_a_measured_one_refused(
             generated(measured, "latest")
 
 
-def test_a_flipped_mantissa_in_the_weights_draws_no_picture(recipe: Recipe) -> None:
+def test_a_flipped_mantissa_in_the_weights_draws_no_image(recipe: Recipe) -> None:
     min(drawn_in(recipe).glob("chunk-*")).unlink()
     path = weights_folder(recipe, 64) / WEIGHTS_NAME
     data = bytearray(path.read_bytes())

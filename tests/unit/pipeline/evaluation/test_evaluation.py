@@ -93,7 +93,7 @@ def adm_file(recipe: Recipe, path: Path, *, pictures: bool = False, **changes: n
     return path
 
 
-def test_a_statistics_file_gives_the_distance_of_the_pictures_it_was_made_of(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_statistics_file_gives_the_distance_of_the_images_it_was_made_of(recipe: Recipe, tmp_path: Path) -> None:
     direct = evaluated(recipe)
     path = adm_file(recipe, tmp_path / "statistics.npz")
     through_file = evaluated(recipe, reference=str(path))
@@ -179,7 +179,7 @@ def test_another_run_is_a_reference(recipe: Recipe) -> None:
     assert found["reference"]["label"] == f"10 samples of {recipe.folder} after 64 training samples"
 
 
-def test_the_distance_needs_no_pictures(recipe: Recipe) -> None:
+def test_the_distance_needs_no_images(recipe: Recipe) -> None:
     expected = evaluated(recipe)
     folder = sample_set(recipe, "latest").folder
     for path in [*folder.glob("chunk-*"), *folder.glob("features-*/chunk-*")]:
@@ -205,7 +205,7 @@ def test_features_of_a_damaged_chunk_are_refused(recipe: Recipe) -> None:
         evaluated(recipe, bootstrap=2)
 
 
-def test_constant_pictures_are_refused_with_their_count(recipe: Recipe) -> None:
+def test_constant_images_are_refused_with_their_count(recipe: Recipe) -> None:
     folder = sample_set(recipe, "latest").folder
     write_chunk(
         folder / "chunk-00000000-00000004.npz",
@@ -238,7 +238,7 @@ def test_of_several_ranks_each_extracts_its_features_and_the_last_one_measures(
     assert read_json(recipe.folder / "metrics.json")["measurements"][0]["value"] > 0
 
 
-def test_an_array_of_jobs_gives_the_same_pictures_and_the_same_number(recipe: Recipe) -> None:
+def test_an_array_of_jobs_gives_the_same_images_and_the_same_number(recipe: Recipe) -> None:
     images, labels = load_samples(sample_set(recipe, "latest").folder, 10)
     expected = evaluated(recipe)
     for name in ("samples", "eval"):

@@ -63,7 +63,7 @@ def test_the_distance_is_exact_for_covariances_of_any_rank(count: int) -> None:
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-12)
 
 
-def test_fewer_pictures_than_dimensions_cost_no_precision() -> None:
+def test_fewer_images_than_dimensions_cost_no_precision() -> None:
     # The same images shifted by one vector: the distance is that vector's square, and the covariances cancel.
     values = features(3, 40, 200)
     shift = np.linspace(-1, 1, 200)
@@ -80,7 +80,7 @@ def test_features_that_are_not_finite_are_counted_and_refused() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_pictures_are_refused(count: int) -> None:
+def test_fewer_than_two_images_are_refused(count: int) -> None:
     with pytest.raises(UserError, match=f"features of {count} images"):
         statistics(batched(features(0, count, 4), 4))
 

@@ -13,7 +13,7 @@ from common.recipe import Recipe
 from common.run_folder import RunFolder
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
-from pipeline.evaluation.plots import sweep_picture
+from pipeline.evaluation.plots import sweep_plot
 from pipeline.evaluation.sweep import Sweep, points, read_table
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.sampling.plans import blocks_an_image
@@ -59,7 +59,7 @@ def test_dit_takes_the_steps_that_a_budget_pays_for(recipe: Recipe) -> None:
     assert [(point.num_steps, point.blocks) for point in points(dit)[0]] == [(2, 6), (5, 15)]
 
 
-def test_a_sweep_ends_in_a_table_and_a_picture_and_keeps_finished_points(
+def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep_stage.measure_part(Sweep(recipe), 0, 2)  # the first job of two
@@ -102,4 +102,4 @@ def test_two_numbers_of_iterations_are_drawn_beside_each_other(recipe: Recipe) -
         for budget in (140, 280)
         for each in (2, 8)
     ]
-    assert sweep_picture(rows)[:4] == b"\x89PNG"
+    assert sweep_plot(rows)[:4] == b"\x89PNG"

@@ -100,7 +100,7 @@ def test_kid_inception_score_precision_and_recall_are_torch_fidelitys(inception:
     assert (precision, recall) == pytest.approx((found["precision"], found["recall"]), rel=1e-6)
 
 
-def test_fid_is_torch_fidelitys_on_the_same_pictures(
+def test_fid_is_torch_fidelitys_on_the_same_images(
     inception: features.ExtractorWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of Inception's 64-dimensional layer: 70 images fit a covariance of full rank, where both formulas are exact.

@@ -110,14 +110,14 @@ def test_the_reference_is_spaced_over_all_classes(recipe: Recipe) -> None:
     assert [int(picture.mean(axis=(0, 1)).argmax()) for picture in pictures] == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_rejected_picture_is_left_out_of_the_reference_and_not_counted(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_rejected_image_is_left_out_of_the_reference_and_not_counted(recipe: Recipe, tmp_path: Path) -> None:
     images = shutil.copytree(recipe.data.images, tmp_path / "images")
     (images / "a" / "2.png").write_bytes(b"no picture")
     run_stage(EVALUATE, replace(recipe, data=replace(recipe.data, images=str(images), held_out=None)))
     assert [found["reference"]["count"] for found in metrics_of(recipe)["measurements"]] == [5, 5]
 
 
-def test_a_panel_shows_a_class_with_its_own_pictures(recipe: Recipe) -> None:
+def test_a_panel_shows_a_class_with_its_own_images(recipe: Recipe) -> None:
     panels = contact_sheet.class_panels(Sampling.of(recipe))
     origins = ["real", "drawn after 64 training samples", "drawn before training"]
     assert [[block.origin for block in panel] for panel in panels] == [origins] * 3
@@ -174,7 +174,7 @@ def test_whatever_a_class_is_called_the_report_is_made_and_shows_it(
     assert REPORT.is_finished(recipe)
 
 
-def test_a_sweeps_table_and_picture_are_in_the_report(recipe: Recipe) -> None:
+def test_a_sweeps_table_and_image_are_in_the_report(recipe: Recipe) -> None:
     run_stage(REPORT, recipe)
     run_stage(SWEEP, replace(recipe, sweep=replace(recipe.sweep, budgets=(8,), iterations=(2,), sampler=("ddim",))))
     assert not REPORT.is_finished(recipe)
@@ -213,7 +213,7 @@ def test_a_report_of_older_numbers_is_made_again(recipe: Recipe) -> None:
     assert not REPORT.is_finished(recipe)
 
 
-def test_in_a_browser_the_page_shows_its_pictures_fits_a_phone_and_runs_nothing(
+def test_in_a_browser_the_page_shows_its_images_fits_a_phone_and_runs_nothing(
     recipe: Recipe, chromium: list[str]
 ) -> None:
     run_stage(REPORT, recipe)

@@ -152,7 +152,7 @@ def test_defects_c2_c3_every_allocation_can_be_drawn_and_spends_its_budget_exact
     chosen = changed(recipe, num_samples=4, calibration_samples=2, **fields)
     folder = generated(chosen, "latest")
     planned = json.loads((folder / "plan.json").read_text())
-    assert sum(planned["iterations"]) == 6 == plans.total_iterations(chosen)
+    assert sum(planned["iterations"]) == 6 == plans.total_iterations(chosen.sample)
     assert len(planned["reuse"]) == len(planned["iterations"]) == 3
     assert len(load_samples(folder, 4)[0]) == 4
 
@@ -186,7 +186,7 @@ def test_a_plan_is_measured_once_for_a_set(recipe: Recipe) -> None:
     assert json.loads((folder / "plan.json").read_text()).items() >= made.items()
 
 
-def test_a_webdataset_holds_the_same_pictures(recipe: Recipe) -> None:
+def test_a_webdataset_holds_the_same_images(recipe: Recipe) -> None:
     images, labels = load_samples(generated(recipe, "latest"), 24)
     for path in sample_set(recipe, "latest").folder.glob("chunk-*"):
         path.unlink()
@@ -243,7 +243,7 @@ def test_the_folder_holds_one_png_a_sample(recipe: Recipe) -> None:
     recipe = changed(recipe, output="folder")
     run_stage(SAMPLE, recipe)
     folder = sample_set(recipe, "latest").folder
-    files = sorted((folder / "pictures-24").iterdir())
+    files = sorted((folder / "images-24").iterdir())
     assert [path.name for path in files] == [f"{index:08d}.png" for index in range(24)]
     found = np.stack([np.asarray(Image.open(path)) for path in files])
     assert (found == load_samples(folder, 24)[0]).all()

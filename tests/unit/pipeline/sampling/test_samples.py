@@ -47,7 +47,7 @@ def drawn(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 1}, {"batch_size": 3}, {"chunk_samples": 3}, {"chunk_samples": 100}])
-def test_batch_and_chunk_size_change_no_picture(recipe: Recipe, tmp_path: Path, fields: dict[str, int]) -> None:
+def test_batch_and_chunk_size_change_no_image(recipe: Recipe, tmp_path: Path, fields: dict[str, int]) -> None:
     images, labels = drawn(recipe)
     other_images, other_labels = drawn(fresh(recipe, tmp_path, **fields))
     assert (labels == other_labels).all()
@@ -57,7 +57,7 @@ def test_batch_and_chunk_size_change_no_picture(recipe: Recipe, tmp_path: Path, 
     assert (images[0] != images[3]).any()  # of the same label
 
 
-def test_defect_c6_the_number_of_ranks_changes_no_picture(recipe: Recipe, tmp_path: Path) -> None:
+def test_defect_c6_the_number_of_ranks_changes_no_image(recipe: Recipe, tmp_path: Path) -> None:
     expected = drawn(recipe)
     other = fresh(recipe, tmp_path)
     for rank in (2, 0, 1):
@@ -217,7 +217,7 @@ def test_cut_weights_are_named(recipe: Recipe) -> None:
         generated(recipe, "latest")
 
 
-def test_blocks_a_picture_counts_every_block_evaluation(recipe: Recipe) -> None:
+def test_blocks_an_image_counts_every_block_evaluation(recipe: Recipe) -> None:
     assert blocks_an_image(recipe) == 3 * (1 + 2 + 1)
     assert blocks_an_image(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
     uneven = changed(recipe, allocation="list", iterations=(3, 2, 1))

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import atomic_folder, sha256_file
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config
+from common.run_folder import RunFolder
 from fpdm.denoiser import build_denoiser
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import MARKER, STATE
@@ -39,11 +40,11 @@ def write(recipe: Recipe, samples_seen: int) -> Path:
     interval = Interval(steps=1, loss=0.5, quartile_counts=(4.0,) * 4)
     state = TrainState(samples_seen, updates=1, interval=interval, recent_losses=(0.5,))
     checkpoint.write(recipe, state, tensors_for(recipe), {"seed": 0}, with_weights=False)
-    return checkpoint.folder_of(recipe) / f"{samples_seen:012d}"
+    return RunFolder(recipe.folder).checkpoint(samples_seen)
 
 
 def names(recipe: Recipe) -> list[int | str]:
-    folders = [path.name for path in sorted(checkpoint.folder_of(recipe).iterdir())]
+    folders = [path.name for path in sorted(RunFolder(recipe.folder).checkpoints.iterdir())]
     return [int(name) if name.isdigit() else name for name in folders]
 
 
@@ -68,9 +69,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_a_folder_without_a_marker_is_no_checkpoint(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     write(recipe, 16)
-    with atomic_folder(checkpoint.folder_of(recipe) / "000000000032") as folder:
+    with atomic_folder(RunFolder(recipe.folder).checkpoints / "000000000032") as folder:
         (folder / STATE).write_bytes(b"half")
-    assert [path.name for path in checkpoint.complete_checkpoints(recipe)] == ["000000000016"]
+    assert [path.name for path in checkpoint.complete_checkpoints(recipe.folder)] == ["000000000016"]
     newest = checkpoint.newest_checkpoint(recipe, {"seed": 0})
     assert newest is not None
     assert newest.state.samples_seen == 16
@@ -79,12 +80,14 @@ def test_a_folder_without_a_marker_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_copy_under_another_name_is_neither_used_nor_deleted(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     for name in ("000000000016.bak", "000000000016 (copy)", "16", "0000000000016", "٠٠٠٠٠٠٠٠٠٠١٦"):
-        shutil.copytree(write(recipe, 16), checkpoint.folder_of(recipe) / name)
+        shutil.copytree(write(recipe, 16), RunFolder(recipe.folder).checkpoints / name)
     for samples in range(16, 96, 16):
         write(recipe, samples)
-    assert [path.name for path in checkpoint.complete_checkpoints(recipe)] == [f"{n:012d}" for n in (48, 64, 80)]
+    assert [path.name for path in checkpoint.complete_checkpoints(recipe.folder)] == [f"{n:012d}" for n in (48, 64, 80)]
     assert len(names(recipe)) == 3 + 5
-    shutil.copytree(checkpoint.folder_of(recipe) / "000000000080", checkpoint.folder_of(recipe) / "000000000160")
+    shutil.copytree(
+        RunFolder(recipe.folder).checkpoints / "000000000080", RunFolder(recipe.folder).checkpoints / "000000000160"
+    )
     newest = checkpoint.newest_checkpoint(recipe, {"seed": 0})  # which names the copy and passes it over
     assert newest is not None
     assert newest.folder.name == "000000000080"
@@ -93,13 +96,13 @@ def test_a_copy_under_another_name_is_neither_used_nor_deleted(tmp_path: Path) -
 def test_a_symbolic_link_to_a_checkpoint_is_read_and_never_deleted(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     elsewhere = shutil.move(write(recipe, 16), tmp_path / "elsewhere")
-    (checkpoint.folder_of(recipe) / "000000000016").symlink_to(elsewhere)
+    (RunFolder(recipe.folder).checkpoints / "000000000016").symlink_to(elsewhere)
     assert checkpoint.newest_checkpoint(recipe, {"seed": 0}) is not None
     for samples in range(32, 112, 16):
         write(recipe, samples)
     assert names(recipe) == [16, 64, 80, 96]
     write(recipe, 16)  # replaces the link, not its target
-    assert not (checkpoint.folder_of(recipe) / "000000000016").is_symlink()
+    assert not (RunFolder(recipe.folder).checkpoints / "000000000016").is_symlink()
     assert (tmp_path / "elsewhere" / MARKER).exists()
 
 

@@ -8,17 +8,17 @@ import torch
 
 from common.errors import UserError
 from common.loading import parse_recipe
-from common.recipe import Recipe, with_world_size
+from common.recipe import Train, with_world_size
 from pipeline.training.deepspeed_config import deepspeed_config
 
 
-def recipe_with(*overrides: str) -> Recipe:
+def train_with(*overrides: str) -> Train:
     given = ("train.batch_size=32", "train.micro_batch_size=4", "train.precision=fp32", *overrides)
-    return with_world_size(parse_recipe("name: a", given), 2)
+    return with_world_size(parse_recipe("name: a", given), 2).train
 
 
 def test_the_generated_settings_add_up() -> None:
-    config = deepspeed_config(recipe_with(), 2)
+    config = deepspeed_config(train_with(), 2)
     assert config["train_batch_size"] == 32
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 32
 
@@ -60,7 +60,7 @@ def test_a_users_settings_that_contradict_the_recipe_are_refused(given: object, 
     path = tmp_path / "own.json"
     path.write_text(json.dumps(given))
     with pytest.raises(UserError, match=expected):
-        deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+        deepspeed_config(train_with(f"train.deepspeed_config={path}"), 2)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_settings_file_that_is_not_json_is_an_error_that_suggests_no_deletion(
     path = tmp_path / "own.json"
     path.write_text(text)
     with pytest.raises(UserError, match=expected) as raised:
-        deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+        deepspeed_config(train_with(f"train.deepspeed_config={path}"), 2)
     assert "delete" not in str(raised.value)
 
 
@@ -99,7 +99,7 @@ def test_auto_and_settings_published_for_another_trainer_are_accepted(tmp_path: 
         "wall_clock_breakdown": False,
     }
     path.write_text(json.dumps(own))
-    config = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    config = deepspeed_config(train_with(f"train.deepspeed_config={path}"), 2)
     assert "auto" not in json.dumps(config).replace("auto_cast", "")
     assert config["zero_optimization"]["stage"] == 2
     assert config["zero_optimization"]["allgather_bucket_size"] == 2e8
@@ -111,7 +111,7 @@ def test_a_users_settings_replace_the_generated_ones(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     own = {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "overlap_comm": False}, "wall_clock": True}
     path.write_text(json.dumps(own))
-    config = deepspeed_config(recipe_with(f"train.deepspeed_config={path}"), 2)
+    config = deepspeed_config(train_with(f"train.deepspeed_config={path}"), 2)
     assert config["train_batch_size"] == 32
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert config["wall_clock"] is True
@@ -125,9 +125,9 @@ def test_fp16_without_a_gpu_is_refused_even_if_the_cpu_supports_it(can: bool, mo
     monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: can)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
-        deepspeed_config(recipe_with("train.precision=fp16"), 2)
-    assert deepspeed_config(recipe_with("train.precision=fp16"), 2, on_gpu=True)["fp16"] == {"enabled": True}
-    auto = recipe_with("train.precision=auto")
+        deepspeed_config(train_with("train.precision=fp16"), 2)
+    assert deepspeed_config(train_with("train.precision=fp16"), 2, on_gpu=True)["fp16"] == {"enabled": True}
+    auto = train_with("train.precision=auto")
     assert [deepspeed_config(auto, 2, on_gpu)["bf16"]["enabled"] for on_gpu in (True, False, None)] == [1, 0, 0]
 
 

@@ -27,8 +27,8 @@ def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected:
         "train.optimizer.learning_rate=1.0",
         "train.optimizer.warmup_samples=64",
     )
-    recipe = parse_recipe("name: a", (*settings, f"train.optimizer.learning_rate_decay={decay}"))
-    assert [learning_rate(recipe, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
+    train = parse_recipe("name: a", (*settings, f"train.optimizer.learning_rate_decay={decay}")).train
+    assert [learning_rate(train, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
 
 
 def test_a_loss_that_is_not_finite_makes_every_gradient_so_and_a_finite_one_changes_none() -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from common.recipe import Data, DemoPictures, Recipe
+from common.recipe import Data, DemoImages, Recipe
 from preprocess import demo_images
 from preprocess.demo_images import (
     CLASSES,
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(demo_images, "CLASSES", {"monster": "set2"})
     return Recipe(
         name="test",
-        demo=DemoPictures(per_class=6, held_out_per_class=3),
+        demo=DemoImages(per_class=6, held_out_per_class=3),
         data=Data(images=str(tmp_path / "images"), held_out=str(tmp_path / "held-out"), resolution=32),
     )
 
@@ -79,7 +79,7 @@ def test_even_a_class_used_up_has_no_combination_twice() -> None:
 
 def test_portraits_are_a_function_of_seed_class_and_index(recipe: Recipe, tmp_path: Path) -> None:
     compose(recipe)
-    more = Recipe(name="test", demo=DemoPictures(per_class=9), data=Data(images=str(tmp_path / "more"), resolution=32))
+    more = Recipe(name="test", demo=DemoImages(per_class=9), data=Data(images=str(tmp_path / "more"), resolution=32))
     compose(more)
     first = digests(recipe.data.images)
     assert len(first) == 6
@@ -94,7 +94,7 @@ def test_finished_work_is_skipped_and_other_settings_replace_it(recipe: Recipe, 
     assert all("there already" in line for line in plan(recipe))
     compose(recipe)
     assert marker.stat().st_mtime_ns == written
-    more = Recipe(name="test", demo=DemoPictures(per_class=7), data=recipe.data)
+    more = Recipe(name="test", demo=DemoImages(per_class=7), data=recipe.data)
     compose(more)
     assert len(digests(recipe.data.images)) == 7
 
@@ -119,7 +119,7 @@ def test_the_four_classes_are_composed_and_readable_as_a_source(tmp_path: Path) 
     compose(
         Recipe(
             name="test",
-            demo=DemoPictures(per_class=2),
+            demo=DemoImages(per_class=2),
             data=Data(images=str(tmp_path / "images"), held_out=None, resolution=16),
         )
     )

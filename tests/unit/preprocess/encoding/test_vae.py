@@ -7,11 +7,11 @@ import torch
 from diffusers.models import AutoencoderKL
 
 from common.errors import UserError
-from common.recipe import VAE, Data, DemoPictures, Recipe
+from common.recipe import VAE, Data, DemoImages, Recipe
 from preprocess.demo.vae_training import Portraits, build, finish, learning_rate, loss, measure
 from preprocess.train_vae import export
 
-RECIPE = Recipe(name="test", demo=DemoPictures(held_out_per_class=2), data=Data(resolution=16), vae=VAE(downsampling=4))
+RECIPE = Recipe(name="test", demo=DemoImages(held_out_per_class=2), data=Data(resolution=16), vae=VAE(downsampling=4))
 
 
 def images(count: int) -> torch.Tensor:

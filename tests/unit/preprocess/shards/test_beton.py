@@ -112,7 +112,7 @@ def test_training_reads_the_same_stream_in_either_format(folder: Path, order: st
     batches = []
     for name in ("tar", "ffcv"):
         chosen = load_recipe(recipe(folder), (f"data.format={name}", f"data.order={order}", "train.batch_size=8"))
-        shards = open_latents(chosen)
+        shards = open_latents(chosen.data)
         assert shards.index["shardlist"][0]["url"].endswith("beton") == (name == "ffcv")
         batches.append(Stream(chosen, shards, diffusion(chosen)).batch(40, 80))
     for name, tensor in vars(batches[0]).items():

@@ -259,8 +259,8 @@ def test_training_reads_the_same_stream_from_a_folder_an_address_and_a_stage(
         (local, ("data.cache=$SCRATCH/b", "data.stage_in=true")),
     ):
         recipe = parse_recipe(recipe_text(address), ("train.batch_size=8", *overrides))
-        shards = open_latents(recipe)
-        stage_in(recipe, shards)
+        shards = open_latents(recipe.data)
+        stage_in(recipe.data, shards)
         batches.append(Stream(recipe, shards, diffusion(recipe)).batch(20, 80))
     for name, tensor in vars(batches[0]).items():
         assert all(torch.equal(vars(batch)[name], tensor) for batch in batches), name
@@ -291,7 +291,7 @@ def test_a_set_that_is_too_large_to_stage_in_is_refused(remote: object, tmp_path
 )
 def test_settings_that_cannot_work_are_refused_by_name(local: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        open_latents(parse_recipe(recipe_text(local), overrides)).gather(EVERYTHING)
+        open_latents(parse_recipe(recipe_text(local), overrides).data).gather(EVERYTHING)
 
 
 def test_a_remote_address_needs_a_cache() -> None:
