@@ -83,12 +83,15 @@ def _write_folder(folder: Path, tensors: Tensors, marker: dict[str, Any]) -> Non
 def prune(recipe: Recipe) -> None:
     """Deletes all checkpoints but the newest ones and those that `train.checkpoint.keep_every_samples` keeps for good.
 
-    A symbolic link is left to the person who made it.
+    Symbolic links are neither counted nor deleted: a person made them.
     """
     keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
     folders = [folder for folder in complete_checkpoints(recipe) if not folder.is_symlink()]
+    # The first one after a multiple is never deleted, so the first that exists is the first that was written.
+    first_after = {int(folder.name) // every: folder for folder in reversed(folders)} if every else {}
+    first_after.pop(0, None)
     for folder in folders[:-keep]:
-        if not every or int(folder.name) % every >= recipe.train.batch_size:  # the first at or after a multiple stays
+        if folder not in first_after.values():
             remove_folder(folder)
 
 
