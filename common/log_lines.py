@@ -1,5 +1,5 @@
-"""Logs of one JSON line each. Every line carries its own seal: one that is cut or changed is told and left out, and
-stops neither a report nor a training that goes on."""
+"""Logs of one JSON object per line. Every line carries its own seal: one that is cut or changed is reported and left
+out, and stops neither a report nor a training that resumes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 
 @with_config(OPEN)
 class LogLine(TypedDict):
-    """Of `metrics.jsonl` and `events.jsonl`: where it stands, and of what else it holds the parts that are read."""
+    """Fields that we read from a line of `metrics.jsonl` or `events.jsonl`; other fields are allowed."""
 
     samples: Count
     step: NotRequired[Count]
@@ -43,9 +43,9 @@ def append_line(path: Path, values: Any) -> None:
 
 
 def read_log(path: Path, form: Any = LogLine) -> list[Any]:
-    """The lines of a log that are whole and of this form; the others are told in a warning. None where it is missing.
+    """Returns the valid lines; warns about invalid ones. An empty list if the file is missing.
 
-    A last line without its end may still be written: it is left out without a word.
+    A last line without its end is perhaps still being written: it is left out without a warning.
     """
     if not path.exists():
         return []

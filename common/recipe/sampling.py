@@ -41,7 +41,8 @@ class Sample:
     `webdataset`: tars of PNGs. `npz`: chunks, then one file for ADM's evaluator (arr_0). `folder`: chunks, then
     PNGs."""
     labels: Literal["balanced", "uniform"] = "balanced"
-    """`balanced`: as many images of each class, worth about 0.1 FID. `uniform`: drawn at random."""
+    """`balanced`: the same number of images of each class (one more of the first classes if num_samples is no
+    multiple of their number), worth about 0.1 FID. `uniform`: drawn at random."""
     rounding: Literal["half_away", "truncate"] = "half_away"
     """To 8 bits. `half_away`: to the nearest level, as DiT. `truncate`: half a level darker, as REPA and EDM2."""
     sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
@@ -92,10 +93,11 @@ class Evaluate:
     """Network whose features are compared. `inception-v3-compat` gives FID. DINOv2 takes its weights from a local file,
     Facebook's `dinov2_vitl14_pretrain.pth` or `dinov2_vits14_pretrain.pth`."""
     feature_extractor_weights: Place | None = None
-    """Local file of the extractor's weights. null: torch-fidelity's usual download."""
+    """Local file of the extractor's weights. null: torch-fidelity's download for Inception, the installed package for
+    EfficientNet; DINOv2 needs a file."""
     metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
     """`frechet`: FID with Inception's published weights. `spatial`: sFID. null: all that extractor and reference
-    allow."""
+    allow. `frechet` is always measured, listed or not."""
     batch_size: Count = 64
     """Images whose features one process computes at once."""
     reference: Place | None = None
