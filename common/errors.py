@@ -50,7 +50,7 @@ def errors_as(kind: type[OneLineError], message: str) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    """What an error says; its type too where that says more. An OSError's path is none of it: `message` names it."""
+    """The exception's text, with its type if that is informative; without an OSError's path, which `message` has."""
     known = isinstance(error, OSError) and error.strerror
     words = one_line(str(known or error), 200)
     if words and isinstance(error, OneLineError | OSError | ValueError):
@@ -72,5 +72,5 @@ def shortened(text: str, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what no terminal shows, or a terminal would obey, and what no encoding has, escaped."""
+    """`text` with control characters, non-printable characters and lone surrogates escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

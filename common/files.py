@@ -82,7 +82,7 @@ def _discard(path: Path) -> None:
 
 
 def _make(folder: Path) -> None:
-    """With what is above it, all on disk: what is in a folder is not, while the folder is not."""
+    """Creates the folder and its parents, and fsyncs each parent; a file is not durable until its entry is."""
     if not folder.is_dir():
         _make(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""Ranks that share a stage's work begin together: a launcher's word alone does not make them.
+"""Startup barrier: waits until all WORLD_SIZE ranks have actually connected.
 
-An interactive shell, or a variable left over in one, may say that there are eight where there is one: it would do its
-eighth and be content, or wait for the others in a library that hears no signal.
+If stale variables of an interactive shell claim eight ranks, a lone process would do 1/8 of the work and exit, or hang
+in a collective that ignores signals.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ def _rank_of(other: socket.socket, world_size: int) -> int:
 
 
 def _join(host: str, port: int, patience: _Patience) -> None:
-    """Another rank's part. Rank 0 may come later than this one, or again."""
+    """Another rank's part. Rank 0 may start later, or restart, so keep reconnecting."""
     while True:
         patience.check()
         word = b""

@@ -157,7 +157,7 @@ def _quotas() -> list[int]:
 
 
 def share_of_cores() -> int:
-    """This process's cores, where all of this machine's processes have as many."""
+    """Cores per process when this machine's cores are split evenly."""
     return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

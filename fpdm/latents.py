@@ -18,5 +18,5 @@ def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_
 
 
 def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
-    """Latents of diffusion -> latents for the decoder, any shape: the inverse of the scaling in `draw_latents`."""
+    """Latents (B, C, h, w) of diffusion -> those for the decoder, same shape: inverts the scaling in `draw_latents`."""
     return latents / scaling_factor + shift_factor

@@ -63,10 +63,10 @@ class Sample:
     reuse: Literal["always", "none", "calibrated"] = "always"
     """Whether a step starts from the previous step's solution."""
     solver: Literal["picard", "anderson"] = "picard"
-    """Of the fixed point. `picard`: the plain iteration of the paper."""
+    """Solver of the fixed point. `picard`: the plain iteration of the paper."""
     tolerance: Positive | None = None
-    """A sample whose relative residual falls to this ends its step: the iterations are then the most it takes. null:
-    every sample takes all iterations."""
+    """A sample stops iterating in a step once its relative residual falls to this; `iterations` is then a maximum.
+    null: every sample takes all iterations."""
     calibration_samples: Count = 32
     """Samples on which `adaptive` and `calibrated` are measured."""
     guidance_scale: AtLeastZero = 1.0
@@ -141,7 +141,7 @@ class Sweep:
 
 
 def total_iterations(recipe: Recipe) -> int:
-    """Of all steps; exact whatever the allocation. ValueError names the field that does not fit."""
+    """Total iterations over all steps; the same for every allocation of one mean. ValueError names the unfit field."""
     from fpdm.allocation import allocate
 
     settings = recipe.sample

@@ -50,7 +50,7 @@ class EMA:
     """fp32 averages of the weights. Sampling uses the first unless sample.ema names another."""
 
     decays: tuple[Fraction, ...] = (0.9999,)
-    """Constant decays, one average each: what a step of `reference_batch` samples leaves of the average."""
+    """Constant decays, one average each: the factor of the old average in a step of `reference_batch` samples."""
     widths: tuple[Width, ...] = ()
     """Relative widths of power-function averages (Karras et al., CVPR 2024), one average each. From [0.05, 0.1]
     pipeline/reconstruct_ema.py makes any other width after training."""

@@ -145,7 +145,8 @@ def complete_checkpoints(recipe: Recipe) -> list[Path]:
 def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
     """The checkpoint that all ranks resume from, or None: rank 0's choice (`newest_checkpoint`).
 
-    Over a network file system another rank may still see an older listing. Every rank raises the UserError of any.
+    Over a network file system another rank may still see an older listing. If any rank raises UserError, all ranks
+    raise it.
     """
     checkpoint = None
     with raise_on_all_ranks(ranks):
