@@ -1,4 +1,5 @@
-# make demo: the whole pipeline on this machine.  make test: every check and test.  Both set everything up first.
+# make demo: the pipeline from end to end on this machine.  make test: checks, and all tests but the slow ones.  Both
+# set everything up first.
 # make demo-slurm: the same demo as jobs of a SLURM cluster that this machine plays.
 .PHONY: demo demo-slurm test test-slow check format setup clean
 RUN := .venv/bin/python

@@ -47,7 +47,7 @@ def errors_as(kind: type[OneLineError], message: str) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    """An error's text, with its type where that says more; without an OSError's path, which `message` names."""
+    """The exception's text, with its type if that is informative; without an OSError's path, which `message` has."""
     known = isinstance(error, OSError) and error.strerror
     words = one_line(str(known or error), 200)
     if words and isinstance(error, OneLineError | OSError | ValueError):
@@ -69,5 +69,5 @@ def shortened(text: str, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, lone surrogates and other unprintable characters escaped."""
+    """`text` with control characters, non-printable characters and lone surrogates escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -82,7 +82,7 @@ def _discard(path: Path) -> None:
 
 
 def _make(folder: Path) -> None:
-    """mkdir -p, fsyncing each parent."""
+    """Creates the folder and its parents, and fsyncs each parent; a file is not durable until its entry is."""
     if not folder.is_dir():
         _make(folder.parent)
         folder.mkdir(exist_ok=True)

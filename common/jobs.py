@@ -56,7 +56,7 @@ class Job(submitit.helpers.Checkpointable):
             _make_folder()
 
     def checkpoint(self, *arguments: Any, **named: Any) -> submitit.helpers.DelayedSubmission:
-        """The job that submitit requeues."""
+        """Returns the submission that submitit uses to requeue this job."""
         _make_folder()
         return super().checkpoint(*arguments, **named)
 
@@ -121,7 +121,7 @@ def _forget_result() -> None:
 
 
 def _make_folder() -> None:
-    """Creates the log folder again if somebody deleted it: submitit writes the result there."""
+    """Recreates the log folder in case it was deleted, so that submitit can still write the result."""
     if _cluster() in ("local", "slurm"):
         submitit.JobEnvironment().paths.folder.mkdir(parents=True, exist_ok=True)
 

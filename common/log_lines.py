@@ -1,7 +1,5 @@
-"""Logs with one sealed JSON object per line.
-
-A damaged line is left out with a warning; it stops neither a report nor a resumed training.
-"""
+"""Logs of one JSON object per line. Every line carries its own seal: one that is cut or changed is reported and left
+out, and stops neither a report nor a training that resumes."""
 
 import json
 import os
@@ -21,7 +19,7 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 
 @with_config(OPEN)
 class LogLine(TypedDict):
-    """The fields of `metrics.jsonl` and `events.jsonl` that are read."""
+    """Fields that we read from a line of `metrics.jsonl` or `events.jsonl`; other fields are allowed."""
 
     samples: Count
     step: NotRequired[Count]
@@ -45,9 +43,9 @@ def append_line(path: Path, values: Any) -> None:
 
 
 def read_log(path: Path, form: Any = LogLine) -> list[Any]:
-    """The intact lines of a log, with a warning about the others; an empty list if the file is missing.
+    """Returns the valid lines; warns about invalid ones. An empty list if the file is missing.
 
-    An unfinished last line, which may still be being written, is left out without a warning.
+    A last line without its end is perhaps still being written: it is left out without a warning.
     """
     if not path.exists():
         return []

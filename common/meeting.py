@@ -1,7 +1,7 @@
-"""A barrier for the ranks of a stage before they share its work.
+"""Startup barrier: waits until all WORLD_SIZE ranks have actually connected.
 
-In an interactive shell, or with variables left over in one, WORLD_SIZE may be 8 although there is one process. It would
-do an eighth of the work, or wait for the others in a library that ignores signals.
+If stale variables of an interactive shell claim eight ranks, a lone process would do 1/8 of the work and exit, or hang
+in a collective that ignores signals.
 """
 
 import contextlib
@@ -145,7 +145,7 @@ def _rank_of(other: socket.socket, world_size: int) -> int:
 
 
 def _join(host: str, port: int, patience: _Patience) -> None:
-    """Another rank: connects to rank 0, which may start later, or restart, and waits for GO."""
+    """Another rank's part. Rank 0 may start later, or restart, so keep reconnecting."""
     while True:
         patience.check()
         word = b""

@@ -158,7 +158,7 @@ def _quotas() -> list[int]:
 
 
 def share_of_cores() -> int:
-    """This process's equal share of the machine's cores."""
+    """Cores per process when this machine's cores are split evenly."""
     return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

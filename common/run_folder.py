@@ -1,6 +1,7 @@
 """Where things lie in a run folder, `runs/<name>/`, and in the folders of its sample sets. The one home of these names.
 
-Sealed and other formats are those of the modules that write them; chunks of samples name themselves.
+This module defines paths only. File formats are defined where the files are written, and the names of chunk files in
+`pipeline/sampling/chunks.py`.
 """
 
 import re

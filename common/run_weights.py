@@ -1,4 +1,4 @@
-"""The weights that a run wrote: what they are of, and the network itself, if they are as they were written."""
+"""Reads a run's exported weights: their metadata and the network, after verifying checksums."""
 
 from dataclasses import dataclass
 from pathlib import Path

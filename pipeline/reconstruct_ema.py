@@ -63,7 +63,7 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
 
 
 def plan(stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
-    """The factor of each stored average that the one of `width` after `end` samples is made of."""
+    """Coefficients of the stored EMAs whose sum is the EMA of `width` at `end` samples."""
     from fpdm.ema import reconstruction_weights
 
     usable = [snapshot for snapshot in stored if snapshot[0] <= end]  # what came later holds weights it must not see

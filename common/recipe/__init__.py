@@ -51,9 +51,9 @@ class Launch:
     """What one job of a stage asks for, on any cluster. Where it runs is `pipeline/run.py --cluster`."""
 
     nodes: Count = 1
-    """Nodes of a training job."""
+    """Nodes of a training job, and of a sampling job that `jobs` does not divide."""
     processes: Count = 1
-    """Training processes on a node: one a GPU."""
+    """Processes on a node of such a job: one a GPU."""
     cpus_per_process: Count = 1
     """CPU cores of one process."""
     gpus_per_process: CountOrZero = 0
@@ -63,8 +63,8 @@ class Launch:
     signal_seconds: Count = 120
     """Seconds before the time limit at which training saves; every job that is not finished is queued again."""
     jobs: Count = 1
-    """Jobs of one process each into which encoding, sampling, evaluation and a sweep are divided, by `run.py` on SLURM
-    and by a command with --cluster. 1: a single job, of sampling with the processes above."""
+    """Jobs, of one process each, into which encoding, sampling, evaluation and sweeps are divided by `--cluster`;
+    pipeline/run.py divides them on SLURM only. 1: a single job, of sampling with the processes above."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -76,7 +76,8 @@ class Recipe:
     runs: Place = "runs"
     """Folder of all runs."""
     seed: Seed = 0
-    """Everything random is a function of it."""
+    """Everything random is a function of it, except the shuffles of KID and the Inception Score, whose seed is
+    torch-fidelity's (2020)."""
     demo: DemoImages | None = None
     data: Data = Data()
     vae: VAE = VAE()

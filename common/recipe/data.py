@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from common.recipe.fields import STRICT, Count, Fraction, Place, Positive
 
-WITH_FIELDS = ("webdataset", "parquet", "imagenet")  # data.source whose samples have fields, of which one can be named
+WITH_FIELDS = ("webdataset", "parquet", "imagenet")  # sources that accept image_field and label_field
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -34,10 +34,10 @@ class Data:
     """`folder`: one sub-folder a class. `webdataset`: tars of key.jpg and key.cls. `parquet`: as Hugging Face writes
     it. The others are data sets, in every form in which they are distributed (docs/data.md)."""
     image_field: str | None = None
-    """Of `webdataset` and `parquet`: what holds the image, an extension such as `jpg` or a column. null: found in the
+    """For `webdataset` and `parquet`: what holds the image, an extension such as `jpg` or a column. null: found in the
     data."""
     label_field: str | None = None
-    """Of `webdataset` and `parquet`: what holds the label, such as `cls`, `json:label` or a column. null: found in the
+    """For `webdataset` and `parquet`: what holds the label, such as `cls`, `json:label` or a column. null: found in the
     data. `none`: one class, whatever labels there are."""
     follow_links: StrictBool = False
     """Read what symbolic links below `images` lead to, wherever it is. Not in archives."""
@@ -87,7 +87,7 @@ class VAE:
     downsampling: Count = 8
     """Pixels of an image on the side of one element of its latent."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of encoding and decoding."""
+    """Precision of encoding and decoding."""
     batch_size: Count = 32
     """Images that one process encodes or decodes at once."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
-from common.recipe.fields import STRICT, Count, CountOrZero, Positive
+from common.recipe.fields import STRICT, Count, CountOrZero, Positive, TwoOrMore
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from common.recipe import Recipe
@@ -49,7 +49,7 @@ class Objective:
 
     schedule: Literal["linear", "cosine", "flow"] = "linear"
     """Noise schedule. `flow`: straight lines between data and noise, together with prediction flow."""
-    num_timesteps: Count = 1000
+    num_timesteps: TwoOrMore = 1000
     """Timesteps of the diffusion process."""
     zero_terminal_snr: StrictBool = True
     """Rescale the schedule so that the last timestep is pure noise (Lin et al., WACV 2024)."""

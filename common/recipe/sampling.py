@@ -41,7 +41,8 @@ class Sample:
     `webdataset`: tars of PNGs. `npz`: chunks, then one file for ADM's evaluator (arr_0). `folder`: chunks, then
     PNGs."""
     labels: Literal["balanced", "uniform"] = "balanced"
-    """`balanced`: as many images of each class, worth about 0.1 FID. `uniform`: drawn at random."""
+    """`balanced`: the same number of images of each class (one more of the first classes if num_samples is no
+    multiple of their number), worth about 0.1 FID. `uniform`: drawn at random."""
     rounding: Literal["half_away", "truncate"] = "half_away"
     """To 8 bits. `half_away`: to the nearest level, as DiT. `truncate`: half a level darker, as REPA and EDM2."""
     sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
@@ -62,10 +63,10 @@ class Sample:
     reuse: Literal["always", "none", "calibrated"] = "always"
     """Whether a step starts from the previous step's solution."""
     solver: Literal["picard", "anderson"] = "picard"
-    """Of the fixed point. `picard`: the plain iteration of the paper."""
+    """Solver of the fixed point. `picard`: the plain iteration of the paper."""
     tolerance: Positive | None = None
-    """A sample whose relative residual falls to this ends its step: the iterations are then the most it takes. null:
-    every sample takes all iterations."""
+    """A sample stops iterating in a step once its relative residual falls to this; `iterations` is then a maximum.
+    null: every sample takes all iterations."""
     calibration_samples: Count = 32
     """Samples on which `adaptive` and `calibrated` are measured."""
     guidance_scale: AtLeastZero = 1.0
@@ -92,10 +93,11 @@ class Evaluate:
     """Network whose features are compared. `inception-v3-compat` gives FID. DINOv2 takes its weights from a local file,
     Facebook's `dinov2_vitl14_pretrain.pth` or `dinov2_vits14_pretrain.pth`."""
     feature_extractor_weights: Place | None = None
-    """Local file of the extractor's weights. null: torch-fidelity's usual download."""
+    """Local file of the extractor's weights. null: torch-fidelity's download for Inception, the installed package for
+    EfficientNet; DINOv2 needs a file."""
     metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
     """`frechet`: FID with Inception's published weights. `spatial`: sFID. null: all that extractor and reference
-    allow."""
+    allow. `frechet` is always measured, listed or not."""
     batch_size: Count = 64
     """Images whose features one process computes at once."""
     reference: Place | None = None
@@ -139,7 +141,7 @@ class Sweep:
 
 
 def total_iterations(sample: Sample) -> int:
-    """Of all steps; exact whatever the allocation. ValueError names the field that does not fit."""
+    """Total iterations over all steps; the same for every allocation of one mean. ValueError names the unfit field."""
     from fpdm.allocation import allocate
 
     kind = "constant" if sample.allocation in MEASURED else sample.allocation

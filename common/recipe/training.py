@@ -1,4 +1,4 @@
-"""Training. Everything counted is counted in samples, so that batch size and number of ranks change no schedule."""
+"""Training. Its schedule is counted in samples, so that neither batch size nor number of ranks changes it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class EMA:
     """fp32 averages of the weights. Sampling uses the first unless sample.ema names another."""
 
     decays: tuple[Fraction, ...] = (0.9999,)
-    """Constant decays, one average each: what a step of `reference_batch` samples leaves of the average."""
+    """Constant decays, one average each: the factor of the old average in a step of `reference_batch` samples."""
     widths: tuple[Width, ...] = ()
     """Relative widths of power-function averages (Karras et al., CVPR 2024), one average each. From [0.05, 0.1]
     pipeline/reconstruct_ema.py makes any other width after training."""
@@ -95,13 +95,13 @@ class Checkpoints:
     """Checkpoints, from which an interrupted run goes on."""
 
     every_samples: Count = 5_120_000
-    """Samples between two checkpoints, and the most that a kill costs."""
+    """Samples between two checkpoints, rounded up to full steps, and the most that a kill costs."""
     background: StrictBool = False
     """Write a checkpoint while training goes on; a kill during that costs these steps too."""
     keep: TwoOrMore = 3
     """The newest checkpoints, which are kept. At least 2, because the newest may be damaged."""
     keep_every_samples: CountOrZero = 0
-    """The first checkpoint after every multiple of this is kept for good. 0: none is."""
+    """The first checkpoint after every multiple of this number of samples is kept for good. 0: none is."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -166,10 +166,11 @@ class Train:
     resume_from: Place | None = None
     """Folder of a checkpoint, of another run for example, to begin with while this run has none of its own."""
     max_skipped_steps: CountOrZero = 0
-    """Steps in a row that are skipped where loss or gradient is not finite, before training stops. 0: it stops at the
-    first."""
+    """Steps (not samples) in a row that are skipped if loss or gradient is not finite, before training stops. 0: it
+    stops at the first."""
     spike_deviations: Positive | None = 10.0
-    """A loss this many standard deviations above the last 100 is reported in events.jsonl. null: none is."""
+    """A loss this many standard deviations above those of the last 100 steps is reported in events.jsonl. null: none
+    is."""
     timesteps: Timesteps = Timesteps()
     optimizer: Optimizer = Optimizer()
     ema: EMA = EMA()

@@ -37,7 +37,7 @@ class Yardstick:
 
     @cached_property
     def reference_summary(self) -> Summary:
-        """Of its images, read once for all runs below `runs`; statistics in its file take their place."""
+        """Feature summary of the reference, cached across runs; precomputed statistics in its file take precedence."""
         summary = Summary({}, {}) if self.reference.open is None else self._reference_of_images
         if self.reference.statistics is None:
             return summary
@@ -54,7 +54,7 @@ class Yardstick:
         return self._summary(self.reference, folder, folder, ("pooled",))  # nobody asks for its Inception Score
 
     def summary(self, images: ImageSet) -> Summary:
-        """Of other images than the reference; computed once for each extractor and content."""
+        """Feature summary of images other than the reference; computed once for each extractor and content."""
         folder = RunFolder(self.recipe.folder)
         return self._summary(images, folder.statistics, folder.measurements, KEPT_LAYERS)
 

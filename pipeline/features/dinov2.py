@@ -1,6 +1,6 @@
 """DINOv2 (Oquab et al. 2023) behind torch-fidelity's interface, from a local file of the published structure.
 
-torch-fidelity's own loads code and weights from the network at run time; this one is timm's network with the published
+torch-fidelity's own loads code and weights from the internet at run time; this one is timm's network with the published
 interpolation of position embeddings. It has not been compared with the features of the published weights; distances
 carry the sha256 of the weights in their name.
 """
@@ -22,7 +22,7 @@ ARCHITECTURES = {  # by our name: timm's
 WIDTHS = {"dinov2-vit-s-14-local": 384, "dinov2-vit-l-14-local": 1024}
 POOLED = "cls"
 SIDE, PATCH = 224, 14  # of the images that the network sees, and of its patches
-OFFSET = 0.1  # the published interpolation's, to the number of patches of a side
+OFFSET = 0.1  # added to the patch count before interpolating, as in the DINOv2 code
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -45,7 +45,7 @@ LAYERS = {
 # branch after the ReLU. TensorFlow's channels come last, and so they do in `mu_s` and `sigma_s` of ADM's files.
 SPATIAL = "spatial"
 SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
-WIDTHS = {  # numbers of an image, by extractor and layer, where statistics of others are read
+WIDTHS = {  # expected feature dimension, for checking third-party statistics files
     (INCEPTION, "pooled"): 2048,
     (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
     (EFFICIENTNET, "pooled"): 1280,

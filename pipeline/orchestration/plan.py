@@ -1,4 +1,4 @@
-"""What a run will do, and what its stages would refuse once they have begun: asked before the first of them."""
+"""Dry-run plan and pre-flight checks of all stages."""
 
 from collections.abc import Sequence
 

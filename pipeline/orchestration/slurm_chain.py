@@ -107,7 +107,7 @@ def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted])
 
 
 def _alive(listed: Sequence[Submitted]) -> dict[str, Submitted]:
-    """By step, the jobs that are on their way: not those that will never start, as what they wait for has failed.
+    """Maps step to its queued or running job, excluding jobs whose dependency failed.
 
     Waits for those that are just ending: only then is it known how. A job that the controller has forgotten ended long
     ago. Raises UserError where some of an array have failed and others are still at work.

@@ -122,7 +122,7 @@ def render(**values: Any) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """A value as the page has it: no encoding has half a character, and no browser is to obey a control character."""
+    """Escapes lone surrogates and control characters before they reach the HTML."""
     return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
 
 

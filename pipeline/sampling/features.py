@@ -16,7 +16,7 @@ from pipeline.sampling.chunks import Chunk, Span, chunk_path, cover_gap, iterate
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """Of the set in the folder `samples`, by one extractor."""
+    """Features of the set in the folder `samples`, by one extractor."""
 
     samples: Path
     extractor: NamedExtractor
@@ -27,7 +27,7 @@ class SampleFeatures:
         return SampleFolder(self.samples).features(key)
 
     def write(self, span: Span, images: NDArray[np.uint8]) -> None:
-        """Of samples first to end - 1. Raises UserError for constant images, with their count."""
+        """Writes features of samples first to end - 1. Raises UserError for constant images, with their count."""
         constant = int((images.reshape(len(images), -1).min(1) == images.reshape(len(images), -1).max(1)).sum())
         if constant:
             raise UserError(f"samples {span[0]} to {span[1] - 1}: {constant} of {len(images)} images are constant")
@@ -36,7 +36,7 @@ class SampleFeatures:
         write_chunk(chunk_path(self.folder, span), rows)
 
     def extract(self, spans: Sequence[Span]) -> None:
-        """Of those of these chunks that have none yet. Raises UserError naming samples that are missing or damaged."""
+        """Extracts features for the given chunks that lack them. Raises UserError naming missing or damaged samples."""
         missing = [span for span in spans if cover_gap(self.folder, span)]
         if missing:
             with shared_folder_lock(self.samples):

@@ -31,7 +31,7 @@ class Chunks:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is what `complete` makes, if anything."""
+        """True if the final output of `complete` exists, or none is needed."""
         return True
 
     def complete(self) -> None:

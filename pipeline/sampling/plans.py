@@ -54,7 +54,8 @@ def even_iterations(recipe: Recipe) -> list[int] | None:
 def blocks_an_image(recipe: Recipe) -> int:
     """Transformer blocks of one image; a step with guidance computes each twice.
 
-    Where iterations are measured and guidance acts in some of the steps alone, as if the iterations were even.
+    If iterations are measured and guidance covers only some steps, this is an estimate that assumes equal iterations
+    per step.
     """
     settings, config, process = recipe.sample, denoiser_config(recipe), diffusion(recipe)
     timesteps = build_sampler(process, settings.sampler, settings.num_steps).timesteps
@@ -69,7 +70,7 @@ def blocks_an_image(recipe: Recipe) -> int:
 def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
     """The plan of the set in `folder`, from its plan.json, which is written first where it is missing.
 
-    Raises UserError as `read_plan`, and where a measured one is gone from beside samples that were drawn by it.
+    Raises UserError as `read_plan`, and if a measured plan.json is missing but samples drawn with it exist.
     """
     path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     drawn = any(folder.rglob("chunk-*"))  # looked for first: whoever draws has written the plan before

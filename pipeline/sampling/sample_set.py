@@ -49,7 +49,7 @@ class Sampling:
 
     @cached_property
     def sets(self) -> list[SampleSet]:
-        """Of the weights that `sample.weights` names, and of the network before its first step where that is measured.
+        """Sets of the weights that `sample.weights` names, and of the untrained network if that is measured.
 
         Raises UserError as `sample_set`.
         """

@@ -82,12 +82,15 @@ def _write_folder(folder: Path, tensors: Tensors, marker: dict[str, Any]) -> Non
 def prune(recipe: Recipe) -> None:
     """Deletes all checkpoints but the newest ones and those that `train.checkpoint.keep_every_samples` keeps for good.
 
-    A symbolic link is left to the person who made it.
+    Symbolic links are neither counted nor deleted: a person made them.
     """
     keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
     folders = [folder for folder in complete_checkpoints(recipe.folder) if not folder.is_symlink()]
+    # The first one after a multiple is never deleted, so the first that exists is the first that was written.
+    first_after = {int(folder.name) // every: folder for folder in reversed(folders)} if every else {}
+    first_after.pop(0, None)
     for folder in folders[:-keep]:
-        if not every or int(folder.name) % every >= recipe.train.batch_size:  # the first at or after a multiple stays
+        if folder not in first_after.values():
             remove_folder(folder)
 
 
@@ -141,7 +144,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
     """The checkpoint that all ranks resume from, or None: rank 0's choice (`newest_checkpoint`).
 
-    Over a network file system another rank may still see an older listing. Every rank raises the UserError of any.
+    Over a network file system another rank may still see an older listing. If any rank raises UserError, all ranks
+    raise it.
     """
     checkpoint = None
     with raise_on_all_ranks(ranks):

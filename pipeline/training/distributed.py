@@ -59,7 +59,7 @@ class Outcome:
 
 @contextmanager
 def raise_on_all_ranks(ranks: Ranks, stop: object = False) -> Iterator[Outcome]:
-    """Raises a UserError that any rank raises inside on every rank, the lowest such rank's; waits for all ranks.
+    """Barrier: if any rank raises UserError in the block, all ranks raise that of the lowest failing rank.
 
     So no rank waits for another that has given up. `stop`: true where this rank was asked to stop, read at the end of
     the block; the outcome then says whether any rank was.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from pipeline.training.zero import MOMENTS
 from tests.seals import edits, flips, resealed
 
 
-def recipe_in(folder: Path) -> Recipe:
+def recipe_in(folder: Path, *overrides: str) -> Recipe:
     network = [f"model.{each}" for each in ("size=null", "hidden_size=8", "num_heads=2", "num_classes=1")]
-    return parse_recipe("name: a", (f"runs={folder}", "train.batch_size=16", "train.total_samples=160", *network))
+    training = ("train.batch_size=16", "train.total_samples=160")
+    return parse_recipe("name: a", (f"runs={folder}", *training, *network, *overrides))
 
 
 def tensors_for(recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -64,6 +66,22 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for samples in range(16, 96, 16):
         write(recipe, samples)
     assert names(recipe) == [48, 64, 80]
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        (range(32, 289, 32), [96, 160, 224, 256, 288]),
+        ([32, 64, 80, 96, 128, 240, 256, 272], [80, 240, 256, 272]),  # one after a signal, and some without
+    ],
+)
+def test_the_first_checkpoint_after_every_multiple_is_kept(
+    written: Sequence[int], kept: list[int], tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path, "train.checkpoint.keep=2", "train.checkpoint.keep_every_samples=70")
+    for samples in written:
+        write(recipe, samples)
+    assert names(recipe) == kept
 
 
 def test_a_folder_without_a_marker_is_no_checkpoint(tmp_path: Path) -> None:
