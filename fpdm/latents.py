@@ -1,4 +1,7 @@
-"""The scaling between an autoencoder's latents and those that diffusion works on, as diffusers defines it."""
+"""The scaling between an autoencoder's latents and those that diffusion works on (Rombach et al., CVPR 2022).
+
+Its two numbers mean what they mean in diffusers.
+"""
 
 from torch import Tensor
 

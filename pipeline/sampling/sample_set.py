@@ -13,8 +13,8 @@ from typing import Any
 from common.errors import UserError, one_line
 from common.files import content_key
 from common.recipe import Data, Recipe, denoiser_config
-from common.run_folder import RunFolder, Weights, find_weights
-from common.run_weights import Description, describe
+from common.run_folder import RunFolder
+from common.run_weights import Description, Weights, describe, find_weights
 from pipeline.sampling.chunks import Span, chunk_spans
 from pipeline.sampling.features import SampleFeatures
 from pipeline.sampling.models import Models
@@ -22,8 +22,8 @@ from preprocess.encoding.encoder import Identity
 from preprocess.shards import INDEX
 from preprocess.shards.forms import read_local_index
 
-# Fields of `sample` that change no image.
-NOT_OF_THE_PICTURE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
+# Fields of the section `sample`.
+CHANGE_NO_IMAGE = ("num_samples", "batch_size", "chunk_samples", "weights", "ema", "save_images", "output")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def sample_set(recipe: Recipe, weights: Weights, vae: Identity | None = None) ->
         "weights_sha256": described.sha256,
         "network": _network_settings(recipe, folder, described),
         "seed": recipe.seed,
-        "sample": {name: value for name, value in asdict(recipe.sample).items() if name not in NOT_OF_THE_PICTURE},
+        "sample": {name: value for name, value in asdict(recipe.sample).items() if name not in CHANGE_NO_IMAGE},
         "objective": asdict(recipe.objective),
         "vae": identity | {"precision": recipe.vae.precision},
         "resolution": recipe.data.resolution,

@@ -1,4 +1,4 @@
-"""What is known of data sets by their name: how many images they have, so that a part or another split is told."""
+"""How many images known data sets have, so that a part of one or another split is reported."""
 
 import re
 from collections.abc import Mapping

@@ -27,7 +27,7 @@ LOOK_SECONDS = 0.2
 GO, NO = b"fpdm: go", b"fpdm: "
 
 
-def meet() -> None:
+def rendezvous() -> None:
     """Returns when every rank that the launcher names has called it; at once where there is one.
 
     Rank 0 listens at MASTER_ADDR and MASTER_PORT, where training meets afterwards. Raises UserError naming the ranks
