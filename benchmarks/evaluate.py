@@ -36,7 +36,7 @@ from fpdm import build_denoiser, rng
 from fpdm.sampling import build_sampler
 from pipeline.evaluation.metrics import frechet_distance, statistics
 from pipeline.evaluation.statistics import summarise
-from pipeline.features.extractors import find_weights, load_extractor, wanted_layers
+from pipeline.features.extractors import find_extractor_weights, load_extractor, wanted_layers
 from pipeline.sampling.generate import generate
 from pipeline.sampling.sample_set import Sampling
 from pipeline.training.checkpoint import export_weights
@@ -109,7 +109,7 @@ class Bare:
         self.recipe, self.device = recipe, device
         self.model = build_denoiser(denoiser_config(recipe), device=device).eval()
         self.vae = Encoder(recipe.vae, device).network
-        self.extractor = load_extractor(find_weights(recipe.evaluate), wanted_layers(recipe.evaluate)).network
+        self.extractor = load_extractor(find_extractor_weights(recipe.evaluate), wanted_layers(recipe.evaluate)).network
         self.timesteps = build_sampler(diffusion(recipe), "ddim", recipe.sample.num_steps).timesteps
 
     @torch.inference_mode()

@@ -129,16 +129,16 @@ def _say(line: str) -> None:
 
 def _run(arguments: argparse.Namespace, stage: Stage) -> None:
     from common.loading import dump_recipe, load_recipe
-    from common.meeting import meet
     from common.ranks import rank_and_world_size
     from common.recipe import describe_network
+    from common.rendezvous import rendezvous
 
     cluster, jobs = getattr(arguments, "cluster", None), getattr(arguments, "jobs", None)
     if jobs is not None and (cluster is None or jobs < 1):
         raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
     recipe = load_recipe(arguments.config, arguments.overrides)
     if stage.ranks_share and not arguments.dry_run and cluster is None:  # before what can take one rank longer
-        meet()
+        rendezvous()
     first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:
         print(dump_recipe(recipe))

@@ -17,8 +17,8 @@ import submitit
 
 from common.errors import Interrupted, UserError
 from common.loading import dump_recipe, parse_recipe
-from common.meeting import meet
 from common.recipe import Recipe
+from common.rendezvous import rendezvous
 from slurm import controller
 from slurm.site_file import SCRATCH_VARIABLE
 
@@ -80,7 +80,7 @@ class Job(submitit.helpers.Checkpointable):
     def _work(self) -> None:
         function = getattr(importlib.import_module(self.module), self.function)
         try:
-            meet()
+            rendezvous()
             function(parse_recipe(self.recipe), **self.arguments)
         except Interrupted as interruption:
             print(f"interrupted: {interruption}", file=sys.stderr, flush=True)

@@ -7,12 +7,8 @@ This module defines paths only. File formats are defined where the files are wri
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from common.errors import UserError
 from common.recipe import Recipe
-
-Weights = Literal["latest"] | int  # which weights: the newest, or those after a number of training samples
 
 
 class _Place:
@@ -118,29 +114,3 @@ def counted(folder: Path) -> list[Path]:
 def weights_folder(recipe: Recipe, samples_seen: int, ema: str | None = None) -> Path:
     """Holds averaged weights after `samples_seen` training samples, in diffusers' layout; `ema`: the run's first."""
     return RunFolder(recipe.folder).weights_after(samples_seen, ema or recipe.train.ema.names[0])
-
-
-def find_weights(recipe: Recipe, which: Weights, ema: str | None = None) -> tuple[int, Path]:
-    """(samples seen, folder) of the exported weights that `which` names: "latest" or a number of samples seen.
-
-    Raises UserError naming what there is.
-    """
-    name = ema or recipe.train.ema.names[0]
-    weights = RunFolder(recipe.folder).weights
-    folders = counted(weights)  # each appears by renaming: all that exist are complete
-    available = [int(folder.name) for folder in folders if (folder / name).is_dir()]
-    if not available:
-        averages = sorted({path.name for folder in folders for path in folder.glob("[!.]*")})
-        if averages:
-            raise UserError(
-                f"sample.ema: no average {name} in {weights}; there are {', '.join(averages)} "
-                "(pipeline/reconstruct_ema.py makes others of a run with train.ema.widths)"
-            )
-        raise UserError(f"{weights}: no weights; run python pipeline/train.py with this recipe first")
-    samples_seen = available[-1] if which == "latest" else which
-    if samples_seen not in available:
-        listed = ", ".join(map(str, available))
-        raise UserError(
-            f"sample.weights: no weights after {samples_seen} samples in {recipe.folder}; there are {listed}"
-        )
-    return samples_seen, weights_folder(recipe, samples_seen, name)

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+# A recipe's field sample.allocation lists these too.
 AllocationKind = Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"]
 RAMP = 0.5  # a ramp runs from 1 + RAMP to 1 - RAMP times the mean
 

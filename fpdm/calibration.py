@@ -16,7 +16,7 @@ from fpdm.allocation import allocate
 from fpdm.denoiser import Denoised
 
 Draw = Callable[..., Tensor]
-Reuse = Literal["always", "none", "calibrated"]
+Reuse = Literal["always", "none", "calibrated"]  # a recipe's sample.reuse lists these too
 CURVE_REACH = 4  # curves are measured up to this many times the mean number of iterations
 
 

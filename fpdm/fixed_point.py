@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fpdm import rng
 
-Solver = Literal["picard", "anderson"]
+Solver = Literal["picard", "anderson"]  # a recipe's sample.solver lists these too
 Iterations = int | tuple[int, int]
 # (iterate (b, T, D), rows (b,) of the batch that it holds or None for all) -> next iterate (b, T, D)
 Step = Callable[[Tensor, Tensor | None], Tensor]

@@ -16,6 +16,7 @@ from fpdm.denoiser import Denoised, Denoiser, DenoiserConfig
 from fpdm.diffusion import Diffusion, GaussianSchedule, interpolate_log_variance, split_prediction
 from fpdm.fixed_point import Solver
 
+# A recipe's field sample.sampler lists these too.
 SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"]
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     stored = find_snapshots(recipe)
     end = arguments.samples or max(samples for samples, _ in stored)
     target = weights_folder(recipe, end, power_name(arguments.width))
-    factors = plan(list(stored), end, arguments.width)
+    factors = coefficients(list(stored), end, arguments.width)
     print(f"plan: {target} from {len(factors)} stored averages", flush=True)
     if target.exists():
         print(f"{target}: exists already")
@@ -62,7 +62,7 @@ def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:
     return snapshots
 
 
-def plan(stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
+def coefficients(stored: list[tuple[int, float]], end: int, width: float) -> dict[tuple[int, float], float]:
     """Coefficients of the stored EMAs whose sum is the EMA of `width` at `end` samples."""
     from fpdm.ema import reconstruction_weights
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.recipe import VAE, Data, Evaluate, Model, Objective, Recipe, Sample, denoiser_config
-from common.run_folder import Weights
+from common.run_weights import Weights
 from common.stage import Stage
 
 

@@ -99,7 +99,7 @@ class Evaluation:
         return self.sampling.recipe
 
     @property
-    def weights(self) -> ExtractorWeights:
+    def extractor_weights(self) -> ExtractorWeights:
         return self.yardstick.extractor.weights
 
     @cached_property
@@ -120,7 +120,11 @@ class Evaluation:
         return [*self.samples, originals, reconstruction(originals, self.recipe.vae, self.sampling.models)]
 
     def path_of(self, images: ComparedSet) -> Path:
-        measured_with = [self.yardstick.reference.content, self.weights.sha256, self.yardstick.extractor.metrics]
+        measured_with = [
+            self.yardstick.reference.content,
+            self.extractor_weights.sha256,
+            self.yardstick.extractor.metrics,
+        ]
         key = content_key([images.content, *measured_with, self.recipe.evaluate.bootstrap])
         return RunFolder(self.recipe.folder).measurements / f"{images.name}-{key}.json"
 
@@ -134,7 +138,7 @@ class Evaluation:
             measurement["content"],
             measurement["reference"]["content"],
         )
-        meant = (images.name, self.weights.distance_name, images.content, reference.content)
+        meant = (images.name, self.extractor_weights.distance_name, images.content, reference.content)
         if as_json(stated) != as_json(meant):
             raise UserError(f"{path}: measured of another set; {REMEDY}")
         distance, mean = measurement["numbers"].get("frechet"), float(np.mean(measurement["ranges"]))
@@ -147,7 +151,7 @@ class Evaluation:
         """What `metrics.json` holds. Raises UserError where something is not measured yet."""
         measurements = [self.measured(images) for images in self.compared]
         distances = {measurement["name"]: measurement["value"] for measurement in measurements}
-        return {"distance": self.weights.distance_name, "distances": distances, "measurements": measurements}
+        return {"distance": self.extractor_weights.distance_name, "distances": distances, "measurements": measurements}
 
     def measure(self, images: ComparedSet) -> None:
         """Writes the numbers of one set, with what it and the reference were made of.
@@ -166,10 +170,14 @@ class Evaluation:
         measurement = {
             "name": images.name,
             "label": images.label,
-            "distance": self.weights.distance_name,
+            "distance": self.extractor_weights.distance_name,
             "value": numbers["frechet"],
             "numbers": {
-                name: {"name": self.weights.name_of(name), "value": value, "spread": numbers.get(f"{name}_spread")}
+                name: {
+                    "name": self.extractor_weights.name_of(name),
+                    "value": value,
+                    "spread": numbers.get(f"{name}_spread"),
+                }
                 for name, value in numbers.items()
                 if not name.endswith("_spread")
             },
@@ -183,7 +191,7 @@ class Evaluation:
                 "count": against.statistics["pooled"].count,
                 "content": reference.content,
             },
-            "extractor": {"name": self.weights.extractor, "weights_sha256": self.weights.sha256},
+            "extractor": {"name": self.extractor_weights.extractor, "weights_sha256": self.extractor_weights.sha256},
             "recipe": TypeAdapter(Recipe).dump_python(self.recipe, mode="json"),
             "provenance": provenance(),
         }

@@ -1,6 +1,7 @@
 """How far two sets of images lie apart, from their features, by torch-fidelity's definitions.
 
-The Fréchet distance, KID, Inception Score, precision and recall.
+The Fréchet distance, KID, Inception Score, precision and recall. Their registry, with the layers that they are measured
+on and their printed names, is METRICS and NAMES of `pipeline.features.extractors`.
 """
 
 from collections.abc import Iterable

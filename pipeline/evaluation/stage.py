@@ -21,7 +21,7 @@ def plan(evaluation: "Evaluation") -> Iterator[str]:
     """What is compared with what, and which distances are measured already."""
     from pipeline.evaluation.evaluate import is_measured
 
-    weights = evaluation.weights
+    weights = evaluation.extractor_weights
     yield f"distance: {weights.distance_name}, {weights.extractor} with weights of sha256 {weights.sha256[:16]}..."
     yield f"reference: {evaluation.yardstick.reference.label}"
     for images in evaluation.compared:

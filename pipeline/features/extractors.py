@@ -52,7 +52,7 @@ WIDTHS = {  # expected feature dimension, for checking third-party statistics fi
     **{(name, "pooled"): width for name, width in dinov2.WIDTHS.items()},
 }
 
-METRICS = {  # what can be measured, and the layer that each is measured on
+METRICS = {  # the layer that each metric is measured on; evaluate.metrics lists them too
     "frechet": "pooled",
     "spatial": SPATIAL,
     "inception_score": "logits",
@@ -135,7 +135,7 @@ class ExtractorWeights:
         return published if self.sha256 == INCEPTION_SHA256 else f"{other} (Inception with weights {self.sha256[:8]})"
 
 
-def find_weights(evaluate: Evaluate) -> ExtractorWeights:
+def find_extractor_weights(evaluate: Evaluate) -> ExtractorWeights:
     """The weights that the recipe means; nothing is downloaded yet. Raises UserError where a named file is missing."""
     extractor, named = evaluate.feature_extractor, evaluate.feature_extractor_weights
     if named and not Path(named).is_file():
@@ -232,7 +232,7 @@ class NamedExtractor:
     """The extractor that a recipe names: its weights are found at once, and loaded for the first features."""
 
     def __init__(self, evaluate: Evaluate) -> None:
-        self.weights, self.layers = find_weights(evaluate), wanted_layers(evaluate)
+        self.weights, self.layers = find_extractor_weights(evaluate), wanted_layers(evaluate)
         self.metrics = wanted_metrics(evaluate)
         self._batch_size = evaluate.batch_size
 

@@ -13,8 +13,8 @@ from typing import Any
 from common.errors import UserError, one_line
 from common.files import content_key
 from common.recipe import Data, Recipe, denoiser_config
-from common.run_folder import RunFolder, Weights, find_weights
-from common.run_weights import Description, describe
+from common.run_folder import RunFolder
+from common.run_weights import Description, Weights, describe, find_weights
 from pipeline.sampling.chunks import Span, chunk_spans
 from pipeline.sampling.features import SampleFeatures
 from pipeline.sampling.models import Models

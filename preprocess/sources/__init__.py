@@ -10,9 +10,9 @@ from typing import Literal
 from common.errors import UserError
 from common.recipe import Data
 from preprocess.sources.entries import IMAGE_SUFFIXES, Entries, Entry, Source, fingerprint
+from preprocess.sources.expected_counts import warnings
 from preprocess.sources.folders import list_folder
 from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
-from preprocess.sources.known import warnings
 from preprocess.sources.labels import NONE
 from preprocess.sources.layouts import all_as_one_class, class_folders
 from preprocess.sources.listing import ListedSource, Listing
@@ -86,6 +86,7 @@ def _parquet(path: str, field: str, data: Data) -> Source:
     return ParquetSource(path, field, data.image_field, data.label_field)
 
 
+# A recipe's field data.source lists these too.
 _OPENERS: dict[str, Callable[[str, str, Data], Source]] = {
     "folder": _folder,
     "imagenet": _imagenet,

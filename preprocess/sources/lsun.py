@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.known import lsun_scene
+from preprocess.sources.expected_counts import lsun_scene
 from preprocess.sources.layouts import name_one
 from preprocess.sources.listing import Layout, Listing, some
 from preprocess.sources.lmdbs import DATA

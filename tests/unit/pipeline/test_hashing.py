@@ -27,7 +27,7 @@ def recipe(sampled: Recipe, tmp_path: Path) -> Recipe:  # noqa: F811
     recipe = copied(sampled, tmp_path / "runs")
     (recipe.folder / "metrics.jsonl").write_text(json.dumps({"samples": 64, "step": 1, "loss": 0.5}) + "\n")
     (recipe.folder / "provenance.jsonl").write_text(json.dumps({"stage": "train"}) + "\n")
-    named = extractors.find_weights(recipe.evaluate).path
+    named = extractors.find_extractor_weights(recipe.evaluate).path
     reference = adm_file(recipe, tmp_path / "reference.npz", pictures=True)
     return replace(
         recipe,

@@ -12,9 +12,9 @@ import pytest
 from common.errors import UserError
 from common.log_lines import LogLine, append_line, read_log
 from common.recipe import Recipe
-from common.run_folder import RunFolder, counted, find_weights, weights_folder
+from common.run_folder import RunFolder, counted, weights_folder
 from common.run_recipe import read_recipe, write_recipe
-from common.run_weights import describe, load_network
+from common.run_weights import describe, find_weights, load_network
 from common.sealed import read_json
 from common.stage_times import read_times, write_time
 from fpdm.weights import CONFIG_NAME, WEIGHTS_NAME

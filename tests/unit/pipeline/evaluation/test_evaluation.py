@@ -86,7 +86,7 @@ def numbers(found: dict[str, Any]) -> dict[str, float]:
 def adm_file(recipe: Recipe, path: Path, *, pictures: bool = False, **changes: np.ndarray) -> Path:
     """The recipe's training images as a statistics file of ADM's."""
     images = np.stack(list(image_sets.training_images(recipe).iterate()))
-    extractor = features.load_extractor(features.find_weights(recipe.evaluate))
+    extractor = features.load_extractor(features.find_extractor_weights(recipe.evaluate))
     fitted = statistics(batch["pooled"] for batch in features.extract(extractor, images, 8))
     arrays = {"mu": fitted.mean, "sigma": fitted.covariance} | ({"arr_0": images} if pictures else {}) | changes
     np.savez(path, **arrays)

@@ -63,7 +63,7 @@ def whole(extractor: features.Extractor, images: NDArray[np.uint8], batch_size: 
 
 
 def test_the_distance_is_torch_fidelitys_with_the_registered_extractor() -> None:
-    extractor = features.load_extractor(features.find_weights(LITE))
+    extractor = features.load_extractor(features.find_extractor_weights(LITE))
     sets = pictures(0, 12), pictures(40, 12)
     own = frechet_distance(*(statistics([whole(extractor, images, 5)["pooled"]]) for images in sets))
     found = theirs(sets, feature_extractor=features.EFFICIENTNET, fid=True)
@@ -76,7 +76,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> features.ExtractorWei
     """Seeded random weights in a local file of the published structure."""
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save(inception_tensors(), path)
-    return features.find_weights(Evaluate(feature_extractor_weights=str(path)))
+    return features.find_extractor_weights(Evaluate(feature_extractor_weights=str(path)))
 
 
 def test_kid_inception_score_precision_and_recall_are_torch_fidelitys(inception: features.ExtractorWeights) -> None:
@@ -121,7 +121,7 @@ def test_fid_is_torch_fidelitys_on_the_same_images(
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
-    extractor = features.load_extractor(features.find_weights(LITE))
+    extractor = features.load_extractor(features.find_extractor_weights(LITE))
     together, single = (whole(extractor, pictures(0, 5), size)["pooled"] for size in (5, 1))
     assert together.shape == (5, 1280)
     assert together.dtype == np.float32
@@ -129,18 +129,18 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 
 def test_only_the_published_inception_weights_are_called_fid(tmp_path: Path) -> None:
-    assert features.find_weights(Evaluate()).distance_name == "FID"
-    assert features.find_weights(LITE).distance_name == "FD (EfficientNet-Lite0)"
+    assert features.find_extractor_weights(Evaluate()).distance_name == "FID"
+    assert features.find_extractor_weights(LITE).distance_name == "FD (EfficientNet-Lite0)"
     other = tmp_path / "other.pth"
     other.write_bytes(b"weights")
-    named = features.find_weights(Evaluate(feature_extractor_weights=str(other)))
+    named = features.find_extractor_weights(Evaluate(feature_extractor_weights=str(other)))
     assert named.distance_name == f"FD (Inception with weights {named.sha256[:8]})"
 
 
 def test_a_missing_file_says_what_to_fetch_and_where_to_put_it(tmp_path: Path) -> None:
     path = tmp_path / "inception.pth"
     with pytest.raises(UserError) as caught:
-        features.find_weights(Evaluate(feature_extractor_weights=str(path)))
+        features.find_extractor_weights(Evaluate(feature_extractor_weights=str(path)))
     assert f"fetch {features.URL_INCEPTION_V3} and put it at {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -151,17 +151,17 @@ def test_a_failed_download_says_what_to_fetch_and_where_to_put_it(
     monkeypatch.setattr(features, "URL_INCEPTION_V3", (tmp_path / "nowhere" / "inception.pth").as_uri())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match=r"fetch file:///.* and put it at .*hub/checkpoints/inception\.pth") as caught:
-        features.load_extractor(features.find_weights(Evaluate()))
+        features.load_extractor(features.find_extractor_weights(Evaluate()))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "hub" / "checkpoints").iterdir())
 
 
 def test_weights_of_another_sha256_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "lite0.pth"
-    path.write_bytes(features.find_weights(LITE).path.read_bytes()[:-1])
+    path.write_bytes(features.find_extractor_weights(LITE).path.read_bytes()[:-1])
     settings = Evaluate(feature_extractor="efficientnet-lite0", feature_extractor_weights=str(path))
     with pytest.raises(UserError, match=f"{path}: sha256 is .*, should be {features.EFFICIENTNET_SHA256}"):
-        features.load_extractor(features.find_weights(settings))
+        features.load_extractor(features.find_extractor_weights(settings))
 
 
 def test_dinov2_is_read_from_a_file_of_the_published_structure_and_named_by_it(tmp_path: Path) -> None:
@@ -170,17 +170,17 @@ def test_dinov2_is_read_from_a_file_of_the_published_structure_and_named_by_it(t
     path = tmp_path / "dinov2.pth"
     torch.save(state, path)
     settings = Evaluate(feature_extractor="dinov2-vit-s-14-local", feature_extractor_weights=str(path))
-    weights = features.find_weights(settings)
+    weights = features.find_extractor_weights(settings)
     assert weights.distance_name == f"FD (dinov2-vit-s-14 with weights {weights.sha256[:8]})"
     found = whole(features.load_extractor(weights), pictures(0, 2), 2)["pooled"]
     assert found.shape == (2, 384)
     assert (found[0] != found[1]).any()
     without = Evaluate(feature_extractor="dinov2-vit-s-14-local")
     with pytest.raises(UserError, match=r"feature_extractor_weights: dinov2-vit-s-14-local needs a file; fetch"):
-        features.find_weights(without)
+        features.find_extractor_weights(without)
     torch.save({"pos_embed": state["pos_embed"]}, path)
     with pytest.raises(UserError, match=r"no weights of dinov2-vit-s-14-local"):
-        features.load_extractor(features.find_weights(settings))
+        features.load_extractor(features.find_extractor_weights(settings))
 
 
 def test_position_embeddings_keep_their_order_when_they_are_resized() -> None:
@@ -208,7 +208,7 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     path, made = tmp_path / "inception.pth", tmp_path / "made"
     torch.save(inception_tensors() | {"trap": Trap(made)}, path)
     with pytest.raises(UserError, match=f"{path}: no weights of inception-v3-compat"):
-        features.load_extractor(features.find_weights(Evaluate(feature_extractor_weights=str(path))))
+        features.load_extractor(features.find_extractor_weights(Evaluate(feature_extractor_weights=str(path))))
     assert not made.exists()
 
 
@@ -227,6 +227,6 @@ def test_inception_gives_pooled_features_logits_and_the_spatial_ones_of_sfid_in_
 
 
 def test_an_extractor_lies_on_the_device_that_it_is_given() -> None:
-    extractor = features.load_extractor(features.find_weights(LITE), device=torch.device("meta"))
+    extractor = features.load_extractor(features.find_extractor_weights(LITE), device=torch.device("meta"))
     assert {values.device.type for values in extractor.network.state_dict().values()} == {"meta"}
     assert extractor.device.type == "meta"

@@ -50,7 +50,7 @@ def processes() -> Any:
 
 
 def extracted(images: np.ndarray, recipe: Recipe) -> np.ndarray:
-    extractor = features.load_extractor(features.find_weights(recipe.evaluate))
+    extractor = features.load_extractor(features.find_extractor_weights(recipe.evaluate))
     return np.concatenate([batch["pooled"] for batch in features.extract(extractor, images, 8)])
 
 

@@ -27,7 +27,7 @@ LOOK_SECONDS = 0.2
 GO, NO = b"fpdm: go", b"fpdm: "
 
 
-def meet() -> None:
+def rendezvous() -> None:
     """Returns when all ranks have called it. With one rank, or under torchrun, which starts all or none, at once.
 
     Rank 0 listens at MASTER_ADDR and MASTER_PORT, where training connects afterwards. Raises UserError naming the

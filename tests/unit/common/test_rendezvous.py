@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from common import meeting
+from common import rendezvous
 from common.command import exit_status_of
 from common.errors import UserError
-from common.meeting import meet
 from pipeline.stages import STAGES
 from slurm.cluster import free_port
 
@@ -43,7 +42,7 @@ def start(
             os.dup2(sink.fileno(), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         before()
-        sys.exit(exit_status_of(meet))
+        sys.exit(exit_status_of(rendezvous.rendezvous))
 
     log.touch()
     process = forking.Process(target=work, daemon=True)
@@ -91,11 +90,11 @@ def test_other_connections_are_no_ranks(tmp_path: Path) -> None:
 
 
 def impatient() -> None:
-    meeting.REPORT_SECONDS, meeting.ALONE_SECONDS, meeting.LIMIT_SECONDS = 0.2, 0.8, 1.6
+    rendezvous.REPORT_SECONDS, rendezvous.ALONE_SECONDS, rendezvous.LIMIT_SECONDS = 0.2, 0.8, 1.6
 
 
 def impatient_with_others() -> None:
-    meeting.REPORT_SECONDS, meeting.ALONE_SECONDS, meeting.LIMIT_SECONDS = 0.2, 60.0, 6.0
+    rendezvous.REPORT_SECONDS, rendezvous.ALONE_SECONDS, rendezvous.LIMIT_SECONDS = 0.2, 60.0, 6.0
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_a_rank_that_waits_hears_signals(number: signal.Signals, deaf: bool, tmp
 
     def before() -> None:
         signal.signal(number, signal.SIG_IGN if deaf else signal.SIG_DFL)
-        meeting.REPORT_SECONDS = 0.0
+        rendezvous.REPORT_SECONDS = 0.0
 
     waiting = [start(rank, 3, port, tmp_path / f"log-{rank}", before) for rank in (0, 1)]
     patience = time.monotonic() + 30
@@ -155,12 +154,12 @@ def test_ranks_without_an_address_are_reported(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"^MASTER_ADDR, MASTER_PORT: no host and port, but RANK=0 and WORLD_SIZE=2"):
-        meet()
+        rendezvous.rendezvous()
 
 
 ONE = """
 import sys
-from common import meeting
+from common import rendezvous
 from common.command import run_stage_command
 from common.stage import Stage, the_recipe
 
@@ -168,7 +167,7 @@ def work(recipe):
     print("worked")
 
 stage = Stage(name="a", resolve=the_recipe, plan=lambda _: ["looked"], finished=bool, work=work, ranks_share=True)
-meeting.ALONE_SECONDS = 0.3
+rendezvous.ALONE_SECONDS = 0.3
 sys.exit(run_stage_command("", stage, sys.argv[1:]))
 """
 
