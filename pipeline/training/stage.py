@@ -16,9 +16,9 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from pipeline.training.deepspeed_config import deepspeed_config
     from pipeline.training.identity import total_samples
 
-    train = recipe.train
+    settings = recipe.train
     if recipe.model.kind == "fpdm":
-        without, with_gradient = train.max_no_grad_iterations, train.max_grad_iterations
+        without, with_gradient = settings.max_no_grad_iterations, settings.max_grad_iterations
         yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
     _, world_size = rank_and_world_size()
     try:
@@ -27,14 +27,15 @@ def plan(recipe: Recipe) -> Iterator[str]:
         raise UserError(str(error)) from None
     micro_batch_size, accumulations = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     yield (
-        f"steps: {total_samples(train) // train.batch_size:,} of {train.batch_size} samples: {world_size} ranks x "
-        f"{micro_batch_size} x {accumulations} accumulations, ZeRO {config['zero_optimization']['stage']}"
+        f"steps: {total_samples(settings) // settings.batch_size:,} of {settings.batch_size} samples: "
+        f"{world_size} ranks x {micro_batch_size} x {accumulations} accumulations, "
+        f"ZeRO {config['zero_optimization']['stage']}"
     )
     checkpoints = complete_checkpoints(recipe.folder)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
     yield f"run folder: {recipe.folder}, {state}"
     samples = len(open_shards(recipe))
-    yield f"data: {samples:,} samples in {recipe.data.shards}, {train.total_samples / samples:.2f} epochs"
+    yield f"data: {samples:,} samples in {recipe.data.shards}, {settings.total_samples / samples:.2f} epochs"
 
 
 def finished(recipe: Recipe) -> bool:
