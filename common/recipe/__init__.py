@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from common.recipe.data import VAE, Data, DemoImages, check_data
-from common.recipe.fields import STRICT, Count, CountOrZero, Name, Place, Seed
+from common.recipe.fields import STRICT, Name, Place, Seed
+from common.recipe.launch import Launch
 from common.recipe.network import (
     Model,
     Objective,
@@ -44,27 +45,6 @@ __all__ = [
     "timestep_density",
     "with_world_size",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Launch:
-    """What one job of a stage asks for, on any cluster. Where it runs is `pipeline/run.py --cluster`."""
-
-    nodes: Count = 1
-    """Nodes of a training job, and of a sampling job that `jobs` does not divide."""
-    processes: Count = 1
-    """Processes on a node of such a job: one a GPU."""
-    cpus_per_process: Count = 1
-    """CPU cores of one process."""
-    gpus_per_process: CountOrZero = 0
-    """GPUs of one process. 0: it runs on CPUs."""
-    timeout_minutes: Count = 240
-    """Time limit of a job, in minutes."""
-    signal_seconds: Count = 120
-    """Seconds before the time limit at which training saves; every job that is not finished is queued again."""
-    jobs: Count = 1
-    """Jobs, of one process each, into which encoding, sampling, evaluation and sweeps are divided by `--cluster`;
-    pipeline/run.py divides them on SLURM only. 1: a single job, of sampling with the processes above."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
