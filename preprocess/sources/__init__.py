@@ -9,9 +9,9 @@ from typing import Literal
 
 from common.errors import UserError
 from common.recipe import Data
-from preprocess.sources.class_folders import all_as_one_class, class_folders
 from preprocess.sources.entries import IMAGE_SUFFIXES, Entries, Entry, Source, fingerprint
 from preprocess.sources.expected_counts import warnings
+from preprocess.sources.folder_classes import all_as_one_class, class_folders
 from preprocess.sources.folders import list_folder
 from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
 from preprocess.sources.labels import NONE

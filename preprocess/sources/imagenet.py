@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from common.errors import UserError, errors_as
-from preprocess.sources.class_folders import check_classes, check_not_empty
 from preprocess.sources.entries import Entries, Entry, file_stamp, is_image, kind_of, read_at
+from preprocess.sources.folder_classes import check_classes, check_not_empty
 from preprocess.sources.listing import Layout, Listing, base, some
 from preprocess.sources.parquet import ParquetSource
 from preprocess.sources.tars import TarMember, Window, tar_members

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
-from preprocess.sources.class_folders import name_one
 from preprocess.sources.expected_counts import lsun_scene
+from preprocess.sources.folder_classes import name_one
 from preprocess.sources.listing import Layout, Listing, some
 from preprocess.sources.lmdbs import DATA
 from preprocess.sources.one_class import one_class

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from preprocess.sources.class_folders import check_not_empty, check_splits, name_one
+from preprocess.sources.folder_classes import check_not_empty, check_splits, name_one
 from preprocess.sources.listing import Folder, Layout, Listing, base, some
 
 MAPS = "masks and maps of faces"
