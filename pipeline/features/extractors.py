@@ -1,4 +1,4 @@
-"""Images to features: torch-fidelity's Inception, and EfficientNet-Lite0 registered beside it.
+"""Images to features: torch-fidelity's Inception; EfficientNet-Lite0 and DINOv2 (dinov2.py) registered beside it.
 
 Importing this module takes seconds (torch, timm, torch-fidelity): commands do so inside the functions that use it.
 """
@@ -33,8 +33,8 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 EFFICIENTNET = "efficientnet-lite0"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# What each extractor gives, by torch-fidelity's names: the pooled features that a Fréchet distance is taken of, and the
-# logits of an Inception Score.
+# evaluate.feature_extractor lists the extractors too (common/recipe/sampling.py). What each gives, by torch-fidelity's
+# names: the pooled features that a Fréchet distance is taken of, and the logits of an Inception Score.
 LAYERS = {
     INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"},
     EFFICIENTNET: {"pooled": "1280"},

@@ -60,6 +60,12 @@ def deepspeed_config(train: Train, world_size: int, on_gpu: bool | None = None) 
         "steps_per_print": 2**31,  # the training loop does the printing
     }
     config = generated if train.deepspeed_config is None else _own_config(train.deepspeed_config, generated)
+    sharding: Any = config["zero_optimization"]
+    if train.optimizer.name == "muon" and (sharding.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise UserError(  # the recipe's own field is refused before
+            f"train.deepspeed_config: {train.deepspeed_config} has zero_optimization.offload_optimizer, which only "
+            "train.optimizer.name=adamw allows; remove it there"
+        )
     if stage == 0 and chosen == "fp32":
         config["gradient_clipping"] = 0.0  # `update` does it there
     return config

@@ -37,8 +37,10 @@ def build_engine(train: Train, model: Denoiser, config: dict[str, Any]) -> Any:
 def _build_optimizer(train: Train, model: Denoiser) -> torch.optim.Optimizer:
     settings = train.optimizer
     rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
+    # What an optimizer keeps for each parameter is in zero.py (MOMENTS, start_moments) and in checkpoint_form.py.
     if settings.name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay)
+    assert settings.name == "muon"
     dtype = torch.float32 if precision(train) == "fp32" else torch.bfloat16
     return MuonAdamW(model, lr=rate, betas=betas, weight_decay=decay, dtype=dtype)
 

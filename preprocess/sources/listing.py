@@ -1,4 +1,4 @@
-"""The files in a folder or zip, and the choice of images among them."""
+"""The files in a folder or zip, listed by folders.py or zips.py, and the choice of images among them."""
 
 import re
 from collections import Counter

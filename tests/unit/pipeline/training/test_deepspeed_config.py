@@ -118,6 +118,14 @@ def test_a_users_settings_replace_the_generated_ones(tmp_path: Path) -> None:
     assert config["train_micro_batch_size_per_gpu"] == 4
 
 
+def test_muon_with_an_offloaded_optimizer_in_the_users_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    train = train_with(f"train.deepspeed_config={path}", "train.optimizer.name=muon")
+    with pytest.raises(UserError, match=r"zero_optimization\.offload_optimizer, which only train\.optimizer"):
+        deepspeed_config(train, 2)
+
+
 @pytest.mark.parametrize("can", [True, False])
 def test_fp16_without_a_gpu_is_refused_even_if_the_cpu_supports_it(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
