@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MAX_WEIGHT = 10.0
 BELOW_ONE = 1 - 2.0**-24  # the greatest float32 below 1: a fraction of 1 would be a timestep that there is not
 
 
@@ -32,8 +33,12 @@ class TimestepDensity:
         return self._quantile_and_slope(u)[0].clamp(0, BELOW_ONE).float()
 
     def weights(self, u: Tensor) -> Tensor:
-        """(B,) float32, 1 / density of `fractions(u)`: a loss times these has the expectation of uniform timesteps."""
-        return self._quantile_and_slope(u)[1].float()
+        """(B,) float32, 1 / density of `fractions(u)`, but MAX_WEIGHT at most.
+
+        A loss times these has the expectation of uniform timesteps, but for the ends of the interval, which are seen so
+        seldom that a single sample would outweigh its batch.
+        """
+        return self._quantile_and_slope(u)[1].clamp_max(MAX_WEIGHT).float()
 
     def _quantile_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The fractions and their derivative by u, float64."""

@@ -64,8 +64,8 @@ class Timesteps:
     stratified: StrictBool = False
     """One timestep from each of batch_size equal parts of the distribution in every step, not independent ones."""
     corrected: StrictBool = False
-    """Weigh the losses by 1 / density, so that their mean is that of uniform timesteps. false: timesteps that are seen
-    more often count more. Logged losses are never weighted."""
+    """Weigh the losses by 1 / density, 10 at most, so that their mean is nearly that of uniform timesteps. false:
+    timesteps that are seen more often count more. Logged losses are never weighted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

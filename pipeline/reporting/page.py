@@ -32,7 +32,7 @@ ROLES = {
     "held_out": "real images that training never saw: the floor",
     "reconstruction": "the same images after the autoencoder alone",
 }
-SEAL = "\n<!-- sha256 of the page above:"
+SEAL = b"\n<!-- sha256 of the page above:"
 
 
 @with_config(OPEN)
@@ -86,7 +86,7 @@ def report(shown: Report) -> None:
         contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
     page = render(**context(recipe), panels=panels, losses=losses, loss_curve=loss_curve(losses), inputs=inputs)
     with atomic_write(folder.report) as temporary:
-        temporary.write_text(page + _seal(page, folder.contact_sheet), encoding="utf-8")
+        temporary.write_bytes(page.encode() + _seal(page.encode(), folder.contact_sheet))
 
 
 def finished(shown: Report) -> bool:
@@ -94,21 +94,21 @@ def finished(shown: Report) -> bool:
     folder = shown.folder
     if not folder.report.exists() or not folder.contact_sheet.exists():
         return False
-    text = folder.report.read_text(encoding="utf-8", errors="replace")
-    page = text[: text.rfind(SEAL)]
-    made_from = re.search(r'<meta name="inputs" content="(\w+)">', page)
-    if made_from is None or text != page + _seal(page, folder.contact_sheet):
+    written = folder.report.read_bytes()
+    page = written[: written.rfind(SEAL)]
+    made_from = re.search(rb'<meta name="inputs" content="(\w+)">', page)
+    if made_from is None or written != page + _seal(page, folder.contact_sheet):
         return False
     try:
-        return made_from[1] == shown.inputs
+        return made_from[1].decode() == shown.inputs
     except UserError:  # a stage before this one is missing
         return False
 
 
-def _seal(page: str, contact_sheet: Path) -> str:
+def _seal(page: bytes, contact_sheet: Path) -> bytes:
     """The page's last line, by which `finished` sees a changed byte of either file."""
-    sha256 = hashlib.sha256(page.encode(errors="replace")).hexdigest()
-    return f"{SEAL} {sha256}, of samples.png {sha256_file(contact_sheet)} -->\n"
+    sha256 = hashlib.sha256(page).hexdigest()
+    return SEAL + f" {sha256}, of samples.png {sha256_file(contact_sheet)} -->\n".encode()
 
 
 def render(**values: Any) -> str:

@@ -68,7 +68,7 @@ def write(recipe: Recipe, state: TrainState, tensors: Tensors, identity: dict[st
         _write_folder(folder, tensors, marker)
         if last:
             export_ema_weights(recipe, ema_weights, samples_seen, identity)
-        prune(recipe)
+        prune(recipe, state.samples_seen)
 
 
 def _write_folder(folder: Path, tensors: Tensors, marker: dict[str, Any]) -> None:
@@ -79,13 +79,18 @@ def _write_folder(folder: Path, tensors: Tensors, marker: dict[str, Any]) -> Non
         write_sealed(temporary / MARKER, {"format": FORMAT, **marker, "sha256": sha256_file(temporary / STATE)})
 
 
-def prune(recipe: Recipe) -> None:
-    """Deletes all checkpoints but the newest ones and those that `train.checkpoint.keep_every_samples` keeps for good.
+def prune(recipe: Recipe, samples_seen: int) -> None:
+    """Deletes all checkpoints but the newest and those that `train.checkpoint.keep_every_samples` keeps for good.
 
-    Symbolic links are neither counted nor deleted: a person made them.
+    Those after `samples_seen`, where the newest was just written, are neither counted nor deleted: they are damaged, and
+    the run passed over them. Nor are symbolic links: a person made them.
     """
     keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
-    folders = [folder for folder in complete_checkpoints(recipe.folder) if not folder.is_symlink()]
+    folders = [
+        folder
+        for folder in complete_checkpoints(recipe.folder)
+        if not folder.is_symlink() and int(folder.name) <= samples_seen
+    ]
     # The first one after a multiple is never deleted, so the first that exists is the first that was written.
     first_after = {int(folder.name) // every: folder for folder in reversed(folders)} if every else {}
     first_after.pop(0, None)

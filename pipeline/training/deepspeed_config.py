@@ -24,8 +24,17 @@ REFUSED: dict[str, dict[str, tuple[Any, str]]] = {  # by section and field: the 
     "torch_autocast": {"enabled": (False, "train.precision says it")},
     "tensor_parallel": {EVERY: (None, "ranks share the batch, not the network")},
     "data_types": {"grad_accum_dtype": (None, "the fp32 parameters would lie where no checkpoint finds them")},
-    "bf16": {"check_grad_overflow": (True, HARM)},
-    "zero_optimization": {"compute_grad_norm": (True, HARM)},
+    "bf16": {
+        "check_grad_overflow": (True, HARM),
+        "bf16_master_weights_and_grads": (False, "averages of bf16 weights would stand still"),
+        "bf16_optimizer_states": (False, "checkpoints hold fp32 moments"),
+    },
+    "fp16": {"loss_scale": (0, "a fixed scale that overflows would skip every step without an end")},
+    "zero_optimization": {
+        "compute_grad_norm": (True, HARM),
+        "cpu_offload": (False, "train.optimizer.offload says it"),
+        "cpu_offload_params": (False, "offload_param is its name today"),
+    },
 }
 
 

@@ -35,8 +35,10 @@ def build_engine(train: Train, model: Denoiser, config: dict[str, Any]) -> Any:
 
 
 def _build_optimizer(train: Train, model: Denoiser) -> torch.optim.Optimizer:
-    settings = train.optimizer
-    rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
+    # The rate of every step is set before it. Until then it is 0: in bf16 at stage 0 DeepSpeed makes the optimizer's
+    # state by a step, which would decay the weights.
+    settings, rate = train.optimizer, 0.0
+    betas, decay = settings.betas, settings.weight_decay
     # What an optimizer keeps for each parameter is in zero.py (MOMENTS, start_moments) and in checkpoint_form.py.
     if settings.name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay)

@@ -109,13 +109,12 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        named = list(model.named_parameters())
-        matrices = [parameter for name, parameter in named if takes(name, parameter.ndim)]
-        others = [parameter for name, parameter in named if not takes(name, parameter.ndim)]
-        self.matrix_names = [name for name, parameter in named if takes(name, parameter.ndim)]
-        other_names = [name for name, parameter in named if not takes(name, parameter.ndim)]
+        named = dict(model.named_parameters())
+        self.matrix_names = [name for name, parameter in named.items() if takes(name, parameter.ndim)]
+        other_names = [name for name in named if name not in self.matrix_names]
+        others = [named[name] for name in other_names]
         groups = [
-            {"params": matrices, "param_names": self.matrix_names, "muon": True},
+            {"params": [named[name] for name in self.matrix_names], "param_names": self.matrix_names, "muon": True},
             {"params": others, "param_names": other_names, "muon": False},
         ]
         self.layouts: dict[Tensor, Layout] = {}

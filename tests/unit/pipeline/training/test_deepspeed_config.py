@@ -35,6 +35,12 @@ def test_the_generated_settings_add_up() -> None:
             {"optimizer": {"type": "Adam"}},
             "has optimizer {'type': 'Adam'}; the recipe's optimizer and learning rate are used",
         ),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "has bf16.bf16_master_weights_and_grads True; averages of"),
+        ({"fp16": {"loss_scale": 128}}, "has fp16.loss_scale 128; a fixed scale that overflows"),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            "has zero_optimization.cpu_offload True; train.optimizer.offload",
+        ),
         ({"bf16": {"check_grad_overflow": False}}, "has bf16.check_grad_overflow False; a gradient that is not finite"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "has zero_optimization.compute_grad_norm False"),
         ({"data_types": {"grad_accum_dtype": "fp32"}}, "has data_types.grad_accum_dtype 'fp32'"),

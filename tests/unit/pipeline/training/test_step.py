@@ -58,7 +58,9 @@ def batch_of(recipe: Recipe) -> Batch:
     config, generator = denoiser_config(recipe), torch.Generator().manual_seed(2)
     shape = (BATCH, config.in_channels, config.input_size, config.input_size)
     latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Batch(latents, noise, torch.tensor([3, 400, 600, 999]), torch.tensor([0, 1, 2, 0]))
+    return Batch(
+        latents, noise, torch.tensor([3, 400, 600, 999]), torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    )
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -78,7 +80,7 @@ def test_loss_gradient_and_update_are_those_of_plain_pytorch(parts: int, clippin
     noisy = process.add_noise(batch.latents, batch.noise, batch.timesteps)
     answer = expected(noisy, batch.timesteps, batch.labels, iterations=(1, 2), with_residuals=True)
     losses = process.loss(answer.output, batch.latents, batch.noise, batch.timesteps)["loss"]
-    losses.mean().backward()
+    (losses * batch.weights).mean().backward()
     losses, residual = losses.detach(), float(answer.residuals[:, -1].mean())
     norm = torch.cat([parameter.grad.flatten() for parameter in expected.parameters()]).norm()
     scale = min(1.0, clipping / float(norm)) if clipping else 1.0
