@@ -82,8 +82,8 @@ def _write_folder(folder: Path, tensors: Tensors, marker: dict[str, Any]) -> Non
 def prune(recipe: Recipe, samples_seen: int) -> None:
     """Deletes all checkpoints but the newest and those that `train.checkpoint.keep_every_samples` keeps for good.
 
-    Those after `samples_seen`, where the newest was just written, are neither counted nor deleted: they are damaged, and
-    the run passed over them. Nor are symbolic links: a person made them.
+    Those after `samples_seen`, where the newest was just written, are neither counted nor deleted: they are damaged,
+    and the run passed over them. Nor are symbolic links: a person made them.
     """
     keep, every = recipe.train.checkpoint.keep, recipe.train.checkpoint.keep_every_samples
     folders = [

@@ -84,6 +84,18 @@ def test_the_first_checkpoint_after_every_multiple_is_kept(
     assert names(recipe) == kept
 
 
+def test_damaged_newer_checkpoints_do_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)  # keeps three
+    for samples in (16, 64, 80, 96):
+        write(recipe, samples)
+    for samples in (64, 80, 96):
+        (RunFolder(recipe.folder).checkpoint(samples) / MARKER).write_text("{}")
+    write(recipe, 32)
+    newest = checkpoint.newest_checkpoint(recipe, {"seed": 0})
+    assert newest is not None
+    assert newest.state.samples_seen == 32
+
+
 def test_a_folder_without_a_marker_is_no_checkpoint(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     write(recipe, 16)
