@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def train_stages(recipe_path: str, stages: list[int]) -> None:
 @pytest.fixture(scope="module")
 def runs(experiment: Experiment) -> Path:
     """A run of every ZeRO stage with 1, 2, 3 and 4 ranks: `muon-<ranks>-<stage>`."""
-    for ranks, stages in ((1, [0]), (2, [0, 1, 2, 3]), (3, [3]), (4, [0, 2])):
+    for ranks, stages in ((1, [0]), (2, [1, 2, 3]), (3, [3]), (4, [2])):
         with started(experiment.folder, train_stages, str(experiment.recipe), stages, ranks=ranks) as running:
             assert finish(running, 240).statuses == [0] * ranks, running.output
     return experiment.folder / "runs"
@@ -47,7 +48,7 @@ def test_ranks_and_zero_stages_change_no_loss(runs: Path) -> None:
     expected = losses(runs / "muon-1-0")
     assert len(expected) == STEPS
     curves = {run.name: losses(run) for run in runs.glob("muon-[1-4]-[0-3]")}
-    assert len(curves) == 8
+    assert len(curves) == 6
     for name, curve in curves.items():
         assert curve == pytest.approx(expected, rel=SAME_TO), name
 
@@ -61,11 +62,12 @@ def test_the_losses_are_the_golden_ones(runs: Path) -> None:
 
 def test_a_run_resumes_to_the_bit_and_with_other_ranks_and_stages(experiment: Experiment, runs: Path) -> None:
     """Stopped after two of five steps; the rest is done by as many ranks, or by others."""
-    for name, stops in {"same": ((2, 2), (2, 2)), "moved": ((2, 2), (3, 3))}.items():
-        for total, (ranks, stage) in zip((24, 60), stops, strict=True):
-            given = (*SETTINGS, f"name=muon-{name}", f"train.total_samples={total}", f"train.zero_stage={stage}")
-            done = run_ranks(experiment, *given, ranks=ranks)
-            assert done.statuses == [0] * ranks, done.output
+    for name, total, ranks, stage in (("same", 24, 2, 2), ("moved", 60, 3, 3), ("same", 60, 2, 2)):
+        given = (*SETTINGS, f"name=muon-{name}", f"train.total_samples={total}", f"train.zero_stage={stage}")
+        done = run_ranks(experiment, *given, ranks=ranks)
+        assert done.statuses == [0] * ranks, done.output
+        if total == 24:
+            shutil.copytree(runs / "muon-same", runs / "muon-moved")
     assert newest_state(runs / "muon-same") == newest_state(runs / "muon-2-2")
     assert losses(runs / "muon-moved") == pytest.approx(losses(runs / "muon-2-2"), rel=SAME_TO)
 
