@@ -44,9 +44,9 @@ LINKS = 30_000  # to one file: file systems have a limit
 MEMORY = """
 import sys
 from common.loading import parse_recipe
-from preprocess.encoding.encoding import encode_part
+from preprocess.encoding.encoding import make_shards, resolve
 recipe = parse_recipe(sys.argv[1])
-encode_part(recipe, 0, 1_000_000)
+make_shards(resolve(recipe, download=True), 0, 1_000_000)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("peak", int(peak.split()[1]) / 1024)
 """

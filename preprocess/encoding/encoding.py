@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,23 @@ SHOWN = 5  # of many names, reasons or rejected images
 ONE_CLASS = {"ffhq", "celebahq", "lsun"}  # sources without labels
 
 
+class LazyEncoding:
+    """The encoding of a recipe: its images are listed and its VAE is hashed once, however many functions use them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def offline(self) -> "Encoding":
+        """For plans: nothing is downloaded."""
+        return resolve(self.recipe, download=False)
+
+    @cached_property
+    def ready(self) -> "Encoding":
+        """For work: with the VAE, downloaded if it is missing."""
+        return self.offline if self.offline.identity else resolve(self.recipe, download=True)
+
+
 @dataclass(frozen=True)
 class Encoding:
     """A checked encoding."""
@@ -46,6 +63,7 @@ class Encoding:
     recipe: Recipe
     source: Source
     settings: Settings  # what decides the shards' bytes; the same in every record and in the index
+    identity: Identity | None  # of the VAE; None while it is not downloaded
 
     @property
     def folder(self) -> Path:
@@ -96,6 +114,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     source = open_source(data)
     _check_classes(recipe, source.class_names)
     folder = fetch_vae(vae) if download else find_vae(vae)
+    identity = identify(folder, vae) if folder else None
     settings: Settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),
@@ -104,9 +123,9 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
         "flips": data.flips,
         "shard_samples": data.shard_samples,
         "precision": vae.precision,
-        "vae": _autoencoder(identify(folder, vae)) if folder else None,
+        "vae": _autoencoder(identity) if identity else None,
     }
-    encoding = Encoding(recipe, source, settings)
+    encoding = Encoding(recipe, source, settings, identity)
     _check_settings(encoding)
     return encoding
 
@@ -208,17 +227,12 @@ def _left_out(source: Source) -> list[str]:
     return lines
 
 
-def encode_part(recipe: Recipe, part: int = 0, parts: int = 1) -> None:
+def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
     """Encodes the missing and damaged ones of the shards i with i % parts == part.
 
     Raises UserError while another run works in the folder (other parts of the same array are allowed), as soon as more
     than `data.max_rejected` of all images are rejected, and if the disk is full.
     """
-    make_shards(resolve(recipe, download=True), part, parts)
-
-
-def make_shards(encoding: Encoding, part: int = 0, parts: int = 1) -> None:
-    """As `encode_part`."""
     mine = range(part, len(encoding.slices), parts)
     with (
         disk_errors_as_user_errors(f"data.shards: {encoding.folder}", NOT_WRITTEN),
@@ -249,7 +263,7 @@ def _make_missing(encoding: Encoding, missing: list[int], finished: list[Record]
     stamps = {number: encoding.source.entries.stamp(positions) for number, positions in slices.items()}
     writing: Future[Record] | None = None
     with ThreadPoolExecutor(1) as writer:
-        for number, outcomes in encode_images(encoding.recipe, encoding.source, slices):
+        for number, outcomes in encode_images(encoding.recipe, encoding.source, slices, encoding.identity):
             if writing:
                 finished.append(writing.result())
             writing = writer.submit(write_shard, encoding.folder, number, outcomes, encoding.settings, stamps[number])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from preprocess.encoding.decoding import decoded
-from preprocess.encoding.encoder import Encoder
+from preprocess.encoding.encoder import Encoder, Identity
 from preprocess.encoding.image_loader import ImageLoader, LoadedBatch
 from preprocess.images.images import from_uint8
 from preprocess.shards import Rejection, Sample
@@ -22,13 +22,17 @@ Outcome = Sample | Rejection
 Moments = Callable[[], list[np.ndarray]]  # waits for the result: none, one or two (B, 2C, h, w) float16
 
 
-def encode_images(recipe: Recipe, source: Source, slices: Mapping[int, range]) -> Iterator[tuple[int, list[Outcome]]]:
+def encode_images(
+    recipe: Recipe, source: Source, slices: Mapping[int, range], identity: Identity | None = None
+) -> Iterator[tuple[int, list[Outcome]]]:
     """Yields (shard, outcome of each of its images). `slices`: the positions in the source of each shard.
+
+    `identity`: the VAE's, if its files are hashed already.
 
     Shows images per second, the time left, and the share of time for which the VAE was busy.
     """
     share_cores()
-    encoder = Encoder(recipe.vae, own_device())
+    encoder = Encoder(recipe.vae, own_device(), identity)
     loader = ImageLoader(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}
     every = [batch for of_shard in batches.values() for batch in of_shard]

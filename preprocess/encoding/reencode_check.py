@@ -64,7 +64,7 @@ def deep_faults(recipe: Recipe, folder: str, count: int) -> Iterator[str]:
     Raises UserError if the folder was made from other images, by another VAE or with other settings.
     """
     encoding = resolve(replace(recipe, data=replace(recipe.data, shards=folder)), download=True)
-    encoder, allowed = Encoder(recipe.vae), TOLERANCES[recipe.vae.precision]
+    encoder, allowed = Encoder(recipe.vae, identity=encoding.identity), TOLERANCES[recipe.vae.precision]
     for batch in read_again(encoding, count):
         again = encoder.encode(from_uint8(batch.images))  # (B, 2C, h, w)
         difference = (batch.moments.float() - again).flatten(1).norm(dim=1) / again.flatten(1).norm(dim=1)  # (B,)
@@ -82,7 +82,7 @@ def deep_faults(recipe: Recipe, folder: str, count: int) -> Iterator[str]:
 def draw_sheet(recipe: Recipe, count: int) -> tuple[Image.Image, list[float]]:
     """A sheet of cropped images beside their decoded posterior means, and the PSNR of each pair in dB."""
     encoding = resolve(recipe, download=True)
-    encoder, pairs, ratios = Encoder(recipe.vae), [], []
+    encoder, pairs, ratios = Encoder(recipe.vae, identity=encoding.identity), [], []
     scaling, shift = encoder.identity.scaling_factor, encoder.identity.shift_factor
     for batch in read_again(encoding, count):
         means = draw_latents(batch.moments, torch.zeros(()), scaling, shift)  # (B, C, h, w)

@@ -4,60 +4,62 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.recipe import Recipe
-from common.stage import Stage, the_recipe
+from common.stage import Stage
 
 if TYPE_CHECKING:
-    from preprocess.encoding.encoding import Encoding
+    from preprocess.encoding.encoding import Encoding, LazyEncoding
 
 
-def plan(recipe: Recipe) -> list[str]:
+def resolve(recipe: Recipe) -> "LazyEncoding":
+    from preprocess.encoding.encoding import LazyEncoding
+
+    return LazyEncoding(recipe)
+
+
+def plan(encoding: "LazyEncoding") -> list[str]:
     """Checks source, VAE, disk and the shards that are finished; writes nothing."""
-    from preprocess.encoding.encoding import describe_plan, resolve
+    from preprocess.encoding.encoding import describe_plan
 
-    return describe_plan(resolve(recipe, download=False))
+    return describe_plan(encoding.offline)
 
 
-def finished(recipe: Recipe) -> bool:
+def finished(encoding: "LazyEncoding") -> bool:
     from preprocess import beton
-    from preprocess.encoding.encoding import resolve
 
     try:
-        return resolve(recipe, download=False).is_finished and not beton.is_missing(recipe.data)
+        return encoding.offline.is_finished and not beton.is_missing(encoding.recipe.data)
     except UserError:  # something is missing or does not fit; the stage says what
         return False
 
 
-def encode(recipe: Recipe) -> None:
+def encode(encoding: "LazyEncoding") -> None:
     """The stage in this process, or this rank's share of it; the last rank writes the index.
 
     Finished shards are proved by their hashes, and kept.
     """
     from common.ranks import rank_and_world_size
-    from preprocess.encoding.encoding import all_there, make_shards, resolve
+    from preprocess.encoding.encoding import all_there, make_shards
 
     rank, ranks = rank_and_world_size()
-    encoding = resolve(recipe, download=True)
-    make_shards(encoding, rank, ranks)
-    if ranks == 1 or all_there(encoding):
-        complete(encoding)
+    make_shards(encoding.ready, rank, ranks)
+    if ranks == 1 or all_there(encoding.ready):
+        complete(encoding.ready)
     else:
-        print(f"rank {rank} of {ranks}: its shards are made; the last rank to end makes the index of all", flush=True)
+        print(f"rank {rank} of {ranks}: its shards are finished; the last rank to end writes the index", flush=True)
 
 
-def encode_part(recipe: Recipe, part: int, parts: int) -> None:
-    from preprocess.encoding import encoding
+def encode_part(encoding: "LazyEncoding", part: int, parts: int) -> None:
+    from preprocess.encoding.encoding import make_shards
 
-    encoding.encode_part(recipe, part, parts)
+    make_shards(encoding.ready, part, parts)
 
 
-def merge(recipe: Recipe) -> None:
+def merge(encoding: "LazyEncoding") -> None:
     """Completes the shards that any number of jobs have made; any number of times, by any process.
 
-    Raises UserError naming the shards that are missing, and where too many images are rejected.
+    Raises UserError naming the shards that are missing, and if too many images are rejected.
     """
-    from preprocess.encoding.encoding import resolve
-
-    complete(resolve(recipe, download=True))
+    complete(encoding.ready)
 
 
 def complete(encoding: "Encoding") -> None:
@@ -80,7 +82,7 @@ def fetch(recipe: Recipe) -> None:
 
 STAGE = Stage(
     name="encode",
-    resolve=the_recipe,
+    resolve=resolve,
     plan=plan,
     finished=finished,
     work=encode,

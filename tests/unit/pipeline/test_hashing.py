@@ -17,6 +17,7 @@ from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.features import extractors
 from pipeline.reporting.stage import STAGE as REPORT
 from pipeline.sampling.stage import STAGE as SAMPLE
+from preprocess.encoding.stage import STAGE as ENCODE
 from tests.conftest import copied
 from tests.unit.pipeline.evaluation.test_evaluation import adm_file, sampled  # noqa: F401
 
@@ -70,6 +71,15 @@ def test_a_stage_hashes_a_file_at_most_once(recipe: Recipe, hashed: Counter[str]
         as_command(stage, recipe)
         assert len(hashed) >= fewest, stage.name
         assert {path: count for path, count in hashed.items() if count > 1} == {}, stage.name
+
+
+def test_encoding_hashes_the_autoencoder_once(
+    recipe: Recipe, tmp_path: Path, tiny_vae: Path, hashed: Counter[str]
+) -> None:
+    new = replace(recipe, data=replace(recipe.data, shards=str(tmp_path / "shards")))
+    as_command(ENCODE, new)
+    of_the_vae = {path: count for path, count in hashed.items() if tiny_vae.resolve() in Path(path).parents}
+    assert set(of_the_vae.values()) == {1}
 
 
 def test_a_sweep_hashes_the_weights_once_a_point_and_all_else_once(recipe: Recipe, hashed: Counter[str]) -> None:

@@ -20,9 +20,9 @@ from common.recipe import VAE, Data, Launch, Model, Recipe
 from preprocess.encoding import image_loader
 from preprocess.encoding.decoding import AHEAD, decoded
 from preprocess.encoding.image_loader import ImageLoader
-from preprocess.encoding.stage import encode
 from preprocess.shards import Rejection, shard_name
 from preprocess.sources import Entry, open_source
+from tests.encoding_stage import encode
 from tests.photographs import photographs, write_folder
 
 COUNT, SIDE, BATCH = 60, 16, 3

@@ -16,9 +16,9 @@ from fpdm.latents import draw_latents, unscale_latents
 from preprocess.encoding import encoder as encoder_module
 from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae
 from preprocess.encoding.encoding import resolve
-from preprocess.encoding.stage import encode, finished, plan
 from preprocess.images.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
+from tests.encoding_stage import encode, finished, plan
 
 CLASSES, PER_CLASS, SHARD, SIDE = ("cat", "dog"), 9, 5, 16
 COUNT = len(CLASSES) * PER_CLASS

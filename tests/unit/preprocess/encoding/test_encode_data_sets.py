@@ -11,9 +11,9 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
 from preprocess.encoding.encoder import Encoder
-from preprocess.encoding.stage import encode, plan
 from preprocess.images.images import CROPS, decode, to_tensor
 from preprocess.shards import LatentShards, verify
+from tests.encoding_stage import encode, plan
 from tests.photographs import photographs, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
 
 COUNT, SIDE = 9, 16

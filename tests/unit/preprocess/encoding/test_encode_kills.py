@@ -21,9 +21,10 @@ from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
 from common.stage_jobs import run_in_jobs
 from preprocess.encoding.decoding import _end_with
-from preprocess.encoding.encoding import encode_part, resolve
-from preprocess.encoding.stage import STAGE, encode, merge
+from preprocess.encoding.encoding import resolve
+from preprocess.encoding.stage import STAGE
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
+from tests.encoding_stage import encode, encode_part, merge
 from tests.photographs import photographs, write_folder
 
 COUNT, SHARD, SIDE = 40, 4, 16
@@ -172,7 +173,7 @@ def test_a_job_array_on_this_machine_makes_the_same_bytes(recipe: Recipe, tmp_pa
 FULL_DISK = """
 import resource, sys
 from common.loading import parse_recipe
-from preprocess.encoding.stage import encode
+from tests.encoding_stage import encode
 from common.command import exit_status_of
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

@@ -14,8 +14,8 @@ from common.recipe import VAE, Data, Model, Recipe
 from preprocess import show_latents, verify_shards
 from preprocess.encoding.encoding import resolve
 from preprocess.encoding.reencode_check import deep_faults, psnr
-from preprocess.encoding.stage import encode
 from preprocess.shards import LatentShards, Sample, write_index, write_shard
+from tests.encoding_stage import encode
 from tests.photographs import photographs, write_folder
 
 COUNT = 6

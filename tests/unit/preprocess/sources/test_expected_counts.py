@@ -10,9 +10,9 @@ from common.command import run_command
 from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Model, Recipe
-from preprocess.encoding.stage import encode, plan
 from preprocess.shards import LatentShards
 from preprocess.sources import Entries, Entry, warnings
+from tests.encoding_stage import encode, plan
 from tests.photographs import photographs, write_folder
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
-from preprocess.encoding.stage import encode
 from preprocess.images.images import Rejected
 from preprocess.shards import LatentShards, verify
+from tests.encoding_stage import encode
 from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
 from tests.planted import ACCEPTED_IMAGES, JPEG, REJECTED_IMAGES
 
