@@ -44,5 +44,5 @@ class GridPainter:
         images = to_uint8(self.vae.decode(latents)).cpu()  # (N, 3, H, W)
         path = RunFolder(recipe.folder).grid(samples_seen)
         with atomic_write(path) as file:
-            write_png(make_grid(images, nrow=math.isqrt(len(images) - 1) + 1), str(file))
+            write_png(make_grid(images, nrow=math.isqrt(len(images) - 1) + 1, padding=0), str(file))
         return path

@@ -371,7 +371,7 @@ def test_the_distance_logged_while_training_is_the_one_that_evaluation_measures(
 
 def test_models_and_references_of_previews_are_checked_before_the_first_step(experiment: Experiment) -> None:
     missing = (
-        ("train.previews.grid_every_samples=32", "vae.path=./nowhere", "vae.path: ./nowhere is no folder"),
+        ("train.previews.grid_every_samples=32", "vae.path=./nowhere", "vae.path: no folder ./nowhere"),
         (
             "train.previews.distance_every_samples=32",
             "evaluate.reference=nowhere",
