@@ -77,9 +77,8 @@ def report(shown: Report) -> None:
     """The stage: draws images and curve, fills the template. Raises UserError where a stage before is missing."""
     folder, recipe, inputs = shown.folder, shown.recipe, shown.inputs
     panels = class_panels(shown.evaluation.sampling)
-    losses = [
-        line for line in read_log(folder.log) if line.get("loss") is not None and "step" in line
-    ]  # null: not finite
+    # A loss of null was not finite.
+    losses = [line for line in read_log(folder.log) if line.get("loss") is not None and "step" in line]
     if not losses:
         raise UserError(f"{folder.log}: no line has a loss; run python pipeline/train.py with this recipe")
     with atomic_write(folder.contact_sheet) as temporary:

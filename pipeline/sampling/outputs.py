@@ -30,12 +30,21 @@ class Chunks:
             write_chunk(path, rows)
 
     @property
+    def path(self) -> Path | None:
+        """The file or folder of all samples; None if the chunks are all there is to write."""
+        return None
+
+    @property
     def is_complete(self) -> bool:
-        """True if the final output of `complete` exists, or none is needed."""
-        return True
+        return self.path is None or self.path.exists()
 
     def complete(self) -> None:
-        """Makes the file or folder of all samples, once all chunks are there; any number of times, by any process."""
+        """Writes `path`, once all chunks exist; any number of times, by any process."""
+        if self.path is not None and not self.path.exists():
+            self.collect(self.path)
+
+    def collect(self, path: Path) -> None:
+        """Writes the samples of all chunks to `path`."""
 
 
 class WebDataset(Chunks):
@@ -70,17 +79,11 @@ class AdmFile(Chunks):
     def path(self) -> Path:
         return SampleFolder(self.folder).adm_file(self.count)
 
-    @property
-    def is_complete(self) -> bool:
-        return self.path.exists()
-
-    def complete(self) -> None:
+    def collect(self, path: Path) -> None:
         """With a chunk in memory at a time: 50,000 images of 256 pixels are 10 GB."""
-        if self.is_complete:
-            return
         span = (0, self.count)
         shape = next(iter(iterate(self.folder, span)))["images"].shape[1:]
-        with atomic_write(self.path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
             for name, source, dtype, row in (("arr_0", "images", "|u1", shape), ("arr_1", "labels", "<i8", ())):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     header = {"descr": dtype, "fortran_order": False, "shape": (self.count, *row)}
@@ -96,14 +99,8 @@ class Pngs(Chunks):
     def path(self) -> Path:
         return SampleFolder(self.folder).pngs(self.count)
 
-    @property
-    def is_complete(self) -> bool:
-        return self.path.exists()
-
-    def complete(self) -> None:
-        if self.is_complete:
-            return
-        with atomic_folder(self.path) as temporary:
+    def collect(self, path: Path) -> None:
+        with atomic_folder(path) as temporary:
             images = (image for rows in iterate(self.folder, (0, self.count)) for image in rows["images"])
             for index, image in enumerate(images):
                 Image.fromarray(image).save(temporary / f"{index:08d}.png")

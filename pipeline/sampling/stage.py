@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.recipe import Recipe
 from common.stage import Stage
+from preprocess.encoding.stage import fetch
 
 if TYPE_CHECKING:
     from pipeline.sampling.sample_set import Sampling
@@ -47,13 +48,6 @@ def sample(sampling: "Sampling", part: int = 0, parts: int = 1) -> None:
     from pipeline.sampling import generate
 
     generate.sample(sampling, part, parts)
-
-
-def fetch(recipe: Recipe) -> None:
-    """Downloads the autoencoder, so that no two jobs do."""
-    from preprocess.encoding.encoder import fetch_vae
-
-    fetch_vae(recipe.vae)
 
 
 STAGE = Stage(

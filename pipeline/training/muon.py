@@ -2,7 +2,7 @@
 
 Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest orthogonal matrix, which is found by
 Newton-Schulz iterations. Its size is scaled so that an AdamW learning rate fits (Liu et al., "Muon is scalable for LLM
-training", 2025, eq. 4), which also carries the rate over widths.
+training", 2025, eq. 4), which is also meant to carry the rate over widths.
 
 ZeRO leaves each rank a flat part of the parameters, and half a matrix cannot be orthogonalised. So averaged gradients
 are gathered, each matrix is computed by the ranks that hold a part of it (at stage 3, where all do, by one of them),
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from pipeline.training.zero import parameter_shards
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- aX + b(XX')X + c(XX')^2 X; singular values end in 0.7..1.2
 NEWTON_SCHULZ_STEPS = 5
@@ -173,12 +175,11 @@ def find_layouts(engine: Any, optimizer: MuonAdamW) -> None:
         return
     matrices = {id(one): name for name, one in engine.module.named_parameters() if name in optimizer.matrix_names}
     if stage == 3:
-        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        groups = zero.fp16_groups
         places = [[0, *accumulate(one.ds_tensor.numel() for one in group)][:-1] for group in groups]
     else:
-        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
-        places = zero.round_robin_bit16_offsets
-    for flat, group, starts in zip(flats, groups, places, strict=True):
+        groups, places = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
+    for flat, group, starts in zip(parameter_shards(engine), groups, places, strict=True):
         if id(group[0]) in matrices:
             shapes = [one.ds_shape if stage == 3 else one.shape for one in group]
             names = [matrices[id(one)] for one in group]

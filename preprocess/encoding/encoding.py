@@ -63,7 +63,12 @@ class Encoding:
     recipe: Recipe
     source: Source
     settings: Settings  # what decides the shards' bytes; the same in every record and in the index
-    identity: Identity | None  # of the VAE; None while it is not downloaded
+
+    @property
+    def identity(self) -> Identity | None:
+        """The VAE's; None while it is not downloaded."""
+        vae = self.settings["vae"]
+        return Identity(**vae) if vae else None
 
     @property
     def folder(self) -> Path:
@@ -114,7 +119,6 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     source = open_source(data)
     _check_classes(recipe, source.class_names)
     folder = fetch_vae(vae) if download else find_vae(vae)
-    identity = identify(folder, vae) if folder else None
     settings: Settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),
@@ -123,9 +127,9 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
         "flips": data.flips,
         "shard_samples": data.shard_samples,
         "precision": vae.precision,
-        "vae": _autoencoder(identity) if identity else None,
+        "vae": _autoencoder(identify(folder, vae)) if folder else None,
     }
-    encoding = Encoding(recipe, source, settings, identity)
+    encoding = Encoding(recipe, source, settings)
     _check_settings(encoding)
     return encoding
 

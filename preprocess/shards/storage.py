@@ -99,9 +99,8 @@ class CachedFolder:
             with suppress(FileNotFoundError):  # another process has deleted it to make room
                 file = os.open(path, os.O_RDONLY)
                 with suppress(OSError):  # another user's copy, or a read-only one
-                    os.utime(
-                        file, ns=(time.time_ns(),) * 2
-                    )  # marks it as just used; the kernel's own clock has milliseconds only
+                    # Marks it as just used; the kernel's own clock has milliseconds only.
+                    os.utime(file, ns=(time.time_ns(),) * 2)
                 return file
         raise UserError(f"data.cache_gb: {self.cache.folder} loses {name} before it is opened; raise it")
 
