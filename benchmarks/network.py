@@ -104,7 +104,7 @@ class Published:
         return x + gate2 * self.linear(hidden, block.mlp.fc2)
 
     def attention(self, attention: Attention, x: Tensor) -> Tensor:
-        qkv = self.linear(x, attention.qkv).unflatten(-1, (3, attention.num_heads, -1))
+        qkv = self.linear(x, attention.qkv).unflatten(-1, (3, attention.config.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
         return self.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attention.proj)
 

@@ -11,7 +11,8 @@ from common.errors import UserError
 from common.recipe import Recipe
 from common.run_folder import RunFolder, counted, weights_folder
 from common.sealed import OPEN, checked
-from fpdm.denoiser import Denoiser, DenoiserConfig
+from fpdm.config import DenoiserConfig
+from fpdm.denoiser import Denoiser
 from fpdm.diffusers_folders import CONFIG_NAME
 from fpdm.weights import load_pretrained, read_config, read_extra, weights_sha256
 

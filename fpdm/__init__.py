@@ -2,7 +2,8 @@
 
 from fpdm.allocation import allocate, count_blocks
 from fpdm.calibration import Calibration, allocate_measured, calibrate, choose_reuse, measure_residuals
-from fpdm.denoiser import SIZES, Denoised, Denoiser, DenoiserConfig, build_denoiser, count_parameters
+from fpdm.config import SIZES, DenoiserConfig
+from fpdm.denoiser import Denoised, Denoiser, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
 from fpdm.fixed_point import sjfb_counts
 from fpdm.importing import ImportReport, import_checkpoint, infer_config

@@ -1,10 +1,13 @@
 """The parts of the transformer: embeddings of patches, timesteps and conditions, the adaLN-Zero block, the final layer.
 
 Peebles and Xie, "Scalable diffusion models with transformers" (ICCV 2023), section 3.2; parameter names as published.
+What came after it is optional (`BlockConfig`), and adds parameters only where it is on.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,19 +90,77 @@ class VectorEmbedder(nn.Module):
         return self.proj(y)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """The settings of a block; the defaults are the published one.
+
+    norm: before attention and MLP: "layer", or "rms", which leaves the mean in (Zhang and Sennrich, 2019).
+    qk_norm: RMS-normalise queries and keys by head, with a learned scale (Dehghani et al., 2023).
+    rope: rotate queries and keys by the token's row and column (Su et al., 2021), beside the position table.
+    mlp: "gelu", or "swiglu" of two thirds of the width, which is as many parameters (Shazeer, 2020).
+    value_residual: add to the values a learned part of those of the network's first block (Zhou et al., 2024).
+    """
+
+    width: int
+    num_heads: int
+    mlp_ratio: float
+    side: int  # tokens in a row, and rows
+    norm: Literal["layer", "rms"] = "layer"
+    mlp_eps: float = NORM_EPS  # of the norm before the MLP; the others have NORM_EPS
+    qk_norm: bool = False
+    rope: bool = False
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    value_residual: bool = False
+
+    def normalise(self, x: Tensor, eps: float) -> Tensor:
+        """(B, T, D) -> (B, T, D), by token."""
+        return F.layer_norm(x, x.shape[-1:], eps=eps) if self.norm == "layer" else F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.config = config
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.proj = Linear(config.width, config.width)
+        if config.qk_norm:
+            self.q_scale, self.k_scale = (nn.Parameter(torch.ones(config.width // config.num_heads)) for _ in "qk")
+        if config.value_residual:
+            self.value_mix = nn.Parameter(torch.zeros(config.num_heads, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+    def forward(self, x: Tensor, first_value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (B, T, D), and this layer's own values (B, heads, T, D / heads).
+
+        first_value: those of the network's first block, which `value_residual` mixes in.
+        """
+        config = self.config
+        qkv = self.qkv(x).unflatten(-1, (3, config.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if config.qk_norm:
+            q, k = (F.rms_norm(part, part.shape[-1:], scale) for part, scale in ((q, self.q_scale), (k, self.k_scale)))
+        if config.rope:
+            q, k = rotate(q, config.side), rotate(k, config.side)
+        mixed = v if first_value is None else torch.addcmul(v, self.value_mix, first_value)
+        return self.proj(F.scaled_dot_product_attention(q, k, mixed).transpose(1, 2).flatten(2)), v
+
+
+@lru_cache(maxsize=16)
+def _rotation(side: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (side**2, width / 2): a quarter of the width turns with the row, one with the column."""
+    frequencies = 100.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, width / 4)
+    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+    both = torch.cat([rows, columns], dim=-1).flatten(0, 1).to(device)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def rotate(x: Tensor, side: int) -> Tensor:
+    """Queries or keys (B, heads, side**2, width), each pair of channels turned by its token's place; width % 4 = 0."""
+    cosine, sine = _rotation(side, x.shape[-1], x.device, x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
 class Mlp(nn.Module):
@@ -112,6 +173,20 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU: fc2(SiLU(gate) * value), both halves of fc1; (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        hidden = -(-hidden * 2 // 24) * 8  # two thirds, up to a multiple of 8
+        self.fc1 = Linear(width, 2 * hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
 
 
 class Modulation(NamedTuple):
@@ -132,13 +207,12 @@ class Modulation(NamedTuple):
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning, (B, T, D) -> (B, T, D)."""
 
-    mlp_eps = NORM_EPS
-
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, num_heads)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+        self.config = config
+        self.attn = Attention(config)
+        self.mlp = (Mlp if config.mlp == "gelu" else GatedMlp)(config.width, int(config.width * config.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
 
     def modulation(self, c: Tensor) -> Modulation:
         """(B, D) condition -> what `forward` needs of it; apart, so that a repeated block computes it once."""
@@ -146,37 +220,39 @@ class Block(nn.Module):
         parts[1], parts[4] = 1 + parts[1], 1 + parts[4]
         return Modulation(*parts)
 
-    def forward(self, x: Tensor, m: Modulation) -> Tensor:
-        x = torch.addcmul(x, m.attn_gate, self.attn(_modulate(x, m.attn_shift, m.attn_scale)))
-        return torch.addcmul(x, m.mlp_gate, self.mlp(_modulate(x, m.mlp_shift, m.mlp_scale, self.mlp_eps)))
+    def forward(self, x: Tensor, m: Modulation, first_value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (B, T, D), and attention's values, see `Attention.forward`."""
+        attended, value = self.attn(_modulate(self.config, x, m.attn_shift, m.attn_scale), first_value)
+        x = torch.addcmul(x, m.attn_gate, attended)
+        inner = self.mlp(_modulate(self.config, x, m.mlp_shift, m.mlp_scale, self.config.mlp_eps))
+        return torch.addcmul(x, m.mlp_gate, inner), value
 
 
 class SelfConditionedBlock(Block):
     """The block of diffusers' DiTTransformer2DModel, which embeds the timestep and the label by itself."""
 
-    mlp_eps = 1e-5
-
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, num_classes: int) -> None:
-        super().__init__(width, num_heads, mlp_ratio)
-        self.t_embedder = TimestepEmbedder(width, with_slowest=True)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+    def __init__(self, config: BlockConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.t_embedder = TimestepEmbedder(config.width, with_slowest=True)
+        self.y_embedder = LabelEmbedder(num_classes, config.width)
 
 
 class FinalLayer(nn.Module):
     """(B, T, D) tokens and (B, D) condition -> (B, T, patch_size**2 * channels)."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, config: BlockConfig, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.linear = Linear(width, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+        self.config = config
+        self.linear = Linear(config.width, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(_modulate(x, shift, 1 + scale))
+        return self.linear(_modulate(self.config, x, shift, 1 + scale))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
+def _modulate(config: BlockConfig, x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return torch.addcmul(shift, config.normalise(x, eps), scale)
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:

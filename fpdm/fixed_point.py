@@ -23,10 +23,13 @@ ANDERSON_REGULARISATION = 1e-6
 
 
 class Solution(NamedTuple):
-    """Where the iteration ended: value (B, T, D); residuals (B, count), NaN where a sample had finished, or None."""
+    """Where the iteration ended: value (B, T, D); residuals (B, count), NaN where a sample had finished, or None; the
+    iterate (B, T, D) after `intermediate` iterations, or None.
+    """
 
     value: Tensor
     residuals: Tensor | None
+    intermediate: Tensor | None = None
 
 
 def sjfb_counts(seed: int, step: int, max_no_grad: int, max_grad: int) -> tuple[int, int]:
@@ -45,6 +48,11 @@ def sjfb_counts(seed: int, step: int, max_no_grad: int, max_grad: int) -> tuple[
     return int(both) // max_grad, 1 + int(both) % max_grad
 
 
+def intermediate_iterate(seed: int, step: int, with_graph: int) -> int:
+    """The iterate j ~ U{1..with_graph - 1} that a training step reads out beside its last, by (seed, step); 0: none."""
+    return 1 + int(rng.integers(seed, "intermediate", torch.tensor([step]), with_graph - 1)) if with_graph > 1 else 0
+
+
 def solve_implicit(
     step: Step,
     start: Tensor,
@@ -53,6 +61,7 @@ def solve_implicit(
     solver: Solver = "picard",
     tolerance: float | None = None,
     with_residuals: bool = False,
+    intermediate: int = 0,
 ) -> Solution:
     """Iterate from `start`, first n times without a graph, then m times with one; an int k means (0, k).
 
@@ -65,9 +74,11 @@ def solve_implicit(
         solver: "picard", the plain iteration of the paper, or "anderson" (Walker and Ni, 2011).
         tolerance: a sample whose relative residual falls to this is finished and leaves the batch; for an int only.
         with_residuals: return ||f(x) - x|| / ||f(x)|| of every iteration and sample.
+        intermediate: also return the iterate after this many of the m iterations, with its graph; 0: none.
 
     Raises:
-        ValueError: for a negative count, an unknown solver, or a tolerance with a pair of counts.
+        ValueError: for a negative count, an unknown solver, a tolerance with a pair of counts, or an `intermediate`
+            that no iteration follows or that meets another solver than picard.
     """
     n, m = (0, iterations) if isinstance(iterations, int) else iterations
     if min(n, m) < 0:
@@ -78,10 +89,15 @@ def solve_implicit(
         raise ValueError(
             f"tolerance: {tolerance} stops samples early, but iterations {iterations} fixes the counts; pass an int"
         )
+    if intermediate and not (0 < intermediate < m and solver == "picard" and tolerance is None):
+        raise ValueError(f"intermediate: {intermediate} is not in 1..{m - 1} of fixed counts of picard")
     with torch.no_grad():
         value, first = _iterate(step, start, n, solver, None, with_residuals)
-    value, second = _iterate(step, value.detach(), m, solver, tolerance, with_residuals)
-    return Solution(value, torch.cat([first, second], dim=1) if with_residuals else None)
+    value = value.detach()
+    early, between = _iterate(step, value, intermediate, solver, None, with_residuals)
+    value, second = _iterate(step, early, m - intermediate, solver, tolerance, with_residuals)
+    residuals = torch.cat([first, between, second], dim=1) if with_residuals else None
+    return Solution(value, residuals, early if intermediate else None)
 
 
 def _iterate(

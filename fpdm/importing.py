@@ -13,7 +13,8 @@ from torch import Tensor
 from fpdm import diffusers_dit
 from fpdm.blocks import position_embedding
 from fpdm.checkpoint_files import Checkpoint, read_checkpoint
-from fpdm.denoiser import SIZES, Denoiser, DenoiserConfig, build_denoiser
+from fpdm.config import SIZES, DenoiserConfig
+from fpdm.denoiser import Denoiser, build_denoiser
 from fpdm.weights import CLASS_NAME, assemble, check_seal, read_class, read_config, tensor_shapes
 
 

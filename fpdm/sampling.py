@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fpdm import rng
-from fpdm.denoiser import Denoised, Denoiser, DenoiserConfig
+from fpdm.config import DenoiserConfig
+from fpdm.denoiser import Denoised, Denoiser
 from fpdm.diffusion import Diffusion, GaussianSchedule, interpolate_log_variance, split_prediction
 from fpdm.fixed_point import Solver
 

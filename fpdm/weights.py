@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fpdm.blocks import position_embedding
-from fpdm.denoiser import Denoiser, DenoiserConfig
+from fpdm.config import DenoiserConfig
+from fpdm.denoiser import Denoiser
 from fpdm.diffusers_folders import CONFIG_NAME, WEIGHTS_NAME
 
 CLASS_NAME = "FPDMTransformer2DModel"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
@@ -11,7 +11,7 @@ from common.recipe.fields import STRICT, Count, CountOrZero, Positive, TwoOrMore
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from common.recipe import Recipe
-    from fpdm.denoiser import DenoiserConfig
+    from fpdm.config import DenoiserConfig
     from fpdm.diffusion import Diffusion
 
 
@@ -41,6 +41,19 @@ class Model:
     """Whether the explicit blocks see the timestep. In the paper they do not."""
     num_classes: Count = 1000
     """Classes of the data. 1: unconditional."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Normalisation before attention and MLP. `rms`: RMSNorm, which leaves the mean in."""
+    qk_norm: StrictBool = False
+    """RMS-normalise the queries and keys of attention, which bounds its logits."""
+    rope: StrictBool = False
+    """Rotate queries and keys by the token's row and column (RoPE), beside the position table."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """`swiglu`: a gated MLP of two thirds of the width, which is as many parameters."""
+    value_residual: StrictBool = False
+    """Add to the values of attention a learned part of the first block's (Zhou et al., 2024)."""
+    injection: Literal["concat", "decay"] = "concat"
+    """How the fixed point's input enters an iteration. `concat`: beside the iterate, through an MLP, as in the paper.
+    `decay`: added to the iterate times a learned factor below 1, which is stabler and a quarter cheaper."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -70,10 +83,10 @@ def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 def denoiser_config(recipe: Recipe) -> DenoiserConfig:
     """The network's own settings: `size` resolved, the latents' shape from the VAE. ValueError names a field."""
-    from fpdm.denoiser import SIZES, DenoiserConfig
+    from fpdm.config import SIZES, DenoiserConfig
 
     model = recipe.model
-    size = dict(SIZES[model.size]) if model.size else {}
+    size: dict[str, Any] = dict(SIZES[model.size]) if model.size else {}
     size |= {key: value for key in ("hidden_size", "num_heads", "depth") if (value := getattr(model, key)) is not None}
     return DenoiserConfig(
         kind=model.kind,
@@ -85,6 +98,12 @@ def denoiser_config(recipe: Recipe) -> DenoiserConfig:
         post_depth=model.post_depth,
         pre_post_timestep_conditioning=model.pre_post_timestep_conditioning,
         num_classes=model.num_classes,
+        norm=model.norm,
+        qk_norm=model.qk_norm,
+        rope=model.rope,
+        mlp=model.mlp,
+        value_residual=model.value_residual,
+        injection=model.injection,
         self_conditioned=False,  # only imported weights are
         learned_variance=recipe.objective.learned_variance,
         **size,

@@ -152,6 +152,12 @@ class Train:
     prefers 3 to 6 (FID 43.2 at 6, 61.5 at 12), which cost half."""
     max_grad_iterations: Count = 6
     """M of S-JFB: then m ~ U{1..M} iterations with gradient. The paper's main models use 12."""
+    iterations_rise: Fraction = 0.0
+    """Part of the training over which N and M rise from 0 and 1 to their values; early steps are cheaper. 0: they are
+    constant, as in the paper."""
+    intermediate_loss: AtLeastZero = 0.0
+    """Weight of a second loss, on what the network predicts from a random earlier iterate of those with gradient; for
+    networks that are sampled with few iterations. 0: none, as in the paper."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on GPUs, fp32 on CPUs. `fp16`: on GPUs only, with zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -20,7 +20,7 @@ from common.files import atomic_folder, disk_errors_as_user_errors, remove_folde
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder, counted, weights_folder
 from common.sealed import write_sealed
-from fpdm.denoiser import DenoiserConfig
+from fpdm.config import DenoiserConfig
 from fpdm.weights import save_pretrained
 from pipeline.training.checkpoint_form import (
     FORMAT,

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.recipe import Train
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
-from pipeline.training.identity import precision, total_samples
+from pipeline.training.identity import precision
 from pipeline.training.muon import MuonAdamW, find_layouts
 
 # The state of a loss scaler (only fp16 has one); its other fields are settings.
@@ -45,20 +45,6 @@ def _build_optimizer(train: Train, model: Denoiser) -> torch.optim.Optimizer:
     assert settings.name == "muon"
     dtype = torch.float32 if precision(train) == "fp32" else torch.bfloat16
     return MuonAdamW(model, lr=rate, betas=betas, weight_decay=decay, dtype=dtype)
-
-
-def learning_rate(train: Train, samples_seen: int) -> float:
-    """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or falling to zero."""
-    settings = train.optimizer
-    rate = settings.learning_rate
-    if settings.warmup_samples:
-        rate *= min(1.0, (samples_seen + train.batch_size) / settings.warmup_samples)
-    progress = min(1.0, samples_seen / total_samples(train))
-    if settings.learning_rate_decay == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * progress))
-    elif settings.learning_rate_decay == "linear":
-        rate *= 1 - progress
-    return rate
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

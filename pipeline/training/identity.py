@@ -12,7 +12,14 @@ IDENTITY = {
     "model": None,
     "objective": None,
     "data": ["flips", "order", "mixed_blocks", "lanes"],
-    "train": ["batch_size", "label_dropout", "max_no_grad_iterations", "max_grad_iterations"],
+    "train": [
+        "batch_size",
+        "label_dropout",
+        "max_no_grad_iterations",
+        "max_grad_iterations",
+        "iterations_rise",
+        "intermediate_loss",
+    ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
         "gradient_clipping",
@@ -29,7 +36,8 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
         "data.shards": shards.content_key,
         "train.precision": precision(recipe.train),
     }
-    if recipe.train.optimizer.learning_rate_decay != "constant":  # every rate of the schedule depends on its end
+    if recipe.train.optimizer.learning_rate_decay != "constant" or recipe.train.iterations_rise:
+        # every rate and count of the schedule depends on its end
         fields["train.total_samples"] = recipe.train.total_samples
     for section, names in IDENTITY.items():
         values = vars(attrgetter(section)(recipe))

@@ -15,7 +15,7 @@ from common.files import atomic_write, content_key, disk_errors_as_user_errors, 
 from common.log_lines import append_line, log_line, read_log
 from common.recipe import Recipe
 from common.run_folder import RunFolder
-from pipeline.training.engine import learning_rate
+from pipeline.training.schedule import StepIterations, learning_rate
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
 
@@ -28,7 +28,7 @@ def log_values(
     recipe: Recipe,
     state: TrainState,
     result: StepResult,
-    iterations: tuple[int, int],
+    iterations: StepIterations,
     speed: dict[str, float | None],
     distance: tuple[float, str] | None,
 ) -> Values:
@@ -37,7 +37,7 @@ def log_values(
     Args:
         state: after that step.
         result: `sums` over all ranks.
-        iterations: (n, m), without and with gradient.
+        iterations: those of that step.
         speed: `Throughput.read`.
         distance: the Fréchet distance of the preview and its name, if it was measured.
     """
@@ -49,8 +49,8 @@ def log_values(
         "residual": float(result.sums[-1]) if recipe.model.kind == "fpdm" else None,
         "gradient_norm": result.norm,
         "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size),
-        "no_grad_iterations": iterations[0],
-        "grad_iterations": iterations[1],
+        "no_grad_iterations": iterations.without_graph,
+        "grad_iterations": iterations.with_graph,
         **speed,
     }
     if distance is not None:

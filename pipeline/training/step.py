@@ -13,6 +13,7 @@ from common.recipe import Train
 from fpdm.diffusion import Diffusion
 from pipeline.training.data import Batch
 from pipeline.training.engine import propagate_non_finite, update
+from pipeline.training.schedule import StepIterations
 from pipeline.training.throughput import loss_sums
 
 
@@ -22,7 +23,7 @@ class StepResult:
 
     sums (10,) float64 on the CPU: `loss_sums`, then this rank's share of the mean residual of the last iteration.
     norm: of the gradient over all ranks; not finite where nothing was updated.
-    losses (B,): by sample of this rank's part of the batch.
+    losses (B,): by sample of this rank's part of the batch. Those of intermediate iterates are in none of these.
     """
 
     sums: Tensor
@@ -34,7 +35,7 @@ def train_step(
     engine: Any,
     diffusion: Diffusion,
     batches: list[Batch],
-    iterations: tuple[int, int],
+    iterations: StepIterations,
     settings: Train,
     watch: Callable[[str], AbstractContextManager[None]],
     *,
@@ -44,7 +45,7 @@ def train_step(
 
     Args:
         engine: DeepSpeed's (`build_engine`), with the step's learning rate set.
-        iterations: (n, m), without and with gradient; the same on every rank.
+        iterations: the same on every rank.
         watch: times the parts of the step (`Stopwatch`).
         with_residuals: also computes the fixed point's residuals, for the log.
     """
@@ -58,15 +59,18 @@ def train_step(
                 noisy,
                 batch.timesteps,
                 batch.labels,
-                iterations=iterations,
+                iterations=iterations[:2],
+                intermediate=iterations.intermediate,
                 with_residuals=with_residuals,
                 activation_checkpointing=settings.activation_checkpointing,
             )
-            losses = diffusion.loss(answer.output.float(), batch.latents, batch.noise, batch.timesteps)["loss"]  # (B,)
+            losses = _losses(diffusion, answer.output, batch)  # (B,)
             sums[:-1] += loss_sums(losses, batch.timesteps, diffusion.num_timesteps)
             if answer.residuals is not None:  # (B, n + m)
                 sums[-1] += answer.residuals[:, -1].double().sum() / settings.batch_size
             all_losses.append(losses.detach())
+            if answer.intermediate is not None:
+                losses = losses + settings.intermediate_loss * _losses(diffusion, answer.intermediate, batch)
         with watch("backward"):
             engine.backward(propagate_non_finite((losses * batch.weights).mean()))
         with watch("optimizer"):
@@ -75,3 +79,8 @@ def train_step(
             else:
                 norm = update(engine, settings.optimizer.gradient_clipping)
     return StepResult(sums.cpu(), norm, torch.cat(all_losses))
+
+
+def _losses(diffusion: Diffusion, output: Tensor, batch: Batch) -> Tensor:
+    """(B,) of a network's output."""
+    return diffusion.loss(output.float(), batch.latents, batch.noise, batch.timesteps)["loss"]

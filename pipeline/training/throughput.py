@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpdm.denoiser import Denoiser, DenoiserConfig
+from fpdm.config import DenoiserConfig
+from fpdm.denoiser import Denoiser
+from pipeline.training.schedule import StepIterations
 
 QUARTILES = 4
 # TFLOP/s of dense matrix products in bf16 or fp16, from the makers' data sheets; for other GPUs: train.log.peak_tflops.
@@ -107,7 +109,7 @@ class Throughput:
         self.watch = Stopwatch(device)
         self.start()
 
-    def count(self, samples: int, iterations: tuple[int, int]) -> None:
+    def count(self, samples: int, iterations: StepIterations) -> None:
         self.steps += 1
         self.samples += samples
         self.flops += samples * step_flops(self.config, iterations)
@@ -147,19 +149,22 @@ def known_peak() -> float | None:
     return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
 
 
-def step_flops(config: DenoiserConfig, iterations: tuple[int, int]) -> float:
+def step_flops(config: DenoiserConfig, iterations: StepIterations) -> float:
     """Floating-point operations of one sample's training step: a backward pass counts as two forward passes.
 
     Recomputation by activation checkpointing is not counted: it is no progress.
     """
-    outer, iteration = _forward_flops(config)
-    without_gradient, with_gradient = iterations
-    return 3 * outer + (without_gradient + 3 * with_gradient) * iteration
+    outer, iteration, read_out = _forward_flops(config)
+    without_graph, with_graph, intermediate = iterations
+    return 3 * outer + (without_graph + 3 * with_graph) * iteration + 3 * bool(intermediate) * read_out
 
 
 @lru_cache
-def _forward_flops(config: DenoiserConfig) -> tuple[int, int]:
-    """Operations of one sample: (everything but the iterations, one iteration), counted by torch on the meta device."""
+def _forward_flops(config: DenoiserConfig) -> tuple[int, int, int]:
+    """Operations of one sample: everything but the iterations, one iteration, reading out one more iterate.
+
+    Counted by torch on the meta device.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -167,9 +172,9 @@ def _forward_flops(config: DenoiserConfig) -> tuple[int, int]:
         latents = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         zero = torch.zeros(1, dtype=torch.long)
     counts = []
-    for iterations in (1, 2):
+    for iterations, intermediate in ((1, 0), (2, 0), (2, 1)):
         with FlopCounterMode(display=False) as counter:
-            model(latents, zero, zero, iterations=iterations)
+            model(latents, zero, zero, iterations=iterations, intermediate=intermediate)
         counts.append(counter.get_total_flops())
     iteration = counts[1] - counts[0]
-    return counts[0] - iteration, iteration
+    return counts[0] - iteration, iteration, counts[2] - counts[1]

@@ -12,19 +12,19 @@ from common.errors import Interrupted
 from common.one_ahead import one_ahead
 from common.recipe import Recipe, denoiser_config, diffusion
 from fpdm.denoiser import build_denoiser
-from fpdm.fixed_point import sjfb_counts
 from fpdm.weights import assemble
 from pipeline.training import checkpoint
 from pipeline.training.data import Stream, rank_positions, step_batches
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.distributed import Ranks, raise_on_all_ranks
 from pipeline.training.ema import EMAWeights
-from pipeline.training.engine import build_engine, learning_rate, scaler_state, set_learning_rate
+from pipeline.training.engine import build_engine, scaler_state, set_learning_rate
 from pipeline.training.guards import check_finite, not_finite_error
 from pipeline.training.identity import crosses, identity, total_samples
 from pipeline.training.log import ProgressBar, TrainingLog, log_values
 from pipeline.training.previews import Previewer
 from pipeline.training.run_folder import open_run_folder
+from pipeline.training.schedule import StepIterations, learning_rate, step_iterations
 from pipeline.training.signals import StopRequest
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult, train_step
@@ -105,9 +105,7 @@ class Trainer:
             self.save(with_weights=False, wait=True)
             raise Interrupted(f"{recipe.folder}: saved after {before} samples; run again to go on")
 
-        # The same counts on every rank: a rank that iterates longer would make the others wait.
-        counts = (settings.max_no_grad_iterations, settings.max_grad_iterations)
-        iterations = sjfb_counts(recipe.seed, before // settings.batch_size, *counts)
+        iterations = step_iterations(settings, recipe.seed, before)
         set_learning_rate(self.engine, learning_rate(settings, before))
         diffusion = self.stream.diffusion
         result = train_step(self.engine, diffusion, batches, iterations, settings, watch, with_residuals=logs)
@@ -150,7 +148,7 @@ class Trainer:
                 self.previewer.paint(weights, self.state.samples_seen)
         return distance
 
-    def write_log(self, result: StepResult, iterations: tuple[int, int], distance: tuple[float, str] | None) -> None:
+    def write_log(self, result: StepResult, iterations: StepIterations, distance: tuple[float, str] | None) -> None:
         """The log line of the interval that ends here, on rank 0."""
         speed = self.throughput.read()
         with raise_on_all_ranks(self.ranks):

@@ -7,6 +7,15 @@ from fpdm import SIZES, DenoiserConfig, build_denoiser, count_parameters, rng
 
 SMALL = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 5}
 
+MODERN = [
+    {"norm": "rms"},
+    {"qk_norm": True},
+    {"rope": True},
+    {"mlp": "swiglu"},
+    {"value_residual": True},
+    {"injection": "decay"},
+]
+
 # Counted in the published code; the unconditional XL/2 is the paper's "85M".
 PUBLISHED_COUNTS = {
     "XL": (674_834_720, 38_689_952, 86_500_256, 134_310_560, 229_931_168, 85_349_408),
@@ -153,15 +162,77 @@ def test_precomputing_the_injection_changes_nothing():
         label = model.y_embedder(y)
         c = model.t_embedder(t, torch.float32) + label
         tokens = model.x_embedder(x) + model.pos_embed
-        tokens = model.blocks_pre[0](tokens, model.blocks_pre[0].modulation(label))
+        tokens, _ = model.blocks_pre[0](tokens, model.blocks_pre[0].modulation(label))
         z, injection = tokens, model.block_pre_projection(tokens)
         for _ in range(4):
             joined = torch.cat([z, injection], dim=-1)
             fc1 = model.block_fixed_point_projection_fc1
             hidden = torch.nn.functional.gelu(joined @ fc1.weight.T + fc1.bias, approximate="tanh")
             block = model.block_fixed_point
-            z = block(model.block_fixed_point_projection_fc2(hidden), block.modulation(c))
+            z, _ = block(model.block_fixed_point_projection_fc2(hidden), block.modulation(c))
     torch.testing.assert_close(model(x, t, y, iterations=4).solution, z)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+@pytest.mark.parametrize("option", MODERN, ids=lambda option: next(iter(option)))
+def test_an_option_changes_the_answer_and_leaves_every_published_name(kind, option):
+    """Options add parameters; names and shapes of the others stay, but for what the option replaces."""
+    plain, config = (
+        scrambled(DenoiserConfig(kind=kind, depth=2, **SMALL)),
+        DenoiserConfig(kind=kind, depth=2, **SMALL, **option),
+    )
+    model = scrambled(config)
+    assert ("injection" in option and kind == "dit") or not torch.equal(
+        model(*inputs(2, config), iterations=3).output, plain(*inputs(2, config), iterations=3).output
+    )
+    names, published = dict(model.named_parameters()), dict(plain.named_parameters())
+    replaced = {
+        name for name in published if ("mlp.fc" in name and "mlp" in option) or "block_fixed_point_projection" in name
+    }
+    assert all(names[name].shape == published[name].shape for name in published.keys() - replaced)
+    added = names.keys() - published.keys()
+    assert all(
+        name.rpartition(".")[2] in {"q_scale", "k_scale", "value_mix", "block_fixed_point_decay"} for name in added
+    )
+
+
+@pytest.mark.parametrize("start", [0.0, 30.0])
+def test_without_the_blocks_changes_decay_converges_to_the_same_point_from_any_start(start):
+    config = DenoiserConfig(**SMALL, injection="decay")
+    model = build_denoiser(config)  # every modulation is zero, so that the block is the identity
+    x, t, y = inputs(2, config)
+    begin = torch.full((2, config.num_tokens, config.hidden_size), start)
+    answer = model(x, t, y, iterations=40, start=begin, with_residuals=True)
+    tokens = model.x_embedder(x) + model.pos_embed
+    torch.testing.assert_close(answer.solution, 2 * model.block_pre_projection(tokens))  # z = z / 2 + injection
+    assert (answer.residuals[:, 20:].diff() <= 1e-7).all()
+
+
+def test_values_of_the_first_block_reach_every_later_one():
+    config = DenoiserConfig(**SMALL, value_residual=True)
+    model, seen = scrambled(config), {}
+    for name, module in model.named_modules():
+        if name.endswith("attn"):
+            module.register_forward_hook(
+                lambda _, inputs, output, name=name: seen.update({name: (inputs[1], output[1])})
+            )
+    model(*inputs(2, config), iterations=2)
+    first = seen["blocks_pre.0.attn"][1]
+    assert seen["blocks_pre.0.attn"][0] is None
+    assert seen["block_fixed_point.attn"][0] is first
+    assert seen["blocks_post.0.attn"][0] is first
+
+
+@pytest.mark.parametrize("option", MODERN, ids=lambda option: next(iter(option)))
+def test_a_sample_that_leaves_the_batch_early_answers_as_alone(option):
+    config = DenoiserConfig(**SMALL, **option)
+    model = scrambled(config)
+    x, t, y = inputs(5, config)
+    together = model(x, t, y, iterations=30, tolerance=0.02, with_residuals=True)
+    assert together.residuals.isnan().any()
+    for i in range(5):
+        alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1], iterations=30, tolerance=0.02)
+        torch.testing.assert_close(together.output[i : i + 1], alone.output, rtol=1e-3, atol=1e-4)
 
 
 def test_initialisation_is_a_function_of_seed_and_name_and_begins_as_zero_output():
@@ -199,6 +270,12 @@ def test_bfloat16_parameters_take_float32_latents():
         ({"num_classes": 0}, "num_classes"),
         ({"condition_dim": 0}, "condition_dim"),
         ({"kind": "dit", "depth": 0}, "depth"),
+        ({"norm": "batch"}, "norm"),
+        ({"mlp": "relu"}, "mlp"),
+        ({"injection": "sum"}, "injection"),
+        ({"rope": True, "num_heads": 16}, "rope"),
+        ({"value_residual": True, "pre_depth": 0}, "value_residual"),
+        ({"self_conditioned": True, "kind": "dit", "qk_norm": True}, "self_conditioned"),
     ],
 )
 def test_a_config_that_cannot_be_names_its_field(options, field):

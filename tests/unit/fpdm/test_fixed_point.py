@@ -134,13 +134,13 @@ def test_sjfb_equals_autograd_through_a_plain_transcription():
     c = model.t_embedder(t, torch.float32) + label
     pre, block, post = model.blocks_pre[0], model.block_fixed_point, model.blocks_post[0]
     tokens = model.x_embedder(x) + model.pos_embed
-    tokens = pre(tokens, pre.modulation(label))
+    tokens, _ = pre(tokens, pre.modulation(label))
     fc1, fc2 = model.block_fixed_point_projection_fc1, model.block_fixed_point_projection_fc2
 
     def iterate(z):
         joined = torch.cat([z, model.block_pre_projection(tokens)], dim=-1)
         hidden = nn.functional.gelu(nn.functional.linear(joined, fc1.weight, fc1.bias), approximate="tanh")
-        return block(fc2(hidden), block.modulation(c))
+        return block(fc2(hidden), block.modulation(c))[0]
 
     z = tokens.detach()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_sjfb_equals_autograd_through_a_plain_transcription():
             z = iterate(z)
     for _ in range(2):
         z = iterate(z)
-    z = post(z, post.modulation(label))
+    z, _ = post(z, post.modulation(label))
     output = unpatchify(model.final_layer(z, label), CONFIG.patch_size)
     expected = torch.autograd.grad(output.square().sum(), list(model.parameters()))
     for found, wanted in zip(gradients(model, iterations=(3, 2)), expected, strict=True):
@@ -258,3 +258,26 @@ def test_counts_have_the_range_and_mean_of_algorithm_1():
 def test_impossible_settings_are_named(call, field):
     with pytest.raises(ValueError, match=f"^{field}: "):
         call()
+
+
+def test_an_intermediate_iterate_is_that_of_fewer_iterations_with_its_graph():
+    weight = torch.full((), 0.5, requires_grad=True)
+
+    def step(x, rows):
+        return weight * x + 1
+
+    start = torch.zeros(1, 1, 1)
+    solution = solve_implicit(step, start, (2, 3), intermediate=2, with_residuals=True)
+    assert torch.equal(solution.intermediate, solve_implicit(step, start, (2, 2)).value)
+    assert torch.equal(solution.value, solve_implicit(step, start, (2, 3)).value)
+    assert solution.residuals.shape == (1, 5)
+    expected = torch.autograd.grad(solve_implicit(step, start, (2, 2)).value.sum(), weight)
+    assert torch.autograd.grad(solution.intermediate.sum(), weight) == expected
+
+
+@pytest.mark.parametrize(
+    ("iterations", "options"), [((2, 3), {}), (3, {}), (4, {"solver": "anderson"}), (4, {"tolerance": 0.1})]
+)
+def test_an_intermediate_iterate_must_be_followed_by_another_of_a_plain_iteration(iterations, options):
+    with pytest.raises(ValueError, match=r"^intermediate: 3 "):
+        solve_implicit(lambda x, rows: x, torch.zeros(1, 1, 1), iterations, intermediate=3, **options)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fpdm.denoiser import DenoiserConfig, build_denoiser
+from fpdm.config import DenoiserConfig
+from fpdm.denoiser import build_denoiser
 from pipeline.training.muon import ADAMW_RMS, Layout, MuonAdamW, muon_update, orthogonalise, takes
 
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}

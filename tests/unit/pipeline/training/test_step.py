@@ -11,6 +11,7 @@ from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion
 from fpdm.denoiser import Denoiser, build_denoiser
 from pipeline.training.data import Batch
+from pipeline.training.schedule import StepIterations
 from pipeline.training.step import StepResult, train_step
 
 BATCH, RATE = 4, 0.1
@@ -69,7 +70,9 @@ def halves(batch: Batch) -> list[Batch]:
 
 def one_step(recipe: Recipe, model: Denoiser, batches: list[Batch]) -> StepResult:
     engine, watch = Engine(model, len(batches)), lambda part: nullcontext()
-    return train_step(engine, diffusion(recipe), batches, (1, 2), recipe.train, watch, with_residuals=True)
+    intermediate = int(recipe.train.intermediate_loss > 0)
+    iterations = StepIterations(1, 2, intermediate)
+    return train_step(engine, diffusion(recipe), batches, iterations, recipe.train, watch, with_residuals=True)
 
 
 @pytest.mark.parametrize(("parts", "clipping"), [(1, 0.0), (2, 0.0), (2, 1e-3)])
@@ -96,6 +99,23 @@ def test_loss_gradient_and_update_are_those_of_plain_pytorch(parts: int, clippin
     assert result.norm == pytest.approx(float(norm), rel=1e-5)
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, expected.get_parameter(name), rtol=1e-5, atol=1e-7), name
+
+
+def test_the_intermediate_loss_is_that_of_fewer_iterations_and_only_its_gradient_is_added() -> None:
+    recipe = recipe_with("train.optimizer.gradient_clipping=0", "train.intermediate_loss=0.5")
+    batch, process = batch_of(recipe), diffusion(recipe)
+    expected = network(recipe)
+    noisy = process.add_noise(batch.latents, batch.noise, batch.timesteps)
+    last, early = (expected(noisy, batch.timesteps, batch.labels, iterations=(1, m)).output for m in (2, 1))
+    losses = [process.loss(each, batch.latents, batch.noise, batch.timesteps)["loss"] for each in (last, early)]
+    ((losses[0] + 0.5 * losses[1]) * batch.weights).mean().backward()
+
+    model = network(recipe)
+    result = one_step(recipe, model, [batch])
+    assert torch.allclose(result.losses, losses[0].detach(), rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        update = RATE * expected.get_parameter(name).grad
+        assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-7), name
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:

@@ -1,0 +1,51 @@
+"""What of a step depends on the samples seen: its learning rate and its iterations."""
+
+import math
+from typing import NamedTuple
+
+from common.recipe import Train
+from fpdm.fixed_point import intermediate_iterate, sjfb_counts
+from pipeline.training.identity import total_samples
+
+
+class StepIterations(NamedTuple):
+    """A step's iterations: without graph, then with one; `intermediate` of the latter are read out too, 0: none are."""
+
+    without_graph: int
+    with_graph: int
+    intermediate: int
+
+
+def learning_rate(train: Train, samples_seen: int) -> float:
+    """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or falling to zero."""
+    settings = train.optimizer
+    rate = settings.learning_rate
+    if settings.warmup_samples:
+        rate *= min(1.0, (samples_seen + train.batch_size) / settings.warmup_samples)
+    progress = min(1.0, samples_seen / total_samples(train))
+    if settings.learning_rate_decay == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * progress))
+    elif settings.learning_rate_decay == "linear":
+        rate *= 1 - progress
+    return rate
+
+
+def step_iterations(train: Train, seed: int, samples_seen: int) -> StepIterations:
+    """The iterations of the step that starts at `samples_seen`.
+
+    The same on every rank: a rank that iterates longer would make the others wait.
+    """
+    step = samples_seen // train.batch_size
+    without_graph, with_graph = sjfb_counts(seed, step, *largest_counts(train, samples_seen))
+    intermediate = intermediate_iterate(seed, step, with_graph) if train.intermediate_loss else 0
+    return StepIterations(without_graph, with_graph, intermediate)
+
+
+def largest_counts(train: Train, samples_seen: int) -> tuple[int, int]:
+    """N and M of S-JFB: from 0 and 1 they rise in equal steps over `train.iterations_rise` of the training."""
+    largest = train.max_no_grad_iterations, train.max_grad_iterations
+    rise = train.iterations_rise * total_samples(train)
+    if samples_seen >= rise:
+        return largest
+    part = samples_seen / rise
+    return int(part * (largest[0] + 1)), 1 + int(part * largest[1])

@@ -1,0 +1,50 @@
+"""A step's rate and iterations are functions of the samples seen."""
+
+from collections import Counter
+
+import pytest
+
+from common.loading import parse_recipe
+from common.recipe import Train
+from pipeline.training.schedule import largest_counts, learning_rate, step_iterations
+
+
+def train_with(*overrides: str) -> Train:
+    return parse_recipe(
+        "name: a", [f"train.{each}" for each in ("total_samples=1000", "batch_size=10", *overrides)]
+    ).train
+
+
+def test_the_largest_counts_rise_in_equal_steps_and_end_at_the_recipes() -> None:
+    train = train_with("max_no_grad_iterations=3", "max_grad_iterations=4", "iterations_rise=0.8")
+    counts = [largest_counts(train, seen) for seen in range(0, 1000, 10)]
+    assert Counter(n for n, _ in counts) == {0: 20, 1: 20, 2: 20, 3: 40}
+    assert Counter(m for _, m in counts) == {1: 20, 2: 20, 3: 20, 4: 40}
+    assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("rise", [0.0, 1.0])
+def test_without_a_rise_every_step_has_the_recipes_counts(rise: float) -> None:
+    train = train_with("max_no_grad_iterations=3", "max_grad_iterations=4", f"iterations_rise={rise}")
+    assert largest_counts(train, 1000) == (3, 4)
+    assert largest_counts(train, 0) == ((3, 4) if rise == 0 else (0, 1))
+
+
+def test_intermediate_iterates_are_drawn_evenly_from_those_before_the_last_and_only_where_they_have_a_loss() -> None:
+    seen = range(0, 20_000, 10)
+    assert all(step_iterations(train_with(), 0, each).intermediate == 0 for each in seen[:50])
+    train = train_with("max_grad_iterations=4", "intermediate_loss=0.5")
+    drawn = [step_iterations(train, 0, each) for each in seen]
+    assert all(step.intermediate == 0 for step in drawn if step.with_graph == 1)
+    counted = Counter(step.intermediate for step in drawn if step.with_graph == 4)  # about 500 steps, 167 each
+    assert counted.keys() == {1, 2, 3}
+    assert min(counted.values()) > 120
+    plain = [step_iterations(train_with("max_grad_iterations=4"), 0, each)[:2] for each in seen]
+    assert [step[:2] for step in drawn] == plain  # the loss leaves the counts as they are
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    train = train_with(
+        "optimizer.learning_rate=1", "optimizer.warmup_samples=100", "optimizer.learning_rate_decay=linear"
+    )
+    assert [learning_rate(train, seen) for seen in (0, 500, 1000)] == pytest.approx([0.1, 0.5, 0.0])
