@@ -142,7 +142,10 @@ class Attention(nn.Module):
             q, k = (F.rms_norm(part, part.shape[-1:], scale) for part, scale in ((q, self.q_scale), (k, self.k_scale)))
         if config.rope:
             q, k = rotate(q, config.side), rotate(k, config.side)
-        mixed = v if first_value is None else torch.addcmul(v, self.value_mix, first_value)
+        mixed = v
+        if config.value_residual:
+            assert first_value is not None
+            mixed = torch.addcmul(v, self.value_mix, first_value)
         return self.proj(F.scaled_dot_product_attention(q, k, mixed).transpose(1, 2).flatten(2)), v
 
 

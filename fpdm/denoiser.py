@@ -5,6 +5,7 @@ Peebles and Xie (ICCV 2023); Bai and Melas-Kyriazi (CVPR 2024), section 3. Param
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -78,9 +79,9 @@ class Denoiser(nn.Module):
             )
         self.register_buffer("pos_embed", torch.empty(1, config.num_tokens, width))
         if config.kind == "dit":
-            self.blocks = self._stack(config.depth)
+            self.blocks = self._stack(config.depth, first=True)
         else:
-            self.blocks_pre = self._stack(config.pre_depth)
+            self.blocks_pre = self._stack(config.pre_depth, first=True)
             self.block_pre_projection = Linear(width, width)
             if config.injection == "concat":
                 self.block_fixed_point_projection_fc1 = InjectedLinear(2 * width, 2 * width)
@@ -91,11 +92,15 @@ class Denoiser(nn.Module):
             self.blocks_post = self._stack(config.post_depth)
         self.final_layer = FinalLayer(config.block_config, config.patch_size, config.out_channels)
 
-    def _stack(self, depth: int) -> nn.ModuleList:
+    def _stack(self, depth: int, *, first: bool = False) -> nn.ModuleList:
         block = self.config.block_config
         if self.config.self_conditioned:
             return nn.ModuleList(SelfConditionedBlock(block, self.config.num_classes) for _ in range(depth))
-        return nn.ModuleList(Block(block) for _ in range(depth))
+        # The network's first block has no values before its own to mix in.
+        return nn.ModuleList(
+            Block(replace(block, value_residual=block.value_residual and not (first and number == 0)))
+            for number in range(depth)
+        )
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -162,6 +167,7 @@ class Denoiser(nn.Module):
             return Denoised(self._read_out(tokens, timed), None, None)
         outer = timed if self.config.pre_post_timestep_conditioning else label
         tokens, value = _run(self.blocks_pre, tokens, outer, call)
+        value = value if self.config.value_residual else None
         if iterations is None:
             raise ValueError("iterations: an FPDM needs a count, k or (n, m)")
         if start is not None and start.shape != tokens.shape:
@@ -246,11 +252,10 @@ def _checkpointed(function: Caller, *arguments: object) -> Any:
 def _run(
     blocks: nn.ModuleList, tokens: Tensor, c: Tensor, call: Caller, first_value: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, T, D) after the blocks, and the values that `value_residual` adds: given, or of the first block."""
+    """Tokens (B, T, D) after the blocks, and `first_value`: as it was given, or of the first of these blocks."""
     for block in cast("Iterable[Block]", blocks):
         tokens, value = call(block, tokens, block.modulation(c), first_value)
-        if block.config.value_residual and first_value is None:
-            first_value = value
+        first_value = value if first_value is None else first_value
     return tokens, first_value
 
 

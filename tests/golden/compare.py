@@ -1,6 +1,6 @@
-"""Compare this implementation with vectors of the published network.
+"""Compare this implementation with vectors of the published network, and of this project's options of it.
 
-    python tests/golden/compare.py tests/golden/*.safetensors
+    python tests/golden/compare.py tests/golden/*.safetensors tests/golden/options/*.safetensors
 
 Rebuilds the network from each file's metadata, runs every entry, and prints the largest difference of each relative to
 the largest magnitude expected, beside its bound: how far another machine's float32 rounding may move it, derived on the
@@ -11,7 +11,8 @@ understood; 2 if a file cannot be used. Not covered by the files: the loss at t 
 
 Layout of a file, a safetensors in float32; only what its entries need has to be there:
   metadata           hidden_size, num_heads, input_size, patch_size, in_channels, num_classes, mlp_ratio, learn_sigma;
-                     DiT: depth; FPDM: depth "", pre_depth, post_depth, pre_post_timestep_conditioning
+                     DiT: depth; FPDM: depth "", pre_depth, post_depth, pre_post_timestep_conditioning;
+                     options of `DenoiserConfig` that are not the published network's
   param.NAME         the parameters by their published names, without the position table
   in.x in.t in.y     inputs; the label num_classes is the null label
   out.eval[.kK]      output after K iterations from the input
@@ -41,6 +42,10 @@ from fpdm import Denoiser, DenoiserConfig, Diffusion, assemble, guide, sample, s
 ITERATIONS = 4  # of every call whose entry states no other number
 INPUTS = ("param.", "in.")
 PROCESS_INPUTS = ("noise", "t", "y", "z")
+OPTIONS = {
+    **dict.fromkeys(("norm", "mlp", "injection"), str),
+    **dict.fromkeys(("qk_norm", "rope", "value_residual"), "True".__eq__),
+}
 PROCESSES = {
     "eps": Diffusion(prediction="epsilon"),
     "v_zsnr": Diffusion(prediction="v", zero_terminal_snr=True, loss_weight="p2"),
@@ -60,6 +65,7 @@ def read(path: Path) -> tuple[Denoiser, dict[str, Tensor]]:
     else:
         options |= {name: int(metadata[name]) for name in ("pre_depth", "post_depth")}
         options["pre_post_timestep_conditioning"] = metadata["pre_post_timestep_conditioning"] == "True"
+    options |= {name: read(metadata[name]) for name, read in OPTIONS.items() if name in metadata}
     parameters = {name.removeprefix("param."): tensor for name, tensor in entries.items() if name.startswith("param.")}
     return assemble(parameters, DenoiserConfig(**options)), entries
 
