@@ -33,7 +33,7 @@ from benchmarks.machine import show_machine
 from common.loading import load_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import build_denoiser, rng
-from fpdm.sampling import build_sampler
+from fpdm.samplers import build_sampler
 from pipeline.evaluation.metrics import frechet_distance, statistics
 from pipeline.evaluation.statistics import summarise
 from pipeline.features.extractors import find_extractor_weights, load_extractor, wanted_layers

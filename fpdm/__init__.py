@@ -7,7 +7,8 @@ from fpdm.denoiser import Denoised, Denoiser, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
 from fpdm.fixed_point import sjfb_counts
 from fpdm.importing import ImportReport, import_checkpoint, infer_config
-from fpdm.sampling import build_sampler, guide, require_sound, sample, spaced_timesteps
+from fpdm.samplers import SamplerSettings, build_sampler, spaced_timesteps
+from fpdm.sampling import guide, require_sound, sample
 from fpdm.weights import assemble, load_pretrained, read_config, read_extra, save_pretrained
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DenoiserConfig",
     "Diffusion",
     "ImportReport",
+    "SamplerSettings",
     "allocate",
     "allocate_measured",
     "assemble",

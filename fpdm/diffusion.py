@@ -103,7 +103,9 @@ class Diffusion:
             raise ValueError("schedule: flow matching has no discrete Gaussian process")
         steps = self.num_timesteps
         if self.schedule == "linear":
-            alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0)
+            # 1e-4 to 0.02 are those of 1000 steps; as many more or fewer end as near to pure noise (ADM and DiT).
+            betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
+            alphas_cumprod = (1 - betas.clamp_max(0.999)).cumprod(0)
         else:
             angles = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * (math.pi / 2)
             squares = angles.cos() ** 2

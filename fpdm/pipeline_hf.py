@@ -20,7 +20,8 @@ from fpdm.allocation import AllocationKind, allocate
 from fpdm.denoiser import Denoiser
 from fpdm.diffusion import Diffusion
 from fpdm.latents import unscale_latents
-from fpdm.sampling import SamplerName, sample, sample_noise
+from fpdm.samplers import SamplerName, SamplerSettings, adds_noise
+from fpdm.sampling import sample, sample_noise
 from fpdm.weights import load_pretrained, read_extra, save_pretrained
 
 
@@ -83,8 +84,11 @@ class FPDMPipeline(DiffusionPipeline):
         iterations: int | float | Sequence[int] = 8,
         allocation: AllocationKind = "constant",
         sampler: SamplerName = "ddpm",
+        sampler_settings: SamplerSettings | None = None,
         reuse: bool | Sequence[bool] = True,
+        start_extrapolation: float = 0.0,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
         seed: int = 0,
         first_index: int = 0,
         output_type: str = "pil",
@@ -95,7 +99,8 @@ class FPDMPipeline(DiffusionPipeline):
             class_labels: (B,) classes.
             num_inference_steps: steps of the sampler.
             iterations, allocation: fixed point iterations, as in `fpdm.allocate`; ignored for DiT.
-            sampler, reuse, guidance_scale: as in `fpdm.sample`.
+            sampler, sampler_settings, reuse, start_extrapolation, guidance_scale, guidance_rescale: as in
+                `fpdm.sample`.
             seed, first_index: image i of the batch starts from the noise of sample first_index + i, so it equals the
                 sample of that index from `pipeline/sample.py`, whatever the batch size.
             output_type: "pil", "np" or "pt".
@@ -122,9 +127,14 @@ class FPDMPipeline(DiffusionPipeline):
             num_steps=num_inference_steps,
             iterations=counts,
             sampler=sampler,
-            step_noise=(lambda step: sample_noise(seed, index, shape, step)) if sampler == "ddpm" else None,
+            sampler_settings=sampler_settings,
+            step_noise=(lambda step: sample_noise(seed, index, shape, step))
+            if adds_noise(sampler, sampler_settings)
+            else None,
             reuse=reuse,
+            start_extrapolation=start_extrapolation,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
         )  # (B, C, h, w)
         latents = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
         images = vae.decode(latents.to(vae.dtype)).sample.float()  # (B, 3, H, W)

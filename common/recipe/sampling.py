@@ -22,6 +22,7 @@ from common.recipe.network import diffusion
 
 if TYPE_CHECKING:
     from common.recipe import Recipe
+    from fpdm.samplers import SamplerSettings
 
 MEASURED = ("adaptive", "calibrated")  # allocations that are measured on the weights
 
@@ -45,10 +46,22 @@ class Sample:
     multiple of their number), worth about 0.1 FID. `uniform`: drawn at random."""
     rounding: Literal["half_away", "truncate"] = "half_away"
     """To 8 bits. `half_away`: to the nearest level, as DiT. `truncate`: half a level darker, as REPA and EDM2."""
-    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"] = "ddpm"
-    """`flow_euler` goes with prediction flow, the others with the other predictions."""
+    sampler: Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"] = "ddpm"
+    """`multistep` also uses the predictions of the steps before and suits every prediction; `flow_euler` goes with
+    prediction flow, the others with the other predictions."""
     eta: Fraction = 0.0
     """Noise of ddim, from 0 (deterministic) to 1 (as much as ddpm's)."""
+    order: Literal[1, 2, 3] = 2
+    """Order of multistep. 1: ddim."""
+    variance: Literal["small", "large"] = "small"
+    """Variance of a step of ddpm where the network has learned none: the posterior's, or beta (Ho et al., NeurIPS
+    2020)."""
+    spacing: Literal["linspace", "trailing", "leading", "log_snr"] = "linspace"
+    """Timesteps of ddpm, ddim and multistep. `linspace`: evenly from the first to the last, as published. `trailing`:
+    evenly from the last, and as long a step to the data (Lin et al., WACV 2024). `leading`: evenly from the first.
+    `log_snr`: evenly in noise to signal to the power of 1/7 (Karras et al., NeurIPS 2022)."""
+    spacing_power: Positive = 1.0
+    """With spacing `trailing`: timesteps are T (1 - i / num_steps) ** spacing_power. Above 1: more near the data."""
     num_steps: Count = 28
     """Timesteps at which the network is evaluated; at most objective.num_timesteps."""
     iterations: Count | Annotated[Number, Field(ge=1)] | tuple[Count, ...] = 8
@@ -62,6 +75,8 @@ class Sample:
     to those of many more steps is taken. Not with ddpm or eta above 0, whose noise differs with the steps."""
     reuse: Literal["always", "none", "calibrated"] = "always"
     """Whether a step starts from the previous step's solution."""
+    start_extrapolation: Fraction = 0.0
+    """Such a start is moved on by this times the last change of the solution, at no cost in blocks."""
     solver: Literal["picard", "anderson"] = "picard"
     """Solver of the fixed point. `picard`: the plain iteration of the paper."""
     tolerance: Positive | None = None
@@ -71,6 +86,9 @@ class Sample:
     """Samples on which `adaptive` and `calibrated` are measured."""
     guidance_scale: AtLeastZero = 1.0
     """Scale of classifier-free guidance. 1: no guidance."""
+    guidance_rescale: Fraction = 0.0
+    """How far a guided prediction's standard deviation is brought back to the conditional one's (Lin et al., WACV
+    2024)."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Guidance acts where t / T lies in this interval; 1 is pure noise."""
     guidance_channels: Count | None = None
@@ -134,10 +152,23 @@ class Sweep:
     """As sample.allocation."""
     reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
     """As sample.reuse."""
-    sampler: tuple[Literal["ddpm", "ddim", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
+    sampler: tuple[Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
     """As sample.sampler."""
     guidance_scale: tuple[AtLeastZero, ...] = (1.0,)
     """As sample.guidance_scale."""
+
+
+def sampler_settings(sample: Sample) -> SamplerSettings:
+    """What the recipe says of the sampler beside its name, as `fpdm` takes it."""
+    from fpdm.samplers import SamplerSettings
+
+    return SamplerSettings(
+        spacing=sample.spacing,
+        spacing_power=sample.spacing_power,
+        eta=sample.eta,
+        order=sample.order,
+        variance=sample.variance,
+    )
 
 
 def total_iterations(sample: Sample) -> int:
@@ -176,7 +207,8 @@ def _check_guidance(recipe: Recipe) -> None:
 
 
 def _check_steps(recipe: Recipe) -> None:
-    from fpdm.sampling import build_sampler, check_guidance, guided_steps
+    from fpdm.samplers import build_sampler
+    from fpdm.sampling import check_guidance, guided_steps
 
     settings, latent_channels = recipe.sample, recipe.vae.latent_channels
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
@@ -185,14 +217,14 @@ def _check_steps(recipe: Recipe) -> None:
     elif settings.step_choices:
         raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
     process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
-    sampler = build_sampler(process, settings.sampler, settings.num_steps, settings.eta)
+    sampler = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings))
     if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):
         raise ValueError(f"guidance_interval: {list(interval)} holds none of the {settings.num_steps} steps; widen it")
 
 
 def _check_step_choices(recipe: Recipe, iterations: int) -> None:
     from fpdm.allocation import allocate
-    from fpdm.sampling import build_sampler
+    from fpdm.samplers import build_sampler
 
     settings, outer = recipe.sample, recipe.model.pre_depth + recipe.model.post_depth
     if settings.step_choices and settings.allocation != "calibrated":
@@ -202,6 +234,6 @@ def _check_step_choices(recipe: Recipe, iterations: int) -> None:
     for num_steps in settings.step_choices:
         try:
             allocate("constant", num_steps, block_budget=iterations + outer * settings.num_steps, outer_depth=outer)
-            build_sampler(diffusion(recipe), settings.sampler, num_steps)
+            build_sampler(diffusion(recipe), settings.sampler, num_steps, sampler_settings(settings))
         except ValueError as error:
             raise ValueError(f"step_choices: {error}") from None

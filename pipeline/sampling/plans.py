@@ -17,14 +17,15 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
-from common.recipe.sampling import MEASURED, total_iterations
+from common.recipe.sampling import MEASURED, sampler_settings, total_iterations
 from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import allocate
 from fpdm.calibration import Draw, allocate_measured, calibrate, choose_reuse
 from fpdm.denoiser import Denoiser
-from fpdm.sampling import build_sampler, guided_steps, sample_noise
+from fpdm.samplers import adds_noise, build_sampler
+from fpdm.sampling import guided_steps, sample_noise
 from fpdm.sampling import sample as sample_latents
 
 REMEDY = "delete the folder and run python pipeline/sample.py"
@@ -58,7 +59,7 @@ def blocks_an_image(recipe: Recipe) -> int:
     per step.
     """
     settings, config, process = recipe.sample, denoiser_config(recipe), diffusion(recipe)
-    timesteps = build_sampler(process, settings.sampler, settings.num_steps).timesteps
+    timesteps = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings)).timesteps
     guided = guided_steps(timesteps, process.num_timesteps, settings.guidance_scale, settings.guidance_interval)
     if config.kind == "dit" or settings.allocation in MEASURED:
         counts = even_iterations(recipe) or [0] * settings.num_steps
@@ -131,7 +132,7 @@ def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tens
     """`fpdm.sample` of the samples `index` (B,), with all but steps, iterations and reuse bound."""
     settings, shape = recipe.sample, latent_shape(recipe)
     noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
-    noisy = settings.sampler == "ddpm" or (settings.sampler == "ddim" and settings.eta > 0)
+    how = sampler_settings(settings)
     return partial(
         sample_latents,
         model,
@@ -139,9 +140,11 @@ def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tens
         noise(),
         labels_for(recipe, index),
         sampler=settings.sampler,
-        eta=settings.eta,
-        step_noise=(lambda step: noise(step=step)) if noisy else None,
+        sampler_settings=how,
+        step_noise=(lambda step: noise(step=step)) if adds_noise(settings.sampler, how) else None,
+        start_extrapolation=settings.start_extrapolation,
         guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
         guidance_interval=settings.guidance_interval,
         guidance_channels=settings.guidance_channels,
         solver=settings.solver,

@@ -1,4 +1,6 @@
-"""Muon under DeepSpeed: one update with any number of ranks and any ZeRO stage, and an exact resume."""
+"""Muon, and all options of network and loss, under DeepSpeed: one update with any number of ranks and any ZeRO stage,
+and an exact resume.
+"""
 
 import json
 import os
@@ -16,6 +18,8 @@ STEPS = 5
 SETTINGS = (
     *("train.optimizer.name=muon", "train.optimizer.weight_decay=0.1", "train.batch_size=12"),
     *("train.timesteps.kind=logit_normal", "train.timesteps.stratified=true"),
+    *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.mlp=swiglu", "model.value_residual=true"),
+    *("model.injection=decay", "train.intermediate_loss=0.5"),
     *("train.checkpoint.every_samples=24", f"train.total_samples={12 * STEPS}", "train.log.every_samples=12"),
 )
 

@@ -7,6 +7,7 @@ from fpdm import (
     Denoised,
     DenoiserConfig,
     Diffusion,
+    SamplerSettings,
     allocate,
     build_denoiser,
     build_sampler,
@@ -66,11 +67,13 @@ def network(**options):
     return model
 
 
-GAUSSIAN_SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
+GAUSSIAN_SAMPLERS = ("ddim", "ddpm", "multistep", "dpm++", "unipc")
+TRAILING = SamplerSettings(spacing="trailing", spacing_power=1.3, order=3)
+SETTINGS = {"ddim": SamplerSettings(eta=0.5), "multistep": TRAILING}
 PAIRS = [(process, sampler) for process in PROCESSES if process != "flow" for sampler in GAUSSIAN_SAMPLERS]
 
 
-@pytest.mark.parametrize(("process", "sampler"), [*PAIRS, ("flow", "flow_euler")])
+@pytest.mark.parametrize(("process", "sampler"), [*PAIRS, ("flow", "flow_euler"), ("flow", "multistep")])
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
 def test_every_sampler_ends_at_the_clean_latents_of_an_exact_model(process, sampler, num_steps):
     diffusion = PROCESSES[process]
@@ -82,6 +85,7 @@ def test_every_sampler_ends_at_the_clean_latents_of_an_exact_model(process, samp
         noise_of(index),
         index,
         sampler=sampler,
+        sampler_settings=TRAILING if sampler == "multistep" else None,
         num_steps=num_steps,
         step_noise=lambda i: noise_of(index, f"step {i}"),
     )
@@ -102,7 +106,7 @@ def test_spaced_timesteps_are_distinct_ascending_and_end_at_the_last():
         assert kept[-1] == 999
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc", "flow_euler"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"])
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("tolerance", [None, 0.1])
 def test_a_sample_does_not_depend_on_its_batch(sampler, solver, tolerance):
@@ -118,7 +122,9 @@ def test_a_sample_does_not_depend_on_its_batch(sampler, solver, tolerance):
             noise_of(index),
             index % 3,
             sampler=sampler,
-            eta=0.5 if sampler == "ddim" else 0.0,
+            sampler_settings=SETTINGS.get(sampler),
+            start_extrapolation=0.5,
+            guidance_rescale=0.5,
             num_steps=5,
             iterations=[6] * 5,
             reuse=True,
@@ -208,6 +214,39 @@ def test_reuse_starts_each_step_at_the_last_solution_where_it_is_asked_for():
     assert starts[3] is solutions[2]
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_extrapolated_start_moves_on_by_a_part_of_the_last_change(scale):
+    """Under guidance from half of the steps on too: the new null half begins where the conditional one is."""
+    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
+    starts, solutions = [], []
+    forward = model.forward
+
+    def spy(*arguments, **options):
+        starts.append(options["start"])
+        return forward(*arguments, **options)
+
+    model.forward = spy
+    sample(
+        model,
+        diffusion,
+        noise_of(index),
+        index,
+        num_steps=5,
+        iterations=[2] * 5,
+        reuse=True,
+        start_extrapolation=0.5,
+        guidance_scale=scale,
+        guidance_interval=(0.0, 0.5),
+        on_step=lambda i, denoised: solutions.append(denoised.solution),
+    )
+    assert starts[0] is None
+    assert starts[1] is solutions[0]
+    for i in range(2, 5):
+        pair = solutions[i - 1], solutions[i - 2]
+        last, older = (torch.cat([each, each]) if len(each) < len(starts[i]) else each for each in pair)
+        torch.testing.assert_close(starts[i], last + 0.5 * (last - older))
+
+
 def test_reuse_goes_together_with_a_guidance_interval():
     model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
     options = {"num_steps": 8, "reuse": True, "guidance_scale": 3.0, "guidance_interval": (0.3, 0.7)}
@@ -236,14 +275,18 @@ def test_every_batch_evaluates_the_allocation():
 def test_ddim_with_eta_one_has_the_spread_of_ancestral_sampling():
     """With eta = 1 DDIM's step is DDPM's with the lower of the two variances (Song et al., section 4.1)."""
     diffusion = Diffusion(learned_variance=False)
-    ddim, ddpm = build_sampler(diffusion, "ddim", 10, eta=1.0), build_sampler(diffusion, "ddpm", 10)
+    ddim = build_sampler(diffusion, "ddim", 10, SamplerSettings(eta=1.0))
+    ddpm, wide = (build_sampler(diffusion, "ddpm", 10, SamplerSettings(variance=each)) for each in ("small", "large"))
     index = torch.arange(2)
     x, output, zero = noise_of(index), noise_of(index, "output"), torch.zeros(2, 4, 4, 4)
     for i in range(9):
         torch.testing.assert_close(ddim.step(i, output, x, zero), ddpm.step(i, output, x, zero), rtol=1e-4, atol=1e-5)
         lower = (ddim.step(i, output, x, zero + 1) - ddim.step(i, output, x, zero)).mean()
-        upper = (ddpm.step(i, output, x, zero + 1) - ddpm.step(i, output, x, zero)).mean()
+        upper = (wide.step(i, output, x, zero + 1) - wide.step(i, output, x, zero)).mean()
         assert 0 < lower < upper
+        torch.testing.assert_close(
+            ddim.step(i, output, x, zero + 1), ddpm.step(i, output, x, zero + 1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_model_and_a_diffusion_that_disagree_on_the_variance_are_refused():
@@ -257,7 +300,7 @@ def test_stochastic_ddim_stays_real_for_any_number_of_steps():
     """At 96 steps rounding makes what is left of the variance negative."""
     x, output = noise_of(torch.arange(1)), torch.zeros(1, 8, 4, 4)
     for num_steps in (1, 2, 28, 96, 1000):
-        sampler = build_sampler(PROCESSES["v zero snr"], "ddim", num_steps, eta=1.0)
+        sampler = build_sampler(PROCESSES["v zero snr"], "ddim", num_steps, SamplerSettings(eta=1.0))
         for i in range(num_steps):
             following = sampler.step(i, output, x, x)
             assert following.dtype == torch.float32
@@ -295,8 +338,8 @@ def test_a_model_that_went_to_nan_is_refused_at_the_end_of_sampling():
         ({"sampler": "euler"}, "sampler: 'euler' is unknown; choose one of ddpm, ddim"),
         ({"sampler": "flow_euler"}, "sampler: 'flow_euler' does not fit prediction 'v'"),
         ({"sampler": "ddpm"}, "step_noise: sampler 'ddpm' adds noise"),
-        ({"eta": 0.5}, "step_noise: sampler 'ddim' adds noise"),
-        ({"eta": 2.0}, "eta: 2.0"),
+        ({"sampler_settings": SamplerSettings(eta=0.5)}, "step_noise: sampler 'ddim' adds noise"),
+        ({"sampler_settings": SamplerSettings(eta=2.0)}, "eta: 2.0"),
         ({"num_steps": 0}, "num_steps: 0"),
         ({"iterations": None}, "iterations: None for 2 steps"),
         ({"iterations": [1, 2, 3]}, "iterations: 3 values for 2 steps"),

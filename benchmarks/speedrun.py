@@ -1,0 +1,171 @@
+"""What each ingredient of the demo's training gains: added to the paper's way alone, and taken away from all together.
+
+    python benchmarks/speedrun.py [--variants paper all +muon -muon ...] [--seeds 3] [--samples N] [--target FD]
+        [--images 512] [--every N] [--runs FOLDER] [--json FILE] [--markdown FILE]
+
+Each variant is a run of `pipeline/train.py` with the demo's recipe, on one process with one thread, that measures its
+distance on the way; the seed sets weights, noise and order alike. Runs that are finished are read, interrupted ones go
+on. Seconds are those of training without the measurements; FLOPs are the network's, of every step as it was drawn.
+The interval of a mean over seeds is Student's, 95 %.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import t as student
+
+from benchmarks.machine import show_machine
+from common.loading import load_recipe
+from common.log_lines import read_log
+from common.recipe import Recipe, denoiser_config
+from common.run_folder import RunFolder
+from pipeline.training.schedule import step_iterations
+from pipeline.training.throughput import step_flops
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "recipes/demo.yaml"
+# By name: the fields that it sets, and what they are without it.
+INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's distance after so many samples, seconds and floating-point operations."""
+
+    samples: int
+    seconds: float
+    flops: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: means over its seeds; None where a seed did not reach the target."""
+
+    variant: str
+    seeds: int
+    distance: float
+    interval: float
+    samples: float | None
+    seconds: float | None
+    pflops: float | None
+
+    def cells(self) -> list[str]:
+        reached = [self.samples, self.seconds, self.pflops]
+        digits = (0, 0, 2)
+        numbers = ["-" if value is None else f"{value:,.{n}f}" for value, n in zip(reached, digits, strict=True)]
+        return [self.variant, str(self.seeds), f"{self.distance:.1f} ± {self.interval:.1f}", *numbers]
+
+
+def overrides(variant: str) -> list[str]:
+    """The fields of a variant: `paper` has no ingredient, `all` every one, +X that one alone, -X all but that."""
+    name = variant[1:]
+    if variant not in ("paper", "all") and not (variant[0] in "+-" and name in INGREDIENTS):
+        known = ", ".join(INGREDIENTS)
+        raise SystemExit(f"--variants: {variant!r} is unknown; choose paper, all, or + or - one of {known}")
+    fields: dict[str, str] = {}
+    for ingredient, (present, absent) in INGREDIENTS.items():
+        is_in = variant == "all" or (variant[0] == "-" and ingredient != name) or variant == f"+{ingredient}"
+        fields |= present if is_in else absent
+    return [f"{field}={value}" for field, value in fields.items()]
+
+
+def train(variant: str, seed: int, options: argparse.Namespace) -> Recipe:
+    """Trains a variant as far as it is not trained yet, in a process of its own."""
+    given = [
+        *overrides(variant),
+        f"name=without{variant}-{seed}" if variant[0] == "-" else f"name={variant.replace('+', 'with-')}-{seed}",
+        *(f"seed={seed}", f"runs={options.runs}", f"train.total_samples={options.samples}"),
+        *(f"train.previews.distance_every_samples={options.every}", f"train.previews.distance_images={options.images}"),
+    ]
+    recipe = load_recipe(DEMO, given)
+    command = [sys.executable, ROOT / "pipeline/train.py", "--config", DEMO, "launch.processes=1", *given]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run([*map(str, command)], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    return recipe
+
+
+def curve(recipe: Recipe) -> list[Measured]:
+    """What the run's log holds, line by line."""
+    settings, config = recipe.train, denoiser_config(recipe)
+    seconds, flops, before, points = 0.0, 0.0, 0, []
+    for line in read_log(RunFolder(recipe.folder).metrics):
+        starts = range(before, line["samples"], settings.batch_size)
+        counts = [step_iterations(settings, recipe.seed, start) for start in starts]
+        flops += settings.batch_size * sum(step_flops(config, each) for each in counts)
+        seconds += len(starts) * (line["step_seconds"] - line.get("previews_seconds", 0.0))
+        before = line["samples"]
+        if line.get("distance") is not None:
+            points.append(Measured(before, seconds, flops, line["distance"]))
+    return points
+
+
+def reached(points: Sequence[Measured], target: float) -> Measured | None:
+    """Where the curve first falls to the target, between two measurements on a straight line."""
+    for last, point in zip([None, *points], points, strict=False):
+        if point.distance <= target:
+            if last is None:
+                return point
+            part = (last.distance - target) / (last.distance - point.distance)
+            blend = [a + part * (b - a) for a, b in zip(astuple(last), astuple(point), strict=True)]
+            return Measured(round(blend[0]), *blend[1:])
+    return None
+
+
+def row(variant: str, curves: list[list[Measured]], target: float) -> Row:
+    finals, hits = [points[-1].distance for points in curves], [reached(points, target) for points in curves]
+    found = [hit for hit in hits if hit is not None]
+    whole = len(found) == len(hits)
+    count = len(finals)
+    width = student.ppf(0.975, count - 1) * stdev(finals) / math.sqrt(count) if count > 1 else math.nan
+    return Row(
+        variant=variant,
+        seeds=len(finals),
+        distance=mean(finals),
+        interval=width,
+        samples=mean(hit.samples for hit in found) if whole else None,
+        seconds=mean(hit.seconds for hit in found) if whole else None,
+        pflops=mean(hit.flops for hit in found) / 1e15 if whole else None,
+    )
+
+
+def table(rows: list[Row], target: float) -> str:
+    head = ["variant", "seeds", "distance at the end", f"samples to {target:g}", "seconds", "PFLOP"]
+    lines = [head, ["---"] * len(head), *(each.cells() for each in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    every = ["paper", *(f"+{name}" for name in INGREDIENTS), *(f"-{name}" for name in INGREDIENTS), "all"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=every)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=65_536)
+    parser.add_argument("--every", type=int, default=8_192, help="samples between two measurements")
+    parser.add_argument("--images", type=int, default=512, help="images of a measurement")
+    parser.add_argument("--target", type=float, default=150.0)
+    parser.add_argument("--runs", default="runs/speedrun")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    machine, rows = show_machine(), []
+    for variant in options.variants:
+        recipes = [train(variant, seed, options) for seed in range(options.seeds)]
+        rows.append(row(variant, [curve(recipe) for recipe in recipes], options.target))
+        print(" ".join(rows[-1].cells()), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "rows": [asdict(each) for each in rows]}, indent=1))
+    if options.markdown:
+        options.markdown.write_text(table(rows, options.target) + "\n")
+
+
+if __name__ == "__main__":
+    main()
