@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from fpdm.samplers import SamplerSettings
 
 MEASURED = ("adaptive", "calibrated")  # allocations that are measured on the weights
+# Fields of both `Sample` and `Sweep`, which are combined with one another.
+SWEEP_AXES = (
+    *("sampler", "order", "spacing", "spacing_power", "allocation", "reuse", "start_extrapolation", "guidance_scale"),
+    "ema",
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -154,8 +159,18 @@ class Sweep:
     """As sample.reuse."""
     sampler: tuple[Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
     """As sample.sampler."""
+    order: tuple[Literal[1, 2, 3], ...] = (2,)
+    """As sample.order."""
+    spacing: tuple[Literal["linspace", "trailing", "leading", "log_snr"], ...] = ("linspace",)
+    """As sample.spacing."""
+    spacing_power: tuple[Positive, ...] = (1.0,)
+    """As sample.spacing_power."""
+    start_extrapolation: tuple[Fraction, ...] = (0.0,)
+    """As sample.start_extrapolation."""
     guidance_scale: tuple[AtLeastZero, ...] = (1.0,)
     """As sample.guidance_scale."""
+    ema: tuple[str | None, ...] = (None,)
+    """As sample.ema."""
 
 
 def sampler_settings(sample: Sample) -> SamplerSettings:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from common.recipe.sampling import SWEEP_AXES
+
 SOFT = "#858585"
 COLOURS = ("#3b82c4", "#d1793b", "#4f9d69", "#a35fb5", "#b8475a", "#8c8c3e")
 
@@ -21,7 +23,7 @@ def sweep_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     """The distance against blocks an image, a line a way of sampling (the paper's Table 1); where several numbers of
     steps were tried, also against iterations a step, a line a budget (its Figure 4). From rows of `sweep/table.json`.
     """
-    ways = ("sampler", "allocation", "reuse", "guidance_scale")
+    ways = SWEEP_AXES
     iterated = len({round(row["iterations"] or 0) for row in rows}) > 1
     figure, axes = _panels(2 if iterated else 1)
     _draw_lines(axes[0], rows, "blocks", (*ways, "about") if iterated else ways)
@@ -55,8 +57,11 @@ def _draw_lines(axes: Any, rows: Sequence[dict[str, Any]], across: str, fields: 
 
 
 def _word(field: str, value: Any) -> str:
-    words = {"reuse": f"reuse {value}", "guidance_scale": f"guidance {value}", "budget": f"{value} blocks"}
-    return words.get(field, str(value))
+    words = {"guidance_scale": "guidance", "spacing_power": "power", "start_extrapolation": "start moved on by"}
+    if field == "budget":
+        return f"{value} blocks"
+    alone = field in ("sampler", "spacing", "allocation", "about")
+    return str(value) if alone else f"{words.get(field, field)} {value}"
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:

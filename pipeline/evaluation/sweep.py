@@ -18,6 +18,7 @@ from common.files import atomic_write
 from common.log_lines import Count
 from common.recipe import Recipe, check_together, denoiser_config
 from common.recipe import Sweep as SweepSettings
+from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from pipeline.evaluation.measurements import Evaluation, Measurement
@@ -47,9 +48,14 @@ class RowForm(TypedDict):
     sampler: str
     num_steps: Count
     iterations: Annotated[float, Field(ge=0)] | int | None
+    order: Count
+    spacing: str
+    spacing_power: float
     allocation: str
     reuse: str
+    start_extrapolation: float
     guidance_scale: float
+    ema: str | None
     distance: str
     count: Count
     numbers: dict[str, RowNumber]
@@ -69,9 +75,14 @@ class Point:
     sampler: str
     num_steps: int
     iterations: int | float | None
+    order: int
+    spacing: str
+    spacing_power: float
     allocation: str
     reuse: str
+    start_extrapolation: float
     guidance_scale: float
+    ema: str | None
 
 
 class Sweep:
@@ -163,11 +174,9 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
 
 def _combinations(sweep: SweepSettings) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Settings of sampling, a budget, and a number of steps or of iterations."""
-    names = ("sampler", "guidance_scale", "allocation", "reuse")
-    for *values, number, budget in product(
-        *(getattr(sweep, name) for name in names), sweep.num_steps or sweep.iterations, sweep.budgets
-    ):
-        yield dict(zip(names, values, strict=True)), budget, number
+    axes = (getattr(sweep, name) for name in SWEEP_AXES)
+    for *values, number, budget in product(*axes, sweep.num_steps or sweep.iterations, sweep.budgets):
+        yield dict(zip(SWEEP_AXES, values, strict=True)), budget, number
 
 
 def _spend(recipe: Recipe, budget: int, number: int) -> tuple[int, int | float | None]:
@@ -193,15 +202,17 @@ def read_table(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and lines, as the CSV, the Markdown and the report show them."""
+    """Header and lines, as the CSV, the Markdown and the report show them: of other axes those with several values."""
     names = {key: number["name"] for row in rows for key, number in row["numbers"].items()}
-    lines = [[*COLUMNS, "images", *names.values()]]
+    varied = [axis for axis in SWEEP_AXES if axis not in COLUMNS and len({row[axis] for row in rows}) > 1]
+    columns = [*COLUMNS, *varied]
+    lines = [[*columns, "images", *names.values()]]
     for row in rows:
         numbers = [row["numbers"].get(key) for key in names]
         values = ["" if number is None else f"{number['value']:.6g}" for number in numbers]
         settings = [
             "" if row[name] is None else f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
-            for name in COLUMNS
+            for name in columns
         ]
         lines.append([*settings, str(row["count"]), *values])
     return lines

@@ -1,7 +1,8 @@
 """Ways of sampling at given budgets: exact budgets, finished points kept, one table and one picture."""
 
 import csv
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import Recipe
+from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_plot
-from pipeline.evaluation.sweep import Sweep, points, read_table
+from pipeline.evaluation.sweep import Sweep, points, read_table, table
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.sampling.plans import blocks_an_image
 from tests.conftest import copied, run_stage
@@ -85,13 +87,23 @@ def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPat
         run_stage(SWEEP, recipe)
 
 
+def test_every_axis_is_combined_and_those_that_vary_are_columns(recipe: Recipe) -> None:
+    varied = {"sampler": ("ddim", "multistep"), "spacing": ("trailing",), "spacing_power": (1.0, 1.5)}
+    found, _ = points(swept(recipe, budgets=(16,), start_extrapolation=(0.0, 0.5), **varied))
+    drawn = [
+        (each.sample.sampler, each.sample.spacing_power, each.sample.start_extrapolation) for each in found.values()
+    ]
+    assert sorted(drawn) == sorted(product(("ddim", "multistep"), (1.0, 1.5), (0.0, 0.5)))
+    rows = [asdict(point) | {"distance": "FID", "count": 2, "numbers": {}} for point in found]
+    assert [name for name in table(rows)[0] if name in SWEEP_AXES] == [
+        *("sampler", "allocation", "reuse", "guidance_scale", "spacing_power", "start_extrapolation")
+    ]
+
+
 def test_two_numbers_of_iterations_are_drawn_beside_each_other(recipe: Recipe) -> None:
     rows = [
         {
-            "sampler": "ddim",
-            "allocation": "constant",
-            "reuse": "always",
-            "guidance_scale": 1.0,
+            **dict.fromkeys(SWEEP_AXES, 1),
             "num_steps": budget // (each + 2),
             "budget": budget,
             "blocks": budget,
