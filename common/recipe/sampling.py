@@ -28,7 +28,7 @@ MEASURED = ("adaptive", "calibrated")  # allocations that are measured on the we
 # Fields of both `Sample` and `Sweep`, which are combined with one another.
 SWEEP_AXES = (
     *("sampler", "order", "spacing", "spacing_power", "allocation", "reuse", "start_extrapolation", "guidance_scale"),
-    "ema",
+    *("iterate_guidance", "ema"),
 )
 
 
@@ -94,6 +94,11 @@ class Sample:
     guidance_rescale: Fraction = 0.0
     """How far a guided prediction's standard deviation is brought back to the conditional one's (Lin et al., WACV
     2024)."""
+    iterate_guidance: AtLeastZero = 0.0
+    """Moves a prediction away from that of an earlier iterate by this times their difference; costs the post-layers
+    once more. 0: not. For networks trained with train.intermediate_loss."""
+    weak_iterate: Count = 1
+    """That iterate; steps of as few iterations are not guided by it."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Guidance acts where t / T lies in this interval; 1 is pure noise."""
     guidance_channels: Count | None = None
@@ -169,6 +174,8 @@ class Sweep:
     """As sample.start_extrapolation."""
     guidance_scale: tuple[AtLeastZero, ...] = (1.0,)
     """As sample.guidance_scale."""
+    iterate_guidance: tuple[AtLeastZero, ...] = (0.0,)
+    """As sample.iterate_guidance."""
     ema: tuple[str | None, ...] = (None,)
     """As sample.ema."""
 
@@ -231,6 +238,10 @@ def _check_steps(recipe: Recipe) -> None:
         _check_step_choices(recipe, total_iterations(settings))
     elif settings.step_choices:
         raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
+    if settings.iterate_guidance and (settings.tolerance is not None or settings.solver != "picard"):
+        raise ValueError("iterate_guidance: reads an iterate of fixed counts of picard; leave out tolerance and solver")
+    if settings.iterate_guidance and recipe.model.kind == "dit":
+        raise ValueError("iterate_guidance: a DiT has no iterates; leave it out")
     process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
     sampler = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings))
     if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):

@@ -55,6 +55,7 @@ class RowForm(TypedDict):
     reuse: str
     start_extrapolation: float
     guidance_scale: float
+    iterate_guidance: float
     ema: str | None
     distance: str
     count: Count
@@ -82,6 +83,7 @@ class Point:
     reuse: str
     start_extrapolation: float
     guidance_scale: float
+    iterate_guidance: float
     ema: str | None
 
 
@@ -152,7 +154,7 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
     for changes, budget, number in _combinations(recipe.sweep):
         try:
             share = budget // (1 if changes["guidance_scale"] == 1 else 2)
-            num_steps, iterations = _spend(recipe, share, number)
+            num_steps, iterations = _spend(recipe, share, number, guided=changes["iterate_guidance"] > 0)
             settings = changes | {
                 "num_steps": num_steps,
                 "iterations": iterations or recipe.sample.iterations,
@@ -179,15 +181,18 @@ def _combinations(sweep: SweepSettings) -> Iterator[tuple[dict[str, Any], int, i
         yield dict(zip(SWEEP_AXES, values, strict=True)), budget, number
 
 
-def _spend(recipe: Recipe, budget: int, number: int) -> tuple[int, int | float | None]:
-    """(steps, mean iterations of a step) that cost `budget` blocks exactly; of DiT, at most. ValueError if none do."""
+def _spend(recipe: Recipe, budget: int, number: int, *, guided: bool) -> tuple[int, int | float | None]:
+    """(steps, mean iterations of a step) that cost `budget` blocks exactly; of DiT, at most. ValueError if none do.
+
+    guided: by iterates, which costs the post-layers of each step once more, if it has an iteration more.
+    """
     config = denoiser_config(recipe)
     if config.kind == "dit":
         num_steps = budget // config.blocks(0)
         if not num_steps:
             raise ValueError(f"one step costs {config.blocks(0)}")
         return num_steps, None
-    outer = config.blocks(0)
+    outer = config.blocks(0) + config.post_depth * guided
     num_steps = number if recipe.sweep.num_steps else max(1, budget // (number + outer))
     total = budget - outer * num_steps
     if total < num_steps:

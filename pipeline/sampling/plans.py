@@ -25,7 +25,7 @@ from fpdm.allocation import allocate
 from fpdm.calibration import Draw, allocate_measured, calibrate, choose_reuse
 from fpdm.denoiser import Denoiser
 from fpdm.samplers import adds_noise, build_sampler
-from fpdm.sampling import guided_steps, sample_noise
+from fpdm.sampling import guided_steps, sample_noise, weak_iterates
 from fpdm.sampling import sample as sample_latents
 
 REMEDY = "delete the folder and run python pipeline/sample.py"
@@ -65,7 +65,11 @@ def blocks_an_image(recipe: Recipe) -> int:
         counts = even_iterations(recipe) or [0] * settings.num_steps
     else:
         counts = allocate(settings.allocation, settings.num_steps, settings.iterations)
-    return sum(config.blocks(count) * (1 + twice) for count, twice in zip(counts, guided, strict=True))
+    again = weak_iterates(counts, settings.weak_iterate if settings.iterate_guidance else 0)
+    return sum(
+        (config.blocks(count) + config.post_depth * bool(weak)) * (1 + twice)
+        for count, weak, twice in zip(counts, again, guided, strict=True)
+    )
 
 
 def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
@@ -145,6 +149,8 @@ def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tens
         start_extrapolation=settings.start_extrapolation,
         guidance_scale=settings.guidance_scale,
         guidance_rescale=settings.guidance_rescale,
+        iterate_guidance=settings.iterate_guidance,
+        weak_iterate=settings.weak_iterate,
         guidance_interval=settings.guidance_interval,
         guidance_channels=settings.guidance_channels,
         solver=settings.solver,

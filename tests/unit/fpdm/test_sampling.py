@@ -361,3 +361,15 @@ def test_settings_that_do_not_fit_are_named(options, message):
         build_sampler(Diffusion(prediction="v"), "unipc", 1000)
     with pytest.raises(ValueError, match="sampler: 'ddim' does not fit prediction 'flow'"):
         build_sampler(FLOW, "ddim", 2)
+
+
+def test_guidance_by_iterates_moves_the_prediction_away_from_the_weak_iterates():
+    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
+    options = {"num_steps": 1, "iterations": [4]}
+    weak, strong = (
+        sample(model, diffusion, noise_of(index), index, num_steps=1, iterations=[count]) for count in (2, 4)
+    )
+    guided = sample(model, diffusion, noise_of(index), index, **options, iterate_guidance=0.5, weak_iterate=2)
+    torch.testing.assert_close(guided, strong + 0.5 * (strong - weak))  # one step is linear in the prediction
+    short = sample(model, diffusion, noise_of(index), index, **options, iterate_guidance=0.5, weak_iterate=4)
+    assert torch.equal(short, strong)  # no iterate comes after the fourth

@@ -40,6 +40,7 @@ def swept(recipe: Recipe, **fields: Any) -> Recipe:
         {"num_steps": (1, 2, 3)},
         {"allocation": ("constant", "more_at_noise", "calibrated"), "budgets": (17, 23)},
         {"guidance_scale": (1.0, 2.0), "budgets": (16, 24)},
+        {"iterate_guidance": (0.5,), "guidance_scale": (1.0, 2.0), "budgets": (30, 60)},
     ],
 )
 def test_every_point_costs_its_budget_exactly(recipe: Recipe, fields: dict[str, Any]) -> None:
