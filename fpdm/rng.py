@@ -77,7 +77,7 @@ def normal(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) -
 def _draw(convert: Callable[[Words], Tensor], seed: int, stream: str, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     values = math.prod(shape)
     blocks = torch.arange(-(-values // 4), device=index.device)
-    rows = max(1, _CHUNK // len(blocks))
+    rows = max(1, _CHUNK // max(1, len(blocks)))
     parts = [convert(_words(seed, stream, part, blocks)) for part in index.split(rows)]
     return torch.cat(parts)[:, :values].reshape(len(index), *shape)
 

@@ -52,6 +52,12 @@ def even_iterations(recipe: Recipe) -> list[int] | None:
     return allocate("constant", steps, total_iterations(recipe.sample) / steps) if recipe.model.kind == "fpdm" else None
 
 
+def unmeasured(recipe: Recipe) -> Plan:
+    """The recipe's plan; where it would be measured, constant iterations and reuse in every step."""
+    settings = recipe.sample
+    return by_recipe(recipe) or Plan(even_iterations(recipe), [settings.reuse != "none"] * settings.num_steps)
+
+
 def blocks_an_image(recipe: Recipe) -> int:
     """Transformer blocks of one image; a step with guidance computes each twice.
 

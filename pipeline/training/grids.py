@@ -1,4 +1,4 @@
-"""Grids of samples drawn while training, always from the same noise and labels, so that only the weights change."""
+"""Grids of the recipe's first samples, drawn while training: the same noise and labels, so only the weights change."""
 
 import math
 from pathlib import Path
@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from common.files import atomic_write
-from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
-from fpdm import rng
-from fpdm.sampling import sample
 from fpdm.weights import assemble
-from pipeline.sampling.plans import even_iterations
+from pipeline.sampling.generate import draw_images
+from pipeline.sampling.plans import unmeasured
 from preprocess.encoding.encoder import Encoder
 from preprocess.images.images import to_uint8
 
@@ -24,24 +23,14 @@ class GridPainter:
         self.recipe, self.vae, self.device = recipe, vae, device
 
     def paint(self, weights: dict[str, Tensor], samples_seen: int) -> Path:
-        """Writes `grids/<samples seen>.png`. Raises ValueError where samples come out non-finite or constant."""
+        """Writes `grids/<samples seen>.png`. Raises UserError where samples come out non-finite or constant."""
         from torchvision.io import write_png
         from torchvision.utils import make_grid
 
         recipe = self.recipe
         model = assemble(weights, denoiser_config(recipe)).to(self.device).eval()
         index = torch.arange(recipe.train.previews.grid_images, device=self.device)
-        steps = recipe.sample.num_steps
-        latents = sample(
-            model,
-            diffusion(recipe),
-            rng.normal(recipe.seed, "train/grid", index, latent_shape(recipe)),
-            index % recipe.model.num_classes,
-            sampler="flow_euler" if recipe.objective.prediction == "flow" else "ddim",
-            num_steps=steps,
-            iterations=even_iterations(recipe),
-        )
-        images = to_uint8(self.vae.decode(latents)).cpu()  # (N, 3, H, W)
+        images = to_uint8(draw_images(recipe, unmeasured(recipe), model, self.vae, index)).cpu()  # (N, 3, H, W)
         path = RunFolder(recipe.folder).grid(samples_seen)
         with atomic_write(path) as file:
             write_png(make_grid(images, nrow=math.isqrt(len(images) - 1) + 1, padding=0), str(file))

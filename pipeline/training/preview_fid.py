@@ -9,7 +9,7 @@ from pipeline.evaluation.metrics import Accumulator, frechet_distance
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.models import Models
-from pipeline.sampling.plans import Plan, even_iterations
+from pipeline.sampling.plans import unmeasured
 from preprocess.encoding.encoder import Encoder
 from preprocess.images.images import to_uint8
 
@@ -32,7 +32,7 @@ class PreviewDistance:
         """`weights`: complete tensors by name. Raises UserError where samples come out non-finite or constant."""
         settings, device = self.recipe.sample, self.extractor.device
         model = assemble(weights, denoiser_config(self.recipe)).to(device).eval()
-        plan = Plan(even_iterations(self.recipe), [settings.reuse != "none"] * settings.num_steps)
+        plan = unmeasured(self.recipe)
         features = Accumulator()
         for indices in torch.arange(self.recipe.train.previews.distance_images, device=device).split(
             settings.batch_size

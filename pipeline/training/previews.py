@@ -35,7 +35,7 @@ class Previewer:
         try:
             with disk_errors_as_user_errors(self.folder):
                 self.log.image(self.painter.paint(weights, samples_seen), samples_seen)
-        except ValueError as error:
+        except UserError as error:
             self.log.event({"samples": samples_seen, "event": "no grid", "reason": str(error)})
 
     def measure(self, weights: Weights, samples_seen: int) -> tuple[float, str] | None:

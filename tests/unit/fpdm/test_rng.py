@@ -115,3 +115,8 @@ def test_the_global_generator_is_left_alone():
     before = torch.random.get_rng_state()
     rng.normal(0, "a", torch.arange(3), (3,))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("draw", [rng.uniform, rng.normal])
+def test_a_shape_of_no_numbers_draws_none(draw):
+    assert draw(0, "none", torch.arange(3), (4, 0)).shape == (3, 4, 0)

@@ -1,5 +1,6 @@
 """The demo's autoencoder is trained on images that are not held out, and finished without changing an image."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ from diffusers.models import AutoencoderKL
 
 from common.errors import UserError
 from common.recipe import VAE, Data, DemoImages, Recipe
-from preprocess.demo.vae_training import Portraits, build, finish, learning_rate, loss, measure
+from preprocess.demo.vae_training import (
+    KL_WEIGHTS,
+    Portraits,
+    build,
+    finish,
+    kl_weight,
+    learning_rate,
+    loss,
+    measure,
+)
 from preprocess.train_vae import export
 
 RECIPE = Recipe(name="test", demo=DemoImages(held_out_per_class=2), data=Data(resolution=16), vae=VAE(downsampling=4))
@@ -27,7 +37,7 @@ def test_weights_are_a_function_of_the_seed() -> None:
 
 def test_a_step_follows_the_gradient_of_every_parameter() -> None:
     vae = build(RECIPE)
-    loss(vae, images(2), seed=0, step=0).backward()
+    loss(vae, images(2), seed=0, step=0, weight=1e-3).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in vae.parameters())
 
 
@@ -73,3 +83,10 @@ def test_training_never_sees_a_held_out_portrait(monkeypatch: pytest.MonkeyPatch
     held_out = portraits.held_out()
     assert (training.shape, held_out.shape) == ((32, 3, 16, 16), (4, 3, 16, 16))
     assert len({image.numpy().tobytes() for image in [*training, *held_out]}) == 36
+
+
+def test_the_divergence_weighs_more_from_step_to_step_until_the_last_quarter() -> None:
+    weights = [kl_weight(step, 100) for step in range(100)]
+    assert (weights[0], weights[75], weights[99]) == (KL_WEIGHTS[0], pytest.approx(KL_WEIGHTS[1]), KL_WEIGHTS[1])
+    factors = [after / before for before, after in pairwise(weights[:76])]
+    assert factors == pytest.approx([factors[0]] * 75)
