@@ -1,7 +1,7 @@
 """What each ingredient of the demo's training gains: added to the paper's way alone, and taken away from all together.
 
-    python benchmarks/speedrun.py [--variants paper all +muon -muon ...] [--seeds 3] [--samples N] [--target FD]
-        [--images 512] [--every N] [--runs FOLDER] [--json FILE] [--markdown FILE]
+    python benchmarks/speedrun.py [--variants paper all with-X without-X ...] [--seeds 3] [--samples N]
+        [--target FD] [--images 256] [--every N] [--runs FOLDER] [--json FILE] [--markdown FILE]
 
 Each variant is a run of `pipeline/train.py` with the demo's recipe, on one process with one thread, that measures its
 distance on the way; the seed sets weights, noise and order alike. Runs that are finished are read, interrupted ones go
@@ -33,7 +33,29 @@ from pipeline.training.throughput import step_flops
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes/demo.yaml"
 # By name: the fields that it sets, and what they are without it.
-INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "conditioning": (
+        {"model.pre_post_timestep_conditioning": "true"},
+        {"model.pre_post_timestep_conditioning": "false"},
+    ),
+    "attention": (
+        {"model.qk_norm": "true", "model.rope": "true", "model.value_residual": "true"},
+        {"model.qk_norm": "false", "model.rope": "false", "model.value_residual": "false"},
+    ),
+    "injection": ({"model.injection": "decay"}, {"model.injection": "concat"}),
+    "iterations": (
+        {"train.max_no_grad_iterations": "2", "train.max_grad_iterations": "2"},
+        {"train.max_no_grad_iterations": "3", "train.max_grad_iterations": "3"},
+    ),
+    "timesteps": (
+        {"train.timesteps.kind": "logit_normal", "train.timesteps.stratified": "true"},
+        {"train.timesteps.kind": "uniform", "train.timesteps.stratified": "false"},
+    ),
+    "rate": (
+        {"train.optimizer.learning_rate": "2e-3", "train.optimizer.betas": "[0.9, 0.99]"},
+        {"train.optimizer.learning_rate": "1e-3", "train.optimizer.betas": "[0.9, 0.999]"},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -66,15 +88,14 @@ class Row:
 
 
 def overrides(variant: str) -> list[str]:
-    """The fields of a variant: `paper` has no ingredient, `all` every one, +X that one alone, -X all but that."""
-    name = variant[1:]
-    if variant not in ("paper", "all") and not (variant[0] in "+-" and name in INGREDIENTS):
-        known = ", ".join(INGREDIENTS)
-        raise SystemExit(f"--variants: {variant!r} is unknown; choose paper, all, or + or - one of {known}")
+    """The fields of a variant: `paper` has no ingredient, `all` every one, with-X that one, without-X all but it."""
+    known = ["paper", "all", *(f"with{out}-{name}" for out in ("", "out") for name in INGREDIENTS)]
+    if variant not in known:
+        raise SystemExit(f"--variants: {variant!r} is unknown; choose of {', '.join(known)}")
     fields: dict[str, str] = {}
     for ingredient, (present, absent) in INGREDIENTS.items():
-        is_in = variant == "all" or (variant[0] == "-" and ingredient != name) or variant == f"+{ingredient}"
-        fields |= present if is_in else absent
+        without = variant.startswith("without-") and variant != f"without-{ingredient}"
+        fields |= present if variant in ("all", f"with-{ingredient}") or without else absent
     return [f"{field}={value}" for field, value in fields.items()]
 
 
@@ -82,12 +103,12 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> Recipe:
     """Trains a variant as far as it is not trained yet, in a process of its own."""
     given = [
         *overrides(variant),
-        f"name=without{variant}-{seed}" if variant[0] == "-" else f"name={variant.replace('+', 'with-')}-{seed}",
-        *(f"seed={seed}", f"runs={options.runs}", f"train.total_samples={options.samples}"),
+        *(f"name={variant}-{seed}", f"seed={seed}", f"runs={options.runs}", f"train.total_samples={options.samples}"),
         *(f"train.previews.distance_every_samples={options.every}", f"train.previews.distance_images={options.images}"),
+        *("sample.num_steps=10", "launch.processes=1"),
     ]
     recipe = load_recipe(DEMO, given)
-    command = [sys.executable, ROOT / "pipeline/train.py", "--config", DEMO, "launch.processes=1", *given]
+    command = [sys.executable, ROOT / "pipeline/train.py", "--config", DEMO, *given]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     subprocess.run([*map(str, command)], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     return recipe
@@ -144,13 +165,13 @@ def table(rows: list[Row], target: float) -> str:
 
 
 def main() -> None:
-    every = ["paper", *(f"+{name}" for name in INGREDIENTS), *(f"-{name}" for name in INGREDIENTS), "all"]
+    every = ["paper", *(f"with{out}-{name}" for out in ("", "out") for name in INGREDIENTS), "all"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=every)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=65_536)
+    parser.add_argument("--samples", type=int, default=32_768)
     parser.add_argument("--every", type=int, default=8_192, help="samples between two measurements")
-    parser.add_argument("--images", type=int, default=512, help="images of a measurement")
+    parser.add_argument("--images", type=int, default=256, help="images of a measurement")
     parser.add_argument("--target", type=float, default=150.0)
     parser.add_argument("--runs", default="runs/speedrun")
     parser.add_argument("--json", type=Path)
