@@ -34,6 +34,10 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes/demo.yaml"
 # By name: the fields that it sets, and what they are without it.
 INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "prediction": (
+        {"objective.prediction": "clean", "objective.loss_weight": "velocity"},
+        {"objective.prediction": "v", "objective.loss_weight": "none"},
+    ),
     "conditioning": (
         {"model.pre_post_timestep_conditioning": "true"},
         {"model.pre_post_timestep_conditioning": "false"},

@@ -2,7 +2,8 @@
 
 Linear schedule and ancestral posterior: Ho et al. (2020). Cosine, learned-range variance and the hybrid loss: Nichol
 and Dhariwal (2021). Zero terminal SNR and v under it: Lin et al. (2024), Salimans and Ho (2022). Flow matching with
-straight paths: Lipman et al. (2023), Liu et al. (2023). Min-SNR: Hang et al. (2023).
+straight paths: Lipman et al. (2023), Liu et al. (2023). Min-SNR: Hang et al. (2023). The clean latents as prediction
+under the loss of v: Li and He, "Back to basics: let denoising generative models denoise" (2025).
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 MIN_SNR_GAMMA = 5.0
+LEAST_SIGMA = 0.1  # of the loss weight "velocity": nearer to the data every error would weigh more than all others
 LOG_FLOOR = 1e-12
 
 
@@ -51,24 +53,26 @@ class GaussianSchedule:
 class Diffusion:
     """A forward process, its prediction target and its loss; a ValueError names the field that does not fit.
 
-    prediction: "epsilon" (the noise), "v" (sqrt(abar) noise - sqrt(1 - abar) x0), or "flow" (noise - x0).
+    prediction: "epsilon" (the noise), "v" (sqrt(abar) noise - sqrt(1 - abar) x0), "clean" (x0), or "flow" (noise - x0).
+        A small network learns "clean" faster: the latents lie near fewer dimensions than the noise.
     loss_weight: of the squared error of the prediction; "none" is plain. "p2" is what the released FPDM code does with
         v, abar sqrt(1 - abar): it is exactly zero at t = T - 1 under zero terminal SNR, so that the first step of
-        sampling is never trained. "min_snr" is zero there too, for v.
+        sampling is never trained. "min_snr" is zero there too, for v. "velocity" weighs errors of the clean latents as
+        if they were those of v that they imply, 1 / (1 - abar), 100 at most.
     """
 
     schedule: Literal["linear", "cosine", "flow"] = "linear"
     num_timesteps: int = 1000
     zero_terminal_snr: bool = False
-    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    prediction: Literal["epsilon", "v", "clean", "flow"] = "epsilon"
     learned_variance: bool = True
-    loss_weight: Literal["none", "p2", "min_snr"] = "none"
+    loss_weight: Literal["none", "p2", "min_snr", "velocity"] = "none"
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("schedule", ("linear", "cosine", "flow")),
-            ("prediction", ("epsilon", "v", "flow")),
-            ("loss_weight", ("none", "p2", "min_snr")),
+            ("prediction", ("epsilon", "v", "clean", "flow")),
+            ("loss_weight", ("none", "p2", "min_snr", "velocity")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: {getattr(self, field)!r} is unknown; choose one of {', '.join(allowed)}")
@@ -82,9 +86,14 @@ class Diffusion:
             raise ValueError("learned_variance: flow matching has no variance to learn; set it to False")
         if self.is_flow and self.loss_weight != "none":
             raise ValueError(f"loss_weight: {self.loss_weight!r} is not defined for flow matching; choose 'none'")
-        if self.zero_terminal_snr and self.prediction != "v":
+        if self.zero_terminal_snr and self.prediction not in ("v", "clean"):
             raise ValueError(
-                f"zero_terminal_snr: with no signal left, prediction {self.prediction!r} says nothing of x0; choose 'v'"
+                f"zero_terminal_snr: with no signal left, prediction {self.prediction!r} says nothing of x0; choose "
+                "'v' or 'clean'"
+            )
+        if self.loss_weight == "velocity" and self.prediction != "clean":
+            raise ValueError(
+                f"loss_weight: 'velocity' weighs clean predictions, not {self.prediction!r}; choose 'none' or 'min_snr'"
             )
         if self.loss_weight == "p2" and self.prediction != "v":
             raise ValueError(
@@ -130,6 +139,8 @@ class Diffusion:
             return noise
         if self.prediction == "flow":
             return noise - x0
+        if self.prediction == "clean":
+            return x0
         signal, sigma = self._signal_and_sigma(t)
         return signal * noise - sigma * x0
 
@@ -215,16 +226,22 @@ def _loss_weight(diffusion: Diffusion, abar: Tensor) -> Tensor:
         return torch.ones_like(abar)
     if diffusion.loss_weight == "p2":
         return abar * (1 - abar).sqrt()
+    if diffusion.loss_weight == "velocity":
+        return 1 / (1 - abar).clamp_min(LEAST_SIGMA**2)
     snr = abar / (1 - abar)
-    return snr.clamp_max(MIN_SNR_GAMMA) / (snr + (1 if diffusion.prediction == "v" else 0))
+    unweighted = {"v": snr + 1, "epsilon": snr, "clean": torch.ones_like(snr)}  # over the squared error of x0
+    return snr.clamp_max(MIN_SNR_GAMMA) / unweighted[diffusion.prediction]
 
 
 def split_prediction(
     kind: str, prediction: Tensor, x: Tensor, signal: Tensor | float, sigma: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """(clean latents, noise) implied by a prediction of `kind` "epsilon" or "v" at x = signal x0 + sigma noise, in the
-    shape of x; the factors are numbers or broadcast.
+    """(clean latents, noise) implied by a prediction of `kind` at x = signal x0 + sigma noise, in the shape of x.
+
+    kind: "epsilon", "v" or "clean". The factors are numbers or broadcast.
     """
+    if kind == "clean":
+        return prediction, (x - signal * prediction) / sigma
     if kind == "epsilon":
         return (x - sigma * prediction) / signal, prediction
     return signal * x - sigma * prediction, sigma * x + signal * prediction

@@ -165,7 +165,7 @@ def _diffusers_scheduler(diffusion: Diffusion, name: SamplerName) -> Any:
     return kind(
         num_train_timesteps=diffusion.num_timesteps,
         trained_betas=diffusion.gaussian.betas.tolist(),
-        prediction_type="v_prediction" if diffusion.prediction == "v" else "epsilon",
+        prediction_type={"v": "v_prediction", "epsilon": "epsilon", "clean": "sample"}[diffusion.prediction],
         rescale_betas_zero_snr=diffusion.zero_terminal_snr,
     )
 

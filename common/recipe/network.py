@@ -66,13 +66,15 @@ class Objective:
     """Timesteps of the diffusion process."""
     zero_terminal_snr: StrictBool = True
     """Rescale the schedule so that the last timestep is pure noise (Lin et al., WACV 2024)."""
-    prediction: Literal["epsilon", "v", "flow"] = "v"
-    """What the network predicts: the noise, the velocity of diffusion, or that of flow matching."""
+    prediction: Literal["epsilon", "v", "clean", "flow"] = "v"
+    """What the network predicts: the noise, the velocity of diffusion, the clean latents, or the velocity of flow
+    matching. Small networks learn `clean` faster, with loss_weight velocity."""
     learned_variance: StrictBool = True
     """Also learn the variance of a reverse step, from a second half of the output channels (Nichol and Dhariwal, ICML
     2021)."""
-    loss_weight: Literal["none", "p2", "min_snr"] = "none"
-    """Weight of the loss by timestep: none, P2 (Choi et al., CVPR 2022) or Min-SNR (Hang et al., ICCV 2023)."""
+    loss_weight: Literal["none", "p2", "min_snr", "velocity"] = "none"
+    """Weight of the loss by timestep: none, P2 (Choi et al., CVPR 2022), Min-SNR (Hang et al., ICCV 2023), or of clean
+    predictions as if they were of the velocity (Li and He, 2025)."""
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int]:

@@ -81,7 +81,7 @@ def test_the_published_weight_is_that_of_the_released_code():
     )
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "clean"])
 def test_min_snr_weighs_by_the_clipped_signal_to_noise_ratio(prediction):
     x0, noise = tensors()
     t = torch.tensor([5, 200, 600, 990])
@@ -92,8 +92,31 @@ def test_min_snr_weighs_by_the_clipped_signal_to_noise_ratio(prediction):
     )
     abar = Diffusion(**options).gaussian.alphas_cumprod[t]
     snr = abar / (1 - abar)
-    expected = snr.clamp_max(5) / (snr if prediction == "epsilon" else snr + 1)
+    expected = snr.clamp_max(5) / {"epsilon": snr, "v": snr + 1, "clean": 1}[prediction]
     torch.testing.assert_close(ratio, expected.float())
+
+
+def test_under_the_weight_velocity_clean_predictions_have_the_loss_of_the_velocity_they_imply():
+    """From where sigma is 0.1 on; nearer to the data the weight stays at 100."""
+    x0, noise = tensors()
+    t = torch.tensor([40, 200, 600, 999])
+    options = {"zero_terminal_snr": True, "learned_variance": False}
+    velocity = Diffusion(prediction="v", **options)
+    clean = Diffusion(prediction="clean", loss_weight="velocity", **options)
+    output = 0.5 * x0 + 0.1 * noise
+    signal, sigma = velocity._signal_and_sigma(t)
+    assert float(sigma.min()) > 0.1
+    implied = (signal * velocity.add_noise(x0, noise, t) - output) / sigma
+    expected = velocity.loss(implied, x0, noise, t)["loss"]
+    torch.testing.assert_close(clean.loss(output, x0, noise, t)["loss"], expected, rtol=1e-4, atol=1e-6)
+    first = clean.loss(output, x0, noise, torch.zeros_like(t))["loss"]
+    torch.testing.assert_close(first, 100 * (output - x0).square().mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_weight_velocity_is_of_clean_predictions_alone(prediction):
+    with pytest.raises(ValueError, match="^loss_weight: 'velocity' weighs clean predictions"):
+        Diffusion(prediction=prediction, loss_weight="velocity")
 
 
 def test_flow_interpolates_straight_and_predicts_the_difference():

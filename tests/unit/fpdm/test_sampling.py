@@ -24,6 +24,7 @@ PROCESSES = {
     "v": Diffusion(prediction="v"),
     "v zero snr": Diffusion(prediction="v", zero_terminal_snr=True),
     "cosine": Diffusion(schedule="cosine", prediction="v"),
+    "clean zero snr": Diffusion(prediction="clean", zero_terminal_snr=True, loss_weight="velocity"),
     "flow": FLOW,
 }
 
