@@ -145,6 +145,9 @@ class Train:
     micro_batch_size: Count | None = None
     """Samples that one rank computes at once. Less than its share of the batch means gradient accumulation. null: all
     of its share."""
+    latents: Literal["drawn", "mean"] = "drawn"
+    """A sample's latents: drawn anew from the autoencoder's posterior each time it is seen, or the posterior's mean,
+    which is easier to learn where the posterior is wide."""
     label_dropout: BelowOne = 0.1
     """Probability that a label is replaced by the null label, which guidance needs."""
     max_no_grad_iterations: CountOrZero = 6

@@ -98,7 +98,8 @@ class Stream:
         indices = self.order.indices(positions).numpy()
         moments = torch.from_numpy(self.shards.gather(indices, self._flips(positions))).float()  # (B, 2C, h, w)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        normals = rng.normal(seed, "train/posterior", positions, shape)
+        drawn = recipe.train.latents == "drawn"
+        normals = rng.normal(seed, "train/posterior", positions, shape) if drawn else torch.zeros(count, *shape)
         latents = draw_latents(moments, normals, *self.shards.scaling)
         labels = torch.from_numpy(self.shards.labels_at(indices))
         dropped = rng.uniform(seed, "train/label_dropout", positions) < recipe.train.label_dropout

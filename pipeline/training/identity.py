@@ -18,7 +18,7 @@ IDENTITY = {
         "max_no_grad_iterations",
         "max_grad_iterations",
         "iterations_rise",
-        "intermediate_loss",
+        *("intermediate_loss", "latents"),
     ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),

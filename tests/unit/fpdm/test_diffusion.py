@@ -115,7 +115,7 @@ def test_under_the_weight_velocity_clean_predictions_have_the_loss_of_the_veloci
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_weight_velocity_is_of_clean_predictions_alone(prediction):
-    with pytest.raises(ValueError, match="^loss_weight: 'velocity' weighs clean predictions"):
+    with pytest.raises(ValueError, match=r"^loss_weight: 'velocity' weighs clean predictions"):
         Diffusion(prediction=prediction, loss_weight="velocity")
 
 

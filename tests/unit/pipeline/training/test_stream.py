@@ -56,6 +56,16 @@ def test_latents_are_drawn_from_their_posterior_and_scaled(stream: Stream) -> No
     assert torch.allclose(batch.latents, drawn(torch.where(mirrored == 1, -indices, indices)))
 
 
+def test_latents_are_their_posteriors_mean_where_the_recipe_says_so(stream: Stream) -> None:
+    of_means = Stream(recipe(stream.shards.address, "train.latents=mean"), stream.shards, stream.diffusion)
+    batch, indices = of_means.batch(0, COUNT), stream.order.indices(torch.arange(COUNT))
+    mirrored = rng.integers(0, "train/flip", torch.arange(COUNT), 2)  # their means are those of the others, negative
+    means = torch.where(mirrored == 1, -indices, indices).float()
+    expected = 0.5 * (means - 0.25)[:, None, None, None].expand(-1, 2, 2, 2)
+    assert torch.allclose(batch.latents, expected)
+    assert torch.equal(batch.noise, stream.batch(0, COUNT).noise)
+
+
 def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
     plain = Stream(recipe(stream.shards.address, "data.flips=false"), stream.shards, stream.diffusion)
     assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.order.indices(torch.arange(COUNT))))
