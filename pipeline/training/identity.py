@@ -39,14 +39,24 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
     if recipe.train.optimizer.learning_rate_decay != "constant" or recipe.train.iterations_rise:
         # every rate and count of the schedule depends on its end
         fields["train.total_samples"] = recipe.train.total_samples
+    return json.loads(json.dumps(fields | _of_recipe(recipe)))  # with JSON's types, as it is compared
+
+
+def _of_recipe(recipe: Recipe) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for section, names in IDENTITY.items():
         values = vars(attrgetter(section)(recipe))
         fields |= {f"{section}.{name}": values[name] for name in names or values}
-    return json.loads(json.dumps(fields))  # with JSON's types, as it is compared
+    return fields
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The fields in which two identities differ, with both values; empty if they are equal."""
+    """The fields in which two identities differ, with both values; empty if they are equal.
+
+    A field that is younger than the run had its default.
+    """
+    defaults = json.loads(json.dumps(_of_recipe(Recipe(name="default"))))
+    before = {field: defaults[field] for field in defaults.keys() & now.keys()} | before
     return ", ".join(
         f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
         for field in sorted(before | now)
