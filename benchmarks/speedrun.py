@@ -38,6 +38,7 @@ INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"objective.prediction": "clean", "objective.loss_weight": "velocity"},
         {"objective.prediction": "v", "objective.loss_weight": "none"},
     ),
+    "latents": ({"train.latents": "mean"}, {"train.latents": "drawn"}),
     "conditioning": (
         {"model.pre_post_timestep_conditioning": "true"},
         {"model.pre_post_timestep_conditioning": "false"},
