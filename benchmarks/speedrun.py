@@ -123,7 +123,7 @@ def curve(recipe: Recipe) -> list[Measured]:
     """What the run's log holds, line by line."""
     settings, config = recipe.train, denoiser_config(recipe)
     seconds, flops, before, points = 0.0, 0.0, 0, []
-    for line in read_log(RunFolder(recipe.folder).metrics):
+    for line in read_log(RunFolder(recipe.folder).log):
         starts = range(before, line["samples"], settings.batch_size)
         counts = [step_iterations(settings, recipe.seed, start) for start in starts]
         flops += settings.batch_size * sum(step_flops(config, each) for each in counts)

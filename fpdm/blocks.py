@@ -152,11 +152,12 @@ class Attention(nn.Module):
 @lru_cache(maxsize=16)
 def _rotation(side: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines (side**2, width / 2): a quarter of the width turns with the row, one with the column."""
-    frequencies = 100.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, width / 4)
-    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
-    both = torch.cat([rows, columns], dim=-1).flatten(0, 1).to(device)
-    return both.cos().to(dtype), both.sin().to(dtype)
+    with torch.inference_mode(False):  # they are kept, and training may use them next
+        steps = torch.arange(max(side, width // 4), dtype=torch.float64, device=device)
+        angles = steps[:side, None] * 100.0 ** (-steps[: width // 4] / (width // 4))  # (side, width / 4)
+        rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+        both = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+        return both.cos().to(dtype), both.sin().to(dtype)
 
 
 def rotate(x: Tensor, side: int) -> Tensor:
@@ -179,16 +180,16 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU: fc2(SiLU(gate) * value), both halves of fc1; (B, T, D) -> (B, T, D)."""
+    """SwiGLU: fc2(SiLU(gate) * value), both halves of fc1_gated; (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         hidden = -(-hidden * 2 // 24) * 8  # two thirds, up to a multiple of 8
-        self.fc1 = Linear(width, 2 * hidden)
+        self.fc1_gated = Linear(width, 2 * hidden)
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate, value = self.fc1_gated(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
 
 

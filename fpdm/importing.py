@@ -118,7 +118,7 @@ def _with_stated(path: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -
             if path.is_dir():
                 check_seal(checkpoint.folder)
             config = read_config(checkpoint.folder)
-            traceless = ("num_heads", "input_size", "pre_post_timestep_conditioning")
+            traceless = ("num_heads", "input_size", "pre_post_timestep_conditioning", "mlp_ratio", "norm", "rope")
             stated |= {name: getattr(config, name) for name in traceless}
         else:
             stated |= diffusers_dit.read_settings(checkpoint.folder)
@@ -145,9 +145,9 @@ def _is_table(given: Tensor, table: Tensor) -> bool:
 def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConfig:
     """Infer a network's config from the names and shapes of its tensors.
 
-    Two settings leave no trace in them and change the output all the same: pre_post_timestep_conditioning of an FPDM,
-    which must be given, and num_heads, which is taken from the standard size of that width or must be given. input_size
-    needs the position table, or must be given.
+    Some settings leave no trace in them and change the output all the same: pre_post_timestep_conditioning of an FPDM,
+    which must be given; num_heads, which is taken from the standard size of that width or must be given; norm and rope,
+    which are the published ones unless given. input_size needs the position table, or must be given.
 
     Raises:
         ValueError: naming the setting to give, or the tensor that is missing.
@@ -156,7 +156,7 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     block = "block_fixed_point" if kind == "fpdm" else "blocks.0"
     config: dict[str, Any] = {"kind": kind, "self_conditioned": f"{block}.t_embedder.mlp.0.weight" in tensors}
     label = f"{block}.y_embedder" if config["self_conditioned"] else "y_embedder"
-    needed = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, f"{block}.mlp.fc1.weight": 2}
+    needed = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, f"{block}.mlp.fc2.weight": 2}
     condition = [f"{label}.{name}.weight" for name in ("embedding_table", "proj")]
     needed[condition[condition[1] in tensors]] = 2
     if "pos_embed" in tensors:
@@ -169,7 +169,15 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     config |= {"hidden_size": width, "in_channels": channels, "patch_size": patch_size}
     outputs = len(tensors["final_layer.linear.weight"]) // max(1, patch_size**2)
     config["learned_variance"] = outputs == 2 * channels
-    config["mlp_ratio"] = len(tensors[f"{block}.mlp.fc1.weight"]) / max(1, width)
+    hidden = tensors[f"{block}.mlp.fc2.weight"].shape[1]
+    if f"{block}.mlp.fc1_gated.weight" in tensors:  # has two thirds of the width that mlp_ratio says
+        config |= {"mlp": "swiglu", "mlp_ratio": 1.5 * hidden / max(1, width)}
+    else:
+        config["mlp_ratio"] = hidden / max(1, width)
+    config["qk_norm"] = f"{block}.attn.q_scale" in tensors
+    config["value_residual"] = any(name.endswith(".attn.value_mix") for name in tensors)
+    if kind == "fpdm" and "block_fixed_point_decay" in tensors:
+        config["injection"] = "decay"
     if kind == "dit":
         config["depth"] = _depth(tensors, "blocks")
     else:

@@ -84,7 +84,7 @@ def spaced_timesteps(
     lowest, highest = (float(ratios[t]) ** (1 / KARRAS_RHO) for t in (0, last))
     roots = torch.linspace(lowest, highest, num_steps, dtype=torch.float64)
     nearest = torch.searchsorted(ratios.contiguous(), (roots**KARRAS_RHO)[:-1].contiguous())
-    return _distinct([*nearest.tolist(), last], num_timesteps)
+    return _distinct([0, *nearest.tolist()[1:], last], num_timesteps)
 
 
 def _distinct(ascending: list[int], num_timesteps: int) -> list[int]:
@@ -211,6 +211,12 @@ def _check(diffusion: Diffusion, name: SamplerName, num_steps: int, settings: Sa
         raise ValueError(f"spacing: {settings.spacing!r} is unknown; choose one of {', '.join(get_args(Spacing))}")
     if settings.order not in (1, 2, 3):
         raise ValueError(f"order: {settings.order} is not 1, 2 or 3")
+    if settings.order != SamplerSettings.order and name != "multistep":
+        raise ValueError(f"order: {settings.order} is of sampler multistep, not {name}; leave it out")
+    if settings.variance not in get_args(Variance):
+        raise ValueError(f"variance: {settings.variance!r} is unknown; choose one of {', '.join(get_args(Variance))}")
+    if settings.variance != SamplerSettings.variance and (name != "ddpm" or diffusion.learned_variance):
+        raise ValueError("variance: is of sampler ddpm where none is learned; leave it out")
     if settings.spacing_power <= 0:
         raise ValueError(f"spacing_power: {settings.spacing_power} must be positive")
     if settings.spacing_power != 1 and settings.spacing != "trailing":

@@ -175,11 +175,16 @@ def _one_a_step(name: str, values: Sequence[Any] | None, num_steps: int, needed:
 
 
 def _start(solution: Tensor | None, older: Tensor | None, extrapolation: float, batch: int) -> Tensor | None:
-    """Where a step starts: the last solution, moved on by a part of its last change. Both fit a batch of this size."""
+    """Where a step starts: the last solution, moved on by a part of its last change.
+
+    Both fit a batch of this size; where guidance has just added a null half there is no earlier one to move on from.
+    """
     if solution is None:
         return None
     start = _fitted(solution, batch)
-    return start if older is None or not extrapolation else start + extrapolation * (start - _fitted(older, batch))
+    if older is None or not extrapolation or len(older) < batch:
+        return start
+    return start + extrapolation * (start - _fitted(older, batch))
 
 
 def _fitted(solution: Tensor, batch: int) -> Tensor:

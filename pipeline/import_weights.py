@@ -55,12 +55,14 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     stated: dict[str, Any] = {  # which no shape shows
         "num_heads": wanted.num_heads,
         "pre_post_timestep_conditioning": wanted.pre_post_timestep_conditioning,
+        **{name: getattr(wanted, name) for name in ("mlp_ratio", "norm", "rope")},
     }
     try:
         model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **stated)
     except (OSError, ValueError) as error:
         raise UserError(f"--checkpoint: {error}") from None
-    unused = ("pre_depth", "post_depth", "pre_post_timestep_conditioning") if wanted.kind == "dit" else ("depth",)
+    of_fpdm = ("pre_depth", "post_depth", "pre_post_timestep_conditioning", "injection")
+    unused = of_fpdm if wanted.kind == "dit" else ("depth",)
     for name, value in asdict(wanted).items():
         if name not in (*unused, "self_conditioned") and (imported := getattr(model.config, name)) != value:
             raise UserError(

@@ -100,7 +100,7 @@ class Sample:
     weak_iterate: Count = 1
     """That iterate; steps of as few iterations are not guided by it."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Guidance acts where t / T lies in this interval; 1 is pure noise."""
+    """Guidance by guidance_scale acts where t / T lies in this interval; 1 is pure noise."""
     guidance_channels: Count | None = None
     """The first channels of the latent, on which guidance acts; 3 is what DiT and FPDM published. null: all."""
     weights: Literal["latest"] | SamplesSeen = "latest"
@@ -238,14 +238,32 @@ def _check_steps(recipe: Recipe) -> None:
         _check_step_choices(recipe, total_iterations(settings))
     elif settings.step_choices:
         raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
-    if settings.iterate_guidance and (settings.tolerance is not None or settings.solver != "picard"):
-        raise ValueError("iterate_guidance: reads an iterate of fixed counts of picard; leave out tolerance and solver")
-    if settings.iterate_guidance and recipe.model.kind == "dit":
-        raise ValueError("iterate_guidance: a DiT has no iterates; leave it out")
+    if settings.iterate_guidance:
+        _check_iterate_guidance(recipe)
+    if settings.start_extrapolation and settings.reuse == "none":
+        raise ValueError("start_extrapolation: moves on starts that reuse gives, and reuse is 'none'; set it to 0")
+    if settings.guidance_rescale and settings.guidance_scale == 1:
+        raise ValueError("guidance_rescale: there is no guidance to rescale with guidance_scale 1; set it to 0")
     process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
     sampler = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings))
     if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):
         raise ValueError(f"guidance_interval: {list(interval)} holds none of the {settings.num_steps} steps; widen it")
+
+
+def _check_iterate_guidance(recipe: Recipe) -> None:
+    from fpdm.allocation import allocate
+
+    settings = recipe.sample
+    if recipe.model.kind == "dit":
+        raise ValueError("iterate_guidance: a DiT has no iterates; leave it out")
+    if settings.tolerance is not None or settings.solver != "picard":
+        raise ValueError("iterate_guidance: reads an iterate of fixed counts of picard; leave out tolerance and solver")
+    if settings.step_choices:
+        raise ValueError("iterate_guidance: not with step_choices, which compare samples of unequal guidance and cost")
+    if settings.allocation not in MEASURED:
+        most = max(allocate(settings.allocation, settings.num_steps, settings.iterations))
+        if most <= settings.weak_iterate:
+            raise ValueError(f"weak_iterate: {settings.weak_iterate}, and no step has more than {most} iterations")
 
 
 def _check_step_choices(recipe: Recipe, iterations: int) -> None:

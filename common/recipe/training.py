@@ -207,6 +207,10 @@ def check_training(train: Train) -> None:
         )
     if train.optimizer.name == "muon" and train.optimizer.offload:
         raise ValueError("train.optimizer.offload: only of AdamW; set it to false, or train.optimizer.name to adamw")
+    if train.intermediate_loss and train.max_grad_iterations == 1:
+        raise ValueError(
+            "train.intermediate_loss: with train.max_grad_iterations 1 no earlier iterate has a gradient; set it to 0"
+        )
     if train.zero_stage == 3 and train.compile:
         raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
     if not (train.ema.decays or train.ema.widths):

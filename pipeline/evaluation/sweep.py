@@ -160,9 +160,12 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
                 "iterations": iterations or recipe.sample.iterations,
                 "step_choices": (),  # the sweep compares them itself
                 "tolerance": None,  # at budgets that are spent
+                "guidance_rescale": 0.0 if changes["guidance_scale"] == 1 else recipe.sample.guidance_rescale,
             }
             point_recipe = replace(recipe, sample=replace(recipe.sample, **settings))
             check_together(point_recipe)
+            if changes["iterate_guidance"] and (cost := blocks_an_image(point_recipe)) != budget:
+                raise ValueError(f"guided by iterates, {num_steps} steps cost {cost}")
         except ValueError as error:
             counted = "steps" if recipe.sweep.num_steps else "iterations"
             left_out.append(f"{changes['sampler']}, {number} {counted}, {budget} blocks: {error}")

@@ -27,7 +27,7 @@ NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
 ADAMW_RMS = 0.2  # the usual root mean square of an AdamW update at learning rate 1
 # Matrices that are several: (number, dimension along which they are stacked).
-STACKED = {"attn.qkv": (3, 0), "adaLN_modulation": (6, 0), "projection_fc1": (2, 1)}
+STACKED = {"attn.qkv": (3, 0), "adaLN_modulation": (6, 0), "projection_fc1": (2, 1), "mlp.fc1_gated": (2, 0)}
 
 
 def takes(name: str, dimensions: int) -> bool:

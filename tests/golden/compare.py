@@ -37,16 +37,7 @@ from rounding import bounds
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fpdm import (
-    Denoiser,
-    DenoiserConfig,
-    Diffusion,
-    SamplerSettings,
-    assemble,
-    guide,
-    sample,
-    spaced_timesteps,
-)
+from fpdm import Denoiser, DenoiserConfig, Diffusion, assemble, guide, sample, spaced_timesteps
 
 ITERATIONS = 4  # of every call whose entry states no other number
 INPUTS = ("param.", "in.")
@@ -150,7 +141,6 @@ def process(
                     entries[f"{name}.z"],
                     y,
                     sampler=sampler,
-                    sampler_settings=SamplerSettings(variance="large"),
                     num_steps=steps,
                     iterations=[ITERATIONS] * steps,
                     reuse=match[3] == ".reuse",

@@ -75,7 +75,7 @@ def test_a_gated_mlp_has_two_thirds_of_the_width_and_is_silu_of_one_half_times_t
     mlp = GatedMlp(24, 96)
     assert mlp.fc2.weight.shape == (24, 64)
     x = torch.linspace(-1, 1, 48).reshape(2, 24)
-    gate, value = (x @ mlp.fc1.weight.T + mlp.fc1.bias).split(64, dim=-1)
+    gate, value = (x @ mlp.fc1_gated.weight.T + mlp.fc1_gated.bias).split(64, dim=-1)
     torch.testing.assert_close(mlp(x), (gate / (1 + (-gate).exp()) * value) @ mlp.fc2.weight.T + mlp.fc2.bias)
 
 

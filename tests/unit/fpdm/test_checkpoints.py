@@ -437,3 +437,28 @@ def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path: Path, change,
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=rf"tensor 'final_layer\.linear\.weight' {message}; save it as dense float32"):
         import_checkpoint(tmp_path / "c.pt", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope": True, "norm": "rms", "qk_norm": True, "value_residual": True, "injection": "decay"},
+        {"mlp": "swiglu", "hidden_size": 48, "mlp_ratio": 3.0},
+    ],
+)
+def test_our_own_folders_are_imported_with_every_option_of_their_network(tmp_path, options):
+    config = DenoiserConfig(**{"input_size": 8, "hidden_size": 32, "num_heads": 2, "num_classes": 3, **options})
+    model = build_denoiser(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * rng.normal(0, name, torch.arange(len(parameter)), tuple(parameter.shape[1:])))
+    save_pretrained(dict(model.named_parameters()), config, tmp_path / "weights", {"objective": {}})
+    imported, report = import_checkpoint(tmp_path / "weights")
+    assert report.complete
+    assert imported.config == config
+    x, t, y = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([3, 700]),
+        torch.tensor([0, 3]),
+    )
+    assert torch.equal(imported(x, t, y, iterations=2).output, model(x, t, y, iterations=2).output)

@@ -70,8 +70,8 @@ def test_an_order_is_that_of_its_convergence_from_pure_noise_to_the_data(diffusi
 
 
 def test_first_order_is_ddim_step_by_step():
-    settings = SamplerSettings(order=1, spacing="trailing")
-    ours, ddim = (build_sampler(ZERO, name, 7, settings) for name in ("multistep", "ddim"))
+    ours = build_sampler(ZERO, "multistep", 7, SamplerSettings(order=1, spacing="trailing"))
+    ddim = build_sampler(ZERO, "ddim", 7, SamplerSettings(spacing="trailing"))
     assert ours.timesteps == ddim.timesteps
     x = torch.linspace(-2, 2, 64).reshape(1, 4, 4, 4)
     for i in range(7):
@@ -98,6 +98,7 @@ def test_every_spacing_is_distinct_ascending_and_within_range(spacing, diffusion
         assert kept == sorted(set(kept))
         assert 0 <= kept[0] <= kept[-1] <= 999
         assert kept[-1] == 999 or spacing == "leading"
+        assert kept[0] == 0 or spacing == "trailing" or num_steps == 1
 
 
 @pytest.mark.parametrize("power", [0.5, 1.3, 4.0])
@@ -165,6 +166,10 @@ def test_rescaled_guidance_has_the_conditionals_standard_deviation():
         (V, "ddim", {"spacing": "trailing", "spacing_power": 0.0}, "spacing_power: 0.0 must be positive"),
         (V, "dpm++", {"spacing": "trailing"}, "spacing: 'dpm\\+\\+' has one of its own"),
         (V, "ddpm", {"eta": 0.5}, "eta: 0.5 is of sampler ddim"),
+        (V, "ddim", {"order": 3}, "order: 3 is of sampler multistep, not ddim"),
+        (V, "ddim", {"variance": "large"}, "variance: is of sampler ddpm"),
+        (Diffusion(), "ddpm", {"variance": "large"}, "variance: is of sampler ddpm where none is learned"),
+        (V, "ddpm", {"variance": "larg"}, "variance: 'larg' is unknown"),
         (FLOW, "multistep", {}, "spacing: 'linspace' does not fit flow"),
         (FLOW, "ddim", {}, "sampler: 'ddim' does not fit prediction 'flow'"),
     ],
