@@ -61,8 +61,8 @@ def unmeasured(recipe: Recipe) -> Plan:
 def blocks_an_image(recipe: Recipe) -> int:
     """Transformer blocks of one image; a step with guidance computes each twice.
 
-    If iterations are measured and guidance covers only some steps, this is an estimate that assumes equal iterations
-    per step.
+    If iterations are measured, and guidance covers only some steps or is by iterates, this is an estimate that assumes
+    equal iterations per step.
     """
     settings, config, process = recipe.sample, denoiser_config(recipe), diffusion(recipe)
     timesteps = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings)).timesteps
