@@ -1,4 +1,4 @@
-"""The settings of a network, and the sizes of DiT (Peebles and Xie, ICCV 2023, table 1)."""
+"""The settings of a network, and the sizes of DiT: Peebles and Xie (2023), table 1."""
 
 from dataclasses import dataclass
 from typing import Literal
