@@ -1,4 +1,4 @@
-"""What each ingredient of the demo's training gains: added to the paper's way alone, and taken away from all together.
+"""The gain of each ingredient of the demo's training: added alone to the paper's, and left out of the demo's.
 
     python benchmarks/speedrun.py [--variants paper all with-X without-X ...] [--seeds 3] [--samples N]
         [--target FD] [--images 256] [--every N] [--runs FOLDER] [--json FILE] [--markdown FILE]
@@ -83,11 +83,11 @@ class Row:
     interval: float
     samples: float | None
     seconds: float | None
-    pflops: float | None
+    tflops: float | None
 
     def cells(self) -> list[str]:
-        reached = [self.samples, self.seconds, self.pflops]
-        digits = (0, 0, 2)
+        reached = [self.samples, self.seconds, self.tflops]
+        digits = (0, 0, 1)
         numbers = ["-" if value is None else f"{value:,.{n}f}" for value, n in zip(reached, digits, strict=True)]
         return [self.variant, str(self.seeds), f"{self.distance:.1f} ± {self.interval:.1f}", *numbers]
 
@@ -120,7 +120,7 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> Recipe:
 
 
 def curve(recipe: Recipe) -> list[Measured]:
-    """What the run's log holds, line by line."""
+    """The distances in the run's log, with the samples, seconds and FLOPs before each."""
     settings, config = recipe.train, denoiser_config(recipe)
     seconds, flops, before, points = 0.0, 0.0, 0, []
     for line in read_log(RunFolder(recipe.folder).log):
@@ -149,7 +149,7 @@ def reached(points: Sequence[Measured], target: float) -> Measured | None:
 def row(variant: str, curves: list[list[Measured]], target: float) -> Row:
     finals, hits = [points[-1].distance for points in curves], [reached(points, target) for points in curves]
     found = [hit for hit in hits if hit is not None]
-    whole = len(found) == len(hits)
+    all_reached = len(found) == len(hits)
     count = len(finals)
     width = student.ppf(0.975, count - 1) * stdev(finals) / math.sqrt(count) if count > 1 else math.nan
     return Row(
@@ -157,14 +157,14 @@ def row(variant: str, curves: list[list[Measured]], target: float) -> Row:
         seeds=len(finals),
         distance=mean(finals),
         interval=width,
-        samples=mean(hit.samples for hit in found) if whole else None,
-        seconds=mean(hit.seconds for hit in found) if whole else None,
-        pflops=mean(hit.flops for hit in found) / 1e15 if whole else None,
+        samples=mean(hit.samples for hit in found) if all_reached else None,
+        seconds=mean(hit.seconds for hit in found) if all_reached else None,
+        tflops=mean(hit.flops for hit in found) / 1e12 if all_reached else None,
     )
 
 
 def table(rows: list[Row], target: float) -> str:
-    head = ["variant", "seeds", "distance at the end", f"samples to {target:g}", "seconds", "PFLOP"]
+    head = ["variant", "seeds", "distance at the end", f"samples to {target:g}", "seconds", "TFLOP"]
     lines = [head, ["---"] * len(head), *(each.cells() for each in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

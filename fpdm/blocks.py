@@ -1,7 +1,7 @@
 """The parts of the transformer: embeddings of patches, timesteps and conditions, the adaLN-Zero block, the final layer.
 
 Peebles and Xie, "Scalable diffusion models with transformers" (ICCV 2023), section 3.2; parameter names as published.
-What came after it is optional (`BlockConfig`), and adds parameters only where it is on.
+Later additions are optional (`BlockConfig`), and add parameters only where they are on.
 """
 
 import math
@@ -94,10 +94,10 @@ class VectorEmbedder(nn.Module):
 class BlockConfig:
     """The settings of a block; the defaults are the published one.
 
-    norm: before attention and MLP: "layer", or "rms", which leaves the mean in (Zhang and Sennrich, 2019).
+    norm: before attention, MLP and last layer: "layer", or "rms", which leaves the mean in (Zhang and Sennrich, 2019).
     qk_norm: RMS-normalise queries and keys by head, with a learned scale (Dehghani et al., 2023).
     rope: rotate queries and keys by the token's row and column (Su et al., 2021), beside the position table.
-    mlp: "gelu", or "swiglu" of two thirds of the width, which is as many parameters (Shazeer, 2020).
+    mlp: "gelu", or "swiglu" of two thirds of the width, which is about as many parameters (Shazeer, 2020).
     value_residual: add to the values a learned part of those of the network's first block (Zhou et al., 2024).
     """
 
@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
 @lru_cache(maxsize=16)
 def _rotation(side: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (side**2, width / 2): a quarter of the width turns with the row, one with the column."""
+    """Cosines and sines (side**2, width / 2): half of the angles follow the row, half the column."""
     with torch.inference_mode(False):  # they are kept, and training may use them next
         steps = torch.arange(max(side, width // 4), dtype=torch.float64, device=device)
         angles = steps[:side, None] * 100.0 ** (-steps[: width // 4] / (width // 4))  # (side, width / 4)

@@ -106,7 +106,8 @@ class Denoiser(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Fill every parameter as a function of (seed, its name), and the position table: adaLN-Zero as DiT, sec. 3.2.
 
-        Linear layers are Xavier-uniform, embeddings N(0, 0.02); biases, modulations and the last layer are zero.
+        Linear layers are Xavier-uniform, embeddings N(0, 0.02); biases, modulations and the last layer are zero. Scales
+        of queries and keys are 1, first values are mixed in by 0, and the decay is 1/2.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("q_scale", "k_scale")):
@@ -143,7 +144,7 @@ class Denoiser(nn.Module):
 
         Args:
             x: (B, C, H, W), any float dtype; the computation runs in the parameters' dtype.
-            t: (B,) timesteps, 0 to 1000, integer or continuous.
+            t: (B,) timesteps of the process, 0 to num_timesteps, integer or continuous.
             y: (B,) class labels in 0..num_classes (the last is the null label), or (B, condition_dim) vectors.
             iterations: FPDM: (n, m) for n iterations without and m with graph, or k for (0, k). DiT ignores it.
             start: FPDM: (B, T, D) iterate to start from; by default the tokens after the pre-layers.

@@ -78,7 +78,7 @@ def solve_implicit(
 
     Raises:
         ValueError: for a negative count, an unknown solver, a tolerance with a pair of counts, or an `intermediate`
-            that no iteration follows or that meets another solver than picard.
+            outside 1..m - 1, or together with Anderson or a tolerance.
     """
     n, m = (0, iterations) if isinstance(iterations, int) else iterations
     if min(n, m) < 0:

@@ -1,4 +1,4 @@
-"""A multistep sampler of first to third order, exact at both ends of the process.
+"""A multistep sampler of first to third order, defined at pure noise and at the data.
 
 After DPM-Solver++ (Lu et al., 2022), whose variable, the logarithm of signal to noise, is infinite at pure noise and at
 the data. Here it is the angle between them, in which both are steps like all others.

@@ -25,14 +25,14 @@ KARRAS_MAX = 80.0  # noise to signal; a process whose last timestep is pure nois
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """What a sampler is beside its name; each acts on some samplers only, and `build_sampler` refuses the others.
+    """A sampler's settings beside its name; `build_sampler` refuses one that the sampler does not use.
 
     spacing: of the timesteps. "linspace": evenly from the first to the last, as published. "trailing": evenly from the
         last, each step as long as the last one, which ends at the data. "leading": the same from the first; begins
         short of pure noise. "log_snr": Karras's.
     spacing_power: of "trailing": timesteps are T (1 - i / steps) ** power; above 1 more of them are near the data.
     eta: noise of "ddim", from 0 to 1, which is as much as ddpm's.
-    order: of "multistep": 1 is ddim without noise, 2 and 3 also use the last one and two predictions.
+    order: of "multistep": 1 is ddim without noise, 2 and 3 also use one and two earlier predictions.
     variance: of "ddpm" where none is learned: the "large" or the "small" of Ho et al., section 3.2, beta or the
         posterior's. With few steps the one is much too wide, the other too narrow.
     """
@@ -138,7 +138,7 @@ class GaussianSampler:
 
 
 class DiffusersSampler:
-    """One of diffusers' schedulers, told of our process."""
+    """One of diffusers' schedulers, set to this process."""
 
     def __init__(self, diffusion: Diffusion, num_steps: int, name: SamplerName) -> None:
         self._scheduler = _diffusers_scheduler(diffusion, name)

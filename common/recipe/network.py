@@ -42,18 +42,18 @@ class Model:
     num_classes: Count = 1000
     """Classes of the data. 1: unconditional."""
     norm: Literal["layer", "rms"] = "layer"
-    """Normalisation before attention and MLP. `rms`: RMSNorm, which leaves the mean in."""
+    """Normalisation before attention, MLP and last layer. `rms`: RMSNorm, which leaves the mean in."""
     qk_norm: StrictBool = False
     """RMS-normalise the queries and keys of attention, which bounds its logits."""
     rope: StrictBool = False
     """Rotate queries and keys by the token's row and column (RoPE), beside the position table."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """`swiglu`: a gated MLP of two thirds of the width, which is as many parameters."""
+    """`swiglu`: a gated MLP of two thirds of the width, which is about as many parameters."""
     value_residual: StrictBool = False
     """Add to the values of attention a learned part of the first block's (Zhou et al., 2024)."""
     injection: Literal["concat", "decay"] = "concat"
     """How the fixed point's input enters an iteration. `concat`: beside the iterate, through an MLP, as in the paper.
-    `decay`: added to the iterate times a learned factor below 1, which is stabler and a quarter cheaper."""
+    `decay`: added to the iterate times a learned factor below 1; an iteration has a quarter fewer products."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -68,7 +68,7 @@ class Objective:
     """Rescale the schedule so that the last timestep is pure noise (Lin et al., WACV 2024)."""
     prediction: Literal["epsilon", "v", "clean", "flow"] = "v"
     """What the network predicts: the noise, the velocity of diffusion, the clean latents, or the velocity of flow
-    matching. Small networks learn `clean` faster, with loss_weight velocity."""
+    matching. The demo's network learned `clean` faster, with loss_weight velocity (docs/speedrun.md)."""
     learned_variance: StrictBool = True
     """Also learn the variance of a reverse step, from a second half of the output channels (Nichol and Dhariwal, ICML
     2021)."""

@@ -1,4 +1,4 @@
-"""What of a step depends on the samples seen: its learning rate and its iterations."""
+"""A step's learning rate and iteration counts, as functions of the samples seen."""
 
 import math
 from typing import NamedTuple
