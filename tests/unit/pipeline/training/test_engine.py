@@ -6,29 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.loading import parse_recipe
 from pipeline.training.engine import (
     SCALER_STATE,
-    learning_rate,
     propagate_non_finite,
     restore_scaler,
     scaler_state,
 )
-
-
-@pytest.mark.parametrize(
-    ("decay", "expected"),
-    [("constant", [0.5, 1, 1, 1]), ("cosine", [0.5, 0.75, 0.5, 0]), ("linear", [0.5, 2 / 3, 0.5, 0])],
-)
-def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected: list[float]) -> None:
-    settings = (
-        "train.total_samples=960",
-        "train.batch_size=32",
-        "train.optimizer.learning_rate=1.0",
-        "train.optimizer.warmup_samples=64",
-    )
-    train = parse_recipe("name: a", (*settings, f"train.optimizer.learning_rate_decay={decay}")).train
-    assert [learning_rate(train, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
 
 
 def test_a_loss_that_is_not_finite_makes_every_gradient_so_and_a_finite_one_changes_none() -> None:

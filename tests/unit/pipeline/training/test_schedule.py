@@ -43,8 +43,16 @@ def test_intermediate_iterates_are_drawn_evenly_from_those_before_the_last_and_o
     assert [step[:2] for step in drawn] == plain  # the loss leaves the counts as they are
 
 
-def test_the_rate_warms_up_and_falls_to_zero() -> None:
-    train = train_with(
-        "optimizer.learning_rate=1", "optimizer.warmup_samples=100", "optimizer.learning_rate_decay=linear"
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("cosine", [0.5, 0.75, 0.5, 0]), ("linear", [0.5, 2 / 3, 0.5, 0])],
+)
+def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected: list[float]) -> None:
+    settings = (
+        "train.total_samples=960",
+        "train.batch_size=32",
+        "train.optimizer.learning_rate=1.0",
+        "train.optimizer.warmup_samples=64",
     )
-    assert [learning_rate(train, seen) for seen in (0, 500, 1000)] == pytest.approx([0.1, 0.5, 0.0])
+    train = parse_recipe("name: a", (*settings, f"train.optimizer.learning_rate_decay={decay}")).train
+    assert [learning_rate(train, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)

@@ -7,6 +7,7 @@ import torch
 
 from common.loading import parse_recipe
 from common.recipe import denoiser_config
+from pipeline.training.schedule import StepIterations
 from pipeline.training.state import TrainState
 from pipeline.training.throughput import Interval, loss_sums, step_flops
 
@@ -38,10 +39,12 @@ def test_an_interval_saved_in_a_checkpoint_gives_the_same_means() -> None:
 
 def test_the_operations_of_a_step_grow_with_its_iterations() -> None:
     config = denoiser_config(parse_recipe("name: a", SMALL))
-    one, two, more = (step_flops(config, counts) for counts in ((0, 1), (0, 2), (3, 1)))
+    counts = ((0, 1, 0), (0, 2, 0), (3, 1, 0), (0, 2, 1))
+    one, two, more, read_out = (step_flops(config, StepIterations(*each)) for each in counts)
     iteration = (two - one) / 3
     assert more == one + 3 * iteration
     tokens, width, hidden = 256, 32, 128
     block = 2 * tokens * width * (4 * width + 2 * hidden) + 4 * tokens**2 * width
     projections = 2 * tokens * (width * 2 * width + 2 * width * width)
     assert iteration == pytest.approx(block + projections, rel=0.01)
+    assert read_out - two == pytest.approx(3 * block, rel=0.1)  # the post-layer and the last one, once more

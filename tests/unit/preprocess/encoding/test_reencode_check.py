@@ -42,8 +42,13 @@ def test_a_sheet_shows_images_beside_their_decoded_latents(
     run(show_latents, monkeypatch, "--config", str(tmp_path / "recipe.yaml"), "--count", "4")
     assert "4 images, PSNR " in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "shards/latents.png")).astype(float)
-    original, decoded = sheet[8:136, 8:136], sheet[8:136, 136:264]  # the first pair, twice its size
-    assert 1 < np.abs(original - decoded).mean() < 30  # the same image, not the same pixels
+    # The first two pairs, twice their size. The demo's autoencoder knows no photographs, and decodes them poorly.
+    originals = [sheet[8:136, left : left + 128] for left in (8, 272)]
+    decoded = [sheet[8:136, left : left + 128] for left in (136, 400)]
+    alike = np.corrcoef([image.ravel() for image in (*originals, *decoded)])[:2, 2:]
+    assert (alike.diagonal() < 0.9999).all()  # not the same pixels
+    assert (alike.diagonal() > 0.5).all()
+    assert (alike.diagonal() > alike[[0, 1], [1, 0]] + 0.2).all()  # and of one image, not of another
 
 
 def test_psnr_is_that_of_the_definition() -> None:
