@@ -63,6 +63,9 @@ INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
+VARIANTS = ["paper", *(f"with{out}-{name}" for out in ("", "out") for name in INGREDIENTS), "all"]
+
+
 @dataclass(frozen=True)
 class Measured:
     """A run's distance after so many samples, seconds and floating-point operations."""
@@ -94,9 +97,6 @@ class Row:
 
 def overrides(variant: str) -> list[str]:
     """The fields of a variant: `paper` has no ingredient, `all` every one, with-X that one, without-X all but it."""
-    known = ["paper", "all", *(f"with{out}-{name}" for out in ("", "out") for name in INGREDIENTS)]
-    if variant not in known:
-        raise SystemExit(f"--variants: {variant!r} is unknown; choose of {', '.join(known)}")
     fields: dict[str, str] = {}
     for ingredient, (present, absent) in INGREDIENTS.items():
         without = variant.startswith("without-") and variant != f"without-{ingredient}"
@@ -170,9 +170,8 @@ def table(rows: list[Row], target: float) -> str:
 
 
 def main() -> None:
-    every = ["paper", *(f"with{out}-{name}" for out in ("", "out") for name in INGREDIENTS), "all"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=every)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=32_768)
     parser.add_argument("--every", type=int, default=8_192, help="samples between two measurements")

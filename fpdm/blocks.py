@@ -17,6 +17,8 @@ from fpdm.linear import Linear, linear_gelu
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256
+Norm = Literal["layer", "rms"]
+MlpKind = Literal["gelu", "swiglu"]
 
 
 def timestep_embedding(
@@ -105,11 +107,11 @@ class BlockConfig:
     num_heads: int
     mlp_ratio: float
     side: int  # tokens in a row, and rows
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Norm = "layer"
     mlp_eps: float = NORM_EPS  # of the norm before the MLP; the others have NORM_EPS
     qk_norm: bool = False
     rope: bool = False
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: MlpKind = "gelu"
     value_residual: bool = False
 
     def normalise(self, x: Tensor, eps: float) -> Tensor:

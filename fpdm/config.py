@@ -1,12 +1,15 @@
 """The settings of a network, and the sizes of DiT: Peebles and Xie (2023), table 1."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fpdm.blocks import NORM_EPS, BlockConfig
+from fpdm.blocks import NORM_EPS, BlockConfig, MlpKind, Norm
+
+Kind = Literal["fpdm", "dit"]
+Injection = Literal["concat", "decay"]
 
 SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "num_heads": 6, "depth": 12},
@@ -14,13 +17,6 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"hidden_size": 1024, "num_heads": 16, "depth": 24},
     "XL": {"hidden_size": 1152, "num_heads": 16, "depth": 28},
 }
-CHOICES = {
-    "kind": ("fpdm", "dit"),
-    "norm": ("layer", "rms"),
-    "mlp": ("gelu", "swiglu"),
-    "injection": ("concat", "decay"),
-}
-PUBLISHED = {"norm": "layer", "qk_norm": False, "rope": False, "mlp": "gelu", "value_residual": False}
 MAX_DEPTH = 1000  # bounds the memory that a damaged or hostile config can take
 
 
@@ -28,7 +24,7 @@ MAX_DEPTH = 1000  # bounds the memory that a damaged or hostile config can take
 class DenoiserConfig:
     """The settings of a network: its function and parameter shapes. A ValueError names the wrong field."""
 
-    kind: Literal["fpdm", "dit"] = "fpdm"
+    kind: Kind = "fpdm"
     input_size: int = 32  # height and width of the latents
     in_channels: int = 4
     patch_size: int = 2
@@ -43,19 +39,18 @@ class DenoiserConfig:
     num_classes: int = 1000  # 1 = unconditional; the label num_classes is the null label
     condition_dim: int | None = None  # conditions are vectors of this width, not labels; the null one is zero
     learned_variance: bool = True  # the output has 2 * in_channels
-    norm: Literal["layer", "rms"] = "layer"  # this and the next four: see `blocks.BlockConfig`
+    norm: Norm = "layer"  # this and the next four: see `blocks.BlockConfig`
     qk_norm: bool = False
     rope: bool = False
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: MlpKind = "gelu"
     value_residual: bool = False
-    injection: Literal["concat", "decay"] = "concat"  # FPDM only, see `Denoiser._map`
+    injection: Injection = "concat"  # FPDM only, see `Denoiser._map`
 
     def __post_init__(self) -> None:
-        for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field}: {getattr(self, field)!r} is unknown; choose {' or '.join(map(repr, allowed))}"
-                )
+        for field, kinds in (("kind", Kind), ("norm", Norm), ("mlp", MlpKind), ("injection", Injection)):
+            if getattr(self, field) not in get_args(kinds):
+                choices = " or ".join(map(repr, get_args(kinds)))
+                raise ValueError(f"{field}: {getattr(self, field)!r} is unknown; choose {choices}")
         positive = ("input_size", "in_channels", "patch_size", "hidden_size", "num_heads", "mlp_ratio", "num_classes")
         for field in (*positive, *(["depth"] if self.kind == "dit" else [])):
             if getattr(self, field) <= 0:
@@ -78,7 +73,8 @@ class DenoiserConfig:
             raise ValueError(f"rope: needs a multiple of 4 channels a head, not {self.hidden_size // self.num_heads}")
         if self.value_residual and self.kind == "fpdm" and not self.pre_depth:
             raise ValueError("value_residual: takes the values of the first pre-layer; set pre_depth to 1 or more")
-        if self.self_conditioned and any(getattr(self, field) != value for field, value in PUBLISHED.items()):
+        options = ("norm", "qk_norm", "rope", "mlp", "value_residual")
+        if self.self_conditioned and any(getattr(self, name) != getattr(BlockConfig, name) for name in options):
             raise ValueError("self_conditioned: supported with the published block only")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size: {self.hidden_size} is not a multiple of 4, which the position table needs")

@@ -83,8 +83,8 @@ def spaced_timesteps(
     ratios = noise_to_signal.clamp_max(KARRAS_MAX)
     lowest, highest = (float(ratios[t]) ** (1 / KARRAS_RHO) for t in (0, last))
     roots = torch.linspace(lowest, highest, num_steps, dtype=torch.float64)
-    nearest = torch.searchsorted(ratios.contiguous(), (roots**KARRAS_RHO)[:-1].contiguous())
-    return _distinct([0, *nearest.tolist()[1:], last], num_timesteps)
+    inner = torch.searchsorted(ratios.contiguous(), (roots**KARRAS_RHO)[1:-1].contiguous())  # the next noisier ones
+    return _distinct([0, *inner.tolist(), last], num_timesteps)
 
 
 def _distinct(ascending: list[int], num_timesteps: int) -> list[int]:
@@ -224,7 +224,7 @@ def _check(diffusion: Diffusion, name: SamplerName, num_steps: int, settings: Sa
             f"spacing_power: only of spacing 'trailing', and here it is {settings.spacing!r}; leave it at 1"
         )
     if diffusion.is_flow and name == "multistep" and settings.spacing != "trailing":
-        raise ValueError(f"spacing: {settings.spacing!r} does not fit flow, whose steps are those of 'trailing'")
+        raise ValueError(f"spacing: {settings.spacing!r} does not fit flow; set it to 'trailing'")
     if name in ("dpm++", "unipc", "flow_euler") and settings.spacing != "linspace":
         raise ValueError(f"spacing: {name!r} has one of its own; leave it out, or use the sampler multistep")
     if settings.eta and name != "ddim":

@@ -110,6 +110,7 @@ def sample(
         raise ValueError(
             f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step number"
         )
+    weak = weak_iterates(counts, weak_iterate if iterate_guidance else 0)
     x, solution, older = noise.float(), None, None  # the last solution, and the one before it
     for i, t in enumerate(steps.timesteps):
         y = torch.cat([labels, model.config.null_condition(labels)]) if guided[i] else labels
@@ -123,7 +124,7 @@ def sample(
             solver=solver,
             tolerance=tolerance,
             with_residuals=with_residuals,
-            intermediate=weak_iterates(counts, weak_iterate if iterate_guidance else 0)[i],
+            intermediate=weak[i],
         )
         solution, older = denoised.solution, solution
         if on_step is not None:

@@ -55,7 +55,10 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     stated: dict[str, Any] = {  # which no shape shows
         "num_heads": wanted.num_heads,
         "pre_post_timestep_conditioning": wanted.pre_post_timestep_conditioning,
-        **{name: getattr(wanted, name) for name in ("mlp_ratio", "norm", "rope")},
+        "norm": wanted.norm,
+        "rope": wanted.rope,
+        # A gated MLP's width is rounded, so that several ratios have one shape.
+        **({"mlp_ratio": wanted.mlp_ratio} if wanted.mlp == "swiglu" else {}),
     }
     try:
         model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **stated)

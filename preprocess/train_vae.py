@@ -29,9 +29,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 NOTE = """# The demo's autoencoder
 
 A `diffusers.AutoencoderKL`, {parameters:,} parameters, fp16: {resolution} px RGB to {channels} x {side} x {side}
-latents, each channel of mean 0 and standard deviation 1. Trained by this repository from nothing, on portraits that
-`preprocess/demo_images.py` composes from robohash's image parts (CC-BY, see CREDITS.md): real artwork,
-combinatorially composed. It is good for nothing else.
+latents; the posterior's mean has mean 0 and standard deviation 1 in each channel. Trained by this repository from
+nothing, on portraits that `preprocess/demo_images.py` composes from robohash's image parts (CC-BY, see CREDITS.md):
+real artwork, combinatorially composed. It is good for nothing else.
 
 | | |
 |---|---|

@@ -263,7 +263,9 @@ def _check_iterate_guidance(recipe: Recipe) -> None:
     if settings.allocation not in MEASURED:
         most = max(allocate(settings.allocation, settings.num_steps, settings.iterations))
         if most <= settings.weak_iterate:
-            raise ValueError(f"weak_iterate: {settings.weak_iterate}, and no step has more than {most} iterations")
+            raise ValueError(
+                f"weak_iterate: {settings.weak_iterate}, and no step has more than {most} iterations; lower it"
+            )
 
 
 def _check_step_choices(recipe: Recipe, iterations: int) -> None:

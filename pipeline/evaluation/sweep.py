@@ -3,7 +3,7 @@
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -209,11 +209,16 @@ def read_table(folder: RunFolder) -> list[dict[str, Any]]:
     return [dict(row) for row in rows]
 
 
+def varied_axes(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The axes beside `COLUMNS` that have several values."""
+    rows = list(rows)
+    return [axis for axis in SWEEP_AXES if axis not in COLUMNS and len({row[axis] for row in rows}) > 1]
+
+
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Header and lines, as the CSV, the Markdown and the report show them: of other axes those with several values."""
     names = {key: number["name"] for row in rows for key, number in row["numbers"].items()}
-    varied = [axis for axis in SWEEP_AXES if axis not in COLUMNS and len({row[axis] for row in rows}) > 1]
-    columns = [*COLUMNS, *varied]
+    columns = [*COLUMNS, *varied_axes(rows)]
     lines = [[*columns, "images", *names.values()]]
     for row in rows:
         numbers = [row["numbers"].get(key) for key in names]

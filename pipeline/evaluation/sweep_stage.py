@@ -1,6 +1,7 @@
 """`pipeline/sweep.py` as a stage: no part of a run, but shared among jobs as those are."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -19,12 +20,16 @@ def resolve(recipe: Recipe) -> "Sweep":
 
 def plan(sweep: "Sweep") -> Iterator[str]:
     """The points, which of them are measured, and which combinations are left out."""
+    from pipeline.evaluation.sweep import varied_axes
+
+    varied = varied_axes(map(asdict, sweep.recipes))
     for point in sweep.recipes:
         measurement = sweep.measured(point)
         state = f"{measurement['distance']} = {measurement['value']:.2f}" if measurement else "to be measured"
         iterations = f" x {point.iterations:g} iterations ({point.allocation}, reuse {point.reuse})"
         how = f"{point.sampler}, {point.num_steps} steps{iterations if point.iterations else ''}"
-        yield f"{point.blocks} blocks: {how}, guidance {point.guidance_scale:g}: {state}"
+        others = "".join(f", {axis} {getattr(point, axis)}" for axis in varied)
+        yield f"{point.blocks} blocks: {how}, guidance {point.guidance_scale:g}{others}: {state}"
     yield from (f"left out: {reason}" for reason in sweep.left_out)
 
 

@@ -13,12 +13,8 @@ IDENTITY = {
     "objective": None,
     "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
-        "batch_size",
-        "label_dropout",
-        "max_no_grad_iterations",
-        "max_grad_iterations",
-        "iterations_rise",
-        *("intermediate_loss", "latents"),
+        *("batch_size", "latents", "label_dropout", "max_no_grad_iterations", "max_grad_iterations", "iterations_rise"),
+        "intermediate_loss",
     ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),

@@ -1,4 +1,4 @@
-"""Muon, and all options of network and loss, under DeepSpeed: one update with any number of ranks and any ZeRO stage,
+"""Muon, and options of network and loss, under DeepSpeed: one update with any number of ranks and any ZeRO stage,
 and an exact resume.
 """
 

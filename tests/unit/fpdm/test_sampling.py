@@ -188,17 +188,21 @@ def test_the_number_of_guided_channels_reaches_the_sample():
     assert not torch.equal(runs[3][:, 3], runs[4][:, 3])
 
 
-def test_reuse_starts_each_step_at_the_last_solution_where_it_is_asked_for():
-    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
-    starts = []
-    forward = model.forward
+def recorded_starts(model):
+    """A list that gets the start of every call from now on."""
+    starts, forward = [], model.forward
 
     def spy(*arguments, **options):
         starts.append(options["start"])
         return forward(*arguments, **options)
 
     model.forward = spy
-    solutions = []
+    return starts
+
+
+def test_reuse_starts_each_step_at_the_last_solution_where_it_is_asked_for():
+    model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
+    starts, solutions = recorded_starts(model), []
     sample(
         model,
         diffusion,
@@ -219,14 +223,7 @@ def test_reuse_starts_each_step_at_the_last_solution_where_it_is_asked_for():
 def test_an_extrapolated_start_moves_on_by_a_part_of_the_last_change(scale):
     """Under guidance from half of the steps on too: the new null half begins where the conditional one is, unmoved."""
     model, diffusion, index = network(), Diffusion(prediction="v"), torch.arange(3)
-    starts, solutions = [], []
-    forward = model.forward
-
-    def spy(*arguments, **options):
-        starts.append(options["start"])
-        return forward(*arguments, **options)
-
-    model.forward = spy
+    starts, solutions = recorded_starts(model), []
     sample(
         model,
         diffusion,

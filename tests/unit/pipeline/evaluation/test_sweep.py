@@ -95,6 +95,9 @@ def test_every_axis_is_combined_and_those_that_vary_are_columns(recipe: Recipe) 
         (each.sample.sampler, each.sample.spacing_power, each.sample.start_extrapolation) for each in found.values()
     ]
     assert sorted(drawn) == sorted(product(("ddim", "multistep"), (1.0, 1.5), (0.0, 0.5)))
+    lines = list(sweep_stage.plan(Sweep(swept(recipe, budgets=(16,), start_extrapolation=(0.0, 0.5), **varied))))
+    assert len(set(lines)) == len(found)
+    assert "spacing_power 1.5, start_extrapolation 0.5: to be measured" in lines[-1]
     rows = [asdict(point) | {"distance": "FID", "count": 2, "numbers": {}} for point in found]
     assert [name for name in table(rows)[0] if name in SWEEP_AXES] == [
         *("sampler", "allocation", "reuse", "guidance_scale", "spacing_power", "start_extrapolation")
