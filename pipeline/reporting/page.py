@@ -15,7 +15,7 @@ from common.files import atomic_write, content_key, sha256_file
 from common.loading import dump_recipe
 from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config, latent_shape
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, SampleFolder
 from common.sealed import OPEN
 from common.stage_times import read_times
 from fpdm.denoiser import count_parameters
@@ -24,6 +24,8 @@ from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.plots import loss_curve, sweep_plot
 from pipeline.evaluation.sweep import read_table, table
 from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
+from pipeline.reporting.fixed_point import FixedPoint, fixed_point
+from pipeline.sampling import iterates
 from pipeline.sampling.plans import blocks_an_image
 
 ROLES = {
@@ -52,6 +54,12 @@ class Report:
     def evaluation(self) -> Evaluation:
         return Evaluation.of(self.recipe)
 
+    @property
+    def fixed_point(self) -> FixedPoint | None:
+        """None for a DiT, and for samples of a network before training."""
+        drawn = iterates.read(self.evaluation.sampling.sets[0])
+        return fixed_point(drawn, self.recipe.sample.num_steps) if drawn else None
+
     @cached_property
     def inputs(self) -> str:
         """A key of all that the report shows, but when and where it was made and how long stages took.
@@ -69,7 +77,8 @@ class Report:
                 raise UserError(
                     f"{path}: not there, and the report shows it; run python pipeline/train.py with this recipe"
                 )
-        files = [path for path in (folder.metrics, folder.log, folder.sweep_table) if path.exists()]
+        drawn = SampleFolder(self.evaluation.sampling.sets[0].folder).iterates
+        files = [path for path in (folder.metrics, folder.log, folder.sweep_table, drawn) if path.exists()]
         return content_key([dump_recipe(self.recipe), *(sha256_file(path) for path in files)])
 
 
@@ -83,7 +92,14 @@ def report(shown: Report) -> None:
         raise UserError(f"{folder.log}: no line has a loss; run python pipeline/train.py with this recipe")
     with atomic_write(folder.contact_sheet) as temporary:
         contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
-    page = render(**context(recipe), panels=panels, losses=losses, loss_curve=loss_curve(losses), inputs=inputs)
+    page = render(
+        **context(recipe),
+        panels=panels,
+        fixed_point=shown.fixed_point,
+        losses=losses,
+        loss_curve=loss_curve(losses),
+        inputs=inputs,
+    )
     with atomic_write(folder.report) as temporary:
         temporary.write_bytes(page.encode() + _seal(page.encode(), folder.contact_sheet))
 

@@ -18,6 +18,7 @@ from common.run_weights import load_network
 from common.sealed import write_sealed
 from fpdm.denoiser import Denoiser
 from fpdm.sampling import require_sound
+from pipeline.sampling import iterates
 from pipeline.sampling.chunks import Chunk, Span
 from pipeline.sampling.outputs import Chunks, output
 from pipeline.sampling.plans import Plan, bind_sampler, labels_for, open_plan
@@ -43,12 +44,17 @@ def sample(sampling: Sampling, part: int = 0, parts: int = 1) -> None:
             generate(sampling, samples, part * world_size + rank, parts * world_size)
             if not missing_chunks(sampling, samples):
                 output(sampling, samples).complete()
+                if iterates.are_missing(sampling, samples):
+                    iterates.draw(sampling, samples)
 
 
 def finished(sampling: Sampling) -> bool:
     try:
         return all(
-            not missing_chunks(sampling, samples) and output(sampling, samples).is_complete for samples in sampling.sets
+            not missing_chunks(sampling, samples)
+            and output(sampling, samples).is_complete
+            and not iterates.are_missing(sampling, samples)
+            for samples in sampling.sets
         )
     except UserError:  # no weights yet
         return False

@@ -1,5 +1,6 @@
 """From images and weights to distances that say what they were made of, and to a page that needs nothing else."""
 
+import itertools
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import Recipe
+from common.run_folder import SampleFolder
 from common.sealed import read_json
 from pipeline.evaluation import references
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.reporting import contact_sheet
 from pipeline.reporting.stage import STAGE as REPORT
+from pipeline.sampling import iterates
 from pipeline.sampling.sample_set import Sampling, sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from tests.conftest import copied, load_samples, run_stage
@@ -139,7 +142,8 @@ def test_the_report_stands_alone_and_escapes_every_name(recipe: Recipe) -> None:
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in page
     assert "&lt;img src=" in page
-    assert page.count("<img ") == 3 * 3 + 1  # three blocks of three classes, and the loss
+    # Three blocks of three classes, six numbers of iterations, four of steps, and the loss.
+    assert page.count("<img ") == 3 * 3 + 6 + 4 + 1
     assert all(address.startswith("data:image/png;base64,") for address in re.findall(r'(?:src|href)="([^"]*)', page))
     assert not re.search(r"<script|<link|<iframe|@import|url\(|srcset", page)
     with Image.open(recipe.folder / "samples.png") as sheet:
@@ -181,7 +185,7 @@ def test_a_sweeps_table_and_image_are_in_the_report(recipe: Recipe) -> None:
     run_stage(REPORT, recipe)
     assert REPORT.is_finished(recipe)
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 3 * 3 + 2
+    assert page.count("<img ") == 3 * 3 + 6 + 4 + 2
     assert "<h2>Ways of sampling</h2>" in page
     assert re.search(r"<tr><td>8</td><td>8</td><td>ddim</td><td>2</td><td>2</td><td>constant</td>", page)
 
@@ -213,6 +217,27 @@ def test_a_report_of_older_numbers_is_made_again(recipe: Recipe) -> None:
     assert not REPORT.is_finished(recipe)
 
 
+def test_the_fixed_point_is_shown_after_more_and_fewer_iterations_and_steps(recipe: Recipe) -> None:
+    drawn = iterates.read(sample_set(recipe, "latest"))
+    assert drawn is not None
+    images, _ = load_samples(sample_set(recipe, "latest").folder, 10)
+    # The recipe's own cost gives its own samples; its counts are those of sampling.
+    assert list(drawn.steps) == [1, 2, 3, 6]
+    assert (drawn.by_steps[2] == images[:4]).all()
+    assert list(drawn.blocks) == [(2 + 2) * steps for steps in drawn.steps]
+    # Each iteration moves the images less, and the residuals say so.
+    moved = [np.abs(a.astype(int) - b).mean() for a, b in itertools.pairwise(drawn.by_iterations)]
+    assert moved[0] > 0
+    assert drawn.residuals.shape == (3, 26)
+    assert (drawn.residuals[:, -1] < drawn.residuals[:, 0]).all()
+    run_stage(REPORT, recipe)
+    page = (recipe.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<polyline") == 6 * 3  # a curve a step, in the chart of each number of iterations
+    (SampleFolder(sample_set(recipe, "latest").folder).iterates).unlink()
+    assert not SAMPLE.is_finished(recipe)
+    assert not REPORT.is_finished(recipe)
+
+
 def test_in_a_browser_the_page_shows_its_images_fits_a_phone_and_runs_nothing(
     recipe: Recipe, chromium: list[str]
 ) -> None:
@@ -236,3 +261,22 @@ def test_in_a_browser_the_page_shows_its_images_fits_a_phone_and_runs_nothing(
     assert seen["pictures"] > 2
     assert seen["broken"] == 0
     assert seen["overflow"] <= 0
+
+
+def test_in_a_browser_a_dial_shows_one_of_its_frames_and_another_when_it_is_turned(
+    recipe: Recipe, chromium: list[str]
+) -> None:
+    run_stage(REPORT, recipe)
+    page = (recipe.folder / "report.html").read_text()
+    probe = (
+        "<script>addEventListener('load', () => { const shown = () => [...document.querySelectorAll('.frame')]"
+        ".map((frame, place) => frame.offsetHeight ? place : -1).filter(place => place >= 0);"
+        "const before = shown(); document.querySelectorAll('.dial input')[1].click();"
+        "document.title = JSON.stringify([before, shown()]); })</script>"
+    )
+    copy = recipe.folder / "probed.html"
+    copy.write_text(page.replace("</body>", f"{probe}</body>"))
+    command = [*chromium, "--window-size=500,900", "--dump-dom", copy.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # Six numbers of iterations, then four of blocks: the most of the ones and the recipe's own of the others.
+    assert "<title>[[5,8],[1,8]]</title>" in shown.stdout, shown.stderr
