@@ -48,7 +48,7 @@ def log_values(
         **state.interval.means(),
         "residual": float(result.sums[-1]) if recipe.model.kind == "fpdm" else None,
         "gradient_norm": result.norm,
-        "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size),
+        "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size, state.seconds),
         "no_grad_iterations": iterations.without_graph,
         "grad_iterations": iterations.with_graph,
         **speed,
