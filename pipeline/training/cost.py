@@ -36,7 +36,7 @@ def describe_cost(recipe: Recipe) -> str:
     """One line: operations, and hours of one V100."""
     flops = training_flops(recipe)
     hours = flops / (PEAK_TFLOPS["V100"] * 1e12 * UTILISATION) / 3600
-    return f"cost: {flops / 1e15:,.6g} PFLOP; {hours:,.2g} hours of one V100 at {UTILISATION:.0%} of its peak"
+    return f"{flops / 1e15:,.6g} PFLOP, {hours:,.2f} V100-hours at {UTILISATION:.0%} of the peak"
 
 
 @lru_cache

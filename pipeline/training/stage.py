@@ -19,7 +19,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
     recipe = with_end(recipe)
     settings = recipe.train
-    yield describe_cost(recipe)
+    yield f"cost: {describe_cost(recipe)}"
     if recipe.model.kind == "fpdm":
         without, most = settings.max_no_grad_iterations, settings.max_grad_iterations
         with_gradient = f"1 to {most}" if settings.gradient == "sjfb" else f"{most}"

@@ -50,4 +50,4 @@ def test_training_ends_with_the_first_of_samples_and_operations() -> None:
 
 def test_the_papers_dit_costs_the_768_hours_that_the_paper_states() -> None:
     recipe = parse_recipe("name: a\nmodel: {kind: dit}")
-    assert describe_cost(recipe) == "cost: 145,734 PFLOP; 7.7e+02 hours of one V100 at 42% of its peak"
+    assert describe_cost(recipe) == "145,762 PFLOP, 771.23 V100-hours at 42% of the peak"
