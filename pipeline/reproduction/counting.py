@@ -34,17 +34,17 @@ def training_memory(config: DenoiserConfig, grad_iterations: int, *, recomputed:
     """
     activations = _saved(config, grad_iterations, recomputed=recomputed)
     if recomputed:
-        activations += max(_one_block(config))
+        activations += _one_block(config)
     return Memory(count_parameters(config), activations)
 
 
-def _one_block(config: DenoiserConfig) -> Iterator[int]:
-    """What one block saves, and one iteration."""
+def _one_block(config: DenoiserConfig) -> int:
+    """What one block of DiT saves, or one iteration of FPDM."""
     if config.kind == "dit":
         two, one = (_saved(replace(config, depth=depth), 1, recomputed=False) for depth in (2, 1))
     else:
         two, one = (_saved(config, count, recomputed=False) for count in (2, 1))
-    yield two - one
+    return two - one
 
 
 def _saved(config: DenoiserConfig, grad_iterations: int, *, recomputed: bool) -> int:
@@ -67,36 +67,29 @@ def _saved(config: DenoiserConfig, grad_iterations: int, *, recomputed: bool) ->
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def claims() -> list[str]:
+def claims() -> Iterator[str]:
     """Lines of Markdown: the paper's two claims of size at XL/2, with verdicts."""
-    networks = {kind: DenoiserConfig(kind=kind) for kind in ("dit", "fpdm")}  # type: ignore[arg-type]
-    counts = {kind: count_parameters(config) for kind, config in networks.items()}
-    fewer = 1 - counts["fpdm"] / counts["dit"]
-    lines = [
-        f"**87 % fewer parameters: {'holds' if round(100 * fewer) == 87 else 'does not hold'}.** XL/2 with 1,000 classes: "
-        f"FPDM {counts['fpdm']:,}, DiT {counts['dit']:,}, {100 * fewer:.1f} % fewer (counted exactly).",
-        "",
-        "| GB of training XL/2, batch 64 | DiT | FPDM, m = 6 | FPDM, m = 12 | less at m = 12 |",
-        "|---|---|---|---|---|",
-    ]
+    dit, fpdm = DenoiserConfig(kind="dit"), DenoiserConfig(kind="fpdm")
+    counts = [count_parameters(config) for config in (dit, fpdm)]
+    fewer = 1 - counts[1] / counts[0]
+    yield f"**87 % fewer parameters: {'holds' if round(100 * fewer) == 87 else 'does not hold'}.** XL/2, 1,000 classes:"
+    yield f"FPDM {counts[1]:,}, DiT {counts[0]:,}, {100 * fewer:.1f} % fewer (counted exactly)."
+    yield ""
+    yield "| GB of training XL/2, batch 64 | DiT | FPDM, m = 6 | FPDM, m = 12 | less at m = 12 |"
+    yield "|---|---|---|---|---|"
     saved = []
     for recomputed, name in ((False, "nothing recomputed"), (True, "blocks and iterations recomputed")):
-        dit, six, twelve = (
-            training_memory(networks[kind], count, recomputed=recomputed).gigabytes
-            for kind, count in (("dit", 1), ("fpdm", 6), ("fpdm", 12))
-        )
-        saved.append(1 - twelve / dit)
-        lines.append(f"| {name} | {dit:.1f} | {six:.1f} | {twelve:.1f} | {saved[-1]:.0%} |")
+        asked = ((dit, 1), (fpdm, 6), (fpdm, 12))
+        sizes = [training_memory(config, count, recomputed=recomputed).gigabytes for config, count in asked]
+        saved.append(1 - sizes[2] / sizes[0])
+        yield f"| {name} | {' | '.join(f'{size:.1f}' for size in sizes)} | {saved[-1]:.0%} |"
     published = 1 - PUBLISHED_GB["fpdm"] / PUBLISHED_GB["dit"]
-    lines += [
-        f"| published | {PUBLISHED_GB['dit']} | | {PUBLISHED_GB['fpdm']} | {published:.0%} |",
-        "",
-        f"**60 % less training memory: {_memory_verdict(saved)}.** Counted: what the backward pass needs of the forward one "
-        f"in bfloat16, and {BYTES_A_PARAMETER} bytes a parameter (fp32 weights, Adam's moments and average; 16-bit weights "
-        "and gradients). Not counted: the framework, fragments, buffers. m: iterations with gradient, at most M. The paper "
-        "says neither what it recomputes nor in which precision.",
-    ]
-    return lines
+    yield f"| published | {PUBLISHED_GB['dit']} | | {PUBLISHED_GB['fpdm']} | {published:.0%} |"
+    yield ""
+    yield f"**60 % less training memory: {_memory_verdict(saved)}.** Counted: what the backward pass needs of the"
+    yield f"forward one in bfloat16, and {BYTES_A_PARAMETER} bytes a parameter (fp32 weights, Adam's moments, average;"
+    yield "16-bit weights and gradients). Not counted: the framework, fragments, buffers. m: iterations with gradient, at"
+    yield "most M. The paper says neither what it recomputes nor in which precision."
 
 
 def _memory_verdict(saved: list[float]) -> str:

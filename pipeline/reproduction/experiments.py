@@ -1,4 +1,4 @@
-"""The paper's tables as experiments: which recipes are compared, how they are sampled, what was published and claimed."""
+"""The paper's tables as experiments: the recipes compared, how they are sampled, what was published and claimed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +112,17 @@ TABLES = (
         key="F4",
         title="Figures 4 and 6: iterations a step at 280 blocks, with and without reuse of solutions",
         arms=tuple(
-            Arm(name, "fpdm", "imagenet_fpdm", (*AT_280, "sweep.iterations=[1,3,5,8,12,26]", f"sweep.reuse=[{reuse}]"))
+            Arm(
+                name,
+                "fpdm",
+                "imagenet_fpdm",
+                (
+                    "sweep.budgets=[280]",
+                    "sweep.sampler=[ddpm]",
+                    "sweep.iterations=[1,3,5,8,12,26]",
+                    f"sweep.reuse=[{reuse}]",
+                ),
+            )
             for name, reuse in (("with reuse", "always"), ("without", "none"))
         ),
         rows=("iterations",),
@@ -130,11 +140,11 @@ TABLES = (
         key="F7",
         title="Figure 7: explicit blocks before and after the fixed point, after equal operations",
         arms=tuple(
-            Arm(f"{depth} and {depth}", small, full, ("sweep.sampler=[ddpm]",))
-            for depth, small, full in (
-                (0, "depth_0", "depth_0"),
-                (1, "fpdm", "imagenet_fpdm"),
-                (2, "depth_2", "depth_2"),
+            Arm(name, small, full, ("sweep.budgets=[140,280,560]", "sweep.sampler=[ddpm]"))
+            for name, small, full in (
+                ("0 and 0", "depth_0", "depth_0"),
+                ("1 and 1", "fpdm", "imagenet_fpdm"),
+                ("2 and 2", "depth_2", "depth_2"),
             )
         ),
         rows=("budget", "sampler"),

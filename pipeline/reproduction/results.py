@@ -40,8 +40,8 @@ def _head(scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
     yield ""
     yield (
         "A number is the mean over seeds, which set weights, noise and order alike, ± half of Student's 95 % interval. "
-        "A verdict compares two columns seed by seed. Distances of another extractor, data set or size than the paper's "
-        "compare with each other, not with its FID."
+        "A verdict compares two columns seed by seed. Distances of another extractor, data set or size than the "
+        "paper's compare with each other, not with its FID."
     )
     yield ""
 

@@ -88,8 +88,9 @@ def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
     """One line a run: what it costs, and whether it is trained."""
     jobs = {recipe.name: recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)}
     for recipe in jobs.values():
+        samples = total_samples(with_end(recipe).train)
         state = "trained" if all(stage.is_finished(recipe) for stage in _before_sampling(recipe)) else "to be trained"
-        yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP of training, {state}"
+        yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {state}"
 
 
 def outcomes(arm: Arm, scale: Scale, rows: Sequence[str]) -> list[Outcome]:
