@@ -5,6 +5,7 @@ from typing import Any
 
 RECIPES = {"small": "recipes/small", "full": "recipes/paper"}
 AT_280 = ("sweep.budgets=[280]", "sweep.sampler=[ddim]")
+SMOOTHING = ("sweep.budgets=[280]", "sweep.sampler=[ddpm]", "sweep.iterations=[1,3,5,8,12,26]")
 
 Row = tuple[Any, ...]  # the values of a table's `rows`
 
@@ -112,17 +113,7 @@ TABLES = (
         key="F4",
         title="Figures 4 and 6: iterations a step at 280 blocks, with and without reuse of solutions",
         arms=tuple(
-            Arm(
-                name,
-                "fpdm",
-                "imagenet_fpdm",
-                (
-                    "sweep.budgets=[280]",
-                    "sweep.sampler=[ddpm]",
-                    "sweep.iterations=[1,3,5,8,12,26]",
-                    f"sweep.reuse=[{reuse}]",
-                ),
-            )
+            Arm(name, "fpdm", "imagenet_fpdm", (*SMOOTHING, f"sweep.reuse=[{reuse}]"))
             for name, reuse in (("with reuse", "always"), ("without", "none"))
         ),
         rows=("iterations",),
