@@ -15,7 +15,7 @@ from pipeline.training.checkpoint import MARKER
 from pipeline.training.cost import with_end
 from pipeline.training.data import open_shards, stage_in
 from pipeline.training.distributed import process_group, raise_on_all_ranks
-from pipeline.training.identity import identity, total_samples
+from pipeline.training.identity import changes, identity, total_samples
 from pipeline.training.schedule import has_ended
 from pipeline.training.signals import stop_requests
 from pipeline.training.trainer import Trainer
@@ -86,7 +86,7 @@ def _is_same_run(run: dict[str, Any] | None, wanted: dict[str, Any], precision: 
     """Compares identities. "auto" precision matches any: a cluster's login node has no GPU to resolve it as training
     did."""
     free = {"train.precision": None} if precision == "auto" else {}
-    return run is not None and run | free == wanted | free
+    return run is not None and not changes(run | free, wanted | free)
 
 
 def _check_last_weights(recipe: Recipe, rank: int) -> None:
