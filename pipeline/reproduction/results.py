@@ -80,8 +80,8 @@ def _costs(measured: dict[str, ByArm]) -> Iterator[str]:
     """What each run trained on."""
     yield "## What the runs cost"
     yield ""
-    yield _line(["recipe", "parameters", "samples", "TFLOP (counted)", "minutes of training"])
-    yield _line(["---"] * 5)
+    yield _line(["recipe", "parameters", "samples", "TFLOP (counted)", "minutes of training", "residual at its end"])
+    yield _line(["---"] * 6)
     stems: dict[str, dict[str, Outcome]] = {}
     for run in (run for arms in measured.values() for runs in arms.values() for run in runs):
         stems.setdefault(run.recipe.name.rpartition("-")[0], {})[run.recipe.name] = run
@@ -89,8 +89,10 @@ def _costs(measured: dict[str, ByArm]) -> Iterator[str]:
         runs = list(by_name.values())
         timed = [run.seconds / 60 for run in runs if run.seconds is not None]
         minutes = f"{fmean(timed):.1f}" if timed else ""
+        residuals = [run.residual for run in runs if run.residual is not None]
+        residual = f"{fmean(residuals):.3g}" if residuals else ""
         one = runs[0]
-        yield _line([stem, f"{one.parameters:,}", f"{one.samples:,}", f"{1000 * one.pflop:,.4g}", minutes])
+        yield _line([stem, f"{one.parameters:,}", f"{one.samples:,}", f"{1000 * one.pflop:,.4g}", minutes, residual])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.loading import load_recipe
+from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
 from common.sealed import read_sealed
@@ -67,6 +68,7 @@ class Outcome:
     samples: int
     pflop: float  # of training
     seconds: float | None  # of training, if its last checkpoint is still there
+    residual: float | None  # relative, of the last iteration of the last step that was logged; None of DiT
 
 
 def make(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
@@ -114,6 +116,7 @@ def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
         samples=total_samples(with_end(recipe).train),
         pflop=training_flops(recipe) / 1e15,
         seconds=_seconds(recipe),
+        residual=_residual(recipe),
     )
 
 
@@ -128,6 +131,11 @@ def _seconds(recipe: Recipe) -> float | None:
         return None
     progress = read_sealed(marker, MarkerForm, "delete the checkpoint, and its time is left out")["progress"]
     return progress.get("seconds")
+
+
+def _residual(recipe: Recipe) -> float | None:
+    lines = [line for line in read_log(RunFolder(recipe.folder).log) if "residual" in line]
+    return lines[-1]["residual"] if lines else None
 
 
 def _before_sampling(recipe: Recipe) -> list[Stage]:
