@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("small", "full"), required=True, help="recipes/small or recipes/paper")
-    parser.add_argument("--only", metavar="T1,T5", help="these tables: T1, T4, T5, F4, F7")
+    parser.add_argument("--only", metavar="T1,T5", help="these tables: T1, T4, T5, F4, A, F7")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each recipe; 3, or 1 with --smoke")
     parser.add_argument("--smoke", action="store_true", help="tiny networks; the page lies in the folder of the runs")
     parser.add_argument("--runs", metavar="FOLDER", help="of all runs; runs/reproduction/ and the scale otherwise")

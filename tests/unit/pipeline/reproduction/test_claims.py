@@ -12,7 +12,7 @@ from pipeline.reproduction.counting import claims, training_memory
 from pipeline.reproduction.experiments import TABLES, Arm, Claim, Table
 from pipeline.reproduction.intervals import interval, judged, shown
 from pipeline.reproduction.results import _section
-from pipeline.reproduction.running import Scale
+from pipeline.reproduction.running import Scale, _row
 from pipeline.training.cost import training_flops
 
 SCALES = [Scale(name, "runs/none", seeds=1, smoke=False) for name in ("small", "full")]
@@ -25,7 +25,7 @@ def test_the_columns_of_a_table_have_the_same_operations_and_the_same_rows(table
     operations = [training_flops(recipe) for recipe in recipes.values()]
     assert max(operations) < 1.01 * min(operations)
     rows = [
-        {tuple(getattr(point, field) for field in table.rows if field != "iterations") for point in points(recipe)[0]}
+        {tuple(_row(getattr(point, field)) for field in table.rows) for point in points(recipe)[0]}
         for recipe in recipes.values()
     ]
     assert all(each == rows[0] for each in rows)
