@@ -1,5 +1,6 @@
 """The training loop. It counts samples, and every number in it is a function of (seed, samples seen)."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -83,7 +84,8 @@ class Trainer:
                     self.log = open_run_folder(recipe, self.identity, self.config, samples_seen, weights)
                     if recipe.train.previews.grid_every_samples or recipe.train.previews.distance_every_samples:
                         self.previewer = Previewer(recipe, self.log, self.engine.device)
-            with closing(ProgressBar(self.total, samples_seen, rank)) as self.progress:
+            limit = 3600 * (recipe.train.max_hours or math.inf)
+            with closing(ProgressBar(self.total, samples_seen, rank, limit)) as self.progress:
                 self.throughput.start()
                 self.started = time.monotonic()
                 yield
