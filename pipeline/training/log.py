@@ -183,11 +183,8 @@ class ProgressBar:
         if loss is None:
             return
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        due = (
-            time.monotonic() - self.last_line > LINE_EVERY_SECONDS
-            or samples == self.total
-            or state.seconds >= self.seconds
-        )
+        ends = samples == self.total or state.seconds >= self.seconds
+        due = time.monotonic() - self.last_line > LINE_EVERY_SECONDS or ends
         if self.lines and due:
             seconds = min((self.total - samples) / rate, max(0.0, self.seconds - state.seconds)) if rate else None
             left = "" if seconds is None else f", {tqdm.format_interval(seconds)} left"
