@@ -40,13 +40,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError with one line for the first fault: an unknown key, a wrong type, a value out of range, or fields
     that do not go together.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; recipes/ holds the ones that come with the project") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; recipes/ holds the ones that come with the project") from None
-    return parse_recipe(text, overrides, path)
+    return parse_recipe(_read_text(path), overrides, path)
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "recipe") -> Recipe:
@@ -86,14 +80,44 @@ def expanded(field: str, path: str) -> str:
         raise UserError(f"{field}: {error}") from None
 
 
-def _parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; recipes/ holds the ones that come with the project") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; recipes/ holds the ones that come with the project") from None
+
+
+def _parse_yaml(text: str, path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a recipe, over those of the recipe that its `extends` names, relative to its own folder.
+
+    above: the files that extend it.
+    """
     try:
         settings = settle(Recipe, read_yaml(text))
     except ValueError as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds {type(settings).__name__}, but a recipe is a mapping of sections; see recipes/")
-    return settings
+    if "extends" not in settings:
+        return settings
+    extended, chain = settings.pop("extends"), (*above, Path(path).resolve())
+    if not isinstance(extended, str):
+        raise UserError(f"{path}: extends: {SHORT.repr(extended)}; it names one recipe, such as ../imagenet256.yaml")
+    base = Path(path).parent / extended
+    if base.resolve() in chain:
+        raise UserError(f"{path}: extends: {extended} extends this recipe in turn; leave one of the two out")
+    return _merged(_parse_yaml(_read_text(base), base, chain), settings)
+
+
+def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `settings` in place of those of `base`, section by section."""
+    both = base | settings
+    for name in base.keys() & settings.keys():
+        if isinstance(base[name], dict) and isinstance(settings[name], dict):
+            both[name] = _merged(base[name], settings[name])
+    return both
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
@@ -31,6 +31,7 @@ class ExtraForm(TypedDict):
 
     objective: dict[str, Any]
     label_dropout: Annotated[float, Field(ge=0, le=1)]
+    seconds: NotRequired[Annotated[float, Field(ge=0)]]  # trained, of a run with train.max_hours
     run: dict[str, Any] | None  # identity of the run that trained them; None of imported ones
 
 

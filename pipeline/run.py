@@ -45,6 +45,7 @@ def main() -> None:
     from common.loading import dump_recipe, load_recipe
     from pipeline.orchestration.plan import check_stages, plan
     from pipeline.stages import select
+    from pipeline.training.cost import describe_cost
     from slurm.cluster import resolve
 
     recipe = load_recipe(arguments.config, arguments.overrides)
@@ -63,7 +64,8 @@ def main() -> None:
         print(dump_recipe(recipe))
     check_stages(recipe, stages, cluster)
     if arguments.dry_run:
-        print("\n".join(f"plan: {line}" for line in plan(recipe, stages, cluster)))
+        lines = [*plan(recipe, stages, cluster), f"training: {describe_cost(recipe)}"]
+        print("\n".join(f"plan: {line}" for line in lines))
         return
     with ended_by_signals():
         for number, stage in enumerate(stages, 1):
@@ -103,7 +105,9 @@ def say_where(recipe: Recipe) -> None:
     """The last lines of a run: where the results lie, and what to do next."""
     folder = RunFolder(recipe.folder)
     print(f"\nreport:  {folder.report}\nimages:  {folder.contact_sheet}\nnumbers: {folder.metrics}")
-    longer = (f"name={recipe.name}-longer", f"train.total_samples={4 * recipe.train.total_samples}")
+    settings = {name: getattr(recipe.train, name) for name in ("total_samples", "max_pflops", "max_hours")}
+    ends = (f"train.{name}={4 * value}" for name, value in settings.items() if value is not None)
+    longer = (f"name={recipe.name}-longer", *ends)
     command = shlex.join([os.path.relpath(sys.executable), *sys.argv, *longer])
     print(f"\nnext: train four times as long, beside this run:\n  {command}")
 

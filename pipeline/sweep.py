@@ -1,7 +1,7 @@
 """Compares ways of sampling at equal cost: the distance against blocks an image, as a table and a plot.
 
   python pipeline/sweep.py --config recipes/demo.yaml sweep.budgets='[70,140,280]' sweep.iterations='[2,5]'
-  python pipeline/sweep.py --config recipes/imagenet256_paper.yaml sweep.sampler='[ddpm,ddim]' --cluster slurm --jobs 6
+  python pipeline/sweep.py --config recipes/paper/imagenet_fpdm.yaml --cluster slurm --jobs 6
 
 Every combination of the recipe's `sweep` section is drawn and measured. Run it again to go on: finished points are
 kept, and so are those of an earlier sweep. The report shows the table and the plot.

@@ -129,6 +129,8 @@ def diffusion(recipe: Recipe) -> Diffusion:
 
 def check_network(recipe: Recipe) -> None:
     """Raises ValueError for a network that cannot be built, does not fit the latents, or an impossible objective."""
+    if recipe.model.kind == "dit" and recipe.train.gradient != "sjfb":
+        raise ValueError(f"train.gradient: {recipe.train.gradient}, and a DiT has no fixed point; leave it out")
     resolution, downsampling = recipe.data.resolution, recipe.vae.downsampling
     if resolution % downsampling:
         raise ValueError(f"data.resolution: {resolution} is not a multiple of vae.downsampling, {downsampling}")

@@ -38,7 +38,7 @@ class Optimizer:
     warmup_samples: CountOrZero = 0
     """Samples over which the learning rate rises from 0. 0: no warm-up."""
     learning_rate_decay: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate falls to 0 at train.total_samples. `constant`: it does not fall, as in the paper."""
+    """How the learning rate falls to 0 at the end of training. `constant`: it does not fall, as in the paper."""
     weight_decay: AtLeastZero = 0.0
     """Decoupled weight decay."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
@@ -139,7 +139,13 @@ class Train:
 
     total_samples: Count = 204_800_000
     """Length of the training in samples, rounded up to a multiple of `batch_size`. The default is the paper's 400,000
-    steps of 512 (4 days on 8 GPUs)."""
+    steps of 512 (4 days on 8 GPUs). Training ends with the first of this, max_pflops and max_hours."""
+    max_pflops: Positive | None = None
+    """Length of the training in 1e15 floating-point operations, as many as its samples take in the mean over the counts
+    that are drawn: equal for DiT and FPDM, it gives both the same computation. null: no limit."""
+    max_hours: Positive | None = None
+    """Length of the training in hours, without the start of processes and what a kill undid. Where the learning rate
+    falls, it follows the clock, and two runs differ. null: no limit."""
     batch_size: Count = 512
     """Samples of one step, over all ranks."""
     micro_batch_size: Count | None = None
@@ -150,11 +156,14 @@ class Train:
     which is easier to learn where the posterior is wide."""
     label_dropout: BelowOne = 0.1
     """Probability that a label is replaced by the null label, which guidance needs."""
+    gradient: Literal["sjfb", "jfb", "multi_step"] = "sjfb"
+    """Iterations of a step that have a gradient, all after n ~ U{0..N} without (the paper's table of gradients).
+    `sjfb`: m ~ U{1..M}. `multi_step`: M. `jfb`: one, so that max_grad_iterations is 1."""
     max_no_grad_iterations: CountOrZero = 6
-    """N of S-JFB: a step has n ~ U{0..N} iterations without gradient. The paper's main models use 12; its ablation
+    """N: a step has n ~ U{0..N} iterations without gradient. The paper's main models use 12; its ablation
     prefers 3 to 6 (FID 43.2 at 6, 61.5 at 12), which cost half."""
     max_grad_iterations: Count = 6
-    """M of S-JFB: then m ~ U{1..M} iterations with gradient. The paper's main models use 12."""
+    """M: then m ~ U{1..M} iterations with gradient, or as `gradient` says. The paper's main models use 12."""
     iterations_rise: Fraction = 0.0
     """Part of the training over which N and M rise from 0 and 1 to their values; early steps are cheaper. 0: they are
     constant, as in the paper."""
@@ -207,6 +216,11 @@ def check_training(train: Train) -> None:
         )
     if train.optimizer.name == "muon" and train.optimizer.offload:
         raise ValueError("train.optimizer.offload: only of AdamW; set it to false, or train.optimizer.name to adamw")
+    if train.gradient == "jfb" and train.max_grad_iterations > 1:
+        raise ValueError(
+            f"train.max_grad_iterations: {train.max_grad_iterations} with train.gradient jfb, which has one iteration "
+            "with gradient; set it to 1, or train.gradient to multi_step or sjfb"
+        )
     if train.intermediate_loss and train.max_grad_iterations == 1:
         raise ValueError(
             "train.intermediate_loss: with train.max_grad_iterations 1 no earlier iterate has a gradient; set it to 0"

@@ -37,6 +37,7 @@ from pipeline.training.distributed import Ranks, raise_on_all_ranks
 from pipeline.training.ema import EMAWeights
 from pipeline.training.engine import restore_scaler
 from pipeline.training.identity import total_samples
+from pipeline.training.schedule import has_ended
 from pipeline.training.state import TrainState
 from pipeline.training.zero import MOMENTS, gather, moment_shards, parameter_shards, scatter, start_moments
 
@@ -57,17 +58,17 @@ def write(recipe: Recipe, state: TrainState, tensors: Tensors, identity: dict[st
     after their checkpoint, because they mark the run as finished. Raises UserError where a tensor is not finite or the
     disk does not take it; the checkpoint before it stays.
     """
-    samples_seen, last = state.samples_seen, state.samples_seen == total_samples(recipe.train)
+    samples_seen, last = state.samples_seen, has_ended(recipe.train, state.samples_seen, state.seconds)
     _require_finite(tensors, samples_seen, recipe.train.optimizer.learning_rate)
     folder = RunFolder(recipe.folder).checkpoint(samples_seen)
     ema_weights = {name: part(tensors, f"ema-{name}") for name in recipe.train.ema.names} if with_weights else {}
     with disk_errors_as_user_errors(folder):
         if not last:
-            export_ema_weights(recipe, ema_weights, samples_seen, identity)
+            export_ema_weights(recipe, ema_weights, state, identity)
         marker = {"samples_seen": samples_seen, "identity": identity, "progress": state.to_json()}
         _write_folder(folder, tensors, marker)
         if last:
-            export_ema_weights(recipe, ema_weights, samples_seen, identity)
+            export_ema_weights(recipe, ema_weights, state, identity)
         prune(recipe, state.samples_seen)
 
 
@@ -108,11 +109,12 @@ def _require_finite(tensors: Tensors, samples_seen: int, learning_rate: float) -
 
 
 def export_ema_weights(
-    recipe: Recipe, ema_weights: dict[str, Tensors], samples_seen: int, identity: dict[str, Any]
+    recipe: Recipe, ema_weights: dict[str, Tensors], state: TrainState, identity: dict[str, Any]
 ) -> None:
-    """`export_weights` for each of the run's EMAs, by name."""
+    """`export_weights` for each of the run's EMAs, by name; with the seconds trained if they can end training."""
+    timed: dict[str, Any] = {} if recipe.train.max_hours is None else {"seconds": state.seconds}
     for name, weights in ema_weights.items():
-        export_weights(recipe, weights, samples_seen, identity, name)
+        export_weights(recipe, weights, state.samples_seen, identity, name, **timed)
 
 
 def export_weights(
@@ -162,9 +164,10 @@ def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> C
         if choice[0] is not None and checkpoint is None:
             checkpoint = _read_choice(choice[0], recipe, identity)
     if checkpoint and checkpoint.state.samples_seen > total_samples(recipe.train):
+        end, paid = recipe.train.total_samples, recipe.train.max_pflops
         raise UserError(
-            f"train.total_samples: {recipe.train.total_samples}, but {recipe.folder} has trained on "
-            f"{checkpoint.state.samples_seen}; ask for more, or choose another name"
+            f"train.{f'total_samples: {end}' if paid is None else f'max_pflops: {paid:g} pays for {end} samples'}, but "
+            f"{recipe.folder} has trained on {checkpoint.state.samples_seen}; ask for more, or choose another name"
         )
     return checkpoint
 

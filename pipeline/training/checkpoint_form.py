@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from pydantic import Field, with_config
@@ -60,6 +60,7 @@ class NoScaler(TypedDict):
 class ProgressForm(TypedDict):
     """`TrainState`, except `samples_seen`."""
 
+    seconds: NotRequired[Annotated[float, Field(ge=0)]]
     updates: Count
     skipped: Count
     interval: IntervalForm

@@ -13,8 +13,8 @@ IDENTITY = {
     "objective": None,
     "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
-        *("batch_size", "latents", "label_dropout", "max_no_grad_iterations", "max_grad_iterations", "iterations_rise"),
-        "intermediate_loss",
+        *("batch_size", "latents", "label_dropout", "gradient", "max_no_grad_iterations", "max_grad_iterations"),
+        *("iterations_rise", "intermediate_loss"),
     ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
@@ -35,6 +35,8 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
     if recipe.train.optimizer.learning_rate_decay != "constant" or recipe.train.iterations_rise:
         # every rate and count of the schedule depends on its end
         fields["train.total_samples"] = recipe.train.total_samples
+        if recipe.train.max_hours is not None:
+            fields["train.max_hours"] = recipe.train.max_hours
     return json.loads(json.dumps(fields | _of_recipe(recipe)))  # with JSON's types, as it is compared
 
 

@@ -48,7 +48,7 @@ def log_values(
         **state.interval.means(),
         "residual": float(result.sums[-1]) if recipe.model.kind == "fpdm" else None,
         "gradient_norm": result.norm,
-        "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size),
+        "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size, state.seconds),
         "no_grad_iterations": iterations.without_graph,
         "grad_iterations": iterations.with_graph,
         **speed,
@@ -160,10 +160,11 @@ def _remove_lines_after(path: Path, samples_seen: int) -> None:
 class ProgressBar:
     """A bar on a terminal; a line every ten seconds in a log file; nothing on ranks other than 0."""
 
-    def __init__(self, total: int, samples_seen: int, rank: int) -> None:
+    def __init__(self, total: int, samples_seen: int, rank: int, seconds: float = math.inf) -> None:
+        """`total`, `seconds`: of the whole training, which ends with the first of both."""
         on_terminal = sys.stderr.isatty()
         self.lines = rank == 0 and not on_terminal
-        self.total, self.last_line = total, 0.0
+        self.total, self.seconds, self.last_line = total, seconds, 0.0
         self.bar = tqdm(
             total=total,
             initial=samples_seen,
@@ -182,9 +183,11 @@ class ProgressBar:
         if loss is None:
             return
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        due = time.monotonic() - self.last_line > LINE_EVERY_SECONDS or samples == self.total
+        ends = samples == self.total or state.seconds >= self.seconds
+        due = time.monotonic() - self.last_line > LINE_EVERY_SECONDS or ends
         if self.lines and due:
-            left = f", {tqdm.format_interval((self.total - samples) / rate)} left" if rate else ""
+            seconds = min((self.total - samples) / rate, max(0.0, self.seconds - state.seconds)) if rate else None
+            left = "" if seconds is None else f", {tqdm.format_interval(seconds)} left"
             print(
                 f"train: {samples:,} of {self.total:,} samples, loss {loss:.4f}, {rate:.1f} samples/s{left}", flush=True
             )

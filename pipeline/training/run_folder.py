@@ -11,6 +11,7 @@ from common.run_recipe import write_recipe
 from pipeline.training.checkpoint import export_ema_weights
 from pipeline.training.checkpoint_form import Tensors
 from pipeline.training.log import TrainingLog
+from pipeline.training.state import TrainState
 
 
 def open_run_folder(
@@ -36,5 +37,5 @@ def open_run_folder(
         append_line(folder.provenance, {"stage": "train", "from_samples": samples_seen, **provenance()})
         log = TrainingLog(recipe, samples_seen, identity)
         if samples_seen == 0:
-            export_ema_weights(recipe, dict.fromkeys(recipe.train.ema.names, weights), 0, identity)
+            export_ema_weights(recipe, dict.fromkeys(recipe.train.ema.names, weights), TrainState(), identity)
     return log

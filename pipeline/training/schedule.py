@@ -1,4 +1,7 @@
-"""A step's learning rate and iteration counts, as functions of the samples seen."""
+"""A step's learning rate and iteration counts, and the end of training, as functions of the samples seen.
+
+With `train.max_hours` they are functions of the seconds trained as well, which every checkpoint holds.
+"""
 
 import math
 from typing import NamedTuple
@@ -16,13 +19,25 @@ class StepIterations(NamedTuple):
     intermediate: int
 
 
-def learning_rate(train: Train, samples_seen: int) -> float:
+def has_ended(train: Train, samples_seen: int, seconds: float) -> bool:
+    """Whether training ends there; `seconds`: trained before the last step began, so that this step is the last."""
+    return position(train, samples_seen, seconds) >= total_samples(train)
+
+
+def position(train: Train, samples_seen: int, seconds: float) -> float:
+    """How far training is, in samples: those seen or, if it is more, the part of `train.max_hours` that is over."""
+    if train.max_hours is None:
+        return samples_seen
+    return max(samples_seen, seconds / (3600 * train.max_hours) * total_samples(train))
+
+
+def learning_rate(train: Train, samples_seen: int, seconds: float = 0.0) -> float:
     """The rate of the step that starts at `samples_seen`: linear warm-up, then constant or falling to zero."""
     settings = train.optimizer
     rate = settings.learning_rate
     if settings.warmup_samples:
         rate *= min(1.0, (samples_seen + train.batch_size) / settings.warmup_samples)
-    progress = min(1.0, samples_seen / total_samples(train))
+    progress = min(1.0, position(train, samples_seen, seconds) / total_samples(train))
     if settings.learning_rate_decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * progress))
     elif settings.learning_rate_decay == "linear":
@@ -30,22 +45,25 @@ def learning_rate(train: Train, samples_seen: int) -> float:
     return rate
 
 
-def step_iterations(train: Train, seed: int, samples_seen: int) -> StepIterations:
+def step_iterations(train: Train, seed: int, samples_seen: int, seconds: float = 0.0) -> StepIterations:
     """The iterations of the step that starts at `samples_seen`.
 
     The same on every rank: a rank that iterates longer would make the others wait.
     """
     step = samples_seen // train.batch_size
-    without_graph, with_graph = sjfb_counts(seed, step, *largest_counts(train, samples_seen))
+    largest = largest_counts(train, position(train, samples_seen, seconds))
+    without_graph, with_graph = sjfb_counts(seed, step, *largest)
+    if train.gradient == "multi_step":
+        with_graph = largest[1]
     intermediate = intermediate_iterate(seed, step, with_graph) if train.intermediate_loss else 0
     return StepIterations(without_graph, with_graph, intermediate)
 
 
-def largest_counts(train: Train, samples_seen: int) -> tuple[int, int]:
-    """N and M of S-JFB: from 0 and 1 they rise in equal steps over `train.iterations_rise` of the training."""
+def largest_counts(train: Train, position: float) -> tuple[int, int]:
+    """N and M: from 0 and 1 they rise in equal steps over `train.iterations_rise` of the training."""
     largest = train.max_no_grad_iterations, train.max_grad_iterations
     rise = train.iterations_rise * total_samples(train)
-    if samples_seen >= rise:
+    if position >= rise:
         return largest
-    part = samples_seen / rise
+    part = position / rise
     return int(part * (largest[0] + 1)), 1 + int(part * largest[1])

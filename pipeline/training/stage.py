@@ -12,14 +12,18 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.ranks import rank_and_world_size
     from common.recipe import with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
+    from pipeline.training.cost import describe_cost, with_end
     from pipeline.training.data import open_shards
     from pipeline.training.deepspeed_config import deepspeed_config
     from pipeline.training.identity import total_samples
 
+    recipe = with_end(recipe)
     settings = recipe.train
+    yield f"cost: {describe_cost(recipe)}"
     if recipe.model.kind == "fpdm":
-        without, with_gradient = settings.max_no_grad_iterations, settings.max_grad_iterations
-        yield f"iterations a step: 0 to {without} without and 1 to {with_gradient} with gradient"
+        without, most = settings.max_no_grad_iterations, settings.max_grad_iterations
+        with_gradient = f"1 to {most}" if settings.gradient == "sjfb" else f"{most}"
+        yield f"iterations a step: 0 to {without} without and {with_gradient} with gradient"
     _, world_size = rank_and_world_size()
     try:
         config = deepspeed_config(with_world_size(recipe, world_size).train, world_size)
@@ -30,6 +34,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
         f"steps: {total_samples(settings) // settings.batch_size:,} of {settings.batch_size} samples: "
         f"{world_size} ranks x {micro_batch_size} x {accumulations} accumulations, "
         f"ZeRO {config['zero_optimization']['stage']}"
+        f"{'' if settings.max_hours is None else f', {settings.max_hours:g} hours at most'}"
     )
     checkpoints = complete_checkpoints(recipe.folder)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"

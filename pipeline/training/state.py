@@ -16,6 +16,7 @@ class TrainState:
     A new one replaces it at each step, so that a checkpoint can be written while training goes on.
 
     samples_seen: over all ranks.
+    seconds: that training took before the last step began, as rank 0 measured them.
     updates: of the optimizer.
     skipped: consecutive steps, up to now, whose loss or gradient was not finite.
     interval: sums since the last log line.
@@ -24,6 +25,7 @@ class TrainState:
     """
 
     samples_seen: int = 0
+    seconds: float = 0.0
     updates: int = 0
     skipped: int = 0
     interval: Interval = field(default_factory=Interval)
@@ -36,7 +38,9 @@ class TrainState:
         sums, losses = progress["interval"], tuple(progress["recent_losses"])
         quartiles = {name: tuple(sums[name]) for name in ("quartile_losses", "quartile_counts")}
         interval = Interval(**{**sums, **quartiles})
-        return cls(samples_seen, progress["updates"], progress["skipped"], interval, losses, progress["scaler"])
+        rest = {name: progress[name] for name in ("updates", "skipped", "scaler")}
+        seconds = progress.get("seconds", 0.0)  # younger than the form
+        return cls(samples_seen, seconds, interval=interval, recent_losses=losses, **rest)
 
     def to_json(self) -> dict[str, Any]:
         """All but `samples_seen`, which a checkpoint holds beside it."""

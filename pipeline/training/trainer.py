@@ -1,5 +1,7 @@
 """The training loop. It counts samples, and every number in it is a function of (seed, samples seen)."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -24,7 +26,7 @@ from pipeline.training.identity import crosses, identity, total_samples
 from pipeline.training.log import ProgressBar, TrainingLog, log_values
 from pipeline.training.previews import Previewer
 from pipeline.training.run_folder import open_run_folder
-from pipeline.training.schedule import StepIterations, learning_rate, step_iterations
+from pipeline.training.schedule import StepIterations, has_ended, learning_rate, step_iterations
 from pipeline.training.signals import StopRequest
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult, train_step
@@ -49,7 +51,7 @@ class Trainer:
         else:
             self.state = TrainState()
             model = build_denoiser(network, seed=recipe.seed)
-        self.samples_saved = self.state.samples_seen
+        self.samples_saved, self.seconds_before = self.state.samples_seen, self.state.seconds
         self.engine = build_engine(recipe.train, model, self.config)
         self.ema = EMAWeights(recipe.train.ema, self.engine)
         if resumed:
@@ -67,7 +69,7 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end. Raises Interrupted, on all ranks, where any of them was asked to stop."""
         with self.open(), self.writer, closing(self.batches):  # leaving waits for the checkpoint that is being written
-            while self.state.samples_seen < self.total:
+            while not has_ended(self.recipe.train, self.state.samples_seen, self.state.seconds):
                 self.step()
             self.save(with_weights=True, wait=True)
 
@@ -82,8 +84,10 @@ class Trainer:
                     self.log = open_run_folder(recipe, self.identity, self.config, samples_seen, weights)
                     if recipe.train.previews.grid_every_samples or recipe.train.previews.distance_every_samples:
                         self.previewer = Previewer(recipe, self.log, self.engine.device)
-            with closing(ProgressBar(self.total, samples_seen, rank)) as self.progress:
+            limit = 3600 * (recipe.train.max_hours or math.inf)
+            with closing(ProgressBar(self.total, samples_seen, rank, limit)) as self.progress:
                 self.throughput.start()
+                self.started = time.monotonic()
                 yield
         finally:
             if self.log is not None:
@@ -91,12 +95,14 @@ class Trainer:
 
     def step(self) -> None:
         """One step, and what is due after it."""
+        self.state = replace(self.state, seconds=self.clock())
         recipe, settings, watch = self.recipe, self.recipe.train, self.throughput.watch
         before, after = self.state.samples_seen, self.state.samples_seen + settings.batch_size
         measures = crosses(before, after, settings.previews.distance_every_samples)
         paints = crosses(before, after, settings.previews.grid_every_samples)
-        logs = measures or after == self.total or crosses(before, after, settings.log.every_samples)
-        saves = after < self.total and crosses(before, after, settings.checkpoint.every_samples)
+        ends = has_ended(settings, after, self.state.seconds)
+        logs = measures or ends or crosses(before, after, settings.log.every_samples)
+        saves = not ends and crosses(before, after, settings.checkpoint.every_samples)
 
         with watch("data"), raise_on_all_ranks(self.ranks, self.stop) as outcome:
             self.writer.check()
@@ -105,8 +111,8 @@ class Trainer:
             self.save(with_weights=False, wait=True)
             raise Interrupted(f"{recipe.folder}: saved after {before} samples; run again to go on")
 
-        iterations = step_iterations(settings, recipe.seed, before)
-        set_learning_rate(self.engine, learning_rate(settings, before))
+        iterations = step_iterations(settings, recipe.seed, before, self.state.seconds)
+        set_learning_rate(self.engine, learning_rate(settings, before, self.state.seconds))
         diffusion = self.stream.diffusion
         result = train_step(self.engine, diffusion, batches, iterations, settings, watch, with_residuals=logs)
         with watch("ema"):
@@ -124,6 +130,15 @@ class Trainer:
         if saves:
             with watch("save"):
                 self.save(with_weights=True, wait=not settings.checkpoint.background)
+
+    def clock(self) -> float:
+        """Seconds of training; rank 0's on all ranks where anything depends on them, else their own."""
+        seconds = self.seconds_before + time.monotonic() - self.started
+        if self.recipe.train.max_hours is None or self.ranks.world_size == 1:
+            return seconds
+        shared = torch.tensor([seconds], dtype=torch.float64)
+        torch.distributed.broadcast(shared, src=0, group=self.ranks.control)
+        return shared.item()
 
     def count(self, result: StepResult) -> None:
         """Adds a step to the state and its event to the log. All ranks raise UserError where training must end."""

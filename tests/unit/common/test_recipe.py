@@ -84,6 +84,13 @@ ROOT = Path(__file__).parents[3]
             "name: a\nobjective: {schedule: flow, prediction: flow, zero_terminal_snr: false, learned_variance: false}",
             "sample.sampler: 'ddpm' does not fit prediction 'flow'",
         ),
+        ("name: a\ntrain: {gradient: jfb}", "train.max_grad_iterations: 6 with train.gradient jfb, which has one"),
+        ("name: a\ntrain: {max_hours: 0}", "train.max_hours: should be greater than 0"),
+        (
+            "name: a\nmodel: {kind: dit}\ntrain: {gradient: multi_step}",
+            "train.gradient: multi_step, and a DiT has no fixed point; leave it out",
+        ),
+        ("name: a\nextends: [b.yaml]", "extends: ['b.yaml']; it names one recipe"),
         ("name: a\ntrain: {label_dropout: 1}", "train.label_dropout: should be less than 1"),
         ("- a list", "holds list, but a recipe is a mapping"),
         ("a: [", "not readable as YAML"),
@@ -162,10 +169,33 @@ def test_guidance_is_refused_for_nothing_else(others: tuple[str, ...]) -> None:
     assert parse_recipe("name: a", others)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_has_what_it_says_over_what_the_one_says_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\nseed: 3\ntrain: {batch_size: 8, ema: {decays: [0.9]}}\n")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/one.yaml").write_text("extends: ../base.yaml\nname: one\ntrain: {ema: {widths: [0.1]}}\n")
+    (tmp_path / "two.yaml").write_text("extends: below/one.yaml\nname: two\ntrain: {batch_size: 4}\n")
+    recipe = load_recipe(tmp_path / "two.yaml", ["seed=5"])
+    assert (recipe.name, recipe.seed, recipe.train.batch_size) == ("two", 5, 4)
+    assert (recipe.train.ema.decays, recipe.train.ema.widths) == ((0.9,), (0.1,))
+
+
+def test_a_recipe_that_extends_itself_or_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\nname: a\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nname: b\n")
+    with pytest.raises(UserError, match=r"b\.yaml: extends: a\.yaml extends this recipe in turn"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").unlink()
+    with pytest.raises(UserError, match=r"b\.yaml: No such file"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_project_loads_and_survives_being_written(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.name == path.stem
+    assert recipe.name == path.stem or load_recipe(path.with_stem(recipe.name)).name == recipe.name  # or of that run
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
@@ -174,7 +204,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (default.objective.prediction, default.objective.zero_terminal_snr) == ("v", True)
     assert not default.model.pre_post_timestep_conditioning
     assert (default.train.max_no_grad_iterations, default.train.max_grad_iterations) == (6, 6)
-    paper = load_recipe(ROOT / "recipes/imagenet256_paper.yaml")
+    paper = load_recipe(ROOT / "recipes/paper/imagenet_fpdm.yaml")
     assert (paper.train.max_no_grad_iterations, paper.train.max_grad_iterations) == (12, 12)
     assert paper.objective == default.objective
 

@@ -92,3 +92,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log_file(
         assert ("16/64" in err) == watched
         if out:
             assert out == "train: 16 of 64 samples, loss 0.5000, 4.0 samples/s, 00:12 left\n"
+
+
+def test_the_time_left_is_that_of_the_limit_that_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ProgressBar(64, 0, 0, seconds=10.0)
+    state = TrainState(samples_seen=16, seconds=7.0, interval=Interval(steps=1, loss=0.5))
+    progress.show(state, {"samples_per_second": 4.0})
+    assert capsys.readouterr().out.endswith("00:03 left\n")

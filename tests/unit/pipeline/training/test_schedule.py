@@ -6,7 +6,7 @@ import pytest
 
 from common.loading import parse_recipe
 from common.recipe import Train
-from pipeline.training.schedule import largest_counts, learning_rate, step_iterations
+from pipeline.training.schedule import has_ended, largest_counts, learning_rate, step_iterations
 
 
 def train_with(*overrides: str) -> Train:
@@ -56,3 +56,38 @@ def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected:
     )
     train = parse_recipe("name: a", (*settings, f"train.optimizer.learning_rate_decay={decay}")).train
     assert [learning_rate(train, samples) for samples in (0, 320, 480, 960)] == pytest.approx(expected)
+
+
+def test_each_gradient_has_its_iterations_after_the_same_ones_without() -> None:
+    seen = range(0, 5000, 10)
+    sjfb, jfb, multi = (
+        [step_iterations(train_with(*given), 0, each) for each in seen]
+        for given in (
+            ("max_grad_iterations=4",),
+            ("gradient=jfb", "max_grad_iterations=1"),
+            ("gradient=multi_step", "max_grad_iterations=4"),
+        )
+    )
+    assert {step.with_graph for step in sjfb} == {1, 2, 3, 4}
+    assert {step.with_graph for step in jfb} == {1}
+    assert {step.with_graph for step in multi} == {4}
+    assert [step.without_graph for step in multi] == [step.without_graph for step in sjfb]
+    assert {step.without_graph for step in jfb} == set(range(7))
+
+
+def test_the_rate_falls_with_samples_or_hours_whichever_is_further() -> None:
+    train = train_with("max_hours=2.0", "optimizer.learning_rate=1.0", "optimizer.learning_rate_decay=linear")
+    assert learning_rate(train, 500, 3600) == pytest.approx(0.5)
+    assert learning_rate(train, 100, 3600) == pytest.approx(0.5)
+    assert learning_rate(train, 500, 60) == pytest.approx(0.5)
+    assert learning_rate(train, 0, 9000) == 0
+    assert not has_ended(train, 990, 7199)
+    assert has_ended(train, 0, 7200)
+    assert has_ended(train, 1000, 0)
+    assert not has_ended(train_with(), 990, 1e9)
+
+
+def test_counts_rise_with_hours_too() -> None:
+    train = train_with("max_hours=2.0", "max_grad_iterations=4", "max_no_grad_iterations=0", "iterations_rise=1.0")
+    assert {step_iterations(train, 0, each, 0).with_graph for each in range(0, 100, 10)} == {1}
+    assert {step_iterations(train, 0, each, 7000).with_graph for each in range(0, 500, 10)} == {1, 2, 3, 4}

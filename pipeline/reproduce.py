@@ -1,0 +1,77 @@
+"""Remakes the paper's tables: trains what is missing, samples, measures, and writes docs/results.md.
+
+  python pipeline/reproduce.py --scale small                      # hours on two cores
+  python pipeline/reproduce.py --scale small --only T1,T5 --seeds 3
+  python pipeline/reproduce.py --scale full --cluster slurm       # recipes/paper/, thousands of V100-hours
+  python pipeline/reproduce.py --scale small --smoke              # minutes: everything happens, nothing is learned
+
+Run it again to go on. --dry-run lists the runs and what they cost.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.command import ended_by_signals, exit_status_of
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.reproduction.experiments import Table
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("small", "full"), required=True, help="recipes/small or recipes/paper")
+    parser.add_argument("--only", metavar="T1,T5", help="these tables: T1, T4, T5, F4, A, F7")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each recipe; 3, or 1 with --smoke")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks; the page lies in the folder of the runs")
+    parser.add_argument("--runs", metavar="FOLDER", help="of all runs; runs/reproduction/ and the scale otherwise")
+    parser.add_argument("--cluster", default="local", metavar="local|debug|slurm|auto", help="where jobs run")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and what they cost; touch nothing")
+    arguments = parser.parse_args()
+
+    from common.files import atomic_write
+    from pipeline.reproduction.intervals import MOST_SEEDS
+    from pipeline.reproduction.results import page
+    from pipeline.reproduction.running import Scale, make, plan
+    from slurm.cluster import resolve
+
+    tables = chosen(arguments.only)
+    if arguments.smoke and arguments.scale == "full":
+        raise UserError("--smoke: is of the portraits, which every machine can make; use --scale small")
+    seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.smoke else 3
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds: {seeds}; 1 to {MOST_SEEDS}")
+    runs = arguments.runs or f"runs/reproduction/{'smoke' if arguments.smoke else arguments.scale}"
+    scale = Scale(arguments.scale, runs, seeds, arguments.smoke)
+    if arguments.dry_run:
+        print("\n".join(plan(tables, scale)))
+        return
+    try:
+        cluster = resolve(arguments.cluster)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    with ended_by_signals():
+        make(tables, scale, cluster)
+    results = Path(runs) / "results.md" if arguments.smoke else ROOT / "docs/results.md"
+    with atomic_write(results) as temporary:
+        temporary.write_text(page(tables, scale), encoding="utf-8")
+    print(f"results: {results}")
+
+
+def chosen(only: str | None) -> list["Table"]:
+    from pipeline.reproduction.experiments import TABLES
+
+    keys = [table.key for table in TABLES]
+    wanted = keys if only is None else only.split(",")
+    for key in wanted:
+        if key not in keys:
+            raise UserError(f"--only: found {key!r}; allowed, separated by commas: {', '.join(keys)}")
+    return [table for table in TABLES if table.key in wanted]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status_of(main))

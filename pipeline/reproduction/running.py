@@ -1,0 +1,142 @@
+"""Trains and measures what is missing. Every run and every point is a file, so a killed reproduction goes on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.loading import load_recipe
+from common.log_lines import read_log
+from common.recipe import Recipe, denoiser_config
+from common.run_folder import RunFolder
+from common.sealed import read_sealed
+from common.stage import Stage
+from common.stage_jobs import run_in_jobs
+from fpdm.denoiser import count_parameters
+from pipeline.evaluation.sweep import Sweep
+from pipeline.evaluation.sweep_stage import STAGE as SWEEP
+from pipeline.orchestration.plan import check_stages, parts_on
+from pipeline.reproduction.experiments import RECIPES, Arm, Row, Table
+from pipeline.stages import select
+from pipeline.training.checkpoint import MARKER
+from pipeline.training.checkpoint_form import MarkerForm
+from pipeline.training.cost import training_flops, with_end
+from pipeline.training.identity import total_samples
+
+ROOT = Path(__file__).parents[2]
+MADE = ("compose", "encode", "train")  # the stages before sampling
+# What --smoke makes of every recipe: everything happens, and nothing is learned.
+SMOKE = (
+    *("demo.per_class=4", "demo.held_out_per_class=2", "model.hidden_size=32", "model.num_heads=2", "model.depth=2"),
+    *("train.max_pflops=null", "train.total_samples=16", "train.batch_size=8", "train.log.every_samples=8"),
+    *("train.optimizer.warmup_samples=0", "train.log.tensorboard=false", "train.zero_stage=0"),
+    *("sample.num_samples=4", "sample.batch_size=4", "evaluate.reference_samples=8", "evaluate.metrics=[frechet]"),
+    *("launch.processes=1", "sweep.budgets=[140]", "sweep.sampler=[ddim]", "data.shard_samples=8"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is reproduced: `name` is small or full, `runs` the folder of its runs."""
+
+    name: str
+    runs: str
+    seeds: int
+    smoke: bool
+
+    def recipes(self, arm: Arm) -> list[Recipe]:
+        """The arm's run of each seed, and its sweep."""
+        stem = arm.small if self.name == "small" else arm.full
+        path = ROOT / RECIPES[self.name] / f"{stem}.yaml"
+        return [load_recipe(path, [*arm.overrides, *self._overrides(stem, seed)]) for seed in range(self.seeds)]
+
+    def _overrides(self, stem: str, seed: int) -> Iterator[str]:
+        yield from (f"name={stem}-{seed}", f"seed={seed}", f"runs={self.runs}")
+        if self.smoke:
+            yield from SMOKE
+            yield from (f"data.{place}={self.runs}/data/{place}" for place in ("images", "held_out", "shards"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of an arm, trained and measured."""
+
+    recipe: Recipe
+    distances: dict[Row, float]
+    distance: str  # its name
+    parameters: int
+    samples: int
+    pflop: float  # of training
+    seconds: float | None  # of training, if its last checkpoint is still there
+    residual: float | None  # relative, of the last iteration of the last step that was logged; None of DiT
+
+
+def make(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
+    """Trains every run that is not trained, and measures every point that is not measured."""
+    jobs = list(dict.fromkeys(recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)))
+    for number, recipe in enumerate(jobs, 1):
+        title = f"[{number}/{len(jobs)}] {recipe.name}"
+        for stage in [*_before_sampling(recipe), SWEEP]:
+            if stage.is_finished(recipe):
+                print(f"{title}: {stage.name} finished before", flush=True)
+                continue
+            if stage is not SWEEP:
+                check_stages(recipe, [stage], cluster)
+            print(f"{title}: {stage.name} ...", flush=True)
+            run_in_jobs(recipe, stage, cluster, parts_on(recipe.launch, cluster))
+
+
+def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
+    """One line a run: what it costs, and whether it is trained."""
+    jobs = {recipe.name: recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)}
+    for recipe in jobs.values():
+        samples = total_samples(with_end(recipe).train)
+        state = "trained" if all(stage.is_finished(recipe) for stage in _before_sampling(recipe)) else "to be trained"
+        yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {state}"
+
+
+def outcomes(arm: Arm, scale: Scale, rows: Sequence[str]) -> list[Outcome]:
+    """Of each seed. Raises UserError where something is not measured."""
+    return [_outcome(recipe, rows) for recipe in scale.recipes(arm)]
+
+
+def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
+    sweep, distances, name = Sweep(recipe), {}, ""
+    for point in sweep.recipes:
+        measurement = sweep.measured(point)
+        if measurement is None:
+            raise UserError(f"{recipe.folder}: a point is not measured; run python pipeline/reproduce.py again")
+        distances[tuple(_row(getattr(point, field)) for field in rows)] = measurement["value"]
+        name = measurement["distance"]
+    return Outcome(
+        recipe=recipe,
+        distances=distances,
+        distance=name,
+        parameters=count_parameters(denoiser_config(recipe)),
+        samples=total_samples(with_end(recipe).train),
+        pflop=training_flops(recipe) / 1e15,
+        seconds=_seconds(recipe),
+        residual=_residual(recipe),
+    )
+
+
+def _row(value: object) -> object:
+    """Iterations of the exact budget, 7.83, stand in the row of those asked for, 8."""
+    return round(value) if isinstance(value, float) else value
+
+
+def _seconds(recipe: Recipe) -> float | None:
+    marker = RunFolder(recipe.folder).checkpoint(total_samples(with_end(recipe).train)) / MARKER
+    if not marker.exists():
+        return None
+    progress = read_sealed(marker, MarkerForm, "delete the checkpoint, and its time is left out")["progress"]
+    return progress.get("seconds")
+
+
+def _residual(recipe: Recipe) -> float | None:
+    lines = [line for line in read_log(RunFolder(recipe.folder).log) if "residual" in line]
+    return lines[-1]["residual"] if lines else None
+
+
+def _before_sampling(recipe: Recipe) -> list[Stage]:
+    return [stage for stage in select(recipe, None) if stage.name in MADE]

@@ -1,0 +1,92 @@
+"""The tables' recipes are comparable, their verdicts are in words, and sizes are counted."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from common.recipe import denoiser_config
+from fpdm.config import DenoiserConfig
+from fpdm.denoiser import count_parameters
+from pipeline.evaluation.sweep import points
+from pipeline.reproduction.counting import claims, training_memory
+from pipeline.reproduction.experiments import TABLES, Arm, Claim, Table
+from pipeline.reproduction.intervals import interval, judged, shown
+from pipeline.reproduction.results import _section
+from pipeline.reproduction.running import Scale, _row
+from pipeline.training.cost import training_flops
+
+SCALES = [Scale(name, "runs/none", seeds=1, smoke=False) for name in ("small", "full")]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.key)
+def test_the_columns_of_a_table_have_the_same_operations_and_the_same_rows(table: Table, scale: Scale) -> None:
+    recipes = {arm.name: scale.recipes(arm)[0] for arm in table.arms}
+    operations = [training_flops(recipe) for recipe in recipes.values()]
+    assert max(operations) < 1.01 * min(operations)
+    rows = [
+        {tuple(_row(getattr(point, field)) for field in table.rows) for point in points(recipe)[0]}
+        for recipe in recipes.values()
+    ]
+    assert all(each == rows[0] for each in rows)
+    assert all(values.keys() == recipes.keys() for values in table.published.values())
+    assert {name for claim in table.claims for name in (claim.better, claim.worse)} <= recipes.keys()
+
+
+def test_the_small_networks_have_the_papers_shares_of_parameters() -> None:
+    arms = {arm.name: arm for arm in TABLES[0].arms}
+    fpdm, dit = (count_parameters(denoiser_config(SCALES[0].recipes(arms[name])[0])) for name in ("FPDM", "DiT"))
+    assert 0.10 < fpdm / dit < 0.15
+
+
+def test_a_verdict_needs_an_interval_that_leaves_zero_out() -> None:
+    assert judged([1.0, 2.0, 3.0], [11.0, 12.5, 12.0]).startswith("holds (by 9.8 ± ")
+    assert judged([11.0, 12.5, 12.0], [1.0, 2.0, 3.0]).startswith("does not hold: it is the other way round (by -9.8")
+    assert judged([1.0, 2.0, 3.0], [2.0, 1.0, 4.0]).startswith("not decided by 3 seeds")
+    assert judged([1.0], [100.0]) == "not decided by one seed (by 99.0 there)"
+
+
+def test_intervals_are_students() -> None:
+    from scipy.stats import t as student
+
+    values = [3.0, 5.0, 4.5, 6.0]
+    assert interval(values) == pytest.approx(student.ppf(0.975, 3) * 1.25 / 2, rel=1e-3)
+    assert interval([1.0]) is None
+    assert shown([1.0]) == "1.0"
+
+
+def test_a_section_shows_means_published_values_and_a_verdict_of_every_claim() -> None:
+    table = Table(
+        key="T0",
+        title="A table",
+        arms=(Arm("a", "", ""), Arm("b", "", "")),
+        rows=("budget", "sampler"),
+        published={"140, ddim": {"a": 10.5, "b": 20.0}},
+        claims=(Claim("a is better", "a", "b"),),
+    )
+    recipe = SimpleNamespace(sample=SimpleNamespace(num_samples=256))
+
+    def runs(*values: float) -> list[SimpleNamespace]:
+        return [SimpleNamespace(recipe=recipe, distance="FD (x)", distances={(140, "ddim"): value}) for value in values]
+
+    text = "\n".join(_section(table, {"a": runs(1.0, 2.0), "b": runs(50.0, 52.0)}))  # type: ignore[dict-item]
+    assert "FD (x), 256 images" in text
+    assert "| 140, ddim | 1.5 ± 6.4 | 51.0 ± 12.7 |" in text
+    assert "| published: 140, ddim | 10.5 | 20.0 |" in text
+    assert "- a is better; at 140, ddim: **holds (by 49.5 ± 6.4)**" in text
+
+
+def test_memory_grows_with_iterations_and_shrinks_where_they_are_recomputed() -> None:
+    config = DenoiserConfig(hidden_size=64, num_heads=2, input_size=8)
+    kept = [training_memory(config, count, recomputed=False).activations for count in (1, 2, 3)]
+    assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.02)
+    assert kept[1] > kept[0]
+    assert training_memory(config, 3, recomputed=True).activations < kept[2]
+    assert training_memory(config, 3, recomputed=True).gigabytes > 20 * count_parameters(config) / 1e9
+
+
+def test_the_claims_of_size_are_counted_at_the_published_size() -> None:
+    text = "\n".join(claims())
+    assert "**87 % fewer parameters: holds.**" in text
+    assert "FPDM 86,500,256, DiT 674,834,720, 87.2 %" in text
+    assert "**60 % less training memory: does not hold (56%) where nothing is recomputed, holds where" in text

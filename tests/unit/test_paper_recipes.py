@@ -1,0 +1,39 @@
+"""The recipes of the paper's experiments: what `run.py --dry-run` checks, and what their headers say they cost."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from common.loading import load_recipe
+from pipeline.evaluation.sweep import points
+from pipeline.orchestration.plan import check_stages, plan
+from pipeline.stages import select
+from pipeline.training.cost import describe_cost, with_end
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes/paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_the_paper_can_be_run_and_costs_what_its_header_says(path: Path) -> None:
+    recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+    stages = select(recipe, None)
+    check_stages(recipe, stages, "local")
+    assert plan(recipe, stages, "local")[0].startswith("network: ")
+    assert not points(recipe)[1], "a combination of its sweep cannot be drawn"
+    head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    assert f"--config recipes/paper/{path.name}" in head
+    assert re.search(r"Published (FID|distance)", head)
+    assert "GB of" in head
+    stated = re.search(r"Cost: ([\d,]+ PFLOP, [\d,]+) V100-hours at 42 %", head)
+    if "Cost: no training" not in head:
+        assert stated, "no cost in the header"
+        pflop, hours = re.fullmatch(r"(.*) PFLOP, (.*) V100-hours at 42% of the peak", describe_cost(recipe)).groups()
+        assert stated[1] == f"{float(pflop.replace(',', '')):,.0f} PFLOP, {float(hours.replace(',', '')):,.0f}"
+
+
+def test_dit_and_fpdm_get_the_same_operations_and_dit_the_papers_steps() -> None:
+    ends = {name: with_end(load_recipe(ROOT / f"recipes/paper/{name}.yaml")) for name in ("imagenet_dit", "ffhq_dit")}
+    assert ends["imagenet_dit"].train.total_samples / 512 == pytest.approx(400_000, rel=1e-3)
+    assert ends["ffhq_dit"].train.total_samples / 512 == pytest.approx(100_000, rel=1e-3)
