@@ -74,13 +74,13 @@ class FPDMPipeline(DiffusionPipeline):
             `fpdm.call_settings.CallSettings`.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
     _callback_tensor_inputs = ("latents",)
     _optional_components = ["scheduler"]  # noqa: RUF012 # as diffusers reads it; exports of version 0.1 have none
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: "FPDMTransformer2DModel | ModelMixin",  # read when it is asked for: diffusers loads classes anew
         vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC,
         scheduler: Any,
         id2label: Any = None,
@@ -94,13 +94,13 @@ class FPDMPipeline(DiffusionPipeline):
         if scheduler is None:
             scheduler = FPDMScheduler(transformer.diffusion, "flow_euler" if transformer.diffusion.is_flow else "ddpm")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        vae.to(memory_format=torch.channels_last)  # in which the project decodes; other sums round otherwise
+        cast(Any, vae).to(memory_format=torch.channels_last)  # in which the project decodes; other sums round otherwise
         self._classes = ClassNames(transformer.denoiser.config, id2label or {})
         self._defaults, self._interrupt = CallSettings.stored(sampling), False
         self.register_to_config(id2label=self._classes.by_number, sampling=asdict(self._defaults))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **arguments: Any) -> Any:
+    def from_pretrained(cls, folder: str | Path, **arguments: Any) -> Any:  # type: ignore[override]
         """Loads a folder or a repository of the hub with this class; the code that it holds is not run.
 
         Arguments and errors as diffusers'.

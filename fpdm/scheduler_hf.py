@@ -27,7 +27,7 @@ class FPDMScheduler(SchedulerMixin, ConfigMixin):
     DPMSolverMultistepScheduler.from_config(scheduler.config).
     """
 
-    config_name = "scheduler_config.json"
+    config_name = "scheduler_config.json"  # type: ignore[assignment]
     order = 1
     init_noise_sigma = 1.0
 
@@ -173,6 +173,12 @@ class ForeignSampler:
         arguments = {"eta": eta, "generator": generator}
         self._arguments = {name: value for name, value in arguments.items() if value is not None and name in known}
         scheduler.set_timesteps(num_steps)
+        sigmas = torch.as_tensor(getattr(scheduler, "sigmas", 0.0))
+        if not sigmas.isfinite().all():
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__} has infinite sigmas at pure noise, where the process of "
+                "these weights ends (zero_terminal_snr); take another, such as DPMSolverMultistepScheduler"
+            )
         self._scheduler, self.timesteps = scheduler, [float(t) for t in scheduler.timesteps]
         self.latents = torch.empty(0)
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 ENTRY = "pipeline_hf"
-HEAD = """# Fixed Point Diffusion Models as a pipeline of diffusers: modules of the package fpdm in one file, written by an
-# export. It needs torch and diffusers. Apache License 2.0.
+HEAD = """# Fixed Point Diffusion Models as a pipeline of diffusers: modules of the package fpdm in one file, written by
+# an export. It needs torch and diffusers. Apache License 2.0.
 """
 OWN_SOURCE = '''
 _SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: another export may take this file's place in the cache

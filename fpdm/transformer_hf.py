@@ -39,7 +39,7 @@ class FPDMTransformer2DModel(ModelMixin, ConfigMixin):
     the null label, where it is known.
     """
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
 
     def __init__(self, denoiser: Denoiser, diffusion: Diffusion, label_dropout: float | None = None) -> None:
         super().__init__()
