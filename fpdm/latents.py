@@ -31,7 +31,7 @@ def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float)
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
-    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255.
+    """Pixels (...) in [-1, 1] -> (...) uint8: 127.5 x + 127.5, clamped to 0..255.
 
     By default rounds halves away from zero, as DiT; it inverts `preprocess.images.images.to_tensor`. "truncate" drops
     the fraction, as REPA and EDM2 do: half a level darker, for comparison with their numbers.

@@ -92,7 +92,8 @@ def check_seal(folder: str | Path, variant: str | None = None) -> None:
     """Raises ValueError where the weights are not those that config.json was written with."""
     sealed, path = weights_sha256(folder), Path(folder) / weights_name(variant)
     if sealed is not None and variant:
-        sealed = _read_json(folder).get(VARIANTS_SHA256, {}).get(variant, "")
+        variants = _read_json(folder).get(VARIANTS_SHA256)
+        sealed = variants.get(variant, "") if isinstance(variants, dict) else ""
     if sealed is not None and (not path.is_file() or _sha256(path) != sealed):
         raise ValueError(f"{path}: {'changed after it was written' if path.is_file() else 'no such file'}")
 
