@@ -94,7 +94,7 @@ class FPDMPipeline(DiffusionPipeline):
         if scheduler is None:
             scheduler = FPDMScheduler(transformer.diffusion, "flow_euler" if transformer.diffusion.is_flow else "ddpm")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        cast(Any, vae).to(memory_format=torch.channels_last)  # in which the project decodes; other sums round otherwise
+        cast(Any, vae).to(memory_format=torch.channels_last)  # as the project decodes: else some pixels round otherwise
         self._classes = ClassNames(transformer.denoiser.config, id2label or {})
         self._defaults, self._interrupt = CallSettings.stored(sampling), False
         self.register_to_config(id2label=self._classes.by_number, sampling=asdict(self._defaults))

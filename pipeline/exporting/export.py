@@ -62,7 +62,9 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
             place=repository or str(target),
             licences=licences,
         )
-    print(f"pipeline: {target}")
+    if names is None:
+        print(f"note: classes without names: {recipe.data.shards} has no list of {recipe.model.num_classes} here")
+    print(f"pipeline: {target}; its page is README.md")
 
 
 def shown_settings(pipeline: FPDMPipeline) -> dict[str, Any]:
