@@ -11,8 +11,29 @@ CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS_NAME = f"{STEM}.safetensors"
+CODE_NAME = "pipeline.py"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `from_pretrained`
 # One file or the list of several, each of which may be a variant: "fp16".
 _NAMES = re.compile(rf"{STEM}(?:\.([^.]+))?\.safetensors(?:\.index(?:\.([^.]+))?\.json)?")
+
+
+def weights_name(variant: str | None = None) -> str:
+    """The file of the weights, or of a variant of them such as "fp16"."""
+    return f"{STEM}.{variant}.safetensors" if variant else WEIGHTS_NAME
+
+
+def local_folder(name: str | Path, arguments: dict[str, Any]) -> Path:
+    """A folder, or the copy of a repository of the hub: configurations and safetensors, no code and nothing pickled.
+
+    Takes those of HUB_ARGUMENTS out of `arguments`.
+    """
+    given = {key: arguments.pop(key, None) for key in HUB_ARGUMENTS}
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = {key: value for key, value in given.items() if value is not None}
+    return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"], **wanted))
 
 
 def class_named(stated: Any) -> str | None:
@@ -86,3 +107,23 @@ def _listed(index: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise ValueError(f"{index}: names {name!r}, which is no file beside it; get all files of the folder")
     return [index.parent / name for name in names]
+
+
+def write_code(folder: Path, source: str, own: Sequence[str]) -> None:
+    """Puts a pipeline's code beside model_index.json and beside the components of the classes `own`.
+
+    diffusers then takes the classes from there, where it is told to trust it.
+    """
+    path = folder / PIPELINE_NAME
+    index = json.loads(path.read_text(encoding="utf-8"))
+    module = CODE_NAME.removesuffix(".py")
+    index["_class_name"] = [module, index["_class_name"]]
+    places = [folder]
+    for name, value in index.items():
+        if isinstance(value, list) and not name.startswith("_") and value[-1] in own:
+            index[name] = [module, value[-1]]
+            places.append(folder / name)
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / CODE_NAME).write_text(source, encoding="utf-8")
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

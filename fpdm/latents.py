@@ -1,9 +1,14 @@
-"""The scaling between an autoencoder's latents and those of diffusion, with diffusers' factors.
+"""The scaling between an autoencoder's latents and those of diffusion, with diffusers' factors, and 8-bit images.
 
 Rombach et al., "High-resolution image synthesis with latent diffusion models" (CVPR 2022), appendix G.
 """
 
+from typing import Literal
+
+import torch
 from torch import Tensor
+
+Rounding = Literal["half_away", "truncate"]  # a recipe's sample.rounding lists these too
 
 
 def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
@@ -23,3 +28,13 @@ def draw_latents(moments: Tensor, normals: Tensor, scaling_factor: float, shift_
 def unscale_latents(latents: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
     """Latents of diffusion (B, C, h, w) -> latents for the decoder: the inverse of the scaling in `draw_latents`."""
     return latents / scaling_factor + shift_factor
+
+
+def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
+    """Pixels (...) in [-1, 1] -> (...) uint8: 127.5 x + 127.5, clamped to 0..255.
+
+    By default rounds halves away from zero, as DiT; it inverts `preprocess.images.images.to_tensor`. "truncate" drops
+    the fraction, as REPA and EDM2 do: half a level darker, for comparison with their numbers.
+    """
+    offset = 128 if rounding == "half_away" else 127.5
+    return (images.float() * 127.5 + offset).floor().clamp(0, 255).to(torch.uint8)

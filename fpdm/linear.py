@@ -105,7 +105,7 @@ def _product(
 
 # The schema is spelled out because torch before 2.7 does not read it from these annotations.
 @torch.library.custom_op(
-    "fpdm::onednn",
+    f"{__name__.partition('.')[0]}::onednn",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, str activation, float[] scalars, str approximation) -> Tensor",
 )

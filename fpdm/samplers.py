@@ -181,7 +181,7 @@ def build_sampler(
             setting that this sampler has not.
     """
     settings = settings or SamplerSettings()
-    _check(diffusion, name, num_steps, settings)
+    _check_sampler(diffusion, name, num_steps, settings)
     if name in ("dpm++", "unipc", "flow_euler"):
         return DiffusersSampler(diffusion, num_steps, name)
     if diffusion.is_flow:
@@ -195,7 +195,7 @@ def build_sampler(
     return GaussianSampler(diffusion, kept, settings, implicit=name == "ddim")
 
 
-def _check(diffusion: Diffusion, name: SamplerName, num_steps: int, settings: SamplerSettings) -> None:
+def _check_sampler(diffusion: Diffusion, name: SamplerName, num_steps: int, settings: SamplerSettings) -> None:
     if name not in get_args(SamplerName):
         raise ValueError(f"sampler: {name!r} is unknown; choose one of {', '.join(get_args(SamplerName))}")
     if name != "multistep" and (name == "flow_euler") != diffusion.is_flow:

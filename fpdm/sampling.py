@@ -15,7 +15,7 @@ from fpdm.config import DenoiserConfig
 from fpdm.denoiser import Denoised, Denoiser
 from fpdm.diffusion import Diffusion
 from fpdm.fixed_point import Solver
-from fpdm.samplers import SamplerName, SamplerSettings, adds_noise, build_sampler
+from fpdm.samplers import Sampler, SamplerName, SamplerSettings, adds_noise, build_sampler
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int, rescale: float = 0.0) -> Tensor:
@@ -54,7 +54,7 @@ def sample(
     *,
     num_steps: int,
     iterations: Sequence[int] | None = None,
-    sampler: SamplerName = "ddim",
+    sampler: SamplerName | Sampler = "ddim",
     sampler_settings: SamplerSettings | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     reuse: bool | Sequence[bool] = False,
@@ -77,7 +77,7 @@ def sample(
         labels: (B,) class labels or (B, condition_dim) vectors.
         num_steps: number of timesteps.
         iterations: FPDM: one count a step, noisiest first (`allocation.allocate`). DiT: None.
-        sampler, sampler_settings: see `build_sampler`.
+        sampler, sampler_settings: see `build_sampler`; or a sampler of `num_steps` timesteps itself, without settings.
         step_noise: i -> (B, C, H, W) standard normal noise of step i; needed by "ddpm", and by "ddim" with eta > 0.
             The last step adds none.
         reuse: start each step's iteration at the solution of the step before: always, never, or step by step.
@@ -102,11 +102,11 @@ def sample(
     channels = model.config.in_channels if guidance_channels is None else guidance_channels
     _check(model.config, diffusion, labels)
     check_guidance(model.config.in_channels, channels, guidance_interval)
-    steps = build_sampler(diffusion, sampler, num_steps, sampler_settings)
+    steps = build_sampler(diffusion, sampler, num_steps, sampler_settings) if isinstance(sampler, str) else sampler
     guided = guided_steps(steps.timesteps, diffusion.num_timesteps, guidance_scale, guidance_interval)
     counts = _one_a_step("iterations", iterations, num_steps, model.config.kind == "fpdm")
     reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
-    if step_noise is None and adds_noise(sampler, sampler_settings):
+    if step_noise is None and isinstance(sampler, str) and adds_noise(sampler, sampler_settings):
         raise ValueError(
             f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step number"
         )

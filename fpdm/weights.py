@@ -19,14 +19,19 @@ from torch import Tensor
 from fpdm.blocks import position_embedding
 from fpdm.config import DenoiserConfig
 from fpdm.denoiser import Denoiser
-from fpdm.diffusers_folders import CONFIG_NAME, WEIGHTS_NAME
+from fpdm.diffusers_folders import CONFIG_NAME, weights_name
 
 CLASS_NAME = "FPDMTransformer2DModel"
 WEIGHTS_SHA256, CONTENT_KEY = SEAL = ("weights_sha256", "content_key")  # fields of config.json
+VARIANTS_SHA256 = "variants_sha256"  # of the weights in other precisions, by variant
 
 
 def save_pretrained(
-    state_dict: Mapping[str, Tensor], config: DenoiserConfig, folder: str | Path, extra: dict[str, object] | None = None
+    state_dict: Mapping[str, Tensor],
+    config: DenoiserConfig,
+    folder: str | Path,
+    extra: dict[str, object] | None = None,
+    variant: str | None = None,
 ) -> None:
     """Write weights and config; each file appears whole or not at all, the config last.
 
@@ -35,6 +40,7 @@ def save_pretrained(
         config: the network's config.
         folder: created if absent.
         extra: further JSON values to keep in config.json under "extra", for example the diffusion's settings.
+        variant: such as "fp16": the weights are written beside those of the same network that the folder has.
 
     Raises:
         ValueError: naming the tensor that is missing, unknown or of the wrong shape.
@@ -45,30 +51,49 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _atomic_write(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    path = folder / weights_name(variant)
+    _atomic_write(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     values = {"_class_name": CLASS_NAME, **asdict(config), "extra": extra or {}}
-    values[WEIGHTS_SHA256] = _sha256(folder / WEIGHTS_NAME)
-    text = json.dumps({**values, CONTENT_KEY: _key(values)}, indent=2) + "\n"
+    values |= _hashes(folder, values, variant, _sha256(path))
+    text = json.dumps({**values, CONTENT_KEY: _content_key(values)}, indent=2) + "\n"
     _atomic_write(folder / CONFIG_NAME, lambda path: path.write_text(text))
 
 
-def load_pretrained(folder: str | Path) -> Denoiser:
+def _hashes(folder: Path, values: dict[str, Any], variant: str | None, sha256: str) -> dict[str, Any]:
+    """The seals of all weights of this network in the folder; without weights but variants the first one is empty."""
+    try:
+        found = _read_json(folder)
+        same = json.loads(json.dumps(values)) == {key: found[key] for key in values}
+    except (ValueError, KeyError):  # none yet, or another network's, whose files are replaced
+        same = False
+    main, variants = (found[WEIGHTS_SHA256], found.get(VARIANTS_SHA256, {})) if same else ("", {})
+    if variant is None:
+        main = sha256
+    else:
+        variants = {**variants, variant: sha256}
+    return {WEIGHTS_SHA256: main} | ({VARIANTS_SHA256: variants} if variants else {})
+
+
+def load_pretrained(folder: str | Path, variant: str | None = None) -> Denoiser:
     """The network that `save_pretrained` wrote, in the dtype it was written in, on the CPU.
 
     Raises:
         ValueError: naming the damaged file, the config's field, or the tensor that is missing, unknown or misshapen.
     """
-    config, path = read_config(folder), Path(folder) / WEIGHTS_NAME
-    check_seal(folder)
+    config, path = read_config(folder), Path(folder) / weights_name(variant)
+    check_seal(folder, variant)
     try:
         return assemble(load_file(path), config)
     except Exception as error:
         raise ValueError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
-def check_seal(folder: str | Path) -> None:
+def check_seal(folder: str | Path, variant: str | None = None) -> None:
     """Raises ValueError where the weights are not those that config.json was written with."""
-    sealed, path = weights_sha256(folder), Path(folder) / WEIGHTS_NAME
+    sealed, path = weights_sha256(folder), Path(folder) / weights_name(variant)
+    if sealed is not None and variant:
+        variants = _read_json(folder).get(VARIANTS_SHA256)
+        sealed = variants.get(variant, "") if isinstance(variants, dict) else ""
     if sealed is not None and (not path.is_file() or _sha256(path) != sealed):
         raise ValueError(f"{path}: {'changed after it was written' if path.is_file() else 'no such file'}")
 
@@ -90,7 +115,7 @@ def assemble(tensors: Mapping[str, Tensor], config: DenoiserConfig) -> Denoiser:
 def read_config(folder: str | Path) -> DenoiserConfig:
     """The config of a folder written by `save_pretrained`; a ValueError names what is wrong with it."""
     path, values = Path(folder) / CONFIG_NAME, _read_json(folder)
-    for name in ("extra", *SEAL):
+    for name in ("extra", VARIANTS_SHA256, *SEAL):
         values.pop(name, None)
     known = {field.name for field in fields(DenoiserConfig)}
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
@@ -144,12 +169,12 @@ def _read_json(folder: str | Path) -> dict[str, Any]:
     if not sealed:
         raise ValueError(f"{path}: no JSON object")
     content = {name: value for name, value in values.items() if name != CONTENT_KEY}
-    if sealed != [None, None] and not (isinstance(sealed[0], str) and sealed[1] == _key(content)):
+    if sealed != [None, None] and not (isinstance(sealed[0], str) and sealed[1] == _content_key(content)):
         raise ValueError(f"{path}: changed after it was written")
     return values
 
 
-def _key(values: dict[str, Any]) -> str:
+def _content_key(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

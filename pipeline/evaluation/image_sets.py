@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.ranks import share_of_cores
 from common.recipe import VAE, Data, Recipe
-from fpdm.latents import draw_latents
+from fpdm.latents import draw_latents, to_uint8
 from pipeline.evaluation.metrics import Statistics
 from pipeline.evaluation.statistics import Summary, summarise
 from pipeline.sampling.chunks import Span, check_cover, cover_gap
@@ -21,7 +21,7 @@ from pipeline.sampling.plans import read_plan
 from pipeline.sampling.sample_set import SampleSet, Sampling
 from preprocess.encoding.decoding import decoded
 from preprocess.encoding.image_loader import ImageLoader
-from preprocess.images.images import to_tensor, to_uint8
+from preprocess.images.images import to_tensor
 from preprocess.sources import Source, Which, fingerprint, open_source
 
 if TYPE_CHECKING:

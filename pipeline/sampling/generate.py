@@ -17,6 +17,7 @@ from common.run_folder import SampleFolder
 from common.run_weights import load_network
 from common.sealed import write_sealed
 from fpdm.denoiser import Denoiser
+from fpdm.latents import to_uint8
 from fpdm.sampling import require_sound
 from pipeline.sampling import iterates
 from pipeline.sampling.chunks import Chunk, Span
@@ -24,7 +25,6 @@ from pipeline.sampling.outputs import Chunks, output
 from pipeline.sampling.plans import Plan, bind_sampler, labels_for, open_plan
 from pipeline.sampling.sample_set import SampleSet, Sampling
 from preprocess.encoding.encoder import Encoder, fetch_vae
-from preprocess.images.images import to_uint8
 
 WAITING = 4  # batches that are drawn and not yet finished: bounds the memory
 

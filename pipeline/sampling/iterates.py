@@ -18,12 +18,12 @@ from common.recipe.sampling import sampler_settings, total_iterations
 from common.run_folder import SampleFolder
 from common.run_weights import load_network
 from fpdm.denoiser import Denoised, Denoiser
+from fpdm.latents import to_uint8
 from fpdm.samplers import build_sampler
 from pipeline.sampling.chunks import COMMAND
 from pipeline.sampling.plans import bind_sampler, blocks_an_image, unmeasured
 from pipeline.sampling.sample_set import SampleSet, Sampling
 from preprocess.encoding.encoder import Encoder
-from preprocess.images.images import to_uint8
 
 SHOWN = 4  # the first samples of the set
 ITERATIONS = (1, 2, 3, 5, 8, 26)

@@ -9,11 +9,11 @@ from torch import Tensor
 from common.files import atomic_write
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
+from fpdm.latents import to_uint8
 from fpdm.weights import assemble
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.plans import unmeasured
 from preprocess.encoding.encoder import Encoder
-from preprocess.images.images import to_uint8
 
 
 class GridPainter:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from common.recipe import Recipe, denoiser_config
+from fpdm.latents import to_uint8
 from fpdm.weights import assemble
 from pipeline.evaluation.metrics import Accumulator, frechet_distance
 from pipeline.evaluation.yardstick import Yardstick
@@ -11,7 +12,6 @@ from pipeline.sampling.generate import draw_images
 from pipeline.sampling.models import Models
 from pipeline.sampling.plans import unmeasured
 from preprocess.encoding.encoder import Encoder
-from preprocess.images.images import to_uint8
 
 
 class PreviewDistance:

@@ -14,11 +14,11 @@ from torchvision.utils import make_grid
 
 from common.errors import UserError, printable
 from common.recipe import Recipe
-from fpdm.latents import draw_latents
+from fpdm.latents import draw_latents, to_uint8
 from preprocess.encoding.encoder import Encoder
 from preprocess.encoding.encoding import Encoding, resolve
 from preprocess.encoding.image_loader import ImageLoader
-from preprocess.images.images import from_uint8, to_uint8
+from preprocess.images.images import from_uint8
 from preprocess.shards import LatentShards, shard_name
 from preprocess.sources import Entry
 

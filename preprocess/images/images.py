@@ -4,7 +4,6 @@ import io
 import math
 import re
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from common.errors import OneLineError, errors_as
 from preprocess.images.file_kinds import kind_of_file
 from preprocess.images.metadata import ORIENTATION, UPRIGHT, orientation, without_metadata
 
-Rounding = Literal["half_away", "truncate"]
 MAX_PIXELS = 2**27  # 134 million; a larger image is taken for a decompression bomb
 FORMATS = (
     "BMP",
@@ -174,13 +172,3 @@ def to_tensor(image: Image.Image) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """uint8 pixels -> float32 of the same shape in [-1, 1]: 0 is -1, 255 is 1."""
     return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor, rounding: Rounding = "half_away") -> Tensor:
-    """Pixels in [-1, 1] -> uint8 of the same shape: 127.5 x + 127.5, clamped to 0..255.
-
-    By default rounds halves away from zero, as DiT; it inverts `to_tensor`. "truncate" drops the fraction, as REPA and
-    EDM2 do: half a level darker, for comparison with their numbers.
-    """
-    offset = 128 if rounding == "half_away" else 127.5
-    return (images.float() * 127.5 + offset).floor().clamp(0, 255).to(torch.uint8)

@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.recipe import Model, Recipe, Sample
 from common.run_folder import weights_folder
 from common.sealed import write_sealed
+from fpdm.latents import to_uint8
 from fpdm.weights import load_pretrained, read_config, read_extra, save_pretrained
 from pipeline.features import extractors as features
 from pipeline.sampling import generate, plans
@@ -31,7 +32,6 @@ from pipeline.sampling.chunks import chunk_spans, find_chunks, read_chunk
 from pipeline.sampling.sample_set import Sampling, sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from preprocess import shards as latent_shards
-from preprocess.images.images import to_uint8
 from tests.conftest import generated, load_samples, run_stage
 from tests.unit.pipeline.sampling.test_samples import changed, fresh
 

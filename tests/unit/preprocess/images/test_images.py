@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fpdm.latents import to_uint8
 from preprocess.encoding.image_loader import ImageLoader
-from preprocess.images.images import CROPS, Rejected, decode, to_tensor, to_uint8
+from preprocess.images.images import CROPS, Rejected, decode, to_tensor
 from preprocess.shards import Rejection
 from tests.photographs import source_of
 

@@ -1,0 +1,110 @@
+"""A run's weights, its way of sampling and its page as a folder of diffusers."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from common.files import atomic_folder
+from common.loading import dump_recipe
+from common.recipe import Recipe
+from common.recipe.sampling import MEASURED, sampler_settings
+from common.run_folder import RunFolder
+from common.run_weights import REMEDY, load_network
+from fpdm.call_settings import FIXED_POINT, CallSettings, setting_names
+from fpdm.pipeline_hf import FPDMPipeline
+from fpdm.samplers import SamplerSettings
+from fpdm.scheduler_hf import FPDMScheduler
+from fpdm.transformer_hf import FPDMTransformer2DModel
+from pipeline.exporting.model_card import GRID_IMAGES, UNSTATED, Licences, drawn_images, write_card
+from pipeline.sampling.plans import Plan, by_recipe, labels_for, open_plan
+from pipeline.sampling.sample_set import SampleSet, sample_set
+from preprocess.encoding.encoder import fetch_vae, load_vae
+from preprocess.shards import INDEX
+from preprocess.shards.forms import read_local_index
+
+
+def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None = None) -> None:
+    """Replaces what was exported before. `repository`: where it will be shared, for the card.
+
+    Raises UserError where the weights are damaged.
+    """
+    samples = sample_set(recipe, recipe.sample.weights)
+    try:
+        transformer = FPDMTransformer2DModel.from_pretrained(samples.weights)
+    except ValueError as error:
+        raise UserError(f"{error}; {REMEDY}") from None
+    names = class_names(recipe)
+    sampling = call_settings(recipe, plan_of(recipe, samples))
+    pipeline = FPDMPipeline(
+        transformer,
+        load_vae(fetch_vae(recipe.vae)),
+        FPDMScheduler(transformer.diffusion, recipe.sample.sampler, sampler_settings(recipe.sample)),
+        dict(enumerate(names or ())),
+        sampling,
+    )
+    images = drawn_images(recipe, samples) or first_images(recipe, pipeline)
+    target = RunFolder(recipe.folder).pipeline
+    with atomic_folder(target) as folder:
+        pipeline.save_pretrained(folder)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_card(
+            folder,
+            recipe,
+            samples,
+            images,
+            names=names,
+            sampling=shown_settings(pipeline),
+            place=repository or str(target),
+            licences=licences,
+        )
+    if names is None:
+        print(f"note: classes without names: {recipe.data.shards} has no list of {recipe.model.num_classes} here")
+    print(f"pipeline: {target}; its page is README.md")
+
+
+def shown_settings(pipeline: FPDMPipeline) -> dict[str, Any]:
+    """Arguments of a call of the pipeline, and what they are where it leaves them out; without those that are off."""
+    scheduler = pipeline.scheduler
+    values = {**pipeline.config["sampling"], "sampler": scheduler.sampler, **asdict(scheduler.settings)}
+    usual = asdict(CallSettings()) | asdict(SamplerSettings())
+    fixed = () if pipeline.transformer.config.kind == "dit" else ("iterations", "allocation", "reuse")
+    always = ("num_inference_steps", *fixed, "guidance_scale", "sampler")
+    return {name: value for name, value in values.items() if name in always or value != usual.get(name, value)}
+
+
+def class_names(recipe: Recipe) -> list[str] | None:
+    """The classes' names by their number, from the list of the training shards; None where there is none of them."""
+    shards = Path(recipe.data.shards)
+    names = read_local_index(shards)["class_names"] if (shards / INDEX).exists() else []
+    return list(names) if len(names) == recipe.model.num_classes else None
+
+
+def plan_of(recipe: Recipe, samples: SampleSet) -> Plan:
+    """The set's plan; where the recipe measures it on the weights, as its samples were drawn, or measured now."""
+    return by_recipe(recipe) or open_plan(recipe, samples.folder, load_network(samples.weights))
+
+
+def call_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What a call of the pipeline does by default: what the recipe says."""
+    settings = recipe.sample
+    unused = FIXED_POINT if plan.iterations is None else ()
+    names = [name for name in setting_names() if hasattr(settings, name) and name not in (*unused, "reuse")]
+    values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    values["num_inference_steps"] = len(plan.reuse)
+    if plan.iterations is not None:
+        values["reuse"] = plan.reuse[0] if len(set(plan.reuse)) == 1 else plan.reuse
+        if settings.allocation in MEASURED:
+            values |= {"allocation": "list", "iterations": plan.iterations}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def first_images(recipe: Recipe, pipeline: FPDMPipeline) -> list[NDArray[np.uint8]]:
+    """The first samples of the recipe (H, W, 3)."""
+    labels = labels_for(recipe, torch.arange(min(GRID_IMAGES, recipe.sample.num_samples)))
+    (images,) = pipeline(labels, seed=recipe.seed, return_dict=False)
+    return [np.asarray(image) for image in images]
