@@ -130,11 +130,7 @@ class Sweep:
 
     def write_tables(self) -> None:
         """Writes the points that are measured, as JSON, CSV, Markdown and a plot."""
-        rows = [
-            asdict(point) | {name: measurement[name] for name in ("distance", "count", "numbers")}
-            for point in self.recipes
-            if (measurement := self.measured(point)) is not None
-        ]
+        rows = [_row(point, measurement) for point in self.recipes if (measurement := self.measured(point)) is not None]
         if not rows:
             return
         rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
@@ -158,7 +154,6 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
             settings = changes | {
                 "num_steps": num_steps,
                 "iterations": iterations or recipe.sample.iterations,
-                "step_choices": (),  # the sweep compares them itself
                 "tolerance": None,  # at budgets that are spent
                 "guidance_rescale": 0.0 if changes["guidance_scale"] == 1 else recipe.sample.guidance_rescale,
             }
@@ -198,9 +193,21 @@ def _spend(recipe: Recipe, budget: int, number: int, *, guided: bool) -> tuple[i
     outer = config.blocks(0) + config.post_depth * guided
     num_steps = number if recipe.sweep.num_steps else max(1, budget // (number + outer))
     total = budget - outer * num_steps
-    if total < num_steps:
-        raise ValueError(f"{num_steps} steps of one iteration cost {num_steps * (outer + 1)}")
+    if total < 1:
+        raise ValueError(f"{num_steps} steps with one iteration cost {num_steps * outer + 1}")
     return num_steps, total // num_steps if total % num_steps == 0 else total / num_steps
+
+
+def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
+    """A measured point; in place of its own settings are those that calibration has chosen."""
+    row = asdict(point) | {name: dict(measurement)[name] for name in ("distance", "count", "numbers")}
+    way = measurement["plan"]
+    if point.allocation == "calibrated" and way is not None and way["iterations"] is not None:
+        settings = way["sampler_settings"]
+        row |= {name: way[name] for name in ("sampler", "num_steps", "start_extrapolation")}
+        row |= {name: settings[name] for name in ("order", "spacing", "spacing_power")}
+        row |= {"iterations": sum(way["iterations"]) / way["num_steps"], "reuse": "always" if way["reuse"] else "none"}
+    return row
 
 
 def read_table(folder: RunFolder) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def test_every_point_costs_its_budget_exactly(recipe: Recipe, fields: dict[str, 
 def test_what_a_budget_does_not_pay_for_is_said(recipe: Recipe) -> None:
     found, left_out = points(swept(recipe, num_steps=(2, 4)))
     assert [(point.budget, point.num_steps) for point in found] == [(8, 2), (16, 2), (16, 4)]
-    assert left_out == ["ddim, 4 steps, 8 blocks: 4 steps of one iteration cost 12"]
+    assert left_out == ["ddim, 4 steps, 8 blocks: 4 steps with one iteration cost 9"]
     with pytest.raises(UserError, match=r"sweep: no combination can be drawn; .* cost 3"):
         points(swept(recipe, budgets=(2,)))
 

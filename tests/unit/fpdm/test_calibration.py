@@ -1,0 +1,109 @@
+"""Calibration measures what it says, and takes another way only where it brings latents nearer to the limit."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from fpdm import (
+    Choices,
+    DenoiserConfig,
+    Diffusion,
+    SamplerSettings,
+    Way,
+    allocate_adaptively,
+    build_denoiser,
+    calibrate,
+    count_blocks,
+    measure_residuals,
+    rng,
+    sample,
+)
+from fpdm.calibration import fitting_ways, limit_way, squared_errors
+
+V = Diffusion(prediction="v")
+FLOW = Diffusion(schedule="flow", prediction="flow", learned_variance=False)
+WAY = Way(sampler="ddim", sampler_settings=SamplerSettings(), num_steps=6, iterations=(2,) * 6, reuse=True)
+FEW = Choices(
+    iterations=(0.5, 1, 2, 4), orders=(1, 2), spacings=(("linspace", 1.0), ("trailing", 1.0)), starts=(None, 0.0, 0.5)
+)
+
+
+def drawing(index, diffusion=V, kind="fpdm"):
+    """`sample` bound to a small network whose iteration converges but slowly."""
+    config = DenoiserConfig(kind=kind, depth=1, input_size=4, hidden_size=16, num_heads=2, num_classes=3)
+    model = build_denoiser(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = rng.normal(1, name, torch.arange(len(parameter)), tuple(parameter.shape[1:]))
+            parameter.copy_(0.15 * noise)
+    return partial(sample, model, diffusion, rng.normal(0, "start", index, (4, 4, 4)), index % 3)
+
+
+@pytest.fixture
+def draw():
+    return drawing(torch.arange(6))
+
+
+@pytest.fixture
+def judge():
+    return drawing(torch.arange(6, 12))
+
+
+def test_residual_curves_have_one_number_an_iteration_and_fall(draw):
+    curves = measure_residuals(draw, replace(WAY, num_steps=3, iterations=(6, 3, 5)))
+    assert [len(curve) for curve in curves] == [6, 3, 5]
+    assert all(curve.isfinite().all() and curve[-1] < curve[0] for curve in curves)
+
+
+def test_iterations_are_spread_adaptively_at_the_same_blocks(draw):
+    way = allocate_adaptively(draw, WAY)
+    assert sum(way.iterations) == 12
+    assert min(way.iterations) >= 1
+    assert replace(way, iterations=WAY.iterations) == WAY
+
+
+def test_a_dit_has_nothing_to_calibrate():
+    draw, way = drawing(torch.arange(2), kind="dit"), replace(WAY, iterations=None)
+    with pytest.raises(ValueError, match="DiT"):
+        measure_residuals(draw, way)
+    with pytest.raises(ValueError, match="DiT"):
+        calibrate(draw, draw, V, way, outer_depth=2)
+
+
+@pytest.mark.parametrize("budget", [3, 7, 24, 41, 160])
+@pytest.mark.parametrize("diffusion", [V, FLOW])
+def test_every_way_costs_the_budget_exactly_and_none_begins_without_an_iteration(budget, diffusion):
+    ways = fitting_ways(diffusion, Choices(), budget, 2)
+    assert ways
+    for way in ways.values():
+        assert count_blocks(way.iterations, 2) == budget
+        assert way.iterations[0] >= 1
+        assert way.reuse or 0 not in way.iterations
+
+
+def test_calibration_finds_what_trying_all_ways_finds(draw, judge):
+    ways = fitting_ways(V, FEW, 24, 2)
+    limit = draw(**vars(limit_way(4 * max(way.num_steps for way in ways.values()))))
+    errors = {point: float(squared_errors(draw, way, limit).mean()) for point, way in ways.items()}
+    found = calibrate(draw, judge, V, WAY, outer_depth=2, choices=FEW)
+    assert found.way == ways[min(errors, key=errors.get)]
+    assert found.tried < len(ways)
+    assert found.error < found.error_before
+
+
+def test_a_way_that_is_no_nearer_to_the_limit_on_other_samples_is_not_taken(draw, judge):
+    best = calibrate(draw, judge, V, WAY, outer_depth=2, choices=FEW).way
+    worse = Choices(iterations=(4,), orders=(1,), spacings=(("linspace", 1),), starts=(None,))
+    again = calibrate(draw, judge, V, best, outer_depth=2, choices=worse)
+    assert again.way == best
+    assert again.error == again.error_before
+    assert calibrate(draw, judge, V, best, outer_depth=2, choices=FEW).way == best  # as near is not nearer
+
+
+def test_a_way_that_adds_noise_has_no_limit(draw, judge):
+    with pytest.raises(ValueError, match="ddpm adds noise"):
+        calibrate(draw, judge, V, replace(WAY, sampler="ddpm"), outer_depth=2)
+    with pytest.raises(ValueError, match="choices: none fits"):
+        calibrate(draw, judge, V, WAY, outer_depth=2, choices=Choices(spacings=()))
