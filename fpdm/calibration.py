@@ -23,7 +23,8 @@ from fpdm.samplers import SamplerName, SamplerSettings, Spacing, adds_noise, bui
 Draw = Callable[..., Tensor]
 Point = tuple[float, int, tuple[Spacing, float], float | None]  # of each of `Choices` one value
 CURVE_REACH = 4  # curves are measured up to this many times the mean number of iterations
-LIMIT_REACH = 4  # the limit takes this many times the steps of the way that has most
+LIMIT_STEPS = 128  # of the limit, and at least LIMIT_REACH times those of the way that has most
+LIMIT_REACH = 2
 LIMIT_ITERATIONS = 8  # in each of them, from the last one's solution
 STANDARD_ERRORS = 2.0  # a gain below this many of them is noise
 
@@ -52,7 +53,13 @@ class Choices:
 
     iterations: tuple[float, ...] = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
     orders: tuple[int, ...] = (1, 2, 3)
-    spacings: tuple[tuple[Spacing, float], ...] = (("linspace", 1.0), ("trailing", 1.0), ("trailing", 1.3))
+    spacings: tuple[tuple[Spacing, float], ...] = (
+        ("linspace", 1.0),
+        ("trailing", 1.0),
+        ("trailing", 1.3),
+        ("trailing", 1.6),
+        ("trailing", 2.0),
+    )
     starts: tuple[float | None, ...] = (None, 0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -97,7 +104,14 @@ def allocate_adaptively(draw: Draw, way: Way) -> Way:
 
 
 def calibrate(
-    draw: Draw, judge: Draw, diffusion: Diffusion, way: Way, *, outer_depth: int, choices: Choices | None = None
+    draw: Draw,
+    judge: Draw,
+    diffusion: Diffusion,
+    way: Way,
+    *,
+    outer_depth: int,
+    choices: Choices | None = None,
+    limit: Way | None = None,
 ) -> Calibration:
     """Among ways of as many blocks, the one whose latents lie nearest to the limit; `way` itself where none is nearer.
 
@@ -112,6 +126,7 @@ def calibrate(
         way: the way to beat; it says what is spent.
         outer_depth: pre + post.
         choices: what is tried. Of it is left out what does not fit the budget or the diffusion.
+        limit: how the limit is drawn; by default `limit_way`.
 
     Raises:
         ValueError: as `sample`; for a way whose sampler adds noise, which has no limit; and if nothing fits.
@@ -124,25 +139,25 @@ def calibrate(
     if not ways:
         raise ValueError("choices: none fits the budget and the diffusion")
     most = max(each.num_steps for each in (way, *ways.values()))
-    limit = limit_way(min(LIMIT_REACH * most, diffusion.num_timesteps))
+    limit = limit or limit_way(diffusion, most)
     reference = draw(**vars(limit))
 
     @cache
     def error(way: Way) -> float:  # several points may be one way
         try:
-            return float(squared_errors(draw, way, reference).mean())
+            return float(distances(draw, way, reference).mean())
         except ValueError:  # non-finite latents; all else that `sample` refuses, it refused of the limit
             return math.inf
 
     found = ways[_descend(list(ways), lambda point: error(ways[point]))]
     reference = judge(**vars(limit))
-    before, after = (squared_errors(judge, each, reference) for each in (way, found))
+    before, after = (distances(judge, each, reference) for each in (way, found))
     gains = before - after  # (B,)
     nearer = bool(gains.mean() > STANDARD_ERRORS * gains.std() / len(gains) ** 0.5)
     return Calibration(
         way=found if nearer else way,
-        error=float((after if nearer else before).mean().sqrt()),
-        error_before=float(before.mean().sqrt()),
+        error=float((after if nearer else before).mean()),
+        error_before=float(before.mean()),
         tried=error.cache_info().currsize,
     )
 
@@ -172,22 +187,27 @@ def fitting_ways(diffusion: Diffusion, choices: Choices, block_budget: int, oute
     return ways
 
 
-def limit_way(num_steps: int) -> Way:
-    """So many steps and iterations that more of them would change the latents little."""
+def limit_way(diffusion: Diffusion, most_steps: int = 0) -> Way:
+    """So many steps and iterations that more of them hardly change the latents; for ways of up to `most_steps`.
+
+    Near the data they are close: evenly spaced, even 200 steps are far from their limit, since the last one jumps.
+    """
+    num_steps = min(max(LIMIT_STEPS, LIMIT_REACH * most_steps), diffusion.num_timesteps)
     return Way(
         sampler="multistep",
-        sampler_settings=SamplerSettings(spacing="trailing"),
+        sampler_settings=SamplerSettings(spacing="trailing", spacing_power=2.0, order=3),
         num_steps=num_steps,
         iterations=(LIMIT_ITERATIONS,) * num_steps,
         reuse=True,
     )
 
 
-def squared_errors(draw: Draw, way: Way, limit: Tensor) -> Tensor:
-    """Of each sample (B,): the mean squared distance of its latents to the limit's (B, C, H, W), over the mean square
-    of all of these.
+def distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
+    """Of each sample (B,): how far its latents are from the limit's (B, C, H, W), relative to their norm.
+
+    Their mean is what `calibrate` compares: squares would make it a matter of the few samples whose paths part.
     """
-    return (draw(**vars(way)) - limit).square().flatten(1).mean(1) / limit.square().mean()
+    return (draw(**vars(way)) - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)
 
 
 def _descend(points: list[Point], error: Callable[[Point], float]) -> Point:

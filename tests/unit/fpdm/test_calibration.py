@@ -20,7 +20,7 @@ from fpdm import (
     rng,
     sample,
 )
-from fpdm.calibration import fitting_ways, limit_way, squared_errors
+from fpdm.calibration import distances, fitting_ways, limit_way
 
 V = Diffusion(prediction="v")
 FLOW = Diffusion(schedule="flow", prediction="flow", learned_variance=False)
@@ -85,8 +85,8 @@ def test_every_way_costs_the_budget_exactly_and_none_begins_without_an_iteration
 
 def test_calibration_finds_what_trying_all_ways_finds(draw, judge):
     ways = fitting_ways(V, FEW, 24, 2)
-    limit = draw(**vars(limit_way(4 * max(way.num_steps for way in ways.values()))))
-    errors = {point: float(squared_errors(draw, way, limit).mean()) for point, way in ways.items()}
+    limit = draw(**vars(limit_way(V)))
+    errors = {point: float(distances(draw, way, limit).mean()) for point, way in ways.items()}
     found = calibrate(draw, judge, V, WAY, outer_depth=2, choices=FEW)
     assert found.way == ways[min(errors, key=errors.get)]
     assert found.tried < len(ways)
