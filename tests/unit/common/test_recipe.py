@@ -65,7 +65,7 @@ ROOT = Path(__file__).parents[3]
         ),
         (
             "name: a\nsample: {allocation: list, num_steps: 2, iterations: [0, 2]}",
-            r"sample.iterations: \[0, 2\] must be whole numbers of at least 0, and 1 in the first step",
+            "sample.iterations: [0, 2] must be whole numbers of at least 0, and 1 in the first step",
         ),
         (
             "name: a\nsample: {allocation: list, num_steps: 2, iterations: [2, 0], reuse: none}",

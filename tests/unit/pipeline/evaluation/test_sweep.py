@@ -82,6 +82,18 @@ def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
     assert len(read_table(RunFolder(recipe.folder))) == 2  # what an earlier sweep measured counts
 
 
+def test_the_distance_to_the_limit_is_nothing_at_the_limit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "LIMIT_STEPS", 6)
+    settings = {"sampler": ("ddim", "multistep"), "order": (2, 3), "spacing": ("trailing",), "spacing_power": (2.0,)}
+    run_stage(SWEEP, swept(recipe, budgets=(60,), iterations=(8,), distance_to_limit=True, **settings))
+    rows = read_table(RunFolder(recipe.folder))
+    found = {(row["sampler"], row["order"]): row["numbers"]["limit"]["value"] for row in rows}
+    assert set(found) == {("ddim", 2), ("multistep", 2), ("multistep", 3)}
+    assert found.pop(("multistep", 3)) == pytest.approx(0, abs=1e-6)
+    assert min(found.values()) > 1e-3
+    assert "FD (EfficientNet-Lite0) to the limit" in (recipe.folder / "sweep/table.md").read_text()
+
+
 def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.ranks.rank_and_world_size", lambda: (0, 2))
     with pytest.raises(UserError, match="--cluster with --jobs shares its points"):
