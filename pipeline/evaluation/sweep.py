@@ -166,9 +166,8 @@ class Sweep:
 
     def write_tables(self) -> None:
         """Writes the points that are measured, as JSON, CSV, Markdown and a plot."""
-        rows = [
-            self._row(point, measurement) for point in self.recipes if (measurement := self.measured(point)) is not None
-        ]
+        measured = ((point, self.measured(point)) for point in self.recipes)
+        rows = [self._row(point, measurement) for point, measurement in measured if measurement is not None]
         if not rows:
             return
         rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.recipe import Recipe
 from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
+from fpdm import calibration
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_plot
