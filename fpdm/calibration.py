@@ -26,7 +26,9 @@ CURVE_REACH = 4  # curves are measured up to this many times the mean number of 
 LIMIT_STEPS = 128  # of the limit, and at least LIMIT_REACH times those of the way that has most
 LIMIT_REACH = 2
 LIMIT_ITERATIONS = 8  # in each of them, from the last one's solution
-STANDARD_ERRORS = 2.0  # a gain below this many of them is noise
+TOGETHER = ((0,), (1, 2), (3,))  # positions in a `Point` that are varied at once: a spacing suits an order
+STANDARD_ERRORS = 2.0  # a gain below this many of them is noise,
+LEAST_GAIN = 0.01  # and one below this share of the error is not worth another way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,8 @@ def calibrate(
 ) -> Calibration:
     """Among ways of as many blocks, the one whose latents lie nearest to the limit; `way` itself where none is nearer.
 
-    Steps and iterations, order, spacing and start are chosen together: each is varied with the best of the others,
-    until none of them changes. What is found is compared with `way` on other samples, and taken only if there too it is
+    Steps with iterations, order with spacing, and start: each is varied with the best of the others, until none of
+    them changes. What is found is compared with `way` on other samples, and taken only if there too it is
     nearer to the limit, by more than chance would make it.
 
     Args:
@@ -153,7 +155,8 @@ def calibrate(
     reference = judge(**vars(limit))
     before, after = (distances(judge, each, reference) for each in (way, found))
     gains = before - after  # (B,)
-    nearer = bool(gains.mean() > STANDARD_ERRORS * gains.std() / len(gains) ** 0.5)
+    noise = STANDARD_ERRORS * gains.std() / len(gains) ** 0.5
+    nearer = bool(gains.mean() > noise and gains.mean() > LEAST_GAIN * before.mean())
     return Calibration(
         way=found if nearer else way,
         error=float((after if nearer else before).mean()),
@@ -211,13 +214,14 @@ def distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
 
 
 def _descend(points: list[Point], error: Callable[[Point], float]) -> Point:
-    """From the middle of the points along one axis at a time, to where no axis leads to a smaller error."""
-    values = (list(dict.fromkeys(point[axis] for point in points)) for axis in range(len(points[0])))
+    """From the middle of the points along some axes at a time, to where none leads to a smaller error."""
+    axes = range(len(points[0]))
+    values = (list(dict.fromkeys(point[axis] for point in points)) for axis in axes)
     middle = tuple(each[len(each) // 2] for each in values)
     best, before = middle if middle in points else points[0], None
     while best != before:
         before = best
-        for axis in range(len(best)):
-            line = [point for point in points if point[:axis] + point[axis + 1 :] == best[:axis] + best[axis + 1 :]]
-            best = min(line, key=error)
+        for varied in TOGETHER:
+            near = (point for point in points if all(point[axis] == best[axis] for axis in axes if axis not in varied))
+            best = min(near, key=error)
     return best
