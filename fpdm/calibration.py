@@ -118,8 +118,8 @@ def calibrate(
     """Among ways of as many blocks, the one whose latents lie nearest to the limit; `way` itself where none is nearer.
 
     Steps with iterations, order with spacing, and start: each is varied with the best of the others, until none of
-    them changes. What is found is compared with `way` on other samples, and taken only if there too it is
-    nearer to the limit, by more than chance would make it.
+    them changes. What is found is compared with `way` on other samples, and taken only if there too it is nearer to
+    the limit, by more than chance would make it.
 
     Args:
         draw: as above, of the samples that choose.
@@ -142,18 +142,14 @@ def calibrate(
         raise ValueError("choices: none fits the budget and the diffusion")
     most = max(each.num_steps for each in (way, *ways.values()))
     limit = limit or limit_way(diffusion, most)
-    reference = draw(**vars(limit))
+    chosen_by, judged_by = (each(**vars(limit)) for each in (draw, judge))  # (B, C, H, W)
 
     @cache
     def error(way: Way) -> float:  # several points may be one way
-        try:
-            return float(distances(draw, way, reference).mean())
-        except ValueError:  # non-finite latents; all else that `sample` refuses, it refused of the limit
-            return math.inf
+        return float(_distances(draw, way, chosen_by).mean())
 
     found = ways[_descend(list(ways), lambda point: error(ways[point]))]
-    reference = judge(**vars(limit))
-    before, after = (distances(judge, each, reference) for each in (way, found))
+    before, after = (_distances(judge, each, judged_by) for each in (way, found))
     gains = before - after  # (B,)
     noise = STANDARD_ERRORS * gains.std() / len(gains) ** 0.5
     nearer = bool(gains.mean() > noise and gains.mean() > LEAST_GAIN * before.mean())
@@ -211,6 +207,14 @@ def distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
     Their mean is what `calibrate` compares: squares would make it a matter of the few samples whose paths part.
     """
     return (draw(**vars(way)) - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)
+
+
+def _distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
+    """As `distances`; infinite for a way whose latents are not finite."""
+    try:
+        return distances(draw, way, limit)
+    except ValueError:  # all else that `sample` refuses, it refused of the limit
+        return torch.full((len(limit),), math.inf)
 
 
 def _descend(points: list[Point], error: Callable[[Point], float]) -> Point:
