@@ -214,7 +214,7 @@ def _distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
     try:
         return distances(draw, way, limit)
     except ValueError:  # all else that `sample` refuses, it refused of the limit
-        return torch.full((len(limit),), math.inf)
+        return limit.new_full((len(limit),), math.inf)
 
 
 def _descend(points: list[Point], error: Callable[[Point], float]) -> Point:
