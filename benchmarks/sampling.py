@@ -3,8 +3,9 @@
     python benchmarks/sampling.py runs/demo/weights/000000065536/0.995 [--budgets 40 80 160] [--guidance-scale 1]
 
 The limit is what the network itself draws from the same noise with many steps and iterations; an error is the root mean
-square (rms) distance of the latents to it, relative to them, or the mean of the samples. It says how well the sampler
-solves the equations of the network, not how good the images are.
+square (rms) distance of the latents to it, relative to them, or the mean of the samples' own, by which ways are compared:
+the rms is a matter of the few samples whose paths part. It says how well the sampler solves the equations of the
+network, not how good the images are.
   paper       DDIM, evenly spaced, reuse: the best of several iterations a step, constant or a ramp, chosen on the
               samples that judge, in its favour
   calibrated  what `sample.allocation: calibrated` takes, chosen on other samples
@@ -25,7 +26,7 @@ from fpdm.sampling import sample_noise
 
 ITERATIONS = (1, 2, 3, 5, 8)  # a step, of the paper's way
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the budget, from the most on
-COLUMNS = ("blocks", "paper", "rms", "mean", "calibrated", "rms", "mean", "reached at", "ways", "seconds")
+COLUMNS = ("blocks", "paper", "mean", "rms", "calibrated", "mean", "rms", "reached at", "ways", "seconds")
 
 
 def main() -> None:
@@ -50,9 +51,9 @@ def main() -> None:
     reference = judge(**vars(limit))
     norms = reference.flatten(1).norm(dim=1)
 
-    def errors(way: Way) -> tuple[float, float]:
+    def errors(way: Way) -> tuple[float, float]:  # the mean first, by which ways are compared
         each = distances(judge, way, reference)  # (B,)
-        return float((each * norms).norm() / norms.norm()), float(each.mean())
+        return float(each.mean()), float((each * norms).norm() / norms.norm())
 
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for blocks in arguments.budgets:
