@@ -2,10 +2,10 @@
 
     python benchmarks/sampling.py runs/demo/weights/000000065536/0.995 [--budgets 40 80 160] [--guidance-scale 1]
 
-The limit is what the network itself draws from the same noise with many steps and iterations. An error is the distance of
-the latents to it, relative to its norm: the mean over the samples, by which ways are compared, and the root mean square,
-which is a matter of the few samples whose paths part. It says how well the sampler solves the network's equations, not
-how good the images are.
+The limit is what the network itself draws from the same noise with many steps and iterations. An error is the distance
+of the latents to it, relative to its norm: the mean over the samples, by which ways are compared, and the root mean
+square, which is a matter of the few samples whose paths part. It says how well the sampler solves the network's
+equations, not how good the images are.
   paper       DDIM, evenly spaced, reuse: the best of several iterations a step, constant or a ramp, chosen on the
               samples that judge, in its favour
   calibrated  what `sample.allocation: calibrated` takes, chosen on other samples
