@@ -1,7 +1,7 @@
 """Fixed Point Diffusion Models: the network, its gradient, objectives, samplers and allocation."""
 
 from fpdm.allocation import allocate, count_blocks
-from fpdm.calibration import Calibration, allocate_measured, calibrate, choose_reuse, measure_residuals
+from fpdm.calibration import Calibration, Choices, Way, allocate_adaptively, calibrate, measure_residuals
 from fpdm.config import SIZES, DenoiserConfig
 from fpdm.denoiser import Denoised, Denoiser, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
@@ -14,19 +14,20 @@ from fpdm.weights import assemble, load_pretrained, read_config, read_extra, sav
 __all__ = [
     "SIZES",
     "Calibration",
+    "Choices",
     "Denoised",
     "Denoiser",
     "DenoiserConfig",
     "Diffusion",
     "ImportReport",
     "SamplerSettings",
+    "Way",
     "allocate",
-    "allocate_measured",
+    "allocate_adaptively",
     "assemble",
     "build_denoiser",
     "build_sampler",
     "calibrate",
-    "choose_reuse",
     "count_blocks",
     "count_parameters",
     "guide",

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-# A recipe's field sample.allocation lists these too.
-AllocationKind = Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"]
+# A recipe's field sample.allocation lists these too, and "calibrated" (`calibration.calibrate`).
+AllocationKind = Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive"]
 RAMP = 0.5  # a ramp runs from 1 + RAMP to 1 - RAMP times the mean
 
 
@@ -25,18 +25,21 @@ def allocate(
     outer_depth: int = 0,
     residuals: Tensor | None = None,
 ) -> list[int]:
-    """Iterations for each of `num_steps` timesteps, noisiest first, each at least 1, that spend the budget exactly.
+    """Iterations for each of `num_steps` timesteps, noisiest first, that spend the budget exactly.
+
+    Each step has at least 1. Only "constant" with a mean below 1 and "list" give some steps none, which then read out
+    what the steps before found (`sample` with reuse), and never the first.
 
     Args:
         kind: "constant", as even as whole numbers allow; "more_at_noise" and "more_at_data", linear ramps; "list", the
             list in `iterations`; "adaptive", every step until its residual falls to one threshold, the least that the
-            budget allows; "calibrated", the least sum of the steps' last residuals.
+            budget allows.
         num_steps: number of timesteps.
         iterations: the mean per step (times num_steps it must be an integer), or the list for "list".
         block_budget: instead of a mean, the number of block evaluations: (pre + iterations + post) summed over the
             steps. With "list" it is only checked.
         outer_depth: pre + post layers, which the block budget includes.
-        residuals: (num_steps, K) for "adaptive" and "calibrated": relative residual at each step of iteration 1..K.
+        residuals: (num_steps, K) for "adaptive": relative residual at each step of iteration 1..K.
 
     Raises:
         ValueError: naming the argument that is missing, unknown or impossible, with the numbers.
@@ -47,14 +50,14 @@ def allocate(
         raise ValueError(f"num_steps: {num_steps} must be at least 1")
     if kind == "list":
         return _checked_list(num_steps, iterations, block_budget, outer_depth)
-    total = _total(num_steps, iterations, block_budget, outer_depth)
+    least = 1 if kind == "constant" else num_steps
+    total = _total(num_steps, iterations, block_budget, outer_depth, least)
     if kind == "constant":
         return _constant(num_steps, total)
     if kind in ("more_at_noise", "more_at_data"):
         ramp = _ramp(num_steps, total)
         return ramp if kind == "more_at_noise" else ramp[::-1]
-    curves = _checked_residuals(residuals, kind, num_steps, total)
-    return _adaptive(curves, total) if kind == "adaptive" else _calibrated(curves, total)
+    return _adaptive(_checked_residuals(residuals, num_steps, total), total)
 
 
 def count_blocks(iterations: Sequence[int], outer_depth: int) -> int:
@@ -63,17 +66,21 @@ def count_blocks(iterations: Sequence[int], outer_depth: int) -> int:
 
 
 def _total(
-    num_steps: int, iterations: int | float | Sequence[int] | None, block_budget: int | None, outer_depth: int
+    num_steps: int,
+    iterations: int | float | Sequence[int] | None,
+    block_budget: int | None,
+    outer_depth: int,
+    least: int,
 ) -> int:
-    """Total iterations of the allocation."""
+    """Total iterations of the allocation, at least `least`."""
     if (iterations is None) == (block_budget is None):
         raise ValueError("iterations, block_budget: give exactly one of the two")
     if block_budget is not None:
         total = block_budget - outer_depth * num_steps
-        if total < num_steps:
+        if total < least:
             raise ValueError(
                 f"block_budget: {block_budget} is too small for {num_steps} steps of {outer_depth} outer layers and at "
-                f"least one iteration; {num_steps * (outer_depth + 1)} is the least"
+                f"least {least} iterations; {least + num_steps * outer_depth} is the least"
             )
         return total
     if not isinstance(iterations, int | float):
@@ -84,8 +91,8 @@ def _total(
             f"iterations: a mean of {iterations} over {num_steps} steps is {iterations * num_steps:g}, not a whole "
             f"number; {total / num_steps:g} is the nearest"
         )
-    if total < num_steps:
-        raise ValueError(f"iterations: a mean of {iterations} is below the floor of 1 iteration a step")
+    if total < least:
+        raise ValueError(f"iterations: a mean of {iterations} is below the floor of {least} in {num_steps} steps")
     return total
 
 
@@ -99,16 +106,17 @@ def _checked_list(
             f"iterations: {len(iterations)} values for {num_steps} steps; pass one per step, noisiest first"
         )
     counts = [int(count) for count in iterations]
-    if min(counts) < 1 or counts != list(iterations):
-        raise ValueError(f"iterations: {list(iterations)} must be whole numbers of at least 1")
+    if counts != list(iterations) or min(counts) < 0 or counts[0] < 1:
+        raise ValueError(f"iterations: {list(iterations)} must be whole numbers of at least 0, and 1 in the first step")
     if block_budget is not None and count_blocks(counts, outer_depth) != block_budget:
         raise ValueError(f"block_budget: {block_budget}, but the list takes {count_blocks(counts, outer_depth)}")
     return counts
 
 
 def _constant(num_steps: int, total: int) -> list[int]:
-    """As even as possible, with the larger counts spread evenly."""
-    return [end - start for start, end in pairwise(i * total // num_steps for i in range(num_steps + 1))]
+    """As even as possible, with the larger counts spread evenly; the first step has one of the ones among zeros."""
+    counts = [end - start for start, end in pairwise(i * total // num_steps for i in range(num_steps + 1))]
+    return counts if counts[0] else counts[::-1]
 
 
 def _ramp(num_steps: int, total: int) -> list[int]:
@@ -126,9 +134,9 @@ def _ramp(num_steps: int, total: int) -> list[int]:
     return counts
 
 
-def _checked_residuals(residuals: Tensor | None, kind: str, num_steps: int, total: int) -> Tensor:
+def _checked_residuals(residuals: Tensor | None, num_steps: int, total: int) -> Tensor:
     if residuals is None:
-        raise ValueError(f"residuals: kind {kind!r} needs curves (num_steps, K); measure them with measure_residuals")
+        raise ValueError("residuals: kind 'adaptive' needs curves (num_steps, K); measure them with measure_residuals")
     if residuals.ndim != 2 or len(residuals) != num_steps:
         raise ValueError(f"residuals: shape {tuple(residuals.shape)} is not ({num_steps} steps, K)")
     if not residuals.isfinite().all():
@@ -159,21 +167,3 @@ def _adaptive(curves: Tensor, total: int) -> list[int]:
         reached = curves[torch.arange(steps), counts - 1].masked_fill(counts == longest, -torch.inf)
         counts[reached.argmax()] += 1
     return counts.tolist()
-
-
-def _calibrated(curves: Tensor, total: int) -> list[int]:
-    """Exact minimum of the summed last residuals, by dynamic programming over the steps; the curves need not fall."""
-    steps, longest = curves.shape
-    best = torch.full((total + 1,), torch.inf, dtype=torch.float64)  # least sum by iterations spent so far
-    best[0] = 0
-    choices = torch.empty(steps, total + 1, dtype=torch.int64)
-    for step in range(steps):
-        # Column j of a budget's window is the best with longest - j iterations fewer.
-        windows = torch.cat([best.new_full((longest,), torch.inf), best])[:-1].unfold(0, longest, 1)
-        best, column = (windows + curves[step].flip(0)).min(1)
-        choices[step] = longest - column
-    counts, left = [0] * steps, total
-    for step in reversed(range(steps)):
-        counts[step] = int(choices[step, left])
-        left -= counts[step]
-    return counts

@@ -76,7 +76,8 @@ def sample(
         noise: (B, C, H, W) starting latents, standard normal; also fixes the device.
         labels: (B,) class labels or (B, condition_dim) vectors.
         num_steps: number of timesteps.
-        iterations: FPDM: one count a step, noisiest first (`allocation.allocate`). DiT: None.
+        iterations: FPDM: one count a step, noisiest first (`allocation.allocate`). DiT: None. A step of none reads its
+            start out: all but the first may have that, if they reuse.
         sampler, sampler_settings: see `build_sampler`; or a sampler of `num_steps` timesteps itself, without settings.
         step_noise: i -> (B, C, H, W) standard normal noise of step i; needed by "ddpm", and by "ddim" with eta > 0.
             The last step adds none.
@@ -106,6 +107,7 @@ def sample(
     guided = guided_steps(steps.timesteps, diffusion.num_timesteps, guidance_scale, guidance_interval)
     counts = _one_a_step("iterations", iterations, num_steps, model.config.kind == "fpdm")
     reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
+    _check_steps_without_iterations(counts, reused)
     if step_noise is None and isinstance(sampler, str) and adds_noise(sampler, sampler_settings):
         raise ValueError(
             f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step number"
@@ -173,6 +175,13 @@ def _one_a_step(name: str, values: Sequence[Any] | None, num_steps: int, needed:
         given = "None" if values is None else f"{len(values)} values"
         raise ValueError(f"{name}: {given} for {num_steps} steps; pass one value per step, noisiest first")
     return values
+
+
+def _check_steps_without_iterations(counts: Sequence[int | None], reused: Sequence[bool]) -> None:
+    for i, (count, warm) in enumerate(zip(counts, reused, strict=True)):
+        if count == 0 and not (warm and i > 0):
+            why = "is the first" if i == 0 else "does not start at the last step's solution"
+            raise ValueError(f"iterations: step {i} of {list(counts)} has none and {why}; give it at least 1")
 
 
 def _start(solution: Tensor | None, older: Tensor | None, extrapolation: float, batch: int) -> Tensor | None:

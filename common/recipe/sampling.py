@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, StrictBool
+from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
 from common.recipe.fields import (
     STRICT,
     AtLeastZero,
     Count,
+    CountOrZero,
     Fraction,
-    Number,
     Place,
     Positive,
     SamplesSeen,
@@ -69,16 +69,15 @@ class Sample:
     """With spacing `trailing`: timesteps are T (1 - i / num_steps) ** spacing_power. Above 1: more near the data."""
     num_steps: Count = 28
     """Timesteps at which the network is evaluated; at most objective.num_timesteps."""
-    iterations: Count | Annotated[Number, Field(ge=1)] | tuple[Count, ...] = 8
+    iterations: Count | Positive | tuple[CountOrZero, ...] = 8
     """Fixed point iterations: the mean of a step, or for allocation `list` one number a step, noisiest first. 28 steps
-    of 8 with one explicit block before and one after are the paper's 280 blocks."""
+    of 8 with one explicit block before and one after are the paper's 280 blocks. A step of none, which takes `reuse`
+    and cannot be the first, reads out what the steps before found."""
     allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
-    """How iterations are distributed over the steps. `adaptive` (one threshold of the residual) and `calibrated` (least
-    sum of residuals) are measured on the weights."""
-    step_choices: tuple[Count, ...] = ()
-    """With allocation `calibrated`: further numbers of steps to try at the same cost. The one whose samples are nearest
-    to those of many more steps is taken. Not with ddpm or eta above 0, whose noise differs with the steps."""
-    reuse: Literal["always", "none", "calibrated"] = "always"
+    """How iterations are distributed over the steps. `adaptive` (one threshold of the residual) is measured on the
+    weights, and so is `calibrated`: steps, iterations, sampler, spacing and start are chosen anew, at as many blocks,
+    by the distance of the latents to those of many steps and iterations."""
+    reuse: Literal["always", "none"] = "always"
     """Whether a step starts from the previous step's solution."""
     start_extrapolation: Fraction = 0.0
     """Such a start is moved on by this times the last change of the solution, at no cost in blocks."""
@@ -88,7 +87,7 @@ class Sample:
     """A sample stops iterating in a step once its relative residual falls to this; `iterations` is then a maximum.
     null: every sample takes all iterations."""
     calibration_samples: Count = 32
-    """Samples on which `adaptive` and `calibrated` are measured."""
+    """Samples on which `adaptive` and `calibrated` are measured; `calibrated` judges on as many others."""
     guidance_scale: AtLeastZero = 1.0
     """Scale of classifier-free guidance. 1: no guidance."""
     guidance_rescale: Fraction = 0.0
@@ -160,7 +159,7 @@ class Sweep:
         "constant",
     )
     """As sample.allocation."""
-    reuse: tuple[Literal["always", "none", "calibrated"], ...] = ("always",)
+    reuse: tuple[Literal["always", "none"], ...] = ("always",)
     """As sample.reuse."""
     sampler: tuple[Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
     """As sample.sampler."""
@@ -178,6 +177,10 @@ class Sweep:
     """As sample.iterate_guidance."""
     ema: tuple[str | None, ...] = (None,)
     """As sample.ema."""
+    distance_to_limit: StrictBool = False
+    """Also the distance from the samples of many steps and iterations of the same network and guidance_scale, which
+    every way of sampling approximates. They cost ten times the blocks of 128 steps, for each value of guidance_scale
+    and ema."""
 
 
 def sampler_settings(sample: Sample) -> SamplerSettings:
@@ -193,12 +196,13 @@ def sampler_settings(sample: Sample) -> SamplerSettings:
     )
 
 
-def total_iterations(sample: Sample) -> int:
-    """Total iterations over all steps; the same for every allocation of one mean. ValueError names the unfit field."""
+def stated_iterations(sample: Sample) -> list[int]:
+    """Of each step, noisiest first: constant where they are measured. ValueError names the unfit field."""
     from fpdm.allocation import allocate
 
-    kind = "constant" if sample.allocation in MEASURED else sample.allocation
-    return sum(allocate(kind, sample.num_steps, sample.iterations))
+    return allocate(
+        "constant" if sample.allocation in MEASURED else sample.allocation, sample.num_steps, sample.iterations
+    )
 
 
 def check_sampling(recipe: Recipe) -> None:
@@ -235,9 +239,7 @@ def _check_steps(recipe: Recipe) -> None:
     settings, latent_channels = recipe.sample, recipe.vae.latent_channels
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
     if recipe.model.kind == "fpdm":
-        _check_step_choices(recipe, total_iterations(settings))
-    elif settings.step_choices:
-        raise ValueError("step_choices: a DiT has no iterations to trade for steps; leave it out")
+        _check_iterations(settings)
     if settings.iterate_guidance:
         _check_iterate_guidance(recipe)
     if settings.start_extrapolation and settings.reuse == "none":
@@ -251,35 +253,34 @@ def _check_steps(recipe: Recipe) -> None:
 
 
 def _check_iterate_guidance(recipe: Recipe) -> None:
-    from fpdm.allocation import allocate
-
     settings = recipe.sample
     if recipe.model.kind == "dit":
         raise ValueError("iterate_guidance: a DiT has no iterates; leave it out")
     if settings.tolerance is not None or settings.solver != "picard":
         raise ValueError("iterate_guidance: reads an iterate of fixed counts of picard; leave out tolerance and solver")
-    if settings.step_choices:
-        raise ValueError("iterate_guidance: not with step_choices, which compare samples of unequal guidance and cost")
-    if settings.allocation not in MEASURED:
-        most = max(allocate(settings.allocation, settings.num_steps, settings.iterations))
-        if most <= settings.weak_iterate:
-            raise ValueError(
-                f"weak_iterate: {settings.weak_iterate}, and no step has more than {most} iterations; lower it"
-            )
+    if settings.allocation == "calibrated":
+        raise ValueError("iterate_guidance: not with allocation 'calibrated', whose ways would be guided unequally")
+    if settings.allocation not in MEASURED and (most := max(stated_iterations(settings))) <= settings.weak_iterate:
+        raise ValueError(
+            f"weak_iterate: {settings.weak_iterate}, and no step has more than {most} iterations; lower it"
+        )
 
 
-def _check_step_choices(recipe: Recipe, iterations: int) -> None:
-    from fpdm.allocation import allocate
-    from fpdm.samplers import build_sampler
-
-    settings, outer = recipe.sample, recipe.model.pre_depth + recipe.model.post_depth
-    if settings.step_choices and settings.allocation != "calibrated":
-        raise ValueError(f"step_choices: allocation {settings.allocation!r} compares none; use 'calibrated'")
-    if settings.step_choices and (settings.sampler == "ddpm" or settings.eta > 0):
-        raise ValueError("step_choices: ddpm, and eta above 0, draw other samples with other steps; use ddim, eta 0")
-    for num_steps in settings.step_choices:
-        try:
-            allocate("constant", num_steps, block_budget=iterations + outer * settings.num_steps, outer_depth=outer)
-            build_sampler(diffusion(recipe), settings.sampler, num_steps, sampler_settings(settings))
-        except ValueError as error:
-            raise ValueError(f"step_choices: {error}") from None
+def _check_iterations(settings: Sample) -> None:
+    if 0 in stated_iterations(settings):
+        if settings.reuse == "none":
+            raise ValueError("iterations: a step of none reads out the last one's solution; set reuse to 'always'")
+        if settings.allocation == "adaptive":
+            raise ValueError("iterations: allocation 'adaptive' gives each step at least 1; raise the mean to 1")
+    if settings.allocation != "calibrated":
+        return
+    if settings.sampler == "ddpm" or settings.eta > 0:
+        raise ValueError(
+            "allocation: 'calibrated' compares samples with those of more steps, and ddpm and eta above 0 draw others "
+            "with other steps; use ddim with eta 0"
+        )
+    if settings.guidance_scale != 1 and settings.guidance_interval != (0, 1):
+        raise ValueError(
+            "allocation: 'calibrated' compares ways of equal blocks, and with a guidance_interval they depend on the "
+            "timesteps; set it to [0, 1]"
+        )

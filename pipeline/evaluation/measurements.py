@@ -22,7 +22,7 @@ from pipeline.evaluation.metrics import bootstrap_error
 from pipeline.evaluation.statistics import Summary, measure, reason_unavailable
 from pipeline.evaluation.yardstick import COMMAND, Yardstick
 from pipeline.features.extractors import ExtractorWeights
-from pipeline.sampling.plans import PlanForm
+from pipeline.sampling.plans import WayForm
 from pipeline.sampling.sample_set import Sampling
 
 REMEDY = f"{COMMAND} measures it again"
@@ -61,7 +61,7 @@ class Measurement(TypedDict):
     count: Count
     notes: list[str]
     content: dict[str, Any]
-    plan: PlanForm | None
+    plan: WayForm | None
     reference: ReferenceForm
     extractor: ExtractorForm
     recipe: dict[str, Any]

@@ -16,12 +16,14 @@ from typing_extensions import TypedDict
 from common.errors import UserError
 from common.files import atomic_write
 from common.log_lines import Count
-from common.recipe import Recipe, check_together, denoiser_config
+from common.recipe import Recipe, check_together, denoiser_config, diffusion
 from common.recipe import Sweep as SweepSettings
 from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
+from fpdm.calibration import LIMIT_ITERATIONS, limit_way
 from pipeline.evaluation.measurements import Evaluation, Measurement
+from pipeline.evaluation.metrics import frechet_distance
 from pipeline.evaluation.plots import sweep_plot
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.sampling.generate import sample
@@ -100,7 +102,9 @@ class Sweep:
         self.folder = RunFolder(recipe.folder)
         self.recipes, self.left_out = points(alone)
         self.yardstick = Yardstick(alone, Models(alone.vae, alone.evaluate))
+        self.to_limit = recipe.sweep.distance_to_limit
         self._measurements: dict[Point, Measurement] = {}
+        self._to_limit: dict[Point, float] = {}
 
     @cached_property
     def evaluations(self) -> dict[Point, Evaluation]:
@@ -108,6 +112,19 @@ class Sweep:
             point: Evaluation(Sampling(recipe, self.yardstick.models), self.yardstick)
             for point, recipe in self.recipes.items()
         }
+
+    @cached_property
+    def limits(self) -> dict[Recipe, Evaluation]:
+        """The samples that points are compared with, if the recipe asks for that."""
+        recipes = {_limit(recipe): None for recipe in self.recipes.values()} if self.to_limit else {}
+        return {recipe: Evaluation(Sampling(recipe, self.yardstick.models), self.yardstick) for recipe in recipes}
+
+    def prepare(self) -> None:
+        """What all points need and several jobs would otherwise do at the same time."""
+        self.yardstick.prepare_reference()
+        for limit in self.limits.values():
+            sample(limit.sampling)
+            limit.samples[0].extract()
 
     def measured(self, point: Point) -> Measurement | None:
         """The measurement of a point where there is one; of a damaged one there is a warning."""
@@ -128,13 +145,29 @@ class Sweep:
         if self.measured(point) is None:
             evaluation.measure(evaluation.samples[0])
 
+    @property
+    def finished(self) -> bool:
+        drawn = all(limit.samples[0].is_extracted for limit in self.limits.values())
+        return drawn and all(self.measured(point) for point in self.recipes)
+
+    def _row(self, point: Point, measurement: Measurement) -> dict[str, Any]:
+        """A measured point, and its distance to the limit if the recipe asks for that."""
+        row = _row(point, measurement)
+        if not self.to_limit:
+            return row
+        if point not in self._to_limit:
+            sets = self.evaluations[point], self.limits[_limit(self.recipes[point])]
+            first, second = (next(each.samples[0].summaries(self.yardstick)).statistics["pooled"] for each in sets)
+            self._to_limit[point] = frechet_distance(first, second)
+        name = f"{measurement['distance']} to the limit"
+        return row | {
+            "numbers": row["numbers"] | {"limit": {"name": name, "value": self._to_limit[point], "spread": None}}
+        }
+
     def write_tables(self) -> None:
         """Writes the points that are measured, as JSON, CSV, Markdown and a plot."""
-        rows = [
-            asdict(point) | {name: measurement[name] for name in ("distance", "count", "numbers")}
-            for point in self.recipes
-            if (measurement := self.measured(point)) is not None
-        ]
+        measured = ((point, self.measured(point)) for point in self.recipes)
+        rows = [self._row(point, measurement) for point, measurement in measured if measurement is not None]
         if not rows:
             return
         rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
@@ -143,6 +176,24 @@ class Sweep:
         _write_text(self.folder.sweep_markdown, _markdown(rows))
         with atomic_write(self.folder.sweep_plot) as temporary:
             temporary.write_bytes(sweep_plot(rows))
+
+
+def _limit(recipe: Recipe) -> Recipe:
+    """The same weights, guidance_scale and noise, at the limit of many steps and iterations."""
+    way = limit_way(diffusion(recipe))
+    limit = replace(
+        recipe.sample,
+        sampler=way.sampler,
+        **asdict(way.sampler_settings),
+        num_steps=way.num_steps,
+        allocation="constant",
+        iterations=LIMIT_ITERATIONS,
+        reuse="always",
+        start_extrapolation=way.start_extrapolation,
+        solver="picard",
+        iterate_guidance=0.0,
+    )
+    return replace(recipe, sample=limit)
 
 
 def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
@@ -158,7 +209,6 @@ def points(recipe: Recipe) -> tuple[dict[Point, Recipe], list[str]]:
             settings = changes | {
                 "num_steps": num_steps,
                 "iterations": iterations or recipe.sample.iterations,
-                "step_choices": (),  # the sweep compares them itself
                 "tolerance": None,  # at budgets that are spent
                 "guidance_rescale": 0.0 if changes["guidance_scale"] == 1 else recipe.sample.guidance_rescale,
             }
@@ -198,9 +248,21 @@ def _spend(recipe: Recipe, budget: int, number: int, *, guided: bool) -> tuple[i
     outer = config.blocks(0) + config.post_depth * guided
     num_steps = number if recipe.sweep.num_steps else max(1, budget // (number + outer))
     total = budget - outer * num_steps
-    if total < num_steps:
-        raise ValueError(f"{num_steps} steps of one iteration cost {num_steps * (outer + 1)}")
+    if total < 1:
+        raise ValueError(f"{num_steps} steps with one iteration cost {num_steps * outer + 1}")
     return num_steps, total // num_steps if total % num_steps == 0 else total / num_steps
+
+
+def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
+    """A measured point; in place of its own settings are those that calibration has chosen."""
+    row = asdict(point) | {name: dict(measurement)[name] for name in ("distance", "count", "numbers")}
+    way = measurement["plan"]
+    if point.allocation == "calibrated" and way is not None and way["iterations"] is not None:
+        settings = way["sampler_settings"]
+        row |= {name: way[name] for name in ("sampler", "num_steps", "start_extrapolation")}
+        row |= {name: settings[name] for name in ("order", "spacing", "spacing_power")}
+        row |= {"iterations": sum(way["iterations"]) / way["num_steps"], "reuse": "always" if way["reuse"] else "none"}
+    return row
 
 
 def read_table(folder: RunFolder) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def plan(sweep: "Sweep") -> Iterator[str]:
 
 
 def finished(sweep: "Sweep") -> bool:
-    return all(sweep.measured(point) for point in sweep.recipes)
+    return sweep.finished
 
 
 def measure_part(sweep: "Sweep", part: int = 0, parts: int = 1) -> None:
@@ -52,12 +52,13 @@ def measure(sweep: "Sweep") -> None:
         raise UserError(
             "sweep.py is one process, not several ranks; --cluster with --jobs shares its points among jobs"
         )
+    prepare(sweep)
     measure_part(sweep)
     show(sweep)
 
 
-def prepare_reference(sweep: "Sweep") -> None:
-    sweep.yardstick.prepare_reference()
+def prepare(sweep: "Sweep") -> None:
+    sweep.prepare()
 
 
 def show(sweep: "Sweep") -> None:
@@ -76,6 +77,6 @@ STAGE = Stage(
     finished=finished,
     work=measure,
     part=measure_part,
-    first=prepare_reference,
+    first=prepare,
     merge=show,
 )

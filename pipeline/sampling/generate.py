@@ -16,13 +16,14 @@ from common.recipe import Recipe
 from common.run_folder import SampleFolder
 from common.run_weights import load_network
 from common.sealed import write_sealed
+from fpdm.calibration import Way
 from fpdm.denoiser import Denoiser
 from fpdm.latents import to_uint8
 from fpdm.sampling import require_sound
 from pipeline.sampling import iterates
 from pipeline.sampling.chunks import Chunk, Span
 from pipeline.sampling.outputs import Chunks, output
-from pipeline.sampling.plans import Plan, bind_sampler, labels_for, open_plan
+from pipeline.sampling.plans import bind_sampler, labels_for, open_plan
 from pipeline.sampling.sample_set import SampleSet, Sampling
 from preprocess.encoding.encoder import Encoder, fetch_vae
 
@@ -80,7 +81,7 @@ def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: 
     recipe, device = sampling.recipe, own_device()
     float32_throughout()
     model = load_network(samples.weights).to(device)
-    steps = open_plan(recipe, samples.folder, model)
+    way = open_plan(recipe, samples.folder, model)
     vae = sampling.models.load_vae(device)
     form = output(sampling, samples)
     total = sum(end - first for first, end in spans)
@@ -92,7 +93,7 @@ def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: 
             batches: list[Chunk] = []
             for start in range(*span, recipe.sample.batch_size):
                 index = torch.arange(start, min(start + recipe.sample.batch_size, span[1]), device=device)
-                images, labels = draw_images(recipe, steps, model, vae, index), labels_for(recipe, index)
+                images, labels = draw_images(recipe, way, model, vae, index), labels_for(recipe, index)
                 background.submit(partial(_finish_batch, index, images, labels, recipe.sample.rounding, batches))
                 bar.update(len(index))
             background.submit(partial(_write_chunk, form, span, batches))
@@ -103,16 +104,11 @@ def _batches_in_the_background() -> int:
     return WAITING if torch.cuda.is_available() or torch.get_num_threads() == 1 else 0
 
 
-def draw_images(recipe: Recipe, steps: Plan, model: Denoiser, vae: Encoder, index: torch.Tensor) -> torch.Tensor:
+def draw_images(recipe: Recipe, way: Way, model: Denoiser, vae: Encoder, index: torch.Tensor) -> torch.Tensor:
     """Samples `index` (B,) as (B, 3, H, W) in [-1, 1]. Raises UserError for unsound latents, with their count."""
     draw = bind_sampler(recipe, model, "sample", index)
     try:
-        latents = draw(
-            num_steps=len(steps.reuse),
-            iterations=steps.iterations,
-            reuse=steps.reuse,
-            tolerance=recipe.sample.tolerance,
-        )  # (B, C, h, w)
+        latents = draw(**vars(way), tolerance=recipe.sample.tolerance)  # (B, C, h, w)
     except ValueError as error:
         raise _unsound(index, error) from None
     return vae.decode(latents)

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.arrays import read_arrays, write_arrays
 from common.ranks import own_device
 from common.recipe import Recipe, diffusion
-from common.recipe.sampling import sampler_settings, total_iterations
+from common.recipe.sampling import sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
 from common.run_weights import load_network
 from fpdm.denoiser import Denoised, Denoiser
@@ -70,8 +70,11 @@ def draw(sampling: Sampling, samples: SampleSet) -> None:
     cold = [even(recipe, recipe.sample.num_steps, count, reuse=False) for count in ITERATIONS]
     by_iterations = [images(one) for one in cold[:-1]]
     by_iterations.append(images(cold[-1], with_residuals=True, on_step=keep_residuals))
-    how, mean = recipe.sample, total_iterations(recipe.sample) / recipe.sample.num_steps
-    by_steps = [even(recipe, steps, mean, reuse=how.reuse != "none") for steps in step_counts(recipe)]
+    how, mean = recipe.sample, sum(stated_iterations(recipe.sample)) / recipe.sample.num_steps
+    by_steps = [
+        even(recipe, steps, max(1, round(mean * steps)) / steps, reuse=how.reuse == "always")
+        for steps in step_counts(recipe)
+    ]
     timesteps = build_sampler(diffusion(recipe), how.sampler, how.num_steps, sampler_settings(how)).timesteps
     write_arrays(
         SampleFolder(samples.folder).iterates,
@@ -99,7 +102,6 @@ def even(recipe: Recipe, num_steps: int, iterations: float, reuse: bool) -> Reci
         num_steps=num_steps,
         iterations=iterations,
         allocation="constant",
-        step_choices=(),
         reuse="always" if reuse else "none",
         start_extrapolation=recipe.sample.start_extrapolation if reuse else 0.0,
         tolerance=None,
@@ -111,11 +113,11 @@ def even(recipe: Recipe, num_steps: int, iterations: float, reuse: bool) -> Reci
 
 def _images(model: Denoiser, vae: Encoder, index: Tensor, recipe: Recipe, **observed: Any) -> NDArray[np.uint8]:
     """Samples `index` (B,) as images (B, H, W, 3)."""
-    plan = unmeasured(recipe)
+    way = unmeasured(recipe)
     draw_latents = bind_sampler(recipe, model, "sample", index)
     try:
-        latents = draw_latents(num_steps=len(plan.reuse), iterations=plan.iterations, reuse=plan.reuse, **observed)
+        latents = draw_latents(**vars(way), **observed)
     except ValueError as error:  # the iteration of this network diverges: to be seen, and no reason to lose its samples
-        print(f"warning: {plan.iterations[0] if plan.iterations else 0} iterations a step: {error}; shown black")
+        print(f"warning: {way.iterations[0] if way.iterations else 0} iterations a step: {error}; shown black")
         return np.zeros((len(index), recipe.data.resolution, recipe.data.resolution, 3), np.uint8)
     return to_uint8(vae.decode(latents), recipe.sample.rounding).permute(0, 2, 3, 1).cpu().numpy()

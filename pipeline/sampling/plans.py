@@ -1,4 +1,4 @@
-"""How a set's steps are computed: iterations of each, and where solutions are reused.
+"""How a set is sampled: the sampler, its steps, the iterations of each and where they start.
 
 A plan that is measured on the weights is measured once for a set, and written beside its samples: every rank, job and
 later run draws by it.
@@ -6,7 +6,8 @@ later run draws by it.
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,60 +18,56 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
-from common.recipe.sampling import MEASURED, sampler_settings, total_iterations
+from common.recipe.sampling import MEASURED, sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
-from fpdm.allocation import allocate
-from fpdm.calibration import Draw, allocate_measured, calibrate, choose_reuse
+from fpdm.allocation import count_blocks
+from fpdm.calibration import Draw, Way, allocate_adaptively, calibrate
 from fpdm.denoiser import Denoiser
-from fpdm.samplers import adds_noise, build_sampler
+from fpdm.samplers import SamplerName, SamplerSettings, Spacing, Variance, adds_noise, build_sampler
 from fpdm.sampling import guided_steps, sample_noise, weak_iterates
 from fpdm.sampling import sample as sample_latents
 
 REMEDY = "delete the folder and run python pipeline/sample.py"
-REFERENCE_REACH = 4  # numbers of steps are compared with a reference of this many times the largest
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One entry a step, noisiest first; iterations None for DiT, which has none."""
-
-    iterations: list[int] | None
-    reuse: list[bool]
 
 
 @with_config(STRICT)
-class PlanForm(TypedDict):
-    iterations: list[Annotated[int, Field(ge=1)]] | None
-    reuse: list[bool]
+class SettingsForm(TypedDict):
+    spacing: Spacing
+    spacing_power: float
+    eta: float
+    order: int
+    variance: Variance
 
 
-def even_iterations(recipe: Recipe) -> list[int] | None:
-    """The same budget, constant over the steps: where nothing is measured. None for DiT."""
-    steps = recipe.sample.num_steps
-    return allocate("constant", steps, total_iterations(recipe.sample) / steps) if recipe.model.kind == "fpdm" else None
+@with_config(STRICT)
+class WayForm(TypedDict):
+    """A `Way`; iterations noisiest first, None of a DiT, which has none."""
+
+    sampler: SamplerName
+    sampler_settings: SettingsForm
+    num_steps: int
+    iterations: list[Annotated[int, Field(ge=0)]] | None
+    reuse: bool
+    start_extrapolation: float
 
 
-def unmeasured(recipe: Recipe) -> Plan:
-    """The recipe's plan; where it would be measured, constant iterations and reuse in every step."""
-    settings = recipe.sample
-    return by_recipe(recipe) or Plan(even_iterations(recipe), [settings.reuse != "none"] * settings.num_steps)
+def unmeasured(recipe: Recipe) -> Way:
+    """The recipe's own way; where iterations would be measured, they are constant."""
+    return _way(recipe, stated_iterations(recipe.sample) if recipe.model.kind == "fpdm" else None)
 
 
 def blocks_an_image(recipe: Recipe) -> int:
     """Transformer blocks of one image; a step with guidance computes each twice.
 
-    If iterations are measured, and guidance covers only some steps or is by iterates, this is an estimate that assumes
+    If iterations are measured and guidance covers only some steps, or is by iterates, this is an estimate that assumes
     equal iterations per step.
     """
     settings, config, process = recipe.sample, denoiser_config(recipe), diffusion(recipe)
     timesteps = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings)).timesteps
     guided = guided_steps(timesteps, process.num_timesteps, settings.guidance_scale, settings.guidance_interval)
-    if config.kind == "dit" or settings.allocation in MEASURED:
-        counts = even_iterations(recipe) or [0] * settings.num_steps
-    else:
-        counts = allocate(settings.allocation, settings.num_steps, settings.iterations)
+    counts = stated_iterations(settings) if config.kind == "fpdm" else [0] * settings.num_steps
     again = weak_iterates(counts, settings.weak_iterate if settings.iterate_guidance else 0)
     return sum(
         (config.blocks(count) + config.post_depth * bool(weak)) * (1 + twice)
@@ -78,8 +75,8 @@ def blocks_an_image(recipe: Recipe) -> int:
     )
 
 
-def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
-    """The plan of the set in `folder`, from its plan.json, which is written first where it is missing.
+def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Way:
+    """How the set in `folder` is drawn, from its plan.json, which is written first where it is missing.
 
     Raises UserError as `read_plan`, and if a measured plan.json is missing but samples drawn with it exist.
     """
@@ -92,15 +89,15 @@ def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Plan:
     return read_plan(recipe, folder)
 
 
-def read_plan(recipe: Recipe, folder: Path) -> Plan:
-    """The plan that the set in `folder` was drawn by.
+def read_plan(recipe: Recipe, folder: Path) -> Way:
+    """How the set in `folder` was drawn.
 
-    Raises UserError where it is damaged, or none of this recipe. What the recipe alone says is written again instead,
-    with a warning.
+    Raises UserError where its plan.json is damaged, or none of this recipe. What the recipe alone says is written again
+    instead, with a warning.
     """
     path, stated = SampleFolder(folder).plan, by_recipe(recipe)
     try:
-        plan = Plan(**read_sealed(path, PlanForm, REMEDY))
+        plan = _read(path)
         if fault := _misfit(recipe, plan):
             raise UserError(f"{path}: {fault}; {REMEDY}")
     except UserError as error:
@@ -112,47 +109,70 @@ def read_plan(recipe: Recipe, folder: Path) -> Plan:
     return plan
 
 
-def by_recipe(recipe: Recipe) -> Plan | None:
-    """The plan where it is a function of the recipe alone; None where it is measured on the weights."""
-    settings = recipe.sample
-    always = [settings.reuse == "always"] * settings.num_steps
-    if recipe.model.kind == "dit":
-        return Plan(None, always)
-    if settings.allocation in MEASURED or settings.reuse == "calibrated":
+def _read(path: Path) -> Way:
+    form = read_sealed(path, WayForm, REMEDY)
+    counts = form["iterations"]
+    return Way(
+        sampler=form["sampler"],
+        sampler_settings=SamplerSettings(**form["sampler_settings"]),
+        num_steps=form["num_steps"],
+        iterations=None if counts is None else tuple(counts),
+        reuse=form["reuse"],
+        start_extrapolation=form["start_extrapolation"],
+    )
+
+
+def by_recipe(recipe: Recipe) -> Way | None:
+    """The recipe's way of sampling; None where it is measured on the weights."""
+    if recipe.model.kind == "fpdm" and recipe.sample.allocation in MEASURED:
         return None
-    return Plan(allocate(settings.allocation, settings.num_steps, settings.iterations), always)
+    return unmeasured(recipe)
 
 
-def _misfit(recipe: Recipe, plan: Plan) -> str | None:
+def _way(recipe: Recipe, iterations: Sequence[int] | None) -> Way:
+    """The recipe's, with these iterations."""
+    settings = recipe.sample
+    return Way(
+        sampler=settings.sampler,
+        sampler_settings=sampler_settings(settings),
+        num_steps=settings.num_steps,
+        iterations=None if iterations is None else tuple(iterations),
+        reuse=settings.reuse == "always",
+        start_extrapolation=settings.start_extrapolation,
+    )
+
+
+def _misfit(recipe: Recipe, plan: Way) -> str | None:
     """Why a plan does not fit the recipe; None where it does."""
-    settings, stated = recipe.sample, by_recipe(recipe)
+    stated = by_recipe(recipe)
     if stated is not None:
         return None if plan == stated else "not the plan that the recipe says"
-    steps, counts = len(plan.reuse), plan.iterations
-    if steps not in (settings.num_steps, *settings.step_choices) or counts is None or len(counts) != steps:
-        return f"iterations and reuse of {len(counts or ())} and {steps} steps, the recipe has {settings.num_steps}"
-    if settings.reuse != "calibrated" and set(plan.reuse) != {settings.reuse == "always"}:
-        return f"reuse: not {settings.reuse!r} in every step"
+    counts = plan.iterations
+    if counts is None or len(counts) != plan.num_steps:
+        return f"iterations: {len(counts or ())} for {plan.num_steps} steps"
+    if recipe.sample.allocation == "adaptive" and plan != _way(recipe, counts):
+        return "not the recipe's way of sampling"
     outer = denoiser_config(recipe).blocks(0)
-    blocks, budget = sum(counts) + outer * steps, total_iterations(settings) + outer * settings.num_steps
+    blocks, budget = (
+        count_blocks(counts, outer),
+        sum(stated_iterations(recipe.sample)) + outer * recipe.sample.num_steps,
+    )
     return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
 def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Draw:
-    """`fpdm.sample` of the samples `index` (B,), with all but steps, iterations and reuse bound."""
+    """`fpdm.sample` of the samples `index` (B,), with all but the fields of a `Way` bound."""
     settings, shape = recipe.sample, latent_shape(recipe)
     noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
-    how = sampler_settings(settings)
     return partial(
         sample_latents,
         model,
         diffusion(recipe),
         noise(),
         labels_for(recipe, index),
-        sampler=settings.sampler,
-        sampler_settings=how,
-        step_noise=(lambda step: noise(step=step)) if adds_noise(settings.sampler, how) else None,
-        start_extrapolation=settings.start_extrapolation,
+        step_noise=(lambda step: noise(step=step))
+        if adds_noise(settings.sampler, sampler_settings(settings))
+        else None,
         guidance_scale=settings.guidance_scale,
         guidance_rescale=settings.guidance_rescale,
         iterate_guidance=settings.iterate_guidance,
@@ -173,38 +193,29 @@ def labels_for(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
     return rng.integers(recipe.seed, "sample/label", index, classes)
 
 
-def _measure(recipe: Recipe, model: Denoiser) -> Plan:
-    settings = recipe.sample
-    steps = settings.num_steps
-    always = [settings.reuse == "always"] * steps
-    index = torch.arange(settings.calibration_samples, device=model.pos_embed.device)
-    draw = bind_sampler(recipe, model, "calibrate", index)
-    outer = model.config.blocks(0)
-    budget = total_iterations(settings) + outer * steps
-    if settings.step_choices:
-        choices = (steps, *settings.step_choices)
-        best = calibrate(
-            draw,
-            block_budget=budget,
-            outer_depth=outer,
-            step_choices=choices,
-            reference_steps=min(REFERENCE_REACH * max(choices), recipe.objective.num_timesteps),
-            reference_iterations=max(1, budget // min(choices) - outer),
-            reuse=settings.reuse,
-        )
-        return Plan(best.iterations, best.reuse)
-    if settings.allocation in MEASURED:
-        counts = allocate_measured(
-            draw,
-            settings.allocation,
-            steps,
-            block_budget=budget,
-            outer_depth=outer,
-            reuse=settings.reuse == "always",
-        )
-    else:
-        counts = allocate(settings.allocation, steps, settings.iterations)
-    return Plan(counts, choose_reuse(draw, counts) if settings.reuse == "calibrated" else always)
+def _measure(recipe: Recipe, model: Denoiser) -> Way:
+    count, way = recipe.sample.calibration_samples, unmeasured(recipe)
+    index = torch.arange(2 * count, device=model.pos_embed.device)
+    draw, judge = (bind_sampler(recipe, model, "calibrate", half) for half in index.split(count))
+    if recipe.sample.allocation == "adaptive":
+        return allocate_adaptively(draw, way)
+    found = calibrate(draw, judge, diffusion(recipe), way, outer_depth=model.config.blocks(0))
+    print(
+        f"calibrated: {_described(found.way)}: error {found.error:.4f}, by the recipe's own way "
+        f"{found.error_before:.4f}, on {count} samples that had no part in choosing it of {found.tried} ways",
+        flush=True,
+    )
+    return found.way
+
+
+def _described(way: Way) -> str:
+    settings, start = way.sampler_settings, "no reuse"
+    if way.reuse:
+        start = f"starts moved on by {way.start_extrapolation:g}" if way.start_extrapolation else "reuse"
+    return (
+        f"{way.sampler} of order {settings.order}, spacing {settings.spacing} ** {settings.spacing_power:g}, "
+        f"iterations {list(way.iterations or ())}, {start}"
+    )
 
 
 def _write_once(path: Path, value: Any) -> None:

@@ -26,9 +26,8 @@ def plan(sampling: "Sampling") -> Iterator[str]:
     iterations = ""
     if recipe.model.kind == "fpdm":
         iterations = f" x {settings.iterations} iterations ({settings.allocation}, reuse {settings.reuse})"
-    steps = " or ".join(map(str, (settings.num_steps, *settings.step_choices)))
     yield (
-        f"sampler: {settings.sampler}, {steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
+        f"sampler: {settings.sampler}, {settings.num_steps} steps{iterations}, guidance {settings.guidance_scale:g}: "
         f"{'at most ' if settings.tolerance else ''}{blocks_an_image(recipe):,} blocks an image"
     )
     for samples in sampling.sets:

@@ -32,12 +32,12 @@ class PreviewDistance:
         """`weights`: complete tensors by name. Raises UserError where samples come out non-finite or constant."""
         settings, device = self.recipe.sample, self.extractor.device
         model = assemble(weights, denoiser_config(self.recipe)).to(device).eval()
-        plan = unmeasured(self.recipe)
+        way = unmeasured(self.recipe)
         features = Accumulator()
         for indices in torch.arange(self.recipe.train.previews.distance_images, device=device).split(
             settings.batch_size
         ):
-            images = draw_images(self.recipe, plan, model, self.vae, indices)  # (B, 3, H, W)
+            images = draw_images(self.recipe, way, model, self.vae, indices)  # (B, 3, H, W)
             pixels = to_uint8(images, settings.rounding).permute(0, 2, 3, 1).cpu().numpy()
             features.add(self.extractor(pixels)["pooled"])
         return frechet_distance(features.statistics(), self.reference)

@@ -58,16 +58,23 @@ ROOT = Path(__file__).parents[3]
             "sample.weights: should be 'latest' or should be a valid integer; found 'newest'",
         ),
         ("name: a\nsample: {num_steps: 1001}", "sample.num_steps: 1001 is outside 1..1000"),
-        ("name: a\nsample: {step_choices: [14]}", "sample.step_choices: allocation 'constant' compares none"),
+        ("name: a\nsample: {allocation: calibrated}", "sample.allocation: 'calibrated' compares samples with those of"),
         (
-            "name: a\nsample: {allocation: calibrated, step_choices: [14]}",
-            "sample.step_choices: ddpm, and eta above 0, draw other samples with other steps",
+            "name: a\nsample: {allocation: calibrated, sampler: ddim, guidance_scale: 2, guidance_interval: [0.1, 1]}",
+            "sample.allocation: 'calibrated' compares ways of equal blocks",
         ),
         (
-            "name: a\nsample: {allocation: calibrated, sampler: ddim, step_choices: [14, 94]}",
-            "sample.step_choices: block_budget: 280 is too small for 94 steps of 2 outer layers",
+            "name: a\nsample: {allocation: list, num_steps: 2, iterations: [0, 2]}",
+            "sample.iterations: [0, 2] must be whole numbers of at least 0, and 1 in the first step",
         ),
-        ("name: a\nmodel: {kind: dit}\nsample: {step_choices: [14]}", "sample.step_choices: a DiT has no iterations"),
+        (
+            "name: a\nsample: {allocation: list, num_steps: 2, iterations: [2, 0], reuse: none}",
+            "sample.iterations: a step of none reads out the last one's solution; set reuse to 'always'",
+        ),
+        (
+            "name: a\nsample: {allocation: adaptive, num_steps: 4, iterations: 0.5}",
+            "sample.iterations: allocation 'adaptive' gives each step at least 1",
+        ),
         ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
         ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
         (

@@ -146,6 +146,48 @@ def test_a_sample_does_not_depend_on_its_batch(sampler, solver, tolerance):
         assert (alone - together[i]).abs().max() < 1e-5 * together[i].abs().max()
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_sample_of_steps_without_iterations_does_not_depend_on_its_batch(guidance_scale):
+    model, diffusion, counts = network(), PROCESSES["v zero snr"], [3, 0, 1, 0, 0, 2, 0]
+    solutions = []
+
+    def draw(index):
+        return sample(
+            model,
+            diffusion,
+            noise_of(index),
+            index % 3,
+            num_steps=7,
+            iterations=counts,
+            reuse=True,
+            start_extrapolation=0.5,
+            guidance_scale=guidance_scale,
+            guidance_interval=(0.2, 0.7),
+            on_step=lambda i, denoised: solutions.append(denoised.solution),
+        )
+
+    together = draw(torch.arange(8))
+    first, forecast = solutions[:2]
+    assert torch.equal(forecast[: len(first)], first)  # with one solution before it there is no change to move on by
+    for i in (0, 7):
+        alone = draw(torch.tensor([i]))[0]
+        assert (alone - together[i]).abs().max() < 1e-5 * together[i].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("counts", "reuse", "message"),
+    [
+        ([0, 2], True, r"iterations: step 0 of \[0, 2\] has none and is the first; give it at least 1"),
+        ([2, 0], False, "iterations: step 1 of .* has none and does not start at the last step's solution"),
+        ([2, 0], [True, False], "iterations: step 1 "),
+    ],
+)
+def test_a_step_without_iterations_needs_a_solution_to_read_out(counts, reuse, message):
+    index = torch.arange(2)
+    with pytest.raises(ValueError, match=message):
+        sample(network(), Diffusion(), noise_of(index), index, num_steps=2, iterations=counts, reuse=reuse)
+
+
 def test_any_batch_size_can_be_guided_and_the_null_label_is_num_classes():
     index = torch.arange(3)
     model = Exact(Diffusion(), noise_of(index, "clean"))

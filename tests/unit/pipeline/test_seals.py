@@ -180,7 +180,7 @@ def test_an_edited_plan_is_written_again_and_a_measured_one_refused(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, whole = drawn_in(recipe) / "plan.json", plan_of(recipe)
-    for change in (lambda plan: plan.update(iterations=[1, 1, 4]), lambda plan: plan.update(reuse=[False] * 3)):
+    for change in (lambda plan: plan.update(iterations=[1, 1, 4]), lambda plan: plan.update(reuse=False)):
         resealed(path, change)
         min(drawn_in(recipe).glob("chunk-*")).unlink()
         generated(recipe, "latest")

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.recipe import Recipe
 from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
+from fpdm import calibration
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_plot
@@ -52,7 +53,7 @@ def test_every_point_costs_its_budget_exactly(recipe: Recipe, fields: dict[str, 
 def test_what_a_budget_does_not_pay_for_is_said(recipe: Recipe) -> None:
     found, left_out = points(swept(recipe, num_steps=(2, 4)))
     assert [(point.budget, point.num_steps) for point in found] == [(8, 2), (16, 2), (16, 4)]
-    assert left_out == ["ddim, 4 steps, 8 blocks: 4 steps of one iteration cost 12"]
+    assert left_out == ["ddim, 4 steps, 8 blocks: 4 steps with one iteration cost 9"]
     with pytest.raises(UserError, match=r"sweep: no combination can be drawn; .* cost 3"):
         points(swept(recipe, budgets=(2,)))
 
@@ -80,6 +81,18 @@ def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
     more = swept(recipe, budgets=(8, 16, 32))
     Sweep(more).write_tables()
     assert len(read_table(RunFolder(recipe.folder))) == 2  # what an earlier sweep measured counts
+
+
+def test_the_distance_to_the_limit_is_nothing_at_the_limit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "LIMIT_STEPS", 6)
+    settings = {"sampler": ("ddim", "multistep"), "order": (2, 3), "spacing": ("trailing",), "spacing_power": (2.0,)}
+    run_stage(SWEEP, swept(recipe, budgets=(60,), iterations=(8,), distance_to_limit=True, **settings))
+    rows = read_table(RunFolder(recipe.folder))
+    found = {(row["sampler"], row["order"]): row["numbers"]["limit"]["value"] for row in rows}
+    assert set(found) == {("ddim", 2), ("multistep", 2), ("multistep", 3)}
+    assert found.pop(("multistep", 3)) == pytest.approx(0, abs=1e-6)
+    assert min(found.values()) > 1e-3
+    assert "FD (EfficientNet-Lite0) to the limit" in (recipe.folder / "sweep/table.md").read_text()
 
 
 def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,7 @@ def test_cut_weights_are_named(recipe: Recipe) -> None:
 
 def test_blocks_an_image_counts_every_block_evaluation(recipe: Recipe) -> None:
     assert blocks_an_image(recipe) == 3 * (1 + 2 + 1)
+    assert blocks_an_image(changed(recipe, num_steps=4, iterations=0.5)) == 4 * (1 + 1) + 2
     assert blocks_an_image(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
     uneven = changed(recipe, allocation="list", iterations=(3, 2, 1))
     assert blocks_an_image(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3
