@@ -11,6 +11,7 @@ import yaml
 from common.jobs import Job
 from common.recipe import Recipe
 from slurm.cluster import Resources, executor, submission_script
+from slurm.gpus import gpu_options
 from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 
 ROOT = Path(__file__).parents[3]
@@ -78,7 +79,8 @@ def test_a_folder_instead_of_a_site_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_sites_options_take_the_place_of_ours() -> None:
-    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5}))
+    site = Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5})
+    options = sbatch_options(site, gpu_options(site, Resources()))
     assert options == {"requeue": True, "gpus_per_node": "a100:8", "nice": 5}
 
 

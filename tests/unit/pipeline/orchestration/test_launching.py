@@ -135,7 +135,7 @@ def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_was_given(
 
 def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -> None:
     recipe = parse_recipe("name: a\nlaunch: {nodes: 2, processes: 8, cpus_per_process: 6, gpus_per_process: 1}")
-    asked = {stage.name: steps(recipe, stage, 1)[0].resources for stage in STAGES}
+    asked = {stage.name: steps(recipe, stage, "local")[0].resources for stage in STAGES}
     assert asked["train"] == Resources(
         nodes=2, processes=8, cpus_per_process=6, gpus_per_process=1, timeout_minutes=240
     )
@@ -144,13 +144,13 @@ def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -
 
 def test_parts_of_a_stage_ask_for_one_process_each_and_its_share_of_a_nodes_memory() -> None:
     text = "name: a\nlaunch: {nodes: 2, processes: 8, cpus_per_process: 6, gpus_per_process: 1, jobs: 3}"
-    made = [step for stage in STAGES for step in steps(parse_recipe(text), stage, 3)]
+    made = [step for stage in STAGES for step in steps(parse_recipe(text), stage, "slurm")]
     alone = Resources(cpus_per_process=6, gpus_per_process=1, share_of_node=1 / 8, timeout_minutes=240)
     asked = {step.name: (len(step.jobs), step.resources) for step in made}
     assert asked["encode"] == asked["sample"] == (3, alone)
     assert asked["encode-merge"] == (1, alone)
     assert asked["train"][1].processes == 8
-    here = [step.name for stage in STAGES for step in steps(parse_recipe(text), stage, 1)]
+    here = [step.name for stage in STAGES for step in steps(parse_recipe(text), stage, "local")]
     assert here == [stage.name for stage in STAGES]
 
 
