@@ -21,7 +21,7 @@ from common.ranks import may_be_left_over, rank_and_world_size, stated_by
 
 REPORT_SECONDS = 10.0  # before the first report of missing ranks; each further one takes three times as long
 ALONE_SECONDS = 180.0  # time limit while no other rank has come
-LEFT_OVER_SECONDS = 25.0  # the same, where the variables that name the others may be left over
+LEFT_OVER_SECONDS = 20.0  # the same, where the variables that name the others may be left over
 LIMIT_SECONDS = 600.0  # time limit for the last of several ranks: a node may be slow
 LATER_SECONDS = 10.0  # other ranks wait longer than rank 0, which sends them the list of missing ranks
 LOOK_SECONDS = 0.2

@@ -54,6 +54,8 @@ def main() -> None:
     stages = select(recipe, arguments.stages)
     if arguments.snapshot and not arguments.detach:
         raise UserError("--snapshot: without --detach stages start at once; leave it out, or add --detach")
+    if arguments.force and arguments.dry_run:
+        raise UserError("--force: with --dry-run no jobs are started; leave it out")
     if arguments.detach:
         with unless_forced(arguments):
             check_stages(recipe, stages, "slurm", fetches=not arguments.dry_run)
