@@ -10,6 +10,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.jobs import Job, failed
+from common.loading import dump_recipe
 from common.ranks import own_cores
 from common.recipe import Launch, Recipe, launch_of, own_launch
 from common.recipe.launch import LIGHT
@@ -42,7 +43,8 @@ def steps(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *
     """
     launch = launch_of(recipe.launch, stage.name)
     parts = jobs or (launch.jobs if cluster == "slurm" else 1)
-    job = partial(_job, replace(recipe, launch=replace(recipe.launch, cpus_per_process=launch.cpus_per_process)), stage)
+    for_work = replace(recipe, launch=replace(recipe.launch, cpus_per_process=launch.cpus_per_process))
+    job = partial(_job, dump_recipe(for_work), stage)
     asked = partial(_resources, recipe.launch)
     own = own_launch(recipe.launch, stage.name)
     if stage.part is None or parts == 1:
@@ -82,9 +84,9 @@ def run_job(
         write_time(RunFolder(recipe.folder), stage, round(time.monotonic() - started, 1))
 
 
-def _job(recipe: Recipe, stage: Stage, function: Callable[..., Any], **arguments: Any) -> Job:
+def _job(recipe: str, stage: Stage, function: Callable[..., Any], **arguments: Any) -> Job:
     names = {"resolve": _name(stage.resolve), "call": _name(function), "stage": stage.name}
-    return Job.of(__name__, run_job.__name__, recipe, **names, **arguments)
+    return Job(__name__, run_job.__name__, recipe, names | arguments)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -243,9 +243,9 @@ def test_nothing_is_queued_where_a_check_fails_and_each_stage_asks_for_its_own_u
     names = ("Partition", "TimeLimit", "NumNodes", "NumTasks", "NumCPUs", "MinMemoryNode", "TresPerNode")
     assert {step: tuple(job.get(name) for name in names) for step, job in queued.items()} == {
         "train": ("high", "01:30:00", "2-2", "4", "8", "16G", "gres:gpu:a100:2"),
-        "sample": ("main", "01:30:00", "1", "1", "2", "3G", "gres:gpu:a100:1"),
-        "evaluate": ("main", "01:30:00", "1", "1", "4", "16G", "gres:gpu:a100:1"),
-        "report": ("main", "01:00:00", "1", "1", "1", "4G", None),
+        "sample": ("main", "01:30:00", "1-1", "1", "2", "3G", "gres:gpu:a100:1"),
+        "evaluate": ("main", "01:30:00", "1-1", "1", "4", "16G", "gres:gpu:a100:1"),
+        "report": ("main", "01:00:00", "1-1", "1", "1", "4G", None),
     }
     assert queued["sample"]["ArrayTaskThrottle"] == "2"
     assert not any("WCKey" in job and job["WCKey"].strip("*") for job in queued.values())
