@@ -190,7 +190,7 @@ def _checked_jobs(recipe: Recipe, stage: Stage, arguments: argparse.Namespace) -
     """Checks a stage before its jobs; returns what runs them."""
     from common.recipe import launch_of
     from common.stage_checks import check_stages
-    from common.stage_jobs import run_in_jobs, steps
+    from common.stage_jobs import run_in_jobs
     from slurm.cluster import resolve
 
     try:
@@ -200,4 +200,4 @@ def _checked_jobs(recipe: Recipe, stage: Stage, arguments: argparse.Namespace) -
     jobs = arguments.jobs or launch_of(recipe.launch, stage.name).jobs
     with unless_forced(arguments):
         check_stages(recipe, [stage], cluster, jobs, fetches=not arguments.dry_run)
-    return lambda: run_in_jobs(recipe, steps(recipe, stage, cluster, jobs, timed=False), cluster)
+    return lambda: run_in_jobs(recipe, stage, cluster, jobs, timed=False)

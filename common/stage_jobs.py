@@ -62,12 +62,12 @@ def steps(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *
     return planned
 
 
-def run_in_jobs(recipe: Recipe, planned: Sequence[Step], cluster: str) -> float:
-    """Submits the jobs of a stage and waits for them. Returns the seconds that they took.
+def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *, timed: bool = True) -> float:
+    """Submits the jobs of a stage and waits for them. Returns the seconds that they took. Arguments: as of `steps`.
 
     Raises UserError with the message of the first job that failed.
     """
-    return sum(_run_step(recipe, step, cluster) for step in planned)
+    return sum(_run_step(recipe, step, cluster) for step in steps(recipe, stage, cluster, jobs, timed=timed))
 
 
 def run_job(

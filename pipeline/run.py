@@ -80,13 +80,13 @@ def main() -> None:
 
 
 def run_and_say(recipe: Recipe, stage: "Stage", cluster: str, title: str) -> None:
-    from common.stage_jobs import run_in_jobs, steps
+    from common.stage_jobs import run_in_jobs
 
     if stage.is_finished(recipe):
         print(f"{title}: finished before, skipped", flush=True)
         return
     print(f"{title} ...", flush=True)
-    seconds = run_in_jobs(recipe, steps(recipe, stage, cluster), cluster)
+    seconds = run_in_jobs(recipe, stage, cluster)
     print(f"{title}: done in {seconds:.0f} s", flush=True)
 
 
