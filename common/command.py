@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from common.errors import INTERRUPTED, Interrupted, UserError
+from common.errors import INTERRUPTED, Interrupted, Refused, UserError
 from common.recipe import Recipe
 from common.stage import Stage, the_recipe
 from slurm.paths import expanded
@@ -78,6 +78,26 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         help="work in jobs: on this machine, in this process, on SLURM, or on SLURM if it answers",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="with --cluster: how many; launch.jobs otherwise")
+    add_force_option(parser)
+
+
+def add_force_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="start the jobs although a stage's check refuses them")
+
+
+@contextmanager
+def unless_forced(arguments: argparse.Namespace) -> Iterator[None]:
+    """Around the checks before jobs start: `--force` makes warnings of their faults. Says that nothing was started."""
+    try:
+        yield
+    except Refused as refusal:
+        if arguments.force:
+            for fault in refusal.faults:
+                _say(f"warning: {fault}")
+            return
+        if not arguments.dry_run:
+            _say("nothing was started, because jobs would end with what follows; --force starts them all the same")
+        raise
 
 
 def exit_status_of(work: Callable[[], None]) -> int:
@@ -87,7 +107,8 @@ def exit_status_of(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        _say(f"error: {error}")
+        for fault in error.faults if isinstance(error, Refused) else [error]:
+            _say(f"error: {fault}")
         return 2
     except Interrupted as interruption:
         _say(f"interrupted: {interruption}")
@@ -133,26 +154,50 @@ def _run(arguments: argparse.Namespace, stage: Stage) -> None:
     from common.recipe import describe_network
     from common.rendezvous import rendezvous
 
-    cluster, jobs = getattr(arguments, "cluster", None), getattr(arguments, "jobs", None)
-    if jobs is not None and (cluster is None or jobs < 1):
-        raise UserError(f"--jobs: {jobs}; at least 1, and together with --cluster")
+    in_jobs, forced = getattr(arguments, "cluster", None) is not None, getattr(arguments, "force", False)
+    if stage.part is not None:
+        _refuse_job_options(arguments)
     recipe = load_recipe(arguments.config, arguments.overrides)
-    if stage.ranks_share and not arguments.dry_run and cluster is None:  # before what can take one rank longer
+    if stage.ranks_share and not arguments.dry_run and not in_jobs:  # before what can take one rank longer
         rendezvous()
     first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:
         print(dump_recipe(recipe))
         print(f"plan: {describe_network(recipe)}")
+    if in_jobs:
+        run_jobs = _checked_jobs(recipe, stage, arguments)
     resolved = stage.resolve(recipe)
-    for line in stage.plan(resolved):
+    for line in () if forced else stage.plan(resolved):
         if first:
             print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
     if arguments.dry_run:
         return
-    if cluster is None:
+    if in_jobs:
+        with ended_by_signals():
+            run_jobs()
+    else:
         stage.work(resolved)
-        return
-    from common.stage_jobs import run_in_jobs
 
-    with ended_by_signals():
-        run_in_jobs(recipe, stage, cluster, jobs or recipe.launch.jobs, timed=False)
+
+def _refuse_job_options(arguments: argparse.Namespace) -> None:
+    if arguments.jobs is not None and (arguments.cluster is None or arguments.jobs < 1):
+        raise UserError(f"--jobs: {arguments.jobs}; at least 1, and together with --cluster")
+    if arguments.force and (arguments.cluster is None or arguments.dry_run):
+        raise UserError("--force: only where jobs are started, with --cluster and without --dry-run; leave it out")
+
+
+def _checked_jobs(recipe: Recipe, stage: Stage, arguments: argparse.Namespace) -> Callable[[], object]:
+    """Checks a stage before its jobs; returns what runs them."""
+    from common.recipe import launch_of
+    from common.stage_checks import check_stages
+    from common.stage_jobs import run_in_jobs
+    from slurm.cluster import resolve
+
+    try:
+        cluster = resolve(arguments.cluster)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    jobs = arguments.jobs or launch_of(recipe.launch, stage.name).jobs
+    with unless_forced(arguments):
+        check_stages(recipe, [stage], cluster, jobs, fetches=not arguments.dry_run)
+    return lambda: run_in_jobs(recipe, stage, cluster, jobs, timed=False)

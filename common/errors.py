@@ -1,6 +1,6 @@
 """Errors that end a command early, and the conversion of parser errors into one-line messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -19,6 +19,14 @@ class UserError(OneLineError):
     The message is one line: the field or file, what was found, what is allowed, what to do. Commands print it and exit
     with status 2 (`common.command`). Any other exception is a bug and keeps its traceback.
     """
+
+
+class Refused(UserError):
+    """Several faults that were found before any work began; commands print a line for each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = [str(OneLineError(fault)) for fault in faults]
 
 
 class Interrupted(Exception):

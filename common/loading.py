@@ -190,6 +190,7 @@ def _near(path: Sequence[str]) -> str:
     elif key in names or not near:
         meant = difflib.get_close_matches(key, names, n=1)
         near = [dotted for dotted in elsewhere if "." in dotted and dotted.rpartition(".")[2] in meant]
+        near = [dotted for dotted in near if not dotted.startswith("launch.stages.")] or near[:1]
     return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
 
 

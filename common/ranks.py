@@ -46,6 +46,23 @@ def export_environment() -> None:
         os.environ.setdefault(key, value)
 
 
+def stated_by() -> tuple[str, ...]:
+    """The variables that name this process's rank and the number of ranks, before `export_environment` sets some."""
+    if "RANK" in os.environ:
+        return ("RANK", "WORLD_SIZE")
+    return ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in os.environ else ()
+
+
+def may_be_left_over() -> bool:
+    """Whether SLURM's variables name a rank, and this process is neither a task that SLURM started nor its child.
+
+    So it is in a notebook, in a cron job, or behind `ssh`, with the variables of an interactive shell.
+    """
+    own = (str(os.getpid()), str(os.getppid()))
+    is_task = os.environ.get("SLURM_TASK_PID") in own or "SUBMITIT_EXECUTOR" in os.environ
+    return "SLURM_STEP_NUM_TASKS" in stated_by() and not is_task
+
+
 def _stated_world_size() -> int:
     stated = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
     try:

@@ -11,16 +11,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
 from common.command import outlived
 from common.errors import Interrupted, UserError
-from common.ranks import rank_and_world_size
+from common.ranks import may_be_left_over, rank_and_world_size, stated_by
 
 REPORT_SECONDS = 10.0  # before the first report of missing ranks; each further one takes three times as long
 ALONE_SECONDS = 180.0  # time limit while no other rank has come
+LEFT_OVER_SECONDS = 20.0  # the same, where the variables that name the others may be left over
 LIMIT_SECONDS = 600.0  # time limit for the last of several ranks: a node may be slow
 LATER_SECONDS = 10.0  # other ranks wait longer than rank 0, which sends them the list of missing ranks
 LOOK_SECONDS = 0.2
@@ -33,6 +34,7 @@ def rendezvous() -> None:
     Rank 0 listens at MASTER_ADDR and MASTER_PORT, where training connects afterwards. Raises UserError naming the
     missing ranks, and Interrupted if this process is asked to stop.
     """
+    variables, alone_seconds = stated_by(), LEFT_OVER_SECONDS if may_be_left_over() else ALONE_SECONDS
     rank, world_size = rank_and_world_size()
     if world_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -43,7 +45,7 @@ def rendezvous() -> None:
             f"MASTER_ADDR, MASTER_PORT: no host and port, but RANK={rank} and WORLD_SIZE={world_size}; "
             "set them to the address of rank 0, or unset RANK and WORLD_SIZE to run one process"
         ) from None
-    patience = _Patience(rank, world_size, f"{host}:{port}")
+    patience = _Patience(rank, world_size, f"{host}:{port}", variables, alone_seconds)
     with _interruptible(patience):
         if rank == 0:
             _gather(host, port, patience)
@@ -54,8 +56,9 @@ def rendezvous() -> None:
 class _Patience:
     """The ranks that have come, the time limits, and the messages about missing ranks."""
 
-    def __init__(self, rank: int, world_size: int, where: str) -> None:
+    def __init__(self, rank: int, world_size: int, where: str, variables: Sequence[str], alone_seconds: float) -> None:
         self.rank, self.world_size, self.where = rank, world_size, where
+        self.variables, self.alone_seconds = variables, alone_seconds
         self.here = {rank}
         self.began = time.monotonic()
         self.report_at = REPORT_SECONDS
@@ -63,7 +66,7 @@ class _Patience:
     def check(self) -> None:
         """Reports missing ranks from time to time. Raises UserError after the time limit."""
         waited = time.monotonic() - self.began
-        limit = ALONE_SECONDS if len(self.here) == 1 else LIMIT_SECONDS
+        limit = self.alone_seconds if len(self.here) == 1 else LIMIT_SECONDS
         if waited > limit + (LATER_SECONDS if self.rank else 0):
             raise UserError(f"{self.missing()} after {waited:.0f} s; {self.advice()}")
         if waited > self.report_at:
@@ -78,11 +81,12 @@ class _Patience:
         named = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
         return f"{len(self.here)} of {self.world_size} ranks have come to {self.where}; missing: rank {named}"
 
-    @staticmethod
-    def advice() -> str:
+    def advice(self) -> str:
+        stated = " ".join(f"{name}={os.environ.get(name, '')}" for name in self.variables)
+        clear = f"unset {' '.join(self.variables)}, or " if self.variables else ""
         return (
-            "if this is the only process, as in an interactive shell (srun --pty) or with its variables left over, put "
-            "RANK=0 WORLD_SIZE=1 before the command"
+            f"{stated or 'the launcher'} announced them: if this is the only process, as in an interactive shell (srun "
+            f"--pty) or with its variables left over, {clear}put RANK=0 WORLD_SIZE=1 before the command"
         )
 
 

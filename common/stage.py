@@ -14,6 +14,16 @@ def the_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
+@dataclass(frozen=True)
+class Input(Generic[T]):
+    """Something that a stage reads. `look` raises UserError where it is missing or does not fit, on any machine that
+    sees the files: a login node has neither the job's ranks nor its GPUs. It writes and downloads nothing.
+    """
+
+    look: Callable[[T], object]  # what it returns is dropped; an iterator is read to its end
+    made_by: tuple[str, ...] = ()  # stages; while one of them is still to run, nobody looks
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[T]):
     """One object for the command, `run.py`, its chain of SLURM jobs, and job arrays.
@@ -37,9 +47,10 @@ class Stage(Generic[T]):
     part: Callable[[T, int, int], None] | None = None
     first: Callable[[T], None] | None = None
     merge: Callable[[T], None] | None = None
-    merge_needs_all_cores: bool = False
+    merge_needs_all_cores: Callable[[Recipe], bool] = lambda _recipe: False
     fetch: Callable[[Recipe], object] | None = None
 
+    inputs: tuple[Input[T], ...] = ()
     wanted: Callable[[Recipe], bool] = lambda _recipe: True
     # Raises UserError for what the work would refuse by the recipe and the resolved cluster alone.
     check: Callable[[Recipe, str], None] = lambda _recipe, _cluster: None

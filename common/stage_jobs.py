@@ -5,16 +5,21 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from common.errors import UserError
 from common.jobs import Job, failed
+from common.loading import dump_recipe
 from common.ranks import own_cores
-from common.recipe import Launch, Recipe
+from common.recipe import Launch, Recipe, launch_of, own_launch
+from common.recipe.launch import LIGHT
 from common.run_folder import RunFolder
 from common.stage import Stage
 from common.stage_times import write_time
 from slurm.cluster import Resources, executor, run_array
+
+LIGHT_MINUTES = 60  # time limit of a light job
 
 
 @dataclass(frozen=True)
@@ -24,41 +29,45 @@ class Step:
     name: str
     jobs: Sequence[Job]
     resources: Resources
+    at_once: int = 1  # how many of the jobs may run at the same time on SLURM
 
 
-def steps(recipe: Recipe, stage: Stage, parts: int, *, timed: bool = True) -> list[Step]:
-    """One job of the work; or `parts` jobs of one process each, if the stage has parts, with `first` and `merge`.
+def steps(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *, timed: bool = True) -> list[Step]:
+    """One job of the work; or several jobs of one process each, if the stage has parts, with `first` and `merge`.
 
-    `timed`: the jobs write the stage's time, as a run's do.
+    Args:
+        cluster: resolved.
+        jobs: how many; without it as many as the recipe says on SLURM, and one on one machine, where several would
+            wait for the same cores and GPUs.
+        timed: the jobs write the stage's time, as a run's do.
     """
-    launch = recipe.launch
-    one, all_cores = _resources(launch, 1, 1), _all_cores(launch)
+    launch = launch_of(recipe.launch, stage.name)
+    parts = jobs or (launch.jobs if cluster == "slurm" else 1)
+    for_work = replace(recipe, launch=replace(recipe.launch, cpus_per_process=launch.cpus_per_process))
+    job = partial(_job, dump_recipe(for_work), stage)
+    asked = partial(_resources, recipe.launch)
+    own = own_launch(recipe.launch, stage.name)
     if stage.part is None or parts == 1:
-        asked = _resources(launch, launch.nodes, launch.processes) if stage.all_processes else all_cores
-        return [Step(stage.name, [_job(recipe, stage, stage.work, timed=timed)], asked)]
-    array = [
-        _job(recipe, stage, stage.part, timed=timed and part == 0, part=part, parts=parts) for part in range(parts)
-    ]
-    planned = [Step(stage.name, array, one)]
+        several = stage.all_processes or own.nodes or own.processes
+        share = _light if stage.name in LIGHT else _all_processes if several else _all_cores
+        return [Step(stage.name, [job(stage.work, timed=timed)], asked(stage.name, share))]
+    array = [job(stage.part, timed=timed and part == 0, part=part, parts=parts) for part in range(parts)]
+    planned = [Step(stage.name, array, asked(stage.name, _one_process), min(parts, own.at_once or parts))]
     if stage.first:
-        planned.insert(0, Step(f"{stage.name}-first", [_job(recipe, stage, stage.first)], one))
+        planned.insert(0, Step(f"{stage.name}-first", [job(stage.first)], asked(stage.name, _one_process)))
     if stage.merge:
-        asked = all_cores if stage.merge_needs_all_cores else one
-        planned.append(Step(f"{stage.name}-merge", [_job(recipe, stage, stage.merge)], asked))
+        heavy = stage.merge_needs_all_cores(recipe)
+        needed = asked(stage.name, _all_cores) if heavy else asked("merge", _light)
+        planned.append(Step(f"{stage.name}-merge", [job(stage.merge)], needed))
     return planned
 
 
-def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, parts: int, *, timed: bool = True) -> float:
-    """Submits the jobs of a stage and waits for them. Returns the seconds that they took; `timed`: see `steps`.
-
-    What the stage downloads is fetched here, because compute nodes often have no internet.
+def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *, timed: bool = True) -> float:
+    """Submits the jobs of a stage and waits for them. Returns the seconds that they took. Arguments: as of `steps`.
 
     Raises UserError with the message of the first job that failed.
     """
-    planned = steps(recipe, stage, parts, timed=timed)
-    if stage.fetch is not None:
-        stage.fetch(recipe)
-    return sum(_run_step(recipe, step, cluster) for step in planned)
+    return sum(_run_step(recipe, step, cluster) for step in steps(recipe, stage, cluster, jobs, timed=timed))
 
 
 def run_job(
@@ -75,9 +84,9 @@ def run_job(
         write_time(RunFolder(recipe.folder), stage, round(time.monotonic() - started, 1))
 
 
-def _job(recipe: Recipe, stage: Stage, function: Callable[..., Any], **arguments: Any) -> Job:
+def _job(recipe: str, stage: Stage, function: Callable[..., Any], **arguments: Any) -> Job:
     names = {"resolve": _name(stage.resolve), "call": _name(function), "stage": stage.name}
-    return Job.of(__name__, run_job.__name__, recipe, **names, **arguments)
+    return Job(__name__, run_job.__name__, recipe, names | arguments)
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -90,13 +99,14 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _run_step(recipe: Recipe, step: Step, cluster: str) -> float:
-    launch = recipe.launch
+    asked = step.resources
     try:
         logs = RunFolder(recipe.folder).step_logs(step.name)
-        queue = executor(cluster, logs, f"{recipe.name}-{step.name}", step.resources)
-        here = 1 if launch.gpus_per_process else max(1, own_cores() // launch.cpus_per_process)
-        at_once = len(step.jobs) if queue.cluster == "slurm" else here
-        outcomes = run_array(queue, step.jobs, at_once=at_once, failed=failed)
+        queue = executor(cluster, logs, f"{recipe.name}-{step.name}", asked)
+        here = 1 if asked.gpus_per_process else max(1, own_cores() // asked.cpus_per_process)
+        outcomes = run_array(
+            queue, step.jobs, at_once=step.at_once if queue.cluster == "slurm" else here, failed=failed
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     for outcome in outcomes:
@@ -105,19 +115,39 @@ def _run_step(recipe: Recipe, step: Step, cluster: str) -> float:
     return max(outcome["seconds"] for outcome in outcomes)
 
 
-def _all_cores(launch: Launch) -> Resources:
+def _all_processes(launch: Launch) -> Launch:
+    return launch
+
+
+def _one_process(launch: Launch) -> Launch:
+    return replace(launch, nodes=1, processes=1)
+
+
+def _all_cores(launch: Launch) -> Launch:
     """One process with the cores that all processes of a node have together."""
-    one = _resources(launch, 1, 1)
-    return replace(one, cpus_per_process=launch.processes * one.cpus_per_process, share_of_node=1.0)
+    return replace(launch, nodes=1, processes=1, cpus_per_process=launch.processes * launch.cpus_per_process)
 
 
-def _resources(launch: Launch, nodes: int, processes: int) -> Resources:
+def _light(launch: Launch) -> Launch:
+    minutes = min(LIGHT_MINUTES, launch.timeout_minutes)
+    return replace(_one_process(launch), cpus_per_process=1, gpus_per_process=0, timeout_minutes=minutes)
+
+
+def _resources(launch: Launch, stage: str, share: Callable[[Launch], Launch]) -> Resources:
+    """`share` of what the recipe says of all stages, with what it says of this one alone in place of that."""
+    own, asked = own_launch(launch, stage), launch_of(share(launch), stage)
+    light = share is _light
+    cores_of_node, cores = launch.processes * launch.cpus_per_process, asked.processes * asked.cpus_per_process
     return Resources(
-        nodes=nodes,
-        processes=processes,
-        cpus_per_process=launch.cpus_per_process,
-        gpus_per_process=launch.gpus_per_process,
-        share_of_node=processes / launch.processes,
-        timeout_minutes=launch.timeout_minutes,
-        signal_seconds=launch.signal_seconds,
+        nodes=asked.nodes,
+        processes=asked.processes,
+        cpus_per_process=asked.cpus_per_process,
+        gpus_per_process=asked.gpus_per_process,
+        gpu_type=own.gpu_type,
+        without_gpus=light and not asked.gpus_per_process,
+        partition=own.partition,
+        memory_gb=own.memory_gb,
+        share_of_node=min(1.0, cores / cores_of_node),
+        timeout_minutes=asked.timeout_minutes,
+        signal_seconds=min(asked.signal_seconds, 30 * asked.timeout_minutes) if light else asked.signal_seconds,
     )

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import argument_parser, ended_by_signals, exit_status_of
+from common.command import add_force_option, argument_parser, ended_by_signals, exit_status_of, unless_forced
 from common.errors import UserError
 from common.recipe import Recipe
 from common.run_folder import RunFolder
@@ -40,10 +40,12 @@ def main() -> None:
         action="store_true",
         help="with --detach: jobs run the code as it is now, copied to the run folder",
     )
+    add_force_option(parser)
     arguments = parser.parse_intermixed_args()
 
     from common.loading import dump_recipe, load_recipe
-    from pipeline.orchestration.plan import check_stages, plan
+    from common.stage_checks import check_stages
+    from pipeline.orchestration.plan import plan
     from pipeline.stages import select
     from pipeline.training.cost import describe_cost
     from slurm.cluster import resolve
@@ -52,8 +54,11 @@ def main() -> None:
     stages = select(recipe, arguments.stages)
     if arguments.snapshot and not arguments.detach:
         raise UserError("--snapshot: without --detach stages start at once; leave it out, or add --detach")
+    if arguments.force and arguments.dry_run:
+        raise UserError("--force: with --dry-run no jobs are started; leave it out")
     if arguments.detach:
-        check_stages(recipe, stages, "slurm")
+        with unless_forced(arguments):
+            check_stages(recipe, stages, "slurm", fetches=not arguments.dry_run)
         detach(recipe, stages, arguments)
         return
     try:
@@ -62,7 +67,8 @@ def main() -> None:
         raise UserError(str(error)) from None
     if arguments.dry_run:
         print(dump_recipe(recipe))
-    check_stages(recipe, stages, cluster)
+    with unless_forced(arguments):
+        check_stages(recipe, stages, cluster, fetches=not arguments.dry_run)
     if arguments.dry_run:
         lines = [*plan(recipe, stages, cluster), f"training: {describe_cost(recipe)}"]
         print("\n".join(f"plan: {line}" for line in lines))
@@ -75,13 +81,12 @@ def main() -> None:
 
 def run_and_say(recipe: Recipe, stage: "Stage", cluster: str, title: str) -> None:
     from common.stage_jobs import run_in_jobs
-    from pipeline.orchestration.plan import parts_on
 
     if stage.is_finished(recipe):
         print(f"{title}: finished before, skipped", flush=True)
         return
     print(f"{title} ...", flush=True)
-    seconds = run_in_jobs(recipe, stage, cluster, parts_on(recipe.launch, cluster))
+    seconds = run_in_jobs(recipe, stage, cluster)
     print(f"{title}: done in {seconds:.0f} s", flush=True)
 
 
@@ -93,9 +98,6 @@ def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace)
         code = Path("<snapshot>") if arguments.snapshot else None
         print("\n".join(submission_scripts(recipe, stages, code)))
         return
-    for stage in stages:
-        if stage.fetch is not None:  # compute nodes often have no internet
-            stage.fetch(recipe)
     folder = RunFolder(recipe.folder)
     code = take_snapshot(folder.code) if arguments.snapshot else None
     print("\n".join(describe(folder, submit_chain(recipe, stages, code))), flush=True)

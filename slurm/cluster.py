@@ -16,7 +16,8 @@ from unittest.mock import patch
 import submitit
 
 from slurm import controller
-from slurm.site_file import Site, asks_for_gpus, load_site, sbatch_options, submission_parameters
+from slurm.gpus import gpu_options
+from slurm.site_file import Site, left_out, load_site, sbatch_options, srun_options, submission_parameters
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
@@ -31,6 +32,10 @@ class Resources:
     processes: int = 1
     cpus_per_process: int = 1
     gpus_per_process: int = 0
+    gpu_type: str | None = None  # None: the site file's
+    without_gpus: bool = False  # GPUs that the site file asks for in every job are left out
+    partition: str | None = None  # None: the site file's
+    memory_gb: float | None = None  # of each node; None: a share of the site file's
     share_of_node: float = 1.0  # of the node's memory
     timeout_minutes: int = 60  # SLURM only
     signal_seconds: int = 120  # before the time limit: time to save and to be requeued
@@ -69,11 +74,12 @@ def executor(
         cpus_per_task=resources.cpus_per_process,
         timeout_min=resources.timeout_minutes if cluster == "slurm" else WITHOUT_LIMIT,
     )
-    # A cluster without GPUs refuses even a request for 0 GPUs.
-    if cluster != "slurm" or (resources.gpus_per_process and not asks_for_gpus(site)):
-        submitter.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     if cluster == "slurm":
         submitter.update_parameters(**_slurm_parameters(site, resources, after, code))
+        inner: Any = submitter._executor  # where None leaves an option out; AutoExecutor drops it
+        inner.update_parameters(**{name: None for name in left_out(site) if name != "requeue"})
+    else:
+        submitter.update_parameters(gpus_per_node=resources.gpus_per_process * resources.processes)
     return submitter
 
 
@@ -93,7 +99,7 @@ def resolve(cluster: str) -> str:
 def refuse(cluster: str, folder: str | Path, resources: Resources) -> None:
     """Raises ValueError if `cluster` lacks the resources, for a folder SLURM cannot use, and a faulty site file."""
     if cluster == "slurm":
-        load_site()
+        gpu_options(load_site(), resources)
         _check_folder(Path(folder))
         if resources.signal_seconds >= 60 * resources.timeout_minutes:
             raise ValueError(
@@ -124,8 +130,13 @@ def _on_paper() -> AbstractContextManager[Any]:
 
 
 def _slurm_parameters(site: Site, resources: Resources, after: str | None, code: Path | None) -> dict[str, Any]:
-    parameters, additional = submission_parameters(site), sbatch_options(site)
-    if site.memory_gb is not None:
+    parameters = submission_parameters(site)
+    additional = sbatch_options(site, gpu_options(site, resources))
+    if resources.partition is not None:
+        parameters["slurm_partition"] = resources.partition
+    if resources.memory_gb is not None:
+        parameters["mem_gb"] = resources.memory_gb
+    elif site.memory_gb is not None:
         parameters["mem_gb"] = site.memory_gb * resources.share_of_node
     if after is not None:
         parameters["slurm_dependency"] = f"afterok:{after}"
@@ -139,7 +150,7 @@ def _slurm_parameters(site: Site, resources: Resources, after: str | None, code:
         "slurm_signal_delay_s": resources.signal_seconds,
         "slurm_additional_parameters": additional,
         # A failed task ends the others in seconds. Since SLURM 22.05, srun does not inherit the job's --cpus-per-task.
-        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_process}"],
+        "slurm_srun_args": ["--kill-on-bad-exit=1", *srun_options(site, resources.cpus_per_process)],
     }
 
 
@@ -152,10 +163,10 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def submission_script(submitter: submitit.AutoExecutor, parts: int = 1) -> str:
+def submission_script(submitter: submitit.AutoExecutor, parts: int = 1, at_once: int = 1) -> str:
     """The script that would be passed to sbatch."""
     inner: Any = submitter._executor
-    array = {"map_count": parts} if parts > 1 else {}
+    array = {"map_count": parts, "array_parallelism": at_once} if parts > 1 else {}
     before, inner.parameters = inner.parameters, inner.parameters | array
     try:
         return inner._make_submission_file_text(inner._submitit_command_str, "submission")

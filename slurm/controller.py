@@ -1,6 +1,7 @@
 """States of SLURM jobs, from `squeue` and `scontrol`; `sacct` is not needed."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,13 @@ def states(job_ids: Iterable[str]) -> dict[str, str]:
     if asked.returncode and "Invalid job id" not in asked.stderr:
         asked.check_returncode()
     return dict(line.strip().split("|", 1) for line in asked.stdout.splitlines())
+
+
+def longest_array() -> int | None:
+    """How many jobs an array may have; None if the controller does not say. OSError where SLURM is not installed."""
+    asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", asked.stdout, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def state(job_id: str) -> str | None:

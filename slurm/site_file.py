@@ -3,14 +3,16 @@
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from slurm.gpus import GENERIC, GPUS
 from slurm.paths import expanded
 from slurm.plain_yaml import SWITCHES, read_yaml, settle
 
@@ -27,21 +29,35 @@ Line = Annotated[str, Field(pattern=ONE_LINE)]
 OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "help", "job-name", "kill-on-invalid-dep",
         "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "quiet", "requeue",
         "signal", "test-only", "time", "usage", "version", "wait", "wrap")  # fmt: skip
-# Options that request GPUs; those in GENERIC only if their value names GPUs (`lscratch:100` does not).
-GENERIC = ("gres", "tres-per-job", "tres-per-node", "tres-per-socket", "tres-per-task")
-GPUS = ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task")
+SRUN_OURS = ("error", "kill-on-bad-exit", "nodes", "ntasks", "ntasks-per-node", "output", "unbuffered")
+# Options that `false` leaves out, of those that this project or submitit writes. "wckey" is submitit's.
+REMOVABLE = ("cpus-per-task", "requeue", "wckey")
 FIELDS = ("account", "constraint", "exclusive", "mem", "partition", "qos")  # of Site, by sbatch's names
-GPU_WORDS = re.compile(r"\b(gpu|mps|shard)\b")
 
 
 def _in_full(option: str) -> str:
     """Refuses abbreviations, which sbatch would accept: a duplicate of another option would go unnoticed."""
-    if option in OURS:
+    if option in OURS and option not in REMOVABLE:
         raise ValueError(f"{option} is set by the recipe's launch section or by this project; remove it")
     known = (*OURS, *GENERIC, *GPUS, *FIELDS)
     whole = next((name for name in known if name.startswith(option)), None)
     if whole is not None and option not in known:
         raise ValueError(f"{option} abbreviates {whole}; write options of sbatch in full")
+    return option
+
+
+def _only_left_out(options: dict[str, Any]) -> dict[str, Any]:
+    for option in REMOVABLE:
+        if option in OURS and options.get(option, False) is not False:
+            raise ValueError(
+                f"{option} is set by the recipe's launch section or by this project; remove it (false leaves it out)"
+            )
+    return options
+
+
+def _srun_in_full(option: str) -> str:
+    if option in SRUN_OURS:
+        raise ValueError(f"{option} is set by this project; remove it")
     return option
 
 
@@ -66,6 +82,7 @@ def _home(path: str) -> str:
 
 
 Option = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_in_full)]
+SrunOption = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z-]*$"), AfterValidator(_srun_in_full)]
 SetupLine = Annotated[Line, AfterValidator(_no_option)]
 Value = Annotated[Line, AfterValidator(_no_switch)]
 
@@ -85,9 +102,16 @@ class Site:
     python: Line | None = None  # shell words that start Python, such as a container's; this one's otherwise
     # A folder on each node's own disk, with a job's `~` and $VARIABLES; TMPDIR of every job.
     scratch: Annotated[Line, AfterValidator(_home)] | None = None
-    # Any other option of sbatch. One that requests GPUs (gres, gpus-per-node), for example typed ones, replaces the
-    # recipe's number of GPUs in every job.
-    sbatch: dict[Option, Value | StrictBool | int] = Field(default_factory=dict)
+    # How a job asks for the GPUs that the recipe says, and their type: `--gres=gpu:a100:2`, `--gpus-per-node=2`.
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    gpu_type: Word | None = None
+    # Any other option of sbatch; `false` leaves one out. One that requests GPUs, such as gpus-per-task, takes the place
+    # of the recipe's number of GPUs in every job that may use them.
+    sbatch: Annotated[dict[Option, Value | StrictBool | int], AfterValidator(_only_left_out)] = Field(
+        default_factory=dict
+    )
+    # Options of srun, which starts a job's processes: those of a container (pyxis).
+    srun: dict[SrunOption, Value | StrictBool | int] = Field(default_factory=dict)
 
 
 def load_site(path: str | Path | None = None) -> Site:
@@ -138,20 +162,24 @@ def submission_parameters(site: Site) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def asks_for_gpus(site: Site) -> bool:
-    """Whether an option of the site requests GPUs; sbatch would refuse a second request, or add it."""
-    return any(
-        value is not False and (option in GPUS or (option in GENERIC and GPU_WORDS.search(str(value)) is not None))
-        for option, value in site.sbatch.items()
-    )
-
-
-def sbatch_options(site: Site) -> dict[str, str | bool | int]:
-    """The site's sbatch options by submitit's names, so that they replace submitit's. Jobs are requeued when a node
-    dies, whatever the cluster's default.
+def sbatch_options(site: Site, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` by submitit's names, so that they replace submitit's. Jobs are requeued when a node dies, whatever the
+    cluster's default, unless the site leaves that out.
     """
-    wanted = {name.replace("-", "_"): value for name, value in site.sbatch.items() if value is not False}
-    return {"requeue": True, **wanted}
+    requeue = {} if "requeue" in left_out(site) else {"requeue": True}
+    return requeue | {name.replace("-", "_"): value for name, value in options.items()}
+
+
+def left_out(site: Site) -> list[str]:
+    """Options that this project or submitit would write and the site does not want, by submitit's names."""
+    return [name.replace("-", "_") for name in REMOVABLE if site.sbatch.get(name) is False]
+
+
+def srun_options(site: Site, cpus_per_process: int) -> list[str]:
+    """Of the step that runs a job's processes. Since SLURM 22.05, srun does not inherit the job's --cpus-per-task."""
+    own = {} if site.sbatch.get("cpus-per-task") is False else {"cpus-per-task": cpus_per_process}
+    wanted = {name: value for name, value in (own | site.srun).items() if value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in wanted.items()]
 
 
 def _with_variables(text: str) -> str:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from common.recipe.data import VAE, Data, DemoImages, check_data
 from common.recipe.fields import STRICT, Name, Place, Seed
-from common.recipe.launch import Launch
+from common.recipe.launch import Launch, check_launch, launch_of, own_launch
 from common.recipe.network import (
     Model,
     Objective,
@@ -42,6 +42,8 @@ __all__ = [
     "describe_network",
     "diffusion",
     "latent_shape",
+    "launch_of",
+    "own_launch",
     "timestep_density",
     "with_world_size",
 ]
@@ -82,3 +84,4 @@ def check_together(recipe: Recipe) -> None:
     check_network(recipe)
     check_training(recipe.train)
     check_sampling(recipe)
+    check_launch(recipe.launch)

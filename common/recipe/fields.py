@@ -31,4 +31,5 @@ Width = Annotated[Number, Field(gt=0, lt=0.28)]  # of a power-function average (
 Place = Annotated[str, "path"]  # of a folder or file; `~`, `$NAME` and `${NAME}` are expanded (`slurm.paths`)
 # A number of samples, or the name of its folder, which has 12 digits.
 SamplesSeen = Annotated[CountOrZero, BeforeValidator(lambda value: int(value) if _is_folder(value) else value)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:-]*$")]  # reaches sbatch
 Name = Annotated[str, AfterValidator(_name)]

@@ -48,18 +48,20 @@ def section_reference(name: str, section: Any) -> Iterator[str]:
     """A section's lines, and those of the sections below it. Raises KeyError for a field without an explanation."""
     texts, hints = explanations(section), get_type_hints(section, include_extras=True)
     yield from ([f"## {name}\n"] if name else [])
-    yield f"{inspect.getdoc(section)}\n\n| field | value | default | explanation |\n|---|---|---|---|"
-    below = []
+    yield f"{inspect.getdoc(section)}\n"
+    yield from (["| field | value | default | explanation |\n|---|---|---|---|"] if texts else [])
+    below: dict[Any, list[str]] = {}  # by their type: sections of one type have one table
     for field in dataclasses.fields(section):
         inner = [part for part in members(hints[field.name]) if dataclasses.is_dataclass(part)]
         if inner:
-            below.append((f"{name}.{field.name}".lstrip("."), inner[0]))
+            below.setdefault(inner[0], []).append(f"{name}.{field.name}".lstrip("."))
         else:
             default = _default(field.default)
             yield f"| `{field.name}` | {_kind(hints[field.name])} | {default} | {texts[field.name]} |"
     yield ""
-    for inside, kind in below:
-        yield from section_reference(inside, kind)
+    for kind, sections in below.items():
+        others = [inside.rpartition(".")[2] for inside in sections[1:]]
+        yield from section_reference(", ".join([sections[0], *others]), kind)
 
 
 def _default(value: Any) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.recipe import Recipe
-from common.stage import Stage
+from common.stage import Input, Stage
 
 if TYPE_CHECKING:
     from pipeline.evaluation.measurements import Evaluation
@@ -66,6 +66,27 @@ def check(recipe: Recipe, _cluster: str) -> None:
                 raise UserError(f"{field}: {count}, and the metric {metric} needs {fewest} at least; ask for more")
 
 
+def fetch(recipe: Recipe) -> None:
+    """Downloads Inception's published weights, so that no two jobs do."""
+    from pipeline.features.extractors import fetch_extractor_weights
+
+    fetch_extractor_weights(recipe.evaluate)
+
+
+def look_for_weights(evaluation: "Evaluation") -> None:
+    _ = evaluation.extractor_weights
+
+
+def look_for_images(evaluation: "Evaluation") -> None:
+    """Those that no stage reads before this one: held-out images, and a reference that the recipe names."""
+    from pipeline.evaluation.image_sets import held_out
+
+    if evaluation.recipe.evaluate.reference is not None:
+        _ = evaluation.yardstick.reference
+    if evaluation.recipe.data.held_out is not None:
+        held_out(evaluation.recipe)
+
+
 STAGE = Stage(
     name="evaluate",
     resolve=resolve,
@@ -75,6 +96,8 @@ STAGE = Stage(
     ranks_share=True,
     part=extract_part,
     merge=evaluate,
-    merge_needs_all_cores=True,
+    merge_needs_all_cores=lambda _recipe: True,
+    fetch=fetch,
     check=check,
+    inputs=(Input(look_for_weights), Input(look_for_images, ("compose",)), Input(plan, ("compose", "train", "sample"))),
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.recipe import Recipe
-from common.stage import Stage
+from common.stage import Input, Stage
 
 if TYPE_CHECKING:
     from pipeline.evaluation.sweep import Sweep
@@ -79,4 +79,5 @@ STAGE = Stage(
     part=measure_part,
     first=prepare,
     merge=show,
+    inputs=(Input(plan),),
 )

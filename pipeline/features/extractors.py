@@ -261,6 +261,13 @@ def _packaged_efficientnet() -> Path:
     return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
+def fetch_extractor_weights(evaluate: Evaluate) -> None:
+    """Downloads weights that are missing. Raises UserError where that fails."""
+    weights = find_extractor_weights(evaluate)
+    if not weights.path.is_file():
+        _download_inception(weights.path)
+
+
 def _download_inception(path: Path) -> None:
     """Fetches the published weights under a temporary name; their sha256 is checked before they get this one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,8 @@ def submission_scripts(recipe: Recipe, stages: Sequence[Stage], code: Path | Non
     after = None
     for step in _to_do(recipe, stages, {}):
         queue = _executor(recipe, step, after, code, submits=False)
-        yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{cluster.submission_script(queue, len(step.jobs))}"
+        script = cluster.submission_script(queue, len(step.jobs), step.at_once)
+        yield f"# ---- {step.name}: {len(step.jobs)} job(s)\n{script}"
         after = f"<{step.name}>"
 
 
@@ -99,7 +100,7 @@ def describe(folder: RunFolder, jobs: Sequence[Submitted]) -> list[str]:
 
 def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted]) -> list[Step]:
     """The steps from the first that is on its way, or else from the first that is not finished."""
-    planned = [(step, stage) for stage in stages for step in steps(recipe, stage, recipe.launch.jobs)]
+    planned = [(step, stage) for stage in stages for step in steps(recipe, stage, "slurm")]
     for number, (step, stage) in enumerate(planned):
         if step.name in alive or (not alive and not stage.is_finished(recipe)):
             return [step for step, _ in planned[number:]]
@@ -162,7 +163,7 @@ def _executor(
 def _submit(recipe: Recipe, step: Step, after: str | None, code: Path | None, key: str) -> Submitted:
     queue = _executor(recipe, step, after, code)
     try:
-        jobs = cluster.submit(queue, step.jobs, at_once=len(step.jobs))
+        jobs = cluster.submit(queue, step.jobs, at_once=step.at_once)
     except ValueError as error:
         raise UserError(f"{step.name}: {error}") from None
     job = jobs[0].job_id.partition("_")[0]

@@ -11,11 +11,11 @@ from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
 from common.sealed import read_sealed
 from common.stage import Stage
+from common.stage_checks import check_stages
 from common.stage_jobs import run_in_jobs
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
-from pipeline.orchestration.plan import check_stages, parts_on
 from pipeline.reproduction.experiments import RECIPES, Arm, Row, Table
 from pipeline.stages import select
 from pipeline.training.checkpoint import MARKER
@@ -83,7 +83,7 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
             if stage is not SWEEP:
                 check_stages(recipe, [stage], cluster)
             print(f"{title}: {stage.name} ...", flush=True)
-            run_in_jobs(recipe, stage, cluster, parts_on(recipe.launch, cluster))
+            run_in_jobs(recipe, stage, cluster)
 
 
 def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.recipe import Recipe
-from common.stage import Stage
+from common.stage import Input, Stage
 from preprocess.encoding.stage import fetch
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def sample(sampling: "Sampling", part: int = 0, parts: int = 1) -> None:
     generate.sample(sampling, part, parts)
 
 
+def look_for_vae(sampling: "Sampling") -> None:
+    from preprocess.encoding.encoder import find_vae
+
+    find_vae(sampling.recipe.vae)  # one that is still to be downloaded is no fault: `fetch` does
+
+
 STAGE = Stage(
     name="sample",
     resolve=resolve,
@@ -59,4 +65,5 @@ STAGE = Stage(
     all_processes=True,
     part=sample,
     fetch=fetch,
+    inputs=(Input(look_for_vae), Input(plan, ("train",))),
 )

@@ -5,6 +5,8 @@ Nothing is saved inside the handler: a signal reaches one rank, and saving needs
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,33 +20,47 @@ SAME_REQUEST_SECONDS = 1.0  # a launcher often passes on a signal that the proce
 
 
 class StopRequest:
-    """True once this process was asked to stop. A second request, SAME_REQUEST_SECONDS later, ends it at once."""
+    """True once this process was asked to stop."""
 
     def __init__(self) -> None:
         self.signal: str | None = None  # name of the first signal
-        self._when = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal, self._when = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._when > SAME_REQUEST_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        self.signal = self.signal or signal.Signals(number).name
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Yields a request that stop signals set inside the block; restores the handlers after it.
 
-    A signal that `nohup` has made this process ignore stays ignored.
+    A second request, SAME_REQUEST_SECONDS after the first, ends the process at once, with status 128 + its number. A
+    signal that `nohup` has made this process ignore stays ignored.
     """
     request = StopRequest()
     before = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS if not outlived(number)}
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second_request, args=(heard, frozenset(before)), daemon=True).start()
     try:
         yield request
     finally:
+        signal.set_wakeup_fd(told_before)
+        told.close()  # ends the thread
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_at_second_request(heard: socket.socket, numbers: frozenset[int]) -> None:
+    """In a thread: a main thread that waits for another rank in a collective runs no handler, for hours if need be."""
+    first = None
+    with heard:
+        while received := heard.recv(64):
+            for number in numbers.intersection(received):
+                if first is None:
+                    first = time.monotonic()
+                elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+                    os._exit(128 + number)

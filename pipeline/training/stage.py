@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from common.errors import UserError
 from common.recipe import Launch, Recipe
-from common.stage import Stage, the_recipe
+from common.stage import Input, Stage, the_recipe
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
@@ -57,25 +57,33 @@ def train(recipe: Recipe) -> None:
 
 def check(recipe: Recipe, cluster: str) -> None:
     """The batch over all ranks, and DeepSpeed's settings, as ranks on such nodes will find them. Raises UserError."""
-    from common.recipe import with_world_size
+    from common.recipe import launch_of, with_world_size
     from pipeline.training.deepspeed_config import deepspeed_config
 
-    ranks = recipe.launch.nodes * recipe.launch.processes
+    launch = launch_of(recipe.launch, STAGE.name)
+    ranks = launch.nodes * launch.processes
     try:
-        deepspeed_config(with_world_size(recipe, ranks).train, ranks, _has_gpus(recipe.launch, cluster))
+        deepspeed_config(with_world_size(recipe, ranks).train, ranks, _has_gpus(launch, cluster))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def look_for_shards(recipe: Recipe) -> None:
+    from pipeline.training.data import open_shards
+
+    open_shards(recipe)
 
 
 def _has_gpus(launch: Launch, cluster: str) -> bool:
     """Whether training will see GPUs. Raises ValueError where this machine has fewer than the recipe asks for."""
     import torch
 
-    from slurm.site_file import asks_for_gpus, load_site
+    from slurm.gpus import gives_gpus
+    from slurm.site_file import load_site
 
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cluster == "slurm":
-        return launch.gpus_per_process > 0 or asks_for_gpus(load_site())
+        return launch.gpus_per_process > 0 or gives_gpus(load_site())
     if cluster == "debug":  # in this process
         return here > 0
     asked = launch.processes * launch.gpus_per_process
@@ -96,4 +104,5 @@ STAGE = Stage(
     ranks_share=True,
     all_processes=True,
     check=check,
+    inputs=(Input(look_for_shards, ("compose", "encode")),),
 )

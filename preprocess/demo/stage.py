@@ -1,7 +1,7 @@
 """The stage `compose`, of recipes with a section `demo`."""
 
 from common.recipe import Recipe
-from common.stage import Stage, the_recipe
+from common.stage import Input, Stage, the_recipe
 
 
 def plan(recipe: Recipe) -> list[str]:
@@ -28,5 +28,6 @@ STAGE = Stage(
     plan=plan,
     finished=finished,
     work=compose,
+    inputs=(Input(plan),),
     wanted=lambda recipe: recipe.demo is not None,
 )

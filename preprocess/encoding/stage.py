@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.recipe import Recipe
-from common.stage import Stage
+from common.stage import Input, Stage
 
 if TYPE_CHECKING:
     from preprocess.encoding.encoding import Encoding, LazyEncoding
@@ -89,5 +89,7 @@ STAGE = Stage(
     ranks_share=True,
     part=encode_part,
     merge=merge,
+    merge_needs_all_cores=lambda recipe: recipe.data.format == "ffcv",
     fetch=fetch,
+    inputs=(Input(plan, ("compose",)),),
 )

@@ -211,6 +211,66 @@ def test_jobs_of_another_recipe_keep_the_folder(experiment: Experiment, slurm: C
     assert "jobs of another recipe are on their way" in done.stderr
 
 
+def shown(job: str) -> dict[str, str]:
+    """SLURM's description of a job."""
+    words = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    return dict(word.split("=", 1) for word in words.split() if "=" in word)
+
+
+def test_nothing_is_queued_where_a_check_fails_and_each_stage_asks_for_its_own_unless_it_is_forced(
+    experiment: Experiment, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpu_option: gres\ngpu_type: a100\nmemory_gb: 16\nsbatch: {hold: true, wckey: false}\n")
+    monkeypatch.setenv("FPDM_SITE", str(site))
+    asked = [
+        *("name=asked", "--detach", "data.held_out=/nowhere", "launch.gpus_per_process=1", "launch.processes=2"),
+        *("launch.cpus_per_process=2", "launch.timeout_minutes=90", "launch.stages.train.partition=high"),
+        *("launch.stages.train.nodes=2", "launch.stages.sample={jobs: 3, at_once: 2, memory_gb: 3}"),
+    ]
+    done = experiment.run("pipeline/run.py", *asked, "train.precision=fp32", "sample.num_samples=1")
+    assert done.returncode == 2
+    first, *faults = done.stderr.splitlines()
+    assert "--force starts them all the same" in first
+    assert [fault.split(":")[1] for fault in faults] == [" sample.num_samples", " data.held_out"]
+    assert squeue("%i") == []
+    done = experiment.run("pipeline/run.py", *asked, "--force")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: data.held_out: /nowhere")
+    queued = {
+        entry["step"]: shown(entry["job"]) for entry in read_json(experiment.folder / "runs/asked/jobs.json")["jobs"]
+    }
+    names = ("Partition", "TimeLimit", "NumNodes", "NumTasks", "NumCPUs", "MinMemoryNode", "TresPerNode")
+    assert {step: tuple(job.get(name) for name in names) for step, job in queued.items()} == {
+        "train": ("high", "01:30:00", "2-2", "4", "8", "16G", "gres:gpu:a100:2"),
+        "sample": ("main", "01:30:00", "1-1", "1", "2", "3G", "gres:gpu:a100:1"),
+        "evaluate": ("main", "01:30:00", "1-1", "1", "4", "16G", "gres:gpu:a100:1"),
+        "report": ("main", "01:00:00", "1-1", "1", "1", "4G", None),
+    }
+    assert queued["sample"]["ArrayTaskThrottle"] == "2"
+    assert not any("WCKey" in job and job["WCKey"].strip("*") for job in queued.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_preflight_looks_around_on_the_nodes_of_a_training_after_it_was_requeued(
+    experiment: Experiment, slurm: Cluster
+) -> None:
+    done = experiment.run(
+        "slurm/preflight.py", "--cluster", "slurm", "name=preflight", "launch.nodes=2", "launch.gpus_per_process=1"
+    )
+    assert done.returncode == 2  # the devices that the cluster counts are none
+    assert "GPUs: none; the recipe asks for 1 on a node" in done.stderr
+    for found in (
+        "MB/s between 2 ranks",
+        "seen by every rank",
+        "allowed, done 1 times",
+        "partition: main",
+        "gpu_type: a100",
+    ):
+        assert found in done.stdout, done.stdout
+
+
 def test_a_dry_run_prints_the_scripts_and_submits_nothing(experiment: Experiment) -> None:
     """On a machine without SLURM too."""
     done = experiment.run("pipeline/run.py", "--detach", "--dry-run", "name=dry", "launch.nodes=2", "launch.jobs=2")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import rendezvous
+from common import ranks, rendezvous
 from common.command import exit_status_of
 from common.errors import UserError
 from pipeline.stages import STAGES
@@ -167,9 +167,32 @@ def work(recipe):
     print("worked")
 
 stage = Stage(name="a", resolve=the_recipe, plan=lambda _: ["looked"], finished=bool, work=work, ranks_share=True)
-rendezvous.ALONE_SECONDS = 0.3
+rendezvous.ALONE_SECONDS, rendezvous.LEFT_OVER_SECONDS = 60.0, 0.3
 sys.exit(run_stage_command("", stage, sys.argv[1:]))
 """
+
+
+def test_variables_that_may_be_left_over_are_told_within_half_a_minute() -> None:
+    assert rendezvous.REPORT_SECONDS < rendezvous.LEFT_OVER_SECONDS < 30
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, True),  # without SLURM_TASK_PID, or with another's
+        ({"SLURM_TASK_PID": "1"}, True),
+        ({"SLURM_TASK_PID": str(os.getpid())}, False),  # srun python
+        ({"SLURM_TASK_PID": str(os.getppid())}, False),  # srun bash -c python
+        ({"SUBMITIT_EXECUTOR": "slurm"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, False),
+    ],
+)
+def test_a_task_of_slurms_is_patient(more: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_TASK_PID", "SUBMITIT_EXECUTOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (SHELL | more).items():
+        monkeypatch.setenv(name, value)
+    assert ranks.may_be_left_over() is expected
 
 
 def test_ranks_share_these_stages() -> None:
@@ -191,6 +214,8 @@ def test_a_shells_variables_without_its_terminal_are_no_ranks() -> None:
     done = run()
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: 1 of 8 ranks have come to 127.0.0.1:" in done.stderr
+    assert "SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8 announced them" in done.stderr
+    assert "unset SLURM_PROCID SLURM_STEP_NUM_TASKS, or put RANK=0" in done.stderr
     assert run(SLURM_PROCID="1").stdout == ""
     done = run(RANK="0", WORLD_SIZE="1")
     assert (done.returncode, done.stdout) == (0, "plan: looked\nworked\n")

@@ -282,7 +282,7 @@ def test_a_site_file_is_read_the_same_way(tmp_path: Path) -> None:
     )
     site = load_site(path)
     assert (site.account, site.qos, site.exclusive, site.memory_gb) == ("00123", "off", True, 4)
-    assert sbatch_options(site) == {"requeue": True, "mail_type": "NONE", "nice": "010", "hold": True}
+    assert sbatch_options(site, site.sbatch) == {"requeue": True, "mail_type": "NONE", "nice": "010", "hold": True}
     path.write_text("account: a\naccount: b")
     with pytest.raises(ValueError, match=r"site\.yaml: not readable as YAML: account occurs twice"):
         load_site(path)

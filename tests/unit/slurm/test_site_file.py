@@ -11,6 +11,7 @@ import yaml
 from common.jobs import Job
 from common.recipe import Recipe
 from slurm.cluster import Resources, executor, submission_script
+from slurm.gpus import gpu_options
 from slurm.site_file import Site, load_site, sbatch_options, submission_parameters
 
 ROOT = Path(__file__).parents[3]
@@ -47,6 +48,12 @@ def test_without_a_site_file_slurms_own_defaults_hold(monkeypatch: pytest.Monkey
         ("sbatch: {wrap: 'true'}", "sbatch: wrap is set by the recipe's launch section"),
         ("sbatch: {parsable: true}", "sbatch: parsable is set by the recipe's launch section"),
         ("sbatch: {cpus-per-task: 4}", "sbatch: cpus-per-task is set by the recipe's launch section"),
+        (
+            "sbatch: {requeue: true}",
+            "sbatch: requeue is set by the recipe's launch section or by this project; remove it (",
+        ),
+        ("srun: {output: x}", "srun: output is set by this project; remove it"),
+        ("gpu_option: gpus", "gpu_option: Input should be 'gpus-per-node' or 'gres'"),
         ("sbatch: {outp: x}", "sbatch: outp abbreviates output; write options of sbatch in full"),
         ("sbatch: {o: x}", "sbatch: o abbreviates open-mode"),
         ("sbatch: {ntasks-per: 2}", "sbatch: ntasks-per abbreviates ntasks-per-node"),
@@ -78,7 +85,8 @@ def test_a_folder_instead_of_a_site_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_sites_options_take_the_place_of_ours() -> None:
-    options = sbatch_options(Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5}))
+    site = Site(sbatch={"gpus-per-node": "a100:8", "contiguous": False, "nice": 5})
+    options = sbatch_options(site, gpu_options(site, Resources()))
     assert options == {"requeue": True, "gpus_per_node": "a100:8", "nice": 5}
 
 
@@ -109,6 +117,62 @@ def test_a_job_asks_for_gpus_in_one_way_and_the_sites_comes_first(
         line.removeprefix("#SBATCH ") for line in script.splitlines() if re.search("(gpus|gres|tres-)[^ ]*=", line)
     ]
     assert [line for line in asked if not re.match("--gres=lscratch:100$", line)] == [expected]
+
+
+def script(site: str, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of a job's submission script."""
+    (tmp_path / "site.yaml").write_text(site)
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    return submission_script(executor("slurm", tmp_path, "name", resources, submits=False)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("site", "kind", "expected"),
+    [
+        ("gpu_type: a100", None, ["--gpus-per-node=a100:2"]),
+        ("gpu_type: a100", "h100", ["--gpus-per-node=h100:2"]),
+        ("gpu_option: gres", None, ["--gres=gpu:2"]),
+        ("gpu_option: gres\ngpu_type: a100", None, ["--gres=gpu:a100:2"]),
+        ("gpu_option: gres\nsbatch: {gres: 'lscratch:100'}", "h100", ["--gres=lscratch:100,gpu:h100:2"]),
+        ("sbatch: {gpus-per-node: false}", None, []),
+        ("gpu_option: gres\nsbatch: {gres: false}", None, []),
+    ],
+)
+def test_typed_and_untyped_gpus_are_asked_for_by_either_option(
+    site: str, kind: str | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = script(site, Resources(processes=2, gpus_per_process=1, gpu_type=kind), tmp_path, monkeypatch)
+    assert [line.removeprefix("#SBATCH ") for line in lines if re.search("--(gpus|gres)", line)] == expected
+
+
+def test_a_job_without_gpus_leaves_out_those_that_the_site_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = "sbatch: {gres: 'lscratch:100,gpu:2', gpus-per-task: 1}"
+    lines = script(site, Resources(without_gpus=True), tmp_path, monkeypatch)
+    assert [line for line in lines if re.search("--(gpu|gres)", line)] == ["#SBATCH --gres=lscratch:100"]
+
+
+def test_a_type_beside_the_sites_own_request_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="gpu_type h100, and the site file's sbatch options request GPUs themselves"):
+        script("sbatch: {gres: 'gpu:8'}", Resources(gpus_per_process=1, gpu_type="h100"), tmp_path, monkeypatch)
+
+
+def test_false_leaves_an_option_out_that_would_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("wckey", "requeue", "cpus-per-task")
+    assert all(f"--{option}" in "".join(script("{}", Resources(), tmp_path, monkeypatch)) for option in options)
+    site = f"sbatch: {{{', '.join(f'{option}: false' for option in options)}}}"
+    assert not [
+        line for line in script(site, Resources(), tmp_path, monkeypatch) if any(map(line.__contains__, options))
+    ]
+
+
+def test_a_containers_options_reach_srun_which_starts_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = "python: python\nsrun: {container-image: '/shared/a b.sqsh', container-writable: true}"
+    (line,) = (line for line in script(site, Resources(), tmp_path, monkeypatch) if line.startswith("srun"))
+    assert " '--container-image=/shared/a b.sqsh' --container-writable python -u -m submitit" in line
 
 
 def test_a_missing_site_file_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """What a stage would refuse once it has begun, by the recipe and its launch section, `run.py --dry-run` refuses."""
 
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.errors import UserError
-from common.loading import parse_recipe
-from pipeline.orchestration.plan import check_stages
+from common.command import unless_forced
+from common.errors import Refused, UserError
+from common.loading import load_recipe, parse_recipe
+from common.stage_checks import check_stages
 from pipeline.stages import select
 from slurm.cluster import Resources, refuse
 
@@ -18,8 +21,9 @@ ROOT = Path(__file__).parents[4]
 
 
 def check(tmp_path: Path, *overrides: str, cluster: str = "local", stages: str | None = None) -> None:
+    """Of recipe and launch section alone: there are no files that a stage could read."""
     recipe = parse_recipe("name: a", [f"runs={tmp_path}", f"data.shards={tmp_path}/none", *overrides])
-    check_stages(recipe, select(recipe, stages), cluster)
+    check_stages(recipe, [replace(stage, inputs=(), fetch=None) for stage in select(recipe, stages)], cluster)
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +135,70 @@ def test_a_dry_run_of_three_ranks_ends_with_one_line(way: tuple[str, ...], tmp_p
         "error: train.batch_size: 32 is not divisible by the 3 ranks; use 30 or another number of processes"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def demo(tmp_path: Path, stages: str | None, *overrides: str) -> None:
+    places = [f"{field}={tmp_path / field}" for field in ("runs", "data.images", "data.held_out", "data.shards")]
+    recipe = load_recipe(ROOT / "recipes/demo.yaml", [*places, *overrides])
+    check_stages(recipe, select(recipe, stages), "slurm", fetches=False)
+
+
+def test_all_faults_of_all_stages_are_told_at_once(tmp_path: Path) -> None:
+    missing = [f"data.images={tmp_path}/none", f"data.held_out={tmp_path}/no-val", "launch.processes=3"]
+    recipe = parse_recipe("name: a", [*missing, f"evaluate.feature_extractor_weights={tmp_path}/no.pth"])
+    with pytest.raises(Refused) as refused:
+        check_stages(recipe, select(recipe, None), "slurm", fetches=False)
+    fields = [fault.partition(":")[0] for fault in refused.value.faults]
+    assert fields == ["data.images", "train.batch_size", "evaluate.feature_extractor_weights", "data.held_out"]
+
+
+def test_what_another_stage_of_the_run_will_make_is_not_missed(tmp_path: Path) -> None:
+    demo(tmp_path, None)
+    with pytest.raises(Refused, match=r"data\.images: .* is not there"):
+        demo(tmp_path, "encode,train,sample")  # nobody composes the images
+    with pytest.raises(Refused, match=r"data\.shards"):
+        demo(tmp_path, "train,sample")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_names_the_way_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(force: bool) -> None:
+        with unless_forced(argparse.Namespace(force=force, dry_run=False)):
+            raise Refused(["data.images: none", "train.batch_size: 3"])
+
+    with pytest.raises(Refused):
+        refused(force=False)
+    assert "--force starts them all the same" in capsys.readouterr().err
+    refused(force=True)
+    assert capsys.readouterr().err == "warning: data.images: none\nwarning: train.batch_size: 3\n"
+
+
+def test_an_array_longer_than_the_clusters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.controller.longest_array", lambda: 4)
+    check(tmp_path, "launch.jobs=4", cluster="slurm")
+    with pytest.raises(Refused, match=r"launch\.jobs: 5 jobs of sample, and an array of this cluster has at most 4"):
+        check(tmp_path, "launch.stages.sample.jobs=5", cluster="slurm")
+
+
+def test_training_counts_the_ranks_that_it_asks_for_itself(tmp_path: Path) -> None:
+    check(tmp_path, "launch.processes=3", "launch.stages.train.processes=4")
+    with pytest.raises(UserError, match="512 is not divisible by the 6 ranks"):
+        check(tmp_path, "launch.stages.train.processes=3", "launch.stages.train.nodes=2", cluster="slurm")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("launch.stages.report.nodes=2", r"launch\.stages\.report\.nodes: 2, but its jobs have one process each"),
+        ("launch.stages.train.jobs=2", r"launch\.stages\.train\.jobs: 2, but it is one job"),
+        ("launch.stages.encode.at_once=2", r"launch\.stages\.encode\.at_once: 2, but it is one job"),
+        ("launch.stages.report.gpu_type=a100", r"launch\.stages\.report\.gpu_type: a100, but it has no GPU"),
+        ("launch.stages.train.partition='a b'", r"launch\.stages\.train\.partition: string should match"),
+        ("launch.stages.trian.jobs=2", r"launch\.stages\.trian: unknown key; did you mean launch\.stages\.train\?"),
+    ],
+)
+def test_what_a_stages_jobs_would_not_use_is_refused(override: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse_recipe("name: a", [override])
+    with pytest.raises(UserError, match=r"sample\.processes: 8, but its 4 jobs have one process each"):
+        parse_recipe("name: a", ["launch.jobs=4", "launch.stages.sample.processes=8"])

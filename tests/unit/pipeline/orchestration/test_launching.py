@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_was_given(
 
 def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -> None:
     recipe = parse_recipe("name: a\nlaunch: {nodes: 2, processes: 8, cpus_per_process: 6, gpus_per_process: 1}")
-    asked = {stage.name: steps(recipe, stage, 1)[0].resources for stage in STAGES}
+    asked = {stage.name: steps(recipe, stage, "local")[0].resources for stage in STAGES}
     assert asked["train"] == Resources(
         nodes=2, processes=8, cpus_per_process=6, gpus_per_process=1, timeout_minutes=240
     )
@@ -144,14 +145,47 @@ def test_a_parallel_stage_asks_for_all_processes_and_another_for_their_cores() -
 
 def test_parts_of_a_stage_ask_for_one_process_each_and_its_share_of_a_nodes_memory() -> None:
     text = "name: a\nlaunch: {nodes: 2, processes: 8, cpus_per_process: 6, gpus_per_process: 1, jobs: 3}"
-    made = [step for stage in STAGES for step in steps(parse_recipe(text), stage, 3)]
+    made = [step for stage in STAGES for step in steps(parse_recipe(text), stage, "slurm")]
     alone = Resources(cpus_per_process=6, gpus_per_process=1, share_of_node=1 / 8, timeout_minutes=240)
     asked = {step.name: (len(step.jobs), step.resources) for step in made}
     assert asked["encode"] == asked["sample"] == (3, alone)
-    assert asked["encode-merge"] == (1, alone)
+    assert asked["evaluate-merge"] == (1, replace(alone, cpus_per_process=48, share_of_node=1.0))
     assert asked["train"][1].processes == 8
-    here = [step.name for stage in STAGES for step in steps(parse_recipe(text), stage, 1)]
+    here = [step.name for stage in STAGES for step in steps(parse_recipe(text), stage, "local")]
     assert here == [stage.name for stage in STAGES]
+
+
+def test_small_work_asks_for_one_core_no_gpu_and_an_hour() -> None:
+    launch = "processes: 8, cpus_per_process: 6, gpus_per_process: 1, jobs: 3, timeout_minutes: 1440"
+    recipe = parse_recipe(f"name: a\ndemo: {{}}\nlaunch: {{{launch}, signal_seconds: 7200}}")
+    asked = {step.name: step.resources for stage in STAGES for step in steps(recipe, stage, "slurm")}
+    light = Resources(without_gpus=True, share_of_node=1 / 48, timeout_minutes=60, signal_seconds=1800)
+    assert asked["compose"] == asked["encode-merge"] == asked["report"] == light
+    ffcv = replace(recipe, data=replace(recipe.data, format="ffcv"))
+    assert steps(ffcv, STAGES[1], "slurm")[-1].resources.cpus_per_process == 48  # of the merge, which converts
+
+
+def test_a_stage_asks_for_its_own_resources_and_the_others_for_those_of_all() -> None:
+    own = {
+        "train": "nodes: 2, processes: 4, gpu_type: h100, partition: big",
+        "sample": "jobs: 64, at_once: 8, timeout_minutes: 30, memory_gb: 40, cpus_per_process: 3",
+        "evaluate": "jobs: 1, processes: 2",
+        "report": "partition: cpu, timeout_minutes: 5",
+        "merge": "cpus_per_process: 2",
+    }
+    stages = ", ".join(f"{name}: {{{values}}}" for name, values in own.items())
+    recipe = parse_recipe(f"name: a\nlaunch: {{processes: 8, gpus_per_process: 1, jobs: 3, stages: {{{stages}}}}}")
+    made = {step.name: step for stage in STAGES for step in steps(recipe, stage, "slurm")}
+    asked = {name: step.resources for name, step in made.items()}
+    train, sample, report = asked["train"], asked["sample"], asked["report"]
+    assert (train.nodes, train.processes, train.gpu_type, train.partition) == (2, 4, "h100", "big")
+    assert (len(made["sample"].jobs), made["sample"].at_once) == (64, 8)
+    assert (sample.timeout_minutes, sample.memory_gb) == (30, 40)
+    assert parse_recipe(made["sample"].jobs[0].recipe).launch.cpus_per_process == 3  # what its work divides
+    assert (asked["evaluate"].processes, asked["evaluate"].cpus_per_process) == (2, 1)
+    assert (report.partition, report.timeout_minutes, report.signal_seconds) == ("cpu", 5, 120)
+    assert asked["encode-merge"].cpus_per_process == 2
+    assert (len(made["encode"].jobs), made["encode"].at_once, asked["encode"].partition) == (3, 3, None)
 
 
 @pytest.mark.parametrize(

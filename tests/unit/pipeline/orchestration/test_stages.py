@@ -36,7 +36,7 @@ def whole(recipe: Recipe, name: str) -> None:
 def in_steps(recipe: Recipe, name: str, parts: int) -> None:
     """The jobs of a stage's steps one after another, the last part first: their order is nobody's promise."""
     stage = next(stage for stage in STAGES if stage.name == name)
-    planned = steps(recipe, stage, parts)
+    planned = steps(recipe, stage, "slurm", parts)
     assert max(len(step.jobs) for step in planned) == parts
     for step in planned:
         for job in reversed(step.jobs):
@@ -58,7 +58,7 @@ def test_the_stages_of_a_run_are_those_of_its_times() -> None:
 def test_a_job_imports_every_function_of_a_stage() -> None:
     recipe = Recipe(name="a")
     for stage in (*STAGES, SWEEP):
-        for step in steps(recipe, stage, 2):
+        for step in steps(recipe, stage, "slurm", 2):
             for name in (step.jobs[0].arguments["resolve"], step.jobs[0].arguments["call"]):
                 module, _, function = name.partition(":")
                 assert callable(getattr(importlib.import_module(module), function)), name

@@ -60,24 +60,36 @@ def test_a_repeated_signal_within_a_second_does_not_end_the_process() -> None:
         assert stop.signal == "SIGUSR2"
 
 
-def test_a_second_signal_later_ends_the_process() -> None:
-    program = """
-import time
+WAITS_IN_PYTHON = """
+started = time.monotonic()
+while time.monotonic() - started < 60:
+    time.sleep(0.05)
+"""
+WAITS_IN_A_LIBRARY = """
+mutex = ctypes.create_string_buffer(64)
+ctypes.CDLL(None).pthread_mutex_lock(mutex)
+ctypes.CDLL(None).pthread_mutex_lock(mutex)  # for ever, whatever signals come
+"""
+
+
+@pytest.mark.parametrize("waits", [WAITS_IN_PYTHON, WAITS_IN_A_LIBRARY])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_later_ends_a_process_that_waits(waits: str, number: signal.Signals) -> None:
+    program = f"""
+import ctypes, time
 from pipeline.training.signals import stop_requests
 with stop_requests():
     print("ready", flush=True)
-    started = time.monotonic()
-    while time.monotonic() - started < 60:
-        time.sleep(0.05)
+    {waits.strip().replace(chr(10), chr(10) + "    ")}
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         time.sleep(signals.SAME_REQUEST_SECONDS + 0.3)
         assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == -signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
 
 
 def test_an_interrupted_command_prints_one_line_and_has_status_75(capsys: pytest.CaptureFixture[str]) -> None:
