@@ -1,7 +1,7 @@
 """How far two sets of images lie apart, from their features, by torch-fidelity's definitions.
 
 The Fréchet distance, KID, Inception Score, precision and recall. Their registry, with the layers that they are measured
-on and their printed names, is METRICS and NAMES of `pipeline.features.extractors`.
+on and their printed names, is METRICS and NAMES of `pipeline.features.extractors`; density and coverage are not in it.
 """
 
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ from common.errors import UserError
 from fpdm import rng
 
 KID_SUBSET = 1000  # images of each of torch-fidelity's 100 subsets; all of them where there are fewer
+DENSITY_NEIGHBOURHOOD = 5  # the same of density and coverage (Naeem et al. 2020)
 NEIGHBOURHOOD = 3  # the nearest neighbour whose distance is a ball's radius (Kynkäänniemi et al. 2019)
 ISC_SPLITS = 10
 SHUFFLE_SEED = 2020  # torch-fidelity's own, so that its subsets are ours
@@ -105,13 +106,13 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
         raise UserError(
             f"features of {first.mean.size} and {second.mean.size} dimensions; compare sets of the same extractor"
         )
-    cross = np.linalg.svd(_factor(first).T @ _factor(second), compute_uv=False)
+    cross = np.linalg.svd(factor(first).T @ factor(second), compute_uv=False)
     difference = first.mean - second.mean
     traces = np.trace(first.covariance) + np.trace(second.covariance)
     return float(difference @ difference + traces - 2 * cross.sum())
 
 
-def _factor(fitted: Statistics) -> NDArray[np.floating]:
+def factor(fitted: Statistics) -> NDArray[np.floating]:
     """F (D, rank) with F Fᵀ = C: Cholesky's, or from the eigenvectors where C is not safely of full rank.
 
     With fewer images than dimensions hundreds of eigenvalues are rounding noise (1e-16); the square root would
@@ -186,3 +187,20 @@ def precision_recall(features: NDArray[np.floating], reference: NDArray[np.float
         verbose=False,
     )
     return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL]
+
+
+def density_coverage(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[float, float]:
+    """Density: of how many of the reference's balls a sample lies inside, over five, on average. Coverage: the share of
+    balls with a sample inside. Balls reach to the fifth neighbour (Naeem et al. 2020); in float64.
+    """
+    if len(reference) <= DENSITY_NEIGHBOURHOOD:
+        raise UserError(f"density and coverage need more than {DENSITY_NEIGHBOURHOOD} images of the reference")
+    samples, real = torch.from_numpy(features).double(), torch.from_numpy(reference).double()
+    rows = max(1, BLOCK**2 // (4 * max(len(samples), len(real))))
+    inside = covered = 0
+    for block in real.split(rows):
+        radii = torch.cdist(block, real).kthvalue(DENSITY_NEIGHBOURHOOD + 1, dim=1).values  # the first is itself
+        held = torch.cdist(block, samples) < radii[:, None]  # (B, N)
+        inside += int(held.sum())
+        covered += int(held.any(dim=1).sum())
+    return inside / (DENSITY_NEIGHBOURHOOD * len(samples)), covered / len(real)

@@ -22,6 +22,7 @@ from pipeline.features.extractors import WIDTHS, layers_of
 from pipeline.sampling.chunks import iterate
 from pipeline.sampling.sample_set import sample_set
 
+FIELD = "evaluate.reference"  # with which errors begin
 ADM_STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ADM_IMAGES = "arr_0"  # (N, H, W, 3) uint8
 
@@ -32,28 +33,32 @@ def reference(recipe: Recipe) -> ImageSet:
     if named is None:
         return training_images(recipe)
     if RunFolder(Path(named)).recipe.is_file():
-        return _run(Path(named), recipe.data.resolution)
+        return run_samples(Path(named), recipe.data.resolution)
     if Path(named).is_file():
-        return _file(Path(named), recipe.evaluate.feature_extractor, recipe.data.resolution)
+        return npz_file(Path(named), recipe.evaluate.feature_extractor, recipe.data.resolution)
     raise UserError(
         f"evaluate.reference: {named} is neither a run folder with a recipe.yaml nor a file; name one below runs/, "
         "a statistics file of ADM's (mu, sigma, mu_s, sigma_s), or nothing for the training images"
     )
 
 
-def _file(path: Path, extractor: str, resolution: int) -> ImageSet:
-    headers = _headers(path)
-    layers = _check_statistics(extractor, path, headers)
+def npz_file(path: Path, extractor: str, resolution: int | None, field: str = FIELD) -> ImageSet:
+    """Images and statistics of an npz file as ADM's evaluator reads it; of images of this resolution, if one is given.
+
+    Raises UserError, beginning with `field`, for a file of neither, of other arrays, and of another extractor.
+    """
+    headers = _headers(path, field)
+    layers = _check_statistics(extractor, path, headers, field)
     images = headers.get(ADM_IMAGES)
     fitted = "pooled" in layers
     if images is None and not fitted:
         raise UserError(
-            f"evaluate.reference: {path} holds {', '.join(sorted(headers)) or 'no arrays'}; "
+            f"{field}: {path} holds {', '.join(sorted(headers)) or 'no arrays'}; "
             f"a reference has mu and sigma, or images ({ADM_IMAGES})"
         )
     if images is not None:
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] != 3:
-            raise UserError(f"evaluate.reference: {path}: {ADM_IMAGES} is {images}; images are uint8 of (N, H, W, 3)")
+            raise UserError(f"{field}: {path}: {ADM_IMAGES} is {images}; images are uint8 of (N, H, W, 3)")
         for side in images.shape[1:3]:
             _check_resolution(path, side, resolution)
     count = images.shape[0] if images else 0
@@ -63,13 +68,13 @@ def _file(path: Path, extractor: str, resolution: int) -> ImageSet:
         label=f"{' and '.join(contents)} of {path}",
         content={"file_sha256": sha256_file(path)},
         size=count,
-        open=(lambda: _images(path)) if images else None,
-        statistics=(lambda: _statistics(path, layers)) if fitted else None,
+        open=(lambda: _images(path, field)) if images else None,
+        statistics=(lambda: _statistics(path, layers, field)) if fitted else None,
     )
 
 
-def _run(folder: Path, resolution: int) -> ImageSet:
-    """The samples of another run, as its own recipe draws them."""
+def run_samples(folder: Path, resolution: int | None) -> ImageSet:
+    """The samples of another run, as its own recipe draws them; of this resolution, if one is given."""
     other = read_recipe(folder)
     _check_resolution(folder, other.data.resolution, resolution)
     samples, count = sample_set(other, other.sample.weights), other.sample.num_samples
@@ -86,8 +91,8 @@ def _run(folder: Path, resolution: int) -> ImageSet:
     )
 
 
-def _check_resolution(path: Path, resolution: int, wanted: int) -> None:
-    if resolution != wanted:
+def _check_resolution(path: Path, resolution: int, wanted: int | None) -> None:
+    if wanted is not None and resolution != wanted:
         raise UserError(
             f"evaluate.reference: {path} has images of {resolution} pixels, this recipe's have {wanted}; "
             "distances between resolutions mean nothing, name a reference of the same one"
@@ -105,13 +110,13 @@ class Header:
         return f"{self.dtype} {self.shape}"
 
 
-def _readable(path: Path) -> AbstractContextManager[None]:
-    return errors_as(UserError, f"evaluate.reference: {path} is not readable as an npz file; get it again")
+def _readable(path: Path, field: str) -> AbstractContextManager[None]:
+    return errors_as(UserError, f"{field}: {path} is not readable as an npz file; get it again")
 
 
-def _headers(path: Path) -> dict[str, Header]:
+def _headers(path: Path, field: str) -> dict[str, Header]:
     """The header of each array of an npz; no array is read."""
-    with _readable(path), zipfile.ZipFile(path) as archive:
+    with _readable(path, field), zipfile.ZipFile(path) as archive:
         headers = {}
         for name in archive.namelist():
             with archive.open(name) as member:
@@ -128,12 +133,12 @@ def _header(member: IO[bytes]) -> Header:
     return Header(shape, dtype)
 
 
-def _check_statistics(extractor: str, path: Path, headers: dict[str, Header]) -> list[str]:
+def _check_statistics(extractor: str, path: Path, headers: dict[str, Header], field: str) -> list[str]:
     """The layers whose statistics the file holds, of those that the extractor gives.
 
     Raises UserError where they are of another extractor, before anything of that size is read.
     """
-    layers = []
+    layers, otherwise = [], "set evaluate.feature_extractor" if field == FIELD else "choose it with --features"
     for layer in layers_of(extractor):
         mean, covariance = ADM_STATISTICS.get(layer, ("", ""))
         if mean not in headers and covariance not in headers:
@@ -142,29 +147,29 @@ def _check_statistics(extractor: str, path: Path, headers: dict[str, Header]) ->
         for name, shape in ((mean, (width,)), (covariance, (width, width))):
             if name not in headers or headers[name].shape != shape or headers[name].dtype.kind != "f":
                 raise UserError(
-                    f"evaluate.reference: {path}: {name} is {headers.get(name, 'not there')}, {extractor}'s is of "
-                    f"{shape}; name a reference made with that extractor, or set evaluate.feature_extractor"
+                    f"{field}: {path}: {name} is {headers.get(name, 'not there')}, {extractor}'s is of "
+                    f"{shape}; name a reference made with that extractor, or {otherwise}"
                 )
         layers.append(layer)
     return layers
 
 
-def _statistics(path: Path, layers: Sequence[str]) -> dict[str, Statistics]:
+def _statistics(path: Path, layers: Sequence[str], field: str) -> dict[str, Statistics]:
     by_layer = {}
     for layer in layers:
-        with _readable(path), np.load(path, allow_pickle=False) as arrays:
+        with _readable(path, field), np.load(path, allow_pickle=False) as arrays:
             read = [arrays[name] for name in ADM_STATISTICS[layer]]
         fitted = Statistics(read[0].astype(np.float64), read[1].astype(np.float64), count=None)
         if fault := fault_of(fitted, float(np.finfo(read[1].dtype).eps)):
             names = " and ".join(ADM_STATISTICS[layer])
-            raise UserError(f"evaluate.reference: {path}: {names} are no mean and covariance: {fault}; get it again")
+            raise UserError(f"{field}: {path}: {names} are no mean and covariance: {fault}; get it again")
         by_layer[layer] = fitted
     return by_layer
 
 
-def _images(path: Path) -> Iterator[NDArray[np.uint8]]:
+def _images(path: Path, field: str) -> Iterator[NDArray[np.uint8]]:
     """Each (H, W, 3), one in memory at a time: 50,000 of 256 pixels are 10 GB."""
-    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{ADM_IMAGES}.npy") as member:
+    with _readable(path, field), zipfile.ZipFile(path) as archive, archive.open(f"{ADM_IMAGES}.npy") as member:
         count, *shape = _header(member).shape
         for _ in range(count):
             content = member.read(math.prod(shape))
