@@ -68,6 +68,11 @@ ROOT = Path(__file__).parents[3]
             "sample.step_choices: block_budget: 280 is too small for 94 steps of 2 outer layers",
         ),
         ("name: a\nmodel: {kind: dit}\nsample: {step_choices: [14]}", "sample.step_choices: a DiT has no iterations"),
+        ("name: a\nmodel: {kind: dit}\ntrain: {sparse_tokens: 0.5}", "train.sparse_tokens: a DiT has no iterations; s"),
+        (
+            "name: a\ntrain: {dense_end: 0.1}",
+            "train.dense_end: with train.sparse_tokens 1 all of the training is",
+        ),
         ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
         ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
         (
