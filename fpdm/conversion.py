@@ -86,5 +86,5 @@ def _injection(kind: Injection, zero: Tensor) -> dict[str, Tensor]:
         "block_fixed_point_projection_fc1.weight": torch.cat([both, -both]),
         "block_fixed_point_projection_fc1.bias": torch.cat([zero, zero]),
         "block_fixed_point_projection_fc2.weight": torch.cat([one, -one], dim=1),
-        "block_fixed_point_projection_fc2.bias": zero,
+        "block_fixed_point_projection_fc2.bias": zero.clone(),
     }

@@ -113,7 +113,7 @@ def test_the_intermediate_loss_is_that_of_fewer_iterations_and_only_its_gradient
     model = network(recipe)
     result = one_step(recipe, model, [batch])
     assert torch.allclose(result.losses, losses[0].detach(), rtol=1e-5)
-    assert result.sums[9:11].tolist() == pytest.approx([float(losses[1].sum()), BATCH], rel=1e-5)
+    assert result.sums[9:11].tolist() == pytest.approx([float(losses[1].detach().sum()), BATCH], rel=1e-5)
     for name, parameter in model.named_parameters():
         update = RATE * expected.get_parameter(name).grad
         assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-7), name
