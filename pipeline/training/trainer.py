@@ -41,7 +41,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, shards: LatentShards, ranks: Ranks, stop: StopRequest | None = None) -> None:
         self.recipe, self.ranks, self.stop = recipe, ranks, StopRequest() if stop is None else stop
         self.total = total_samples(recipe.train)
-        self.identity = identity(recipe, shards)
+        with raise_on_all_ranks(ranks):
+            self.identity = identity(recipe, shards)
         self.config = deepspeed_config(recipe.train, ranks.world_size)
         network = denoiser_config(recipe)
         resumed = checkpoint.find_checkpoint(recipe, self.identity, ranks)

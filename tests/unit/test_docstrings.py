@@ -57,6 +57,6 @@ def test_what_is_not_said_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_module_that_follows_a_paper_names_it(path: Path) -> None:
     files = ("checkpoint_files", "diffusers_dit", "diffusers_folders", "importing", "latents", "pipeline_hf", "weights")
-    own = ("__init__", "calibration", "linear", *files)  # this project's
+    own = ("__init__", "calibration", "conversion", "linear", *files)  # this project's
     named = re.search(r"\b20\d\d\)", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     assert named or path.stem in own
