@@ -59,13 +59,18 @@ def step_iterations(train: Train, seed: int, samples_seen: int, seconds: float =
     The same on every rank: a rank that iterates longer would make the others wait.
     """
     step = samples_seen // train.batch_size
-    largest = largest_counts(train, position(train, samples_seen, seconds))
+    place = position(train, samples_seen, seconds)
+    largest = largest_counts(train, place)
     without_graph, with_graph = sjfb_counts(seed, step, *largest)
     if train.gradient == "multi_step":
         with_graph = largest[1]
     intermediate = intermediate_iterate(seed, step, with_graph) if train.intermediate_loss else 0
-    dense = samples_seen >= (1 - train.dense_end) * total_samples(train)
-    return StepIterations(without_graph, with_graph, intermediate, 1.0 if dense else train.sparse_tokens)
+    return StepIterations(without_graph, with_graph, intermediate, token_share(train, place))
+
+
+def token_share(train: Train, position: float) -> float:
+    """The share of a sample's tokens that iterations see: `train.sparse_tokens`, and at the dense end all."""
+    return 1.0 if position >= (1 - train.dense_end) * total_samples(train) else train.sparse_tokens
 
 
 def largest_counts(train: Train, position: float) -> tuple[int, int]:
