@@ -3,6 +3,7 @@
 from fpdm.allocation import allocate, count_blocks
 from fpdm.calibration import Calibration, Choices, Way, allocate_adaptively, calibrate, measure_residuals
 from fpdm.config import SIZES, DenoiserConfig
+from fpdm.conversion import fpdm_from_dit
 from fpdm.denoiser import Denoised, Denoiser, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
 from fpdm.fixed_point import sjfb_counts
@@ -30,6 +31,7 @@ __all__ = [
     "calibrate",
     "count_blocks",
     "count_parameters",
+    "fpdm_from_dit",
     "guide",
     "import_checkpoint",
     "infer_config",

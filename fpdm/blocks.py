@@ -132,10 +132,13 @@ class Attention(nn.Module):
         if config.value_residual:
             self.value_mix = nn.Parameter(torch.zeros(config.num_heads, 1, 1))
 
-    def forward(self, x: Tensor, first_value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, first_value: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> (B, T, D), and this layer's own values (B, heads, T, D / heads).
 
         first_value: those of the network's first block, which `value_residual` mixes in.
+        places (B, T): each token's number among all of the latent; None: x holds all, in order.
         """
         config = self.config
         qkv = self.qkv(x).unflatten(-1, (3, config.num_heads, -1))  # (B, T, 3, heads, D / heads)
@@ -143,7 +146,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             q, k = (F.rms_norm(part, part.shape[-1:], scale) for part, scale in ((q, self.q_scale), (k, self.k_scale)))
         if config.rope:
-            q, k = rotate(q, config.side), rotate(k, config.side)
+            q, k = rotate(q, config.side, places), rotate(k, config.side, places)
         mixed = v
         if config.value_residual:
             assert first_value is not None
@@ -162,9 +165,14 @@ def _rotation(side: int, width: int, device: torch.device, dtype: torch.dtype) -
         return both.cos().to(dtype), both.sin().to(dtype)
 
 
-def rotate(x: Tensor, side: int) -> Tensor:
-    """Queries or keys (B, heads, side**2, width), each pair of channels turned by its token's place; width % 4 = 0."""
+def rotate(x: Tensor, side: int, places: Tensor | None = None) -> Tensor:
+    """Queries or keys (B, heads, T, width), each pair of channels turned by its token's place; width % 4 = 0.
+
+    places (B, T): in 0..side**2 - 1; None: x holds all tokens, in order.
+    """
     cosine, sine = _rotation(side, x.shape[-1], x.device, x.dtype)
+    if places is not None:
+        cosine, sine = cosine[places][:, None], sine[places][:, None]  # (B, 1, T, width / 2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
@@ -226,9 +234,11 @@ class Block(nn.Module):
         parts[1], parts[4] = 1 + parts[1], 1 + parts[4]
         return Modulation(*parts)
 
-    def forward(self, x: Tensor, m: Modulation, first_value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, m: Modulation, first_value: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> (B, T, D), and attention's values, see `Attention.forward`."""
-        attended, value = self.attn(_modulate(self.config, x, m.attn_shift, m.attn_scale), first_value)
+        attended, value = self.attn(_modulate(self.config, x, m.attn_shift, m.attn_scale), first_value, places)
         x = torch.addcmul(x, m.attn_gate, attended)
         inner = self.mlp(_modulate(self.config, x, m.mlp_shift, m.mlp_scale, self.config.mlp_eps))
         return torch.addcmul(x, m.mlp_gate, inner), value

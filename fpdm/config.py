@@ -1,6 +1,6 @@
 """The settings of a network, and the sizes of DiT: Peebles and Xie (2023), table 1."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -112,3 +112,11 @@ class DenoiserConfig:
     def null_condition(self, condition: Tensor) -> Tensor:
         """The null condition of classifier-free guidance, in the shape of `condition` (B,) or (B, dim)."""
         return torch.full_like(condition, self.num_classes if self.condition_dim is None else 0)
+
+
+def differing_field(one: DenoiserConfig, other: DenoiserConfig) -> str | None:
+    """The first field in which two networks differ, of those that their kind uses, but for `self_conditioned`."""
+    of_fpdm = ("pre_depth", "post_depth", "pre_post_timestep_conditioning", "injection")
+    unused = of_fpdm if one.kind == "dit" else ("depth",)
+    names = (field.name for field in fields(one) if field.name not in (*unused, "self_conditioned"))
+    return next((name for name in names if getattr(one, name) != getattr(other, name)), None)

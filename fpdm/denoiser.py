@@ -33,7 +33,7 @@ class Denoised(NamedTuple):
     """A network's output.
 
     output (B, C or 2C, H, W): prediction, then the variance's interpolation if learned.
-    solution (B, T, D): where the fixed point iteration ended, or None (DiT).
+    solution (B, T, D): where the fixed point iteration ended, or None (DiT); the start at tokens that were not `seen`.
     residuals (B, n + m): relative residuals of the iterations, NaN once a sample had finished; None unless asked for.
     intermediate (B, C or 2C, H, W): the output that an earlier iterate gives; None unless asked for.
     """
@@ -139,6 +139,7 @@ class Denoiser(nn.Module):
         with_residuals: bool = False,
         activation_checkpointing: bool = False,
         intermediate: int = 0,
+        seen: Tensor | None = None,
     ) -> Denoised:
         """Predict from noised latents.
 
@@ -151,6 +152,8 @@ class Denoiser(nn.Module):
             solver, tolerance, with_residuals: see `fixed_point.solve_implicit`.
             activation_checkpointing: recompute each block, and each iteration, in the backward pass.
             intermediate: FPDM: also read out the iterate after this many of the m iterations; 0: none.
+            seen: FPDM: (B, K) numbers, each once, of the tokens that the implicit layer sees and changes, as training
+                with sparse iterations draws them (after SPRINT, 2510.21986); the post-layers see all. None: all.
 
         Raises:
             ValueError: for a shape that does not fit the config, or an FPDM without iterations.
@@ -173,9 +176,10 @@ class Denoiser(nn.Module):
             raise ValueError("iterations: an FPDM needs a count, k or (n, m)")
         if start is not None and start.shape != tokens.shape:
             raise ValueError(f"start: shape {tuple(start.shape)} does not fit this batch, {tuple(tokens.shape)}")
+        start = tokens if start is None else start.to(tokens.dtype)
         solution = solve_implicit(
-            self._map(tokens, timed, value, call),
-            tokens if start is None else start.to(tokens.dtype),
+            self._map(_rows(tokens, seen), timed, None if value is None else _rows(value, seen), seen, call),
+            _rows(start, seen),
             iterations,
             solver=solver,
             tolerance=tolerance,
@@ -186,8 +190,9 @@ class Denoiser(nn.Module):
         def read_out(iterate: Tensor) -> Tensor:
             return self._read_out(_run(self.blocks_post, iterate, outer, call, value)[0], outer)
 
-        early = None if solution.intermediate is None else read_out(solution.intermediate)
-        return Denoised(read_out(solution.value), solution.value, solution.residuals, early)
+        early = None if solution.intermediate is None else read_out(_with_rows(start, seen, solution.intermediate))
+        ended = _with_rows(start, seen, solution.value)
+        return Denoised(read_out(ended), ended, solution.residuals, early)
 
     def _self_conditioned(self, tokens: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype, call: "Caller") -> Tensor:
         """Each block has a condition of its own; the final layer takes the first block's."""
@@ -197,7 +202,9 @@ class Denoiser(nn.Module):
             tokens, _ = call(block, tokens, block.modulation(condition))
         return self._read_out(tokens, conditions[0])
 
-    def _map(self, tokens: Tensor, c: Tensor, first_value: Tensor | None, call: "Caller") -> Step:
+    def _map(
+        self, tokens: Tensor, c: Tensor, first_value: Tensor | None, places: Tensor | None, call: "Caller"
+    ) -> Step:
         """The map whose fixed point is sought. What does not depend on the iterate is computed once, here.
 
         injection "concat": x -> Block(fc2(GELU(fc1[x, injection]))), the paper's. "decay": x -> Block(a x + injection)
@@ -218,10 +225,11 @@ class Denoiser(nn.Module):
                 return self.block_fixed_point_projection_fc2(add_gelu(linear(x, weight), injection))
 
         def step(x: Tensor, rows: Tensor | None) -> Tensor:
-            term, m, value = injection, modulation, first_value
+            term, m, value, where = injection, modulation, first_value, places
             if rows is not None:
-                term, m, value = term[rows], m.rows(rows), None if value is None else value[rows]
-            return self.block_fixed_point(mixed(x, term), m, value)[0]
+                term, m = term[rows], m.rows(rows)
+                value, where = (None if part is None else part[rows] for part in (value, where))
+            return self.block_fixed_point(mixed(x, term), m, value, where)[0]
 
         return lambda x, rows: call(step, x, rows)
 
@@ -258,6 +266,21 @@ def _run(
         tokens, value = call(block, tokens, block.modulation(c), first_value)
         first_value = value if first_value is None else first_value
     return tokens, first_value
+
+
+def _rows(tokens: Tensor, numbers: Tensor | None) -> Tensor:
+    """Of (B, ..., T, D) the tokens of these numbers (B, K): (B, ..., K, D); all of them for None."""
+    return tokens if numbers is None else tokens.gather(-2, _index(tokens, numbers))
+
+
+def _with_rows(tokens: Tensor, numbers: Tensor | None, values: Tensor) -> Tensor:
+    """(B, T, D) with `values` (B, K, D) at these numbers (B, K); `values` themselves for None."""
+    return values if numbers is None else tokens.scatter(-2, _index(tokens, numbers), values)
+
+
+def _index(tokens: Tensor, numbers: Tensor) -> Tensor:
+    middle = (1,) * (tokens.ndim - 3)
+    return numbers.reshape(len(numbers), *middle, -1, 1).expand(*tokens.shape[:-2], -1, tokens.shape[-1])
 
 
 def build_denoiser(config: DenoiserConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> Denoiser:

@@ -9,7 +9,7 @@ tensors. --weights model takes a training checkpoint's raw weights instead of it
 """
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
 
     Raises UserError where the file is no checkpoint, or another network's than the recipe's.
     """
+    from fpdm.config import differing_field
     from fpdm.importing import import_checkpoint
     from pipeline.training.checkpoint import export_weights
 
@@ -64,13 +65,9 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
         model, report = import_checkpoint(path, weights="model" if weights == "model" else "ema", **stated)
     except (OSError, ValueError) as error:
         raise UserError(f"--checkpoint: {error}") from None
-    of_fpdm = ("pre_depth", "post_depth", "pre_post_timestep_conditioning", "injection")
-    unused = of_fpdm if wanted.kind == "dit" else ("depth",)
-    for name, value in asdict(wanted).items():
-        if name not in (*unused, "self_conditioned") and (imported := getattr(model.config, name)) != value:
-            raise UserError(
-                f"--checkpoint: {path} has {name} {imported}, the recipe makes it {value}; change the recipe"
-            )
+    if field := differing_field(wanted, model.config):
+        imported, value = getattr(model.config, field), getattr(wanted, field)
+        raise UserError(f"--checkpoint: {path} has {field} {imported}, the recipe makes it {value}; change the recipe")
     config = replace(wanted, self_conditioned=model.config.self_conditioned)
     with disk_errors_as_user_errors(recipe.folder):
         parameters = {name: value.detach() for name, value in model.named_parameters()}

@@ -83,5 +83,8 @@ def check_together(recipe: Recipe) -> None:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     check_network(recipe)
     check_training(recipe.train)
+    for name in ("iterations_rise", "intermediate_loss", "sparse_tokens"):
+        if recipe.model.kind == "dit" and getattr(recipe.train, name) != getattr(Train, name):
+            raise ValueError(f"train.{name}: a DiT has no iterations; set it to {getattr(Train, name):g}")
     check_sampling(recipe)
     check_launch(recipe.launch)

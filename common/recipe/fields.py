@@ -23,6 +23,7 @@ CountOrZero = Annotated[StrictInt, Field(ge=0)]
 TwoOrMore = Annotated[StrictInt, Field(ge=2)]
 Number = Annotated[float, Strict()]  # no true, and no "0.1"
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+AboveZero = Annotated[Number, Field(gt=0, le=1)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 AtLeastZero = Annotated[Number, Field(ge=0)]

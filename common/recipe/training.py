@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from common.recipe.fields import (
     STRICT,
+    AboveZero,
     AtLeastZero,
     BelowOne,
     Count,
@@ -170,6 +171,11 @@ class Train:
     intermediate_loss: AtLeastZero = 0.0
     """Weight of a second loss, on what the network predicts from a random earlier iterate of those with gradient; for
     networks that are sampled with few iterations. 0: none, as in the paper."""
+    sparse_tokens: AboveZero = 1.0
+    """Share of each sample's tokens, drawn at random, that the iterations see; the explicit blocks see all. Steps are
+    cheaper by most of the iterations (after SPRINT, 2510.21986). 1: all, as in the paper."""
+    dense_end: BelowOne = 0.0
+    """Part of the training, at its end, in which the iterations see all tokens; with sparse_tokens below 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on GPUs, fp32 on CPUs. `fp16`: on GPUs only, with zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -183,6 +189,8 @@ class Train:
     recipe."""
     resume_from: Place | None = None
     """Folder of a checkpoint, of another run for example, to begin with while this run has none of its own."""
+    initial_weights: Place | None = None
+    """Folder of weights that a new run begins with, as pipeline/convert.py or another run wrote them. null: random."""
     max_skipped_steps: CountOrZero = 0
     """Steps (not samples) in a row that are skipped if loss or gradient is not finite, before training stops. 0: it
     stops at the first."""
@@ -225,6 +233,8 @@ def check_training(train: Train) -> None:
         raise ValueError(
             "train.intermediate_loss: with train.max_grad_iterations 1 no earlier iterate has a gradient; set it to 0"
         )
+    if train.dense_end and train.sparse_tokens == 1:
+        raise ValueError("train.dense_end: with train.sparse_tokens 1 all of the training is dense; set it to 0")
     if train.zero_stage == 3 and train.compile:
         raise ValueError("train.compile: not with zero_stage 3, which changes parameters' shapes; use 0, 1 or 2")
     if not (train.ema.decays or train.ema.widths):

@@ -6,12 +6,13 @@ Counts are means over the iterations that a run draws; the run's own differ by t
 import math
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from statistics import fmean
 
 from common.recipe import Recipe, Train, denoiser_config
 from fpdm.config import DenoiserConfig
 from pipeline.training.identity import total_samples
-from pipeline.training.schedule import StepIterations, largest_counts
+from pipeline.training.schedule import StepIterations, largest_counts, token_share
 from pipeline.training.throughput import PEAK_TFLOPS, step_flops
 
 UTILISATION = 0.42  # of a V100's peak: what the paper's 400,000 steps of DiT-XL/2 in 4 days on 8 of them come to
@@ -43,20 +44,16 @@ def describe_cost(recipe: Recipe) -> str:
 def mean_flops(recipe: Recipe) -> float:
     """Operations of one sample's training, in the mean over all steps."""
     train, config = recipe.train, denoiser_config(recipe)
-    largest = train.max_no_grad_iterations, train.max_grad_iterations
-    constant = _mean_step(train, config, largest)
-    if not train.iterations_rise:
-        return constant
-    stages = (largest[0] + 1) * largest[1]  # no count changes within one
-    rise = train.iterations_rise * total_samples(train)
-    counts = (largest_counts(train, rise * (stage + 0.5) / stages) for stage in range(stages))
-    rising = fmean(_mean_step(train, config, each) for each in counts)
-    return train.iterations_rise * rising + (1 - train.iterations_rise) * constant
+    stages = (train.max_no_grad_iterations + 1) * train.max_grad_iterations
+    rises = (train.iterations_rise * stage / stages for stage in range(1, stages + 1))
+    ends = sorted({0.0, *rises, 1 - train.dense_end, 1.0})  # counts and tokens do not change between two of them
+    return sum((end - start) * _mean_step(train, config, (start + end) / 2) for start, end in pairwise(ends))
 
 
-def _mean_step(train: Train, config: DenoiserConfig, largest: tuple[int, int]) -> float:
-    """In the mean over what a step can draw, all equally likely; `largest`: N and M."""
-    no_grad, grad = largest
+def _mean_step(train: Train, config: DenoiserConfig, part: float) -> float:
+    """In the mean over what a step can draw, all equally likely, when this part of the training is over."""
+    position = part * total_samples(train)
+    (no_grad, grad), share = largest_counts(train, position), token_share(train, position)
     counts = [grad] if train.gradient == "multi_step" else range(1, grad + 1)
     draws = ((n, m, int(train.intermediate_loss > 0 and m > 1)) for n in range(no_grad + 1) for m in counts)
-    return fmean(step_flops(config, StepIterations(*draw)) for draw in draws)
+    return fmean(step_flops(config, StepIterations(*draw, share)) for draw in draws)

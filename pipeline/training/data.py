@@ -63,13 +63,18 @@ def stage_in(data: Data, shards: LatentShards) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: `latents` and `noise` (B, C, h, w); `timesteps`, `labels` and weights of the losses (B,)."""
+    """One forward pass: `latents` and `noise` (B, C, h, w); `timesteps`, `labels` and weights of the losses (B,).
+
+    tokens (B, T): numbers of the network's tokens in a random order, of which sparse iterations see the first; (B, 0)
+    where `train.sparse_tokens` asks for none.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     labels: Tensor
     weights: Tensor
+    tokens: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
@@ -110,7 +115,14 @@ class Stream:
             timesteps=self.diffusion.timesteps(density.fractions(u)),
             labels=torch.where(dropped, recipe.model.num_classes, labels),  # num_classes is the null label
             weights=density.weights(u) if recipe.train.timesteps.corrected else torch.ones(count),
+            tokens=self._shuffled_tokens(positions),
         )
+
+    def _shuffled_tokens(self, positions: Tensor) -> Tensor:
+        """(B, T), or (B, 0) where no step has sparse iterations."""
+        patches = latent_shape(self.recipe)[1] // self.recipe.model.patch_size
+        count = patches**2 if self.recipe.train.sparse_tokens < 1 else 0
+        return rng.uniform(self.recipe.seed, "train/tokens", positions, (count,)).argsort(dim=1, stable=True)
 
     def _timestep_quantiles(self, positions: Tensor) -> Tensor:
         """(B,) in [0, 1): uniform, or one in each of the step's equal parts, which are dealt out at random."""

@@ -3,9 +3,11 @@
 import json
 import math
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from common.recipe import Recipe, Train
+from pipeline.training.initial import sha256_of_weights
 from preprocess.shards import LatentShards
 
 IDENTITY = {
@@ -14,7 +16,7 @@ IDENTITY = {
     "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
         *("batch_size", "latents", "label_dropout", "gradient", "max_no_grad_iterations", "max_grad_iterations"),
-        *("iterations_rise", "intermediate_loss"),
+        *("iterations_rise", "intermediate_loss", "sparse_tokens", "dense_end"),
     ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),
@@ -32,11 +34,14 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
         "data.shards": shards.content_key,
         "train.precision": precision(recipe.train),
     }
-    if recipe.train.optimizer.learning_rate_decay != "constant" or recipe.train.iterations_rise:
+    train = recipe.train
+    if train.optimizer.learning_rate_decay != "constant" or train.iterations_rise or train.dense_end:
         # every rate and count of the schedule depends on its end
-        fields["train.total_samples"] = recipe.train.total_samples
-        if recipe.train.max_hours is not None:
-            fields["train.max_hours"] = recipe.train.max_hours
+        fields["train.total_samples"] = train.total_samples
+        if train.max_hours is not None:
+            fields["train.max_hours"] = train.max_hours
+    if train.initial_weights is not None:
+        fields["train.initial_weights"] = sha256_of_weights(Path(train.initial_weights))
     return json.loads(json.dumps(fields | _of_recipe(recipe)))  # with JSON's types, as it is compared
 
 

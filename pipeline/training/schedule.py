@@ -12,11 +12,19 @@ from pipeline.training.identity import total_samples
 
 
 class StepIterations(NamedTuple):
-    """A step's iterations: without graph, then with one; `intermediate` of the latter are read out too, 0: none are."""
+    """A step's iterations: without graph, then with one; `intermediate` of the latter are read out too, 0: none are.
+
+    share: of the tokens that they see, above 0 and up to 1.
+    """
 
     without_graph: int
     with_graph: int
     intermediate: int
+    share: float = 1.0
+
+    def tokens(self, num_tokens: int) -> int:
+        """How many of a sample's tokens they see, at least one."""
+        return max(1, round(self.share * num_tokens))
 
 
 def has_ended(train: Train, samples_seen: int, seconds: float) -> bool:
@@ -51,12 +59,18 @@ def step_iterations(train: Train, seed: int, samples_seen: int, seconds: float =
     The same on every rank: a rank that iterates longer would make the others wait.
     """
     step = samples_seen // train.batch_size
-    largest = largest_counts(train, position(train, samples_seen, seconds))
+    place = position(train, samples_seen, seconds)
+    largest = largest_counts(train, place)
     without_graph, with_graph = sjfb_counts(seed, step, *largest)
     if train.gradient == "multi_step":
         with_graph = largest[1]
     intermediate = intermediate_iterate(seed, step, with_graph) if train.intermediate_loss else 0
-    return StepIterations(without_graph, with_graph, intermediate)
+    return StepIterations(without_graph, with_graph, intermediate, token_share(train, place))
+
+
+def token_share(train: Train, position: float) -> float:
+    """The share of a sample's tokens that iterations see: `train.sparse_tokens`, and at the dense end all."""
+    return 1.0 if position >= (1 - train.dense_end) * total_samples(train) else train.sparse_tokens
 
 
 def largest_counts(train: Train, position: float) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The stage `train`. Importing it takes no time: `--help` needs nothing of torch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import Launch, Recipe
@@ -10,12 +11,13 @@ from common.stage import Input, Stage, the_recipe
 def plan(recipe: Recipe) -> Iterator[str]:
     """What training will do, checked against the shards and the number of processes."""
     from common.ranks import rank_and_world_size
-    from common.recipe import with_world_size
+    from common.recipe import denoiser_config, with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
     from pipeline.training.cost import describe_cost, with_end
     from pipeline.training.data import open_shards
     from pipeline.training.deepspeed_config import deepspeed_config
     from pipeline.training.identity import total_samples
+    from pipeline.training.initial import check_initial_weights
 
     recipe = with_end(recipe)
     settings = recipe.train
@@ -39,6 +41,9 @@ def plan(recipe: Recipe) -> Iterator[str]:
     checkpoints = complete_checkpoints(recipe.folder)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
     yield f"run folder: {recipe.folder}, {state}"
+    if settings.initial_weights is not None:
+        check_initial_weights(Path(settings.initial_weights), denoiser_config(recipe), recipe.objective)
+        yield f"initial weights: {settings.initial_weights}"
     samples = len(open_shards(recipe))
     yield f"data: {samples:,} samples in {recipe.data.shards}, {settings.total_samples / samples:.2f} epochs"
 

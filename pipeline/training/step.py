@@ -21,9 +21,10 @@ from pipeline.training.throughput import loss_sums
 class StepResult:
     """What one rank knows after a step.
 
-    sums (10,) float64 on the CPU: `loss_sums`, then this rank's share of the mean residual of the last iteration.
+    sums (12,) float64 on the CPU: `loss_sums`; sum and count of the losses of intermediate iterates, which are in no
+        other number here; this rank's share of the mean residual of the last iteration.
     norm: of the gradient over all ranks; not finite where nothing was updated.
-    losses (B,): by sample of this rank's part of the batch. Those of intermediate iterates are in none of these.
+    losses (B,): by sample of this rank's part of the batch.
     """
 
     sums: Tensor
@@ -49,7 +50,7 @@ def train_step(
         watch: times the parts of the step (`Stopwatch`).
         with_residuals: also computes the fixed point's residuals, for the log.
     """
-    sums, norm = torch.zeros(10, dtype=torch.float64, device=engine.device), math.nan
+    sums, norm = torch.zeros(12, dtype=torch.float64, device=engine.device), math.nan
     all_losses = []
     for number, batch in enumerate(batches, 1):
         with watch("forward"):
@@ -63,14 +64,17 @@ def train_step(
                 intermediate=iterations.intermediate,
                 with_residuals=with_residuals,
                 activation_checkpointing=settings.activation_checkpointing,
+                seen=batch.tokens[:, : iterations.tokens(batch.tokens.shape[1])] if iterations.share < 1 else None,
             )
             losses = _losses(diffusion, answer.output, batch)  # (B,)
-            sums[:-1] += loss_sums(losses, batch.timesteps, diffusion.num_timesteps)
+            sums[:9] += loss_sums(losses, batch.timesteps, diffusion.num_timesteps)
             if answer.residuals is not None:  # (B, n + m)
                 sums[-1] += answer.residuals[:, -1].double().sum() / settings.batch_size
             all_losses.append(losses.detach())
             if answer.intermediate is not None:
-                losses = losses + settings.intermediate_loss * _losses(diffusion, answer.intermediate, batch)
+                early = _losses(diffusion, answer.intermediate, batch)
+                sums[9:11] += torch.stack([early.detach().double().sum(), sums.new_tensor(len(early))])
+                losses = losses + settings.intermediate_loss * early
         with watch("backward"):
             engine.backward(propagate_non_finite((losses * batch.weights).mean()))
         with watch("optimizer"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from operator import add
 from typing import Any
 
@@ -44,16 +45,21 @@ class Interval:
     loss: float = 0.0  # sum of the steps' mean losses
     quartile_losses: Sequence[float] = (0.0,) * QUARTILES
     quartile_counts: Sequence[float] = (0.0,) * QUARTILES
+    intermediate_loss: float = 0.0  # sum over samples, and their number
+    intermediate_count: float = 0.0
 
     def plus(self, sums: Sequence[float], batch_size: int) -> "Interval":
-        """With one more step; `sums` are those of `loss_sums` over all ranks."""
-        losses, counts = sums[1 : 1 + QUARTILES], sums[1 + QUARTILES : 1 + 2 * QUARTILES]
+        """With one more step; `sums` over all ranks: those of `StepResult`."""
+        ends = (1, 1 + QUARTILES, 1 + 2 * QUARTILES, 3 + 2 * QUARTILES)
+        losses, counts, (early, early_count) = (sums[start:end] for start, end in pairwise(ends))
         return Interval(
             steps=self.steps + 1,
             skipped=self.skipped,
             loss=self.loss + sums[0] / batch_size,
             quartile_losses=tuple(map(add, self.quartile_losses, losses)),
             quartile_counts=tuple(map(add, self.quartile_counts, counts)),
+            intermediate_loss=self.intermediate_loss + early,
+            intermediate_count=self.intermediate_count + early_count,
         )
 
     def means(self) -> dict[str, float | None]:
@@ -62,7 +68,9 @@ class Interval:
             f"loss_q{number}": total / count if count else None
             for number, (total, count) in enumerate(zip(self.quartile_losses, self.quartile_counts, strict=True), 1)
         }
-        return {"loss": self.loss / self.steps if self.steps else None, **quartiles, "skipped_steps": self.skipped}
+        early = self.intermediate_loss / self.intermediate_count if self.intermediate_count else None
+        loss = self.loss / self.steps if self.steps else None
+        return {"loss": loss, **quartiles, "intermediate_loss": early, "skipped_steps": self.skipped}
 
 
 class Stopwatch:
@@ -154,16 +162,16 @@ def step_flops(config: DenoiserConfig, iterations: StepIterations) -> float:
 
     Recomputation by activation checkpointing is not counted: it is no progress.
     """
-    outer, iteration, read_out = _forward_flops(config)
-    without_graph, with_graph, intermediate = iterations
+    outer, iteration, read_out = _forward_flops(config, iterations.tokens(config.num_tokens))
+    without_graph, with_graph, intermediate = iterations[:3]
     return 3 * outer + (without_graph + 3 * with_graph) * iteration + 3 * bool(intermediate) * read_out
 
 
 @lru_cache
-def _forward_flops(config: DenoiserConfig) -> tuple[int, int, int]:
+def _forward_flops(config: DenoiserConfig, tokens: int) -> tuple[int, int, int]:
     """Operations of one sample: everything but the iterations, one iteration, reading out one more iterate.
 
-    Counted by torch on the meta device.
+    tokens: how many of the sample's the iterations and the injection see. Counted by torch on the meta device.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -171,10 +179,11 @@ def _forward_flops(config: DenoiserConfig) -> tuple[int, int, int]:
         model = Denoiser(config)
         latents = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         zero = torch.zeros(1, dtype=torch.long)
+        seen = torch.zeros(1, tokens, dtype=torch.long) if tokens < config.num_tokens else None
     counts = []
     for iterations, intermediate in ((1, 0), (2, 0), (2, 1)):
         with FlopCounterMode(display=False) as counter:
-            model(latents, zero, zero, iterations=iterations, intermediate=intermediate)
+            model(latents, zero, zero, iterations=iterations, intermediate=intermediate, seen=seen)
         counts.append(counter.get_total_flops())
     iteration = counts[1] - counts[0]
     return counts[0] - iteration, iteration, counts[2] - counts[1]

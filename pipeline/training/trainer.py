@@ -13,7 +13,6 @@ from common.background import Background
 from common.errors import Interrupted
 from common.one_ahead import one_ahead
 from common.recipe import Recipe, denoiser_config, diffusion
-from fpdm.denoiser import build_denoiser
 from fpdm.weights import assemble
 from pipeline.training import checkpoint
 from pipeline.training.data import Stream, rank_positions, step_batches
@@ -23,6 +22,7 @@ from pipeline.training.ema import EMAWeights
 from pipeline.training.engine import build_engine, scaler_state, set_learning_rate
 from pipeline.training.guards import check_finite, not_finite_error
 from pipeline.training.identity import crosses, identity, total_samples
+from pipeline.training.initial import initial_network
 from pipeline.training.log import ProgressBar, TrainingLog, log_values
 from pipeline.training.previews import Previewer
 from pipeline.training.run_folder import open_run_folder
@@ -41,7 +41,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, shards: LatentShards, ranks: Ranks, stop: StopRequest | None = None) -> None:
         self.recipe, self.ranks, self.stop = recipe, ranks, StopRequest() if stop is None else stop
         self.total = total_samples(recipe.train)
-        self.identity = identity(recipe, shards)
+        with raise_on_all_ranks(ranks):
+            self.identity = identity(recipe, shards)
         self.config = deepspeed_config(recipe.train, ranks.world_size)
         network = denoiser_config(recipe)
         resumed = checkpoint.find_checkpoint(recipe, self.identity, ranks)
@@ -50,7 +51,8 @@ class Trainer:
             model = assemble(checkpoint.part(resumed.tensors, "model"), network)
         else:
             self.state = TrainState()
-            model = build_denoiser(network, seed=recipe.seed)
+            with raise_on_all_ranks(ranks):
+                model = initial_network(recipe)
         self.samples_saved, self.seconds_before = self.state.samples_seen, self.state.seconds
         self.engine = build_engine(recipe.train, model, self.config)
         self.ema = EMAWeights(recipe.train.ema, self.engine)

@@ -141,6 +141,32 @@ def test_resume_from_begins_a_run_which_then_resumes_from_its_own_checkpoints(
     assert refused.errors[0].startswith("error: train.resume_from: nowhere/complete.json: no such file; give a folder")
 
 
+def test_sparse_steps_from_initial_weights_do_not_depend_on_ranks_and_interruptions(
+    experiment: Experiment, finished_run: Path
+) -> None:
+    weights = finished_run / "weights/000000000160/0.9"
+    settings = ("train.sparse_tokens=0.25", "train.dense_end=0.5", "train.intermediate_loss=0.5")
+    settings = (*settings, f"train.initial_weights={weights}")
+    done = run_ranks(experiment, "name=sparse", *settings)
+    assert done.statuses == [0], done.output
+    run = experiment.folder / "runs/sparse"
+    tensors = "diffusion_pytorch_model.safetensors"
+    assert (run / "weights/000000000000/0.9" / tensors).read_bytes() == (weights / tensors).read_bytes()
+    assert any(line["intermediate_loss"] for line in metrics(run))
+    again = interrupted_copy(run, "sparse-again", saved=1)  # in the sparse part; the dense begins after 80 samples
+    done = run_ranks(experiment, "name=sparse-again", *settings, ranks=2)
+    assert done.statuses == [0, 0], done.output
+    for name in ("loss", "intermediate_loss"):
+        first, second = ([line[name] for line in metrics(each)] for each in (run, again))
+        assert [value is None for value in first] == [value is None for value in second]
+        assert [v for v in second if v] == pytest.approx([v for v in first if v], rel=SAME_TO)
+    interrupted_copy(run, "sparse-other", saved=1)
+    other = finished_run / "weights/000000000048/0.9"
+    refused = run_ranks(experiment, "name=sparse-other", *settings[:-1], f"train.initial_weights={other}")
+    assert refused.statuses == [2]
+    assert "belongs to a run with another train.initial_weights (was '" in refused.errors[0]
+
+
 def test_the_newest_checkpoints_and_every_nth_are_kept(experiment: Experiment) -> None:
     done = run_ranks(
         experiment,

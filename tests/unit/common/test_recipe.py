@@ -75,6 +75,11 @@ ROOT = Path(__file__).parents[3]
             "name: a\nsample: {allocation: adaptive, num_steps: 4, iterations: 0.5}",
             "sample.iterations: allocation 'adaptive' gives each step at least 1",
         ),
+        ("name: a\nmodel: {kind: dit}\ntrain: {sparse_tokens: 0.5}", "train.sparse_tokens: a DiT has no iterations; s"),
+        (
+            "name: a\ntrain: {dense_end: 0.1}",
+            "train.dense_end: with train.sparse_tokens 1 all of the training is",
+        ),
         ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
         ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
         (

@@ -298,3 +298,32 @@ def test_inputs_that_do_not_fit_are_named():
 def test_blocks_count_the_papers_unit_of_compute():
     assert DenoiserConfig(pre_depth=1, post_depth=2).blocks(8) == 11
     assert DenoiserConfig(kind="dit", depth=28).blocks(8) == 28
+
+
+ALL_OPTIONS = [{}, {"rope": True, "qk_norm": True, "value_residual": True, "injection": "decay"}]
+
+
+@pytest.mark.parametrize("options", ALL_OPTIONS)
+@torch.no_grad()
+def test_iterations_that_see_all_tokens_in_another_order_give_the_same_answer(options):
+    config = DenoiserConfig(**SMALL, **options)
+    model, arguments = scrambled(config), inputs(3, config)
+    order = rng.uniform(0, "order", torch.arange(3), (config.num_tokens,)).argsort(dim=1)
+    dense = model(*arguments, iterations=4, tolerance=1e-3)
+    shuffled = model(*arguments, iterations=4, tolerance=1e-3, seen=order)
+    assert torch.allclose(shuffled.solution, dense.solution, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(shuffled.output, dense.output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", ALL_OPTIONS)
+def test_sparse_iterations_leave_the_other_tokens_as_they_started_and_pass_their_gradient(options):
+    config = DenoiserConfig(**SMALL, **options)
+    model, arguments = scrambled(config), inputs(2, config)
+    seen = torch.tensor([[0, 3, 5], [7, 2, 1]])
+    start = model(*arguments, iterations=0).solution
+    answer = model(*arguments, iterations=(1, 2), seen=seen, intermediate=1)
+    changed = (answer.solution != start).any(dim=-1)
+    assert [row.nonzero()[:, 0].tolist() for row in changed] == [sorted(row) for row in seen.tolist()]
+    assert not torch.equal(answer.intermediate, answer.output)
+    answer.output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -233,7 +233,8 @@ def test_a_name_from_before_train_had_sections_is_answered_with_its_new_place(ol
 
 
 PLACES = ["runs", "data.images", "data.held_out", "data.shards", "vae.path", "train.deepspeed_config",
-          "train.resume_from", "evaluate.reference", "evaluate.feature_extractor_weights"]  # fmt: skip
+          "train.resume_from", "train.initial_weights",
+          "evaluate.reference", "evaluate.feature_extractor_weights"]  # fmt: skip
 
 
 @pytest.mark.parametrize("field", PLACES)

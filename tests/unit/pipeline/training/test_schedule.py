@@ -43,6 +43,16 @@ def test_intermediate_iterates_are_drawn_evenly_from_those_before_the_last_and_o
     assert [step[:2] for step in drawn] == plain  # the loss leaves the counts as they are
 
 
+def test_iterations_are_sparse_until_the_dense_end() -> None:
+    train = train_with("sparse_tokens=0.25", "dense_end=0.3")
+    shares = [step_iterations(train, 0, seen).share for seen in range(0, 1000, 10)]
+    assert shares == [0.25] * 70 + [1.0] * 30
+    assert step_iterations(train, 0, 0).tokens(16) == 4
+    assert step_iterations(train, 0, 0).tokens(1) == 1
+    assert {step_iterations(train_with("sparse_tokens=0.25"), 0, seen).share for seen in (0, 990)} == {0.25}
+    assert {step_iterations(train_with(), 0, seen).share for seen in (0, 990)} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [("constant", [0.5, 1, 1, 1]), ("cosine", [0.5, 0.75, 0.5, 0]), ("linear", [0.5, 2 / 3, 0.5, 0])],

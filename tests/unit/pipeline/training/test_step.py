@@ -59,9 +59,9 @@ def batch_of(recipe: Recipe) -> Batch:
     config, generator = denoiser_config(recipe), torch.Generator().manual_seed(2)
     shape = (BATCH, config.in_channels, config.input_size, config.input_size)
     latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Batch(
-        latents, noise, torch.tensor([3, 400, 600, 999]), torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 2.0, 0.5, 1.0])
-    )
+    timesteps, labels = torch.tensor([3, 400, 600, 999]), torch.tensor([0, 1, 2, 0])
+    tokens = torch.rand(BATCH, config.num_tokens, generator=generator).argsort(dim=1)
+    return Batch(latents, noise, timesteps, labels, torch.tensor([1.0, 2.0, 0.5, 1.0]), tokens)
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -71,7 +71,7 @@ def halves(batch: Batch) -> list[Batch]:
 def one_step(recipe: Recipe, model: Denoiser, batches: list[Batch]) -> StepResult:
     engine, watch = Engine(model, len(batches)), lambda part: nullcontext()
     intermediate = int(recipe.train.intermediate_loss > 0)
-    iterations = StepIterations(1, 2, intermediate)
+    iterations = StepIterations(1, 2, intermediate, recipe.train.sparse_tokens)
     return train_step(engine, diffusion(recipe), batches, iterations, recipe.train, watch, with_residuals=True)
 
 
@@ -113,9 +113,20 @@ def test_the_intermediate_loss_is_that_of_fewer_iterations_and_only_its_gradient
     model = network(recipe)
     result = one_step(recipe, model, [batch])
     assert torch.allclose(result.losses, losses[0].detach(), rtol=1e-5)
+    assert result.sums[9:11].tolist() == pytest.approx([float(losses[1].detach().sum()), BATCH], rel=1e-5)
     for name, parameter in model.named_parameters():
         update = RATE * expected.get_parameter(name).grad
         assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-7), name
+
+
+def test_sparse_iterations_see_the_first_of_each_samples_tokens() -> None:
+    recipe, model = recipe_with("train.sparse_tokens=0.25"), network(recipe_with())
+    batch, process = batch_of(recipe), diffusion(recipe)
+    noisy = process.add_noise(batch.latents, batch.noise, batch.timesteps)
+    seen = batch.tokens[:, : batch.tokens.shape[1] // 4]
+    expected = model(noisy, batch.timesteps, batch.labels, iterations=(1, 2), seen=seen)
+    losses = process.loss(expected.output, batch.latents, batch.noise, batch.timesteps)["loss"]
+    assert torch.allclose(one_step(recipe, model, [batch]).losses, losses.detach(), rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:

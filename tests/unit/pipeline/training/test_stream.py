@@ -66,6 +66,18 @@ def test_latents_are_their_posteriors_mean_where_the_recipe_says_so(stream: Stre
     assert torch.equal(batch.noise, stream.batch(0, COUNT).noise)
 
 
+def test_the_tokens_of_sparse_iterations_are_a_random_order_of_all_by_position_alone(stream: Stream) -> None:
+    assert stream.batch(0, 3).tokens.shape == (3, 0)
+    settings = ("train.sparse_tokens=0.25", "data.resolution=64", "vae.downsampling=8")
+    sparse = Stream(recipe(stream.shards.address, *settings), stream.shards, stream.diffusion)  # 4 x 4 tokens
+    tokens = sparse.batch(3, 200).tokens
+    assert (tokens.sort(dim=1).values == torch.arange(16)).all()
+    assert torch.equal(torch.cat([sparse.batch(3, 50).tokens, sparse.batch(53, 150).tokens]), tokens)
+    counts = torch.bincount(tokens[:, :4].flatten(), minlength=16)  # 50 expected of each
+    assert counts.min() > 20
+    assert counts.max() < 80
+
+
 def test_without_flips_no_sample_is_mirrored(stream: Stream) -> None:
     plain = Stream(recipe(stream.shards.address, "data.flips=false"), stream.shards, stream.diffusion)
     assert torch.allclose(plain.batch(0, COUNT).latents, drawn(stream.order.indices(torch.arange(COUNT))))

@@ -27,13 +27,19 @@ def test_loss_sums_of_parts_add_up_to_those_of_the_batch() -> None:
 
 
 def test_an_interval_saved_in_a_checkpoint_gives_the_same_means() -> None:
-    sums = [[3.0, 1.0, 2.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0], [5.0, 0.0, 0.0, 4.0, 1.0, 0.0, 0.0, 3.0, 1.0]]
+    sums = [
+        [3.0, 1.0, 2.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0, 6.0, 4.0],
+        [5.0, 0.0, 0.0, 4.0, 1.0, 0.0, 0.0, 3.0, 1.0, 0.0, 0.0],  # without an intermediate iterate
+    ]
     uninterrupted = Interval().plus(sums[0], 4).plus(sums[1], 4)
     saved = json.loads(json.dumps(TrainState(interval=Interval().plus(sums[0], 4)).to_json()))
     assert TrainState.from_json(4, saved).interval.plus(sums[1], 4) == uninterrupted
     assert uninterrupted.means() == {
-        **{"loss": 1.0, "loss_q1": 0.5, "loss_q2": 1.0, "loss_q3": 4 / 3, "loss_q4": 1.0, "skipped_steps": 0}
+        **{"loss": 1.0, "loss_q1": 0.5, "loss_q2": 1.0, "loss_q3": 4 / 3, "loss_q4": 1.0},
+        **{"intermediate_loss": 1.5, "skipped_steps": 0},
     }
+    del saved["interval"]["intermediate_loss"], saved["interval"]["intermediate_count"]  # of an older run
+    assert TrainState.from_json(4, saved).interval.means()["intermediate_loss"] is None
     assert Interval().means()["loss_q1"] is None
 
 
@@ -48,3 +54,15 @@ def test_the_operations_of_a_step_grow_with_its_iterations() -> None:
     projections = 2 * tokens * (width * 2 * width + 2 * width * width)
     assert iteration == pytest.approx(block + projections, rel=0.01)
     assert read_out - two == pytest.approx(3 * block, rel=0.1)  # the post-layer and the last one, once more
+
+
+def test_sparse_iterations_are_counted_by_the_tokens_they_see() -> None:
+    config = denoiser_config(parse_recipe("name: a", SMALL))
+    tokens, width, hidden = 64, 32, 128  # a quarter
+    one, two = (step_flops(config, StepIterations(0, m, 0, 0.25)) for m in (1, 2))
+    linear = 2 * tokens * width * (4 * width + 2 * hidden) + 2 * tokens * (width * 2 * width + 2 * width * width)
+    assert (two - one) / 3 == pytest.approx(linear + 4 * tokens**2 * width, rel=0.01)
+    dense = [step_flops(config, StepIterations(0, m, 0)) for m in (1, 2)]
+    outer, dense_outer = one - (two - one), dense[0] - (dense[1] - dense[0])
+    injection = 2 * tokens * (width**2 + 2 * width * width)  # its products are the only ones outside that are sparse
+    assert dense_outer - outer == pytest.approx(3 * 3 * injection, rel=0.01)
