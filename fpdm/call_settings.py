@@ -71,7 +71,7 @@ class CallSettings:
         if self.allocation in MEASURED:
             raise ValueError(
                 f"allocation: {self.allocation!r} is measured on the weights; an export holds the iterations that its "
-                "recipe's measurement gave. Pass iterations as a list, or fpdm.calibration.allocate_measured's"
+                "recipe's measurement gave. Pass iterations as a list, or fpdm.calibration.allocate_adaptively's"
             )
         if self.allocation == "list" and "iterations" not in given and len(self.iterations) != num_steps:  # type: ignore[arg-type]
             mean = sum(self.iterations) / len(self.iterations)  # type: ignore[arg-type]

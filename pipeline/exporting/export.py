@@ -12,16 +12,17 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.loading import dump_recipe
 from common.recipe import Recipe
-from common.recipe.sampling import MEASURED, sampler_settings
+from common.recipe.sampling import MEASURED
 from common.run_folder import RunFolder
 from common.run_weights import REMEDY, load_network
+from fpdm.calibration import Way
 from fpdm.call_settings import FIXED_POINT, CallSettings, setting_names
 from fpdm.pipeline_hf import FPDMPipeline
 from fpdm.samplers import SamplerSettings
 from fpdm.scheduler_hf import FPDMScheduler
 from fpdm.transformer_hf import FPDMTransformer2DModel
 from pipeline.exporting.model_card import GRID_IMAGES, UNSTATED, Licences, drawn_images, write_card
-from pipeline.sampling.plans import Plan, by_recipe, labels_for, open_plan
+from pipeline.sampling.plans import by_recipe, labels_for, open_plan
 from pipeline.sampling.sample_set import SampleSet, sample_set
 from preprocess.encoding.encoder import fetch_vae, load_vae
 from preprocess.shards import INDEX
@@ -39,13 +40,13 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
     except ValueError as error:
         raise UserError(f"{error}; {REMEDY}") from None
     names = class_names(recipe)
-    sampling = call_settings(recipe, plan_of(recipe, samples))
+    way = way_of(recipe, samples)
     pipeline = FPDMPipeline(
         transformer,
         load_vae(fetch_vae(recipe.vae)),
-        FPDMScheduler(transformer.diffusion, recipe.sample.sampler, sampler_settings(recipe.sample)),
+        FPDMScheduler(transformer.diffusion, way.sampler, way.sampler_settings),
         dict(enumerate(names or ())),
-        sampling,
+        call_settings(recipe, way),
     )
     images = drawn_images(recipe, samples) or first_images(recipe, pipeline)
     target = RunFolder(recipe.folder).pipeline
@@ -84,22 +85,22 @@ def class_names(recipe: Recipe) -> list[str] | None:
     return list(names) if len(names) == recipe.model.num_classes else None
 
 
-def plan_of(recipe: Recipe, samples: SampleSet) -> Plan:
-    """The set's plan; where the recipe measures it on the weights, as its samples were drawn, or measured now."""
+def way_of(recipe: Recipe, samples: SampleSet) -> Way:
+    """How the set is drawn; where the recipe measures that on the weights, as its samples were, or measured now."""
     return by_recipe(recipe) or open_plan(recipe, samples.folder, load_network(samples.weights))
 
 
-def call_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def call_settings(recipe: Recipe, way: Way) -> dict[str, Any]:
     """What a call of the pipeline does by default: what the recipe says."""
     settings = recipe.sample
-    unused = FIXED_POINT if plan.iterations is None else ()
+    unused = FIXED_POINT if way.iterations is None else ()
     names = [name for name in setting_names() if hasattr(settings, name) and name not in (*unused, "reuse")]
     values: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    values["num_inference_steps"] = len(plan.reuse)
-    if plan.iterations is not None:
-        values["reuse"] = plan.reuse[0] if len(set(plan.reuse)) == 1 else plan.reuse
+    values["num_inference_steps"] = way.num_steps
+    if way.iterations is not None:
+        values |= {"reuse": way.reuse, "start_extrapolation": way.start_extrapolation}
         if settings.allocation in MEASURED:
-            values |= {"allocation": "list", "iterations": plan.iterations}
+            values |= {"allocation": "list", "iterations": way.iterations}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
+from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape
 from common.recipe.sampling import MEASURED, sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
@@ -55,7 +55,7 @@ class WayForm(TypedDict):
 
 def unmeasured(recipe: Recipe) -> Way:
     """The recipe's own way; where iterations would be measured, they are constant."""
-    return _way(recipe, stated_iterations(recipe.sample) if recipe.model.kind == "fpdm" else None)
+    return _way(recipe.sample, stated_iterations(recipe.sample) if recipe.model.kind == "fpdm" else None)
 
 
 def blocks_an_image(recipe: Recipe) -> int:
@@ -129,9 +129,8 @@ def by_recipe(recipe: Recipe) -> Way | None:
     return unmeasured(recipe)
 
 
-def _way(recipe: Recipe, iterations: Sequence[int] | None) -> Way:
-    """The recipe's, with these iterations."""
-    settings = recipe.sample
+def _way(settings: Sample, iterations: Sequence[int] | None) -> Way:
+    """What the settings say, with these iterations."""
     return Way(
         sampler=settings.sampler,
         sampler_settings=sampler_settings(settings),
@@ -150,7 +149,7 @@ def _misfit(recipe: Recipe, plan: Way) -> str | None:
     counts = plan.iterations
     if counts is None or len(counts) != plan.num_steps:
         return f"iterations: {len(counts or ())} for {plan.num_steps} steps"
-    if recipe.sample.allocation == "adaptive" and plan != _way(recipe, counts):
+    if recipe.sample.allocation == "adaptive" and plan != _way(recipe.sample, counts):
         return "not the recipe's way of sampling"
     outer = denoiser_config(recipe).blocks(0)
     blocks, budget = (

@@ -1,7 +1,7 @@
 """What an export shows of its run, and how it is shared."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,14 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import Recipe
 from common.run_folder import RunFolder
+from common.sealed import write_sealed
+from fpdm import SamplerSettings, Way
+from fpdm.pipeline_hf import FPDMPipeline
 from pipeline import export as command
 from pipeline.exporting import push
 from pipeline.exporting.export import export
 from pipeline.exporting.model_card import Licences
+from pipeline.sampling.sample_set import sample_set
 from preprocess.shards import INDEX
 from tests.conftest import generated, load_samples
 
@@ -52,6 +56,27 @@ def test_without_drawn_samples_the_pipeline_draws_those_of_the_card(tiny_recipe:
     generated(tiny_recipe, "latest")
     export(tiny_recipe)
     assert (RunFolder(tiny_recipe.folder).pipeline / "samples.png").read_bytes() == drawn
+
+
+def test_an_export_draws_in_the_way_that_calibration_chose(tiny_recipe: Recipe) -> None:
+    settings = replace(tiny_recipe.sample, sampler="ddim", allocation="calibrated")
+    recipe = replace(tiny_recipe, sample=settings)
+    chosen = Way(
+        sampler="multistep",
+        sampler_settings=SamplerSettings(spacing="trailing", spacing_power=1.6, order=3),
+        num_steps=4,
+        iterations=(2, 0, 1, 1),
+        reuse=True,
+        start_extrapolation=0.5,
+    )
+    folder = sample_set(recipe, "latest").folder
+    folder.mkdir(parents=True)
+    write_sealed(folder / "plan.json", asdict(chosen))
+    images, labels = load_samples(generated(recipe, "latest"), 10)
+    export(recipe)
+    pipeline = FPDMPipeline.from_pretrained(RunFolder(recipe.folder).pipeline)
+    found = np.stack([np.asarray(image) for image in pipeline(labels.tolist(), seed=recipe.seed).images])
+    assert np.abs(found.astype(int) - images).max() <= 1
 
 
 def test_classes_have_the_names_of_the_training_shards(
