@@ -17,7 +17,7 @@ from common.run_recipe import read_recipe, write_recipe
 from common.run_weights import describe, find_weights, load_network
 from common.sealed import read_json
 from common.stage_times import read_times, write_time
-from fpdm.weights import CONFIG_NAME, WEIGHTS_NAME
+from fpdm.diffusers_folders import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.stage import STAGE as EVALUATE

@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import Recipe
 from common.run_folder import weights_folder
-from fpdm.weights import WEIGHTS_NAME, load_pretrained
+from fpdm.diffusers_folders import WEIGHTS_NAME
+from fpdm.weights import load_pretrained
 from pipeline.sampling.chunks import read_chunk
 from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import sample_set
