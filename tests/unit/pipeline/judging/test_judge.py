@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_json
+from fpdm.latents import to_uint8
 from pipeline.evaluation import references
 from pipeline.evaluation.metrics import density_coverage, frechet_distance, statistics
 from pipeline.features.extractors import EFFICIENTNET, Extractor, ExtractorWeights, extract
@@ -27,7 +28,7 @@ from pipeline.judging.numbers import Distance, jackknife
 from pipeline.judging.report import lines, read_report, sealed
 from pipeline.judging.scan import Measuring
 from pipeline.sampling.chunks import chunk_path, write_chunk
-from preprocess.images.images import CROPS, from_uint8, to_uint8
+from preprocess.images.images import CROPS, from_uint8
 from tests.photographs import NAMES, encoded, photograph, write_folder, write_zip
 
 SIDE = 48
