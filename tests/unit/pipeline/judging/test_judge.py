@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_json
+from fpdm.latents import to_uint8
 from pipeline.evaluation import references
 from pipeline.evaluation.metrics import density_coverage, frechet_distance, statistics
 from pipeline.features.extractors import EFFICIENTNET, Extractor, ExtractorWeights, extract
@@ -26,7 +27,8 @@ from pipeline.judging.judge import Question, extractor, judge
 from pipeline.judging.numbers import Distance, jackknife
 from pipeline.judging.report import lines, read_report, sealed
 from pipeline.judging.scan import Measuring
-from preprocess.images.images import CROPS, from_uint8, to_uint8
+from pipeline.sampling.chunks import chunk_path, write_chunk
+from preprocess.images.images import CROPS, from_uint8
 from tests.photographs import NAMES, encoded, photograph, write_folder, write_zip
 
 SIDE = 48
@@ -240,6 +242,10 @@ def layouts(folder: Path, pictures: Pictures) -> dict[str, Path]:
                 tar.addfile(member, io.BytesIO(content))
     np.savez(folder / "adm.npz", arr_0=np.stack(pictures), arr_1=np.arange(len(pictures)) % 2)
     np.savez(folder / "sit.npz", np.stack(pictures))
+    labels = np.arange(len(pictures)) % 2
+    for first, end, suffix in ((0, 5, "npz"), (5, len(pictures), "tar")):
+        rows = {"images": np.stack(pictures[first:end]), "labels": labels[first:end]}
+        write_chunk(chunk_path(folder / "000000000064-0123456789abcdef", (first, end), suffix), rows)
     return {
         "JiT": write_folder(folder / "heun-steps50-cfg2.9", {f"{i:05d}.png": png for i, png in enumerate(pngs)}),
         "SiT and RAE": write_folder(folder / "SiT-XL-2", {f"{i:06d}.png": png for i, png in enumerate(pngs)}),
@@ -250,6 +256,7 @@ def layouts(folder: Path, pictures: Pictures) -> dict[str, Path]:
         ),
         "a zip": write_zip(folder / "samples.zip", {f"{i}.png": png for i, png in enumerate(pngs)}),
         "WebDataset": folder / "part-000.tar",
+        "ours": folder / "000000000064-0123456789abcdef",
     }
 
 
