@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import atomic_folder
 from common.loading import dump_recipe
-from common.recipe import Recipe
+from common.recipe import Recipe, Sample
 from common.recipe.sampling import MEASURED
 from common.run_folder import RunFolder
 from common.run_weights import REMEDY, load_network
@@ -46,7 +46,7 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
         load_vae(fetch_vae(recipe.vae)),
         FPDMScheduler(transformer.diffusion, way.sampler, way.sampler_settings),
         dict(enumerate(names or ())),
-        call_settings(recipe, way),
+        call_settings(recipe.sample, way),
     )
     images = drawn_images(recipe, samples) or first_images(recipe, pipeline)
     target = RunFolder(recipe.folder).pipeline
@@ -90,9 +90,8 @@ def way_of(recipe: Recipe, samples: SampleSet) -> Way:
     return by_recipe(recipe) or open_plan(recipe, samples.folder, load_network(samples.weights))
 
 
-def call_settings(recipe: Recipe, way: Way) -> dict[str, Any]:
+def call_settings(settings: Sample, way: Way) -> dict[str, Any]:
     """What a call of the pipeline does by default: what the recipe says."""
-    settings = recipe.sample
     unused = FIXED_POINT if way.iterations is None else ()
     names = [name for name in setting_names() if hasattr(settings, name) and name not in (*unused, "reuse")]
     values: dict[str, Any] = {name: getattr(settings, name) for name in names}

@@ -71,7 +71,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "extrapolated": {"sampler": "multistep", "spacing": "trailing", "order": 3, "start_extrapolation": 0.5},
     "by iterates": {"sampler": "ddim", "iterations": 3, "iterate_guidance": 0.5, "guidance_interval": (0.2, 0.9)},
     "listed": {"sampler": "unipc", "allocation": "list", "iterations": (4, 1, 2), "reuse": "none"},
-    "calibrated": {"sampler": "ddim", "allocation": "calibrated", "reuse": "calibrated", "calibration_samples": 4},
+    "calibrated": {"sampler": "ddim", "allocation": "calibrated", "calibration_samples": 4},
+    "without iterations": {
+        "sampler": "ddim",
+        "allocation": "list",
+        "iterations": (2, 0, 1),
+        "start_extrapolation": 0.5,
+    },
     "until solved": {"sampler": "ddim", "solver": "anderson", "tolerance": 0.05, "iterations": 4},
 }
 
@@ -358,7 +364,7 @@ def test_arguments_that_do_not_fit_or_act_on_nothing_are_refused(
 
 
 def test_measured_iterations_are_not_stretched_to_other_steps(tiny_recipe: Recipe) -> None:
-    sample = replace(tiny_recipe.sample, sampler="ddim", allocation="calibrated", calibration_samples=4)
+    sample = replace(tiny_recipe.sample, sampler="ddim", allocation="adaptive", calibration_samples=4)
     loaded = exported(replace(tiny_recipe, sample=sample))
     with pytest.raises(ValueError, match=r"num_inference_steps: 5, but .* measured for 3 steps; pass iterations too"):
         loaded([0], num_inference_steps=5)
