@@ -258,6 +258,7 @@ def networks(setting: Setting) -> dict[str, Denoiser]:
 
 
 def training(setting: Setting) -> Iterator[Row]:
+    from pipeline.training.schedule import StepIterations
     from pipeline.training.throughput import known_peak, step_flops
 
     found, peak = networks(setting), known_peak()
@@ -272,8 +273,8 @@ def training(setting: Setting) -> Iterator[Row]:
     held = {}
     for name, model in found.items():
         held[name] = peak_bytes(calls[name], setting.device) + OPTIMIZER_BYTES * count_parameters(model.config)
-        counts = (*TRAINING, 0) if name == "FPDM" else (0, 0, 0)
-        tflops = setting.batch * step_flops(model.config, counts) / seconds[name] / 1e12  # type: ignore[arg-type]
+        counts = StepIterations(*TRAINING if name == "FPDM" else (0, 0), intermediate=0)
+        tflops = setting.batch * step_flops(model.config, counts) / seconds[name] / 1e12
         of_peak = f"{tflops:.4g} TFLOP/s" + (f", {100 * tflops / peak:.0f} % of the peak" if peak else "")
         yield Row(f"{name}, a step of {setting.batch}", seconds[name], "s", of_peak)
         yield Row(f"{name}, memory of a step", held[name] / 2**30, "GiB", "with weights, gradients and AdamW's state")
