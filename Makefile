@@ -1,7 +1,8 @@
 # make demo: the pipeline from end to end on this machine.  make test: checks, and all tests but the slow ones.  Both
 # set everything up first.
+# make play: a page on this machine that draws images of the demo's network, or of EXPORT=runs/demo/pipeline.
 # make demo-slurm: the same demo as jobs of a SLURM cluster that this machine plays.
-.PHONY: demo demo-slurm test test-slow check format setup clean
+.PHONY: demo demo-slurm play test test-slow check format setup clean
 RUN := .venv/bin/python
 # Where this is set, as in many containers, every process compiles anew what it imports: three times as long.
 export PYTHONDONTWRITEBYTECODE :=
@@ -12,6 +13,10 @@ demo: setup
 demo-slurm: setup
 	@scripts/setup.sh --slurm
 	@$(RUN) -m tests.slurm_cluster bash scripts/demo_slurm.sh
+
+play: setup
+	@scripts/setup.sh --play
+	@$(RUN) pipeline/play.py $(EXPORT)
 
 test: check
 	@scripts/setup.sh --test

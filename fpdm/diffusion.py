@@ -144,6 +144,14 @@ class Diffusion:
         signal, sigma = self._signal_and_sigma(t)
         return signal * noise - sigma * x0
 
+    def clean(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The clean latents (B, C, H, W) that an output (B, C or 2C, H, W) implies at x_t, x (B, C, H, W), t (B,)."""
+        prediction = output[:, : x.shape[1]]
+        signal, sigma = self._signal_and_sigma(t if self.is_flow else t.long())
+        if self.is_flow:
+            return x - sigma * prediction
+        return split_prediction(self.prediction, prediction, x, signal, sigma)[0]
+
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Per-sample losses, in float32 whatever the output's dtype.
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from the pins in pyproject.toml; a second run finds it finished. With --ffcv also FFCV, which is built
-# against libraries from Debian; with --slurm the daemons of SLURM; with --test both, and a browser. What is from Debian
+# against libraries from Debian; with --slurm the daemons of SLURM; with --play the playground's
+# packages; with --test all three, and a browser. What is from Debian
 # is installed where that is allowed, and named with its command where it is not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -71,6 +72,11 @@ update_debian() {
     echo "$said" >&2
     return 1
 }
+
+if [[ "${1:-}" = --test || "${1:-}" = --play ]] && ! .venv/bin/python -c 'import nicegui' 2>/dev/null; then
+    echo "setup: installing the playground's packages"
+    pip_install --editable '.[play]'
+fi
 
 if [ "${1:-}" = --test ]; then
     command -v chromium >/dev/null ||
