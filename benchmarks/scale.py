@@ -30,8 +30,9 @@ import torch
 from benchmarks.machine import show_machine
 from common.loading import parse_recipe
 from common.recipe import Recipe, diffusion
-from pipeline.training.data import Stream, open_latents
+from pipeline.training.data import Stream
 from pipeline.training.order import BlockOrder
+from preprocess.from_data import open_latents
 from preprocess.shards import INDEX, Sample, rows_name, shard_name, write_shard
 from preprocess.shards.format import VERSION
 from preprocess.shards.forms import Index, Settings, write_index_file

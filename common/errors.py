@@ -29,6 +29,10 @@ class Refused(UserError):
         self.faults = [str(OneLineError(fault)) for fault in faults]
 
 
+class NoDataYet(UserError):
+    """The recipe leaves a field to the data, and the shards that would say it are not there."""
+
+
 class Interrupted(Exception):
     """The command was asked to stop and has saved its work: the same command continues from here.
 

@@ -43,8 +43,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(_read_text(path), overrides, path)
 
 
-def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "recipe") -> Recipe:
-    """As `load_recipe`, from YAML text; `path` is how its errors name it."""
+def parse_recipe(
+    text: str, overrides: Sequence[str] = (), path: str | Path = "recipe", *, together: bool = True
+) -> Recipe:
+    """As `load_recipe`, from YAML text; `path` is how its errors name it. `together`: also check fields against one
+    another."""
     settings = _parse_yaml(text, path)
     for override in overrides:
         _apply(settings, override)
@@ -55,7 +58,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), path: str | Path = "r
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     try:
-        check_together(recipe)
+        if together:
+            check_together(recipe)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from common.errors import NoDataYet
 from common.recipe import Recipe
 
 T = TypeVar("T")
@@ -56,4 +57,7 @@ class Stage(Generic[T]):
     check: Callable[[Recipe, str], None] = lambda _recipe, _cluster: None
 
     def is_finished(self, recipe: Recipe) -> bool:
-        return self.finished(self.resolve(recipe))
+        try:
+            return self.finished(self.resolve(recipe))
+        except NoDataYet:  # a stage before this one makes it
+            return False

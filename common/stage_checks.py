@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from subprocess import SubprocessError
+from typing import Any
 
-from common.errors import Refused, UserError
+from common.errors import NoDataYet, Refused, UserError
 from common.recipe import Recipe
 from common.run_folder import RunFolder
 from common.stage import Stage
@@ -39,7 +41,7 @@ def check_stages(
 def _check(
     recipe: Recipe, stage: Stage, cluster: str, jobs: int | None, fetches: bool, to_do: set[str], found: list[str]
 ) -> None:
-    resolved = stage.resolve(recipe)
+    resolved = _resolved(recipe, stage)
     if stage.finished(resolved):
         return
     to_do.add(stage.name)
@@ -59,6 +61,16 @@ def _check(
                 looked = each.look(resolved)
                 if isinstance(looked, Iterator):
                     list(looked)
+
+
+def _resolved(recipe: Recipe, stage: Stage) -> Any:
+    """As the stage resolves it. What waits for data that a stage before makes has a value that refuses nothing."""
+    try:
+        return stage.resolve(recipe)
+    except NoDataYet:
+        model = recipe.model if recipe.model.num_classes else replace(recipe.model, num_classes=2)
+        train = replace(recipe.train, epochs=None, total_samples=1) if recipe.train.epochs else recipe.train
+        return stage.resolve(replace(recipe, model=model, train=train))
 
 
 @contextmanager

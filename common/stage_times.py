@@ -11,7 +11,7 @@ from common.files import disk_errors_as_user_errors
 from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 
-ORDER = ("compose", "encode", "train", "sample", "evaluate", "report")
+ORDER = ("compose", "autoencoder", "encode", "train", "sample", "evaluate", "report")
 
 
 @with_config(STRICT)

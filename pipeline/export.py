@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     from pipeline.exporting.model_card import Licences
     from pipeline.exporting.push import push
     from pipeline.sampling.sample_set import sample_set
+    from preprocess.from_data import from_data
 
-    recipe = load_recipe(arguments.config, arguments.overrides)
+    recipe = from_data(load_recipe(arguments.config, arguments.overrides))
     print(f"plan: weights: {sample_set(recipe, recipe.sample.weights).weights}")
     print(f"plan: pipeline: {RunFolder(recipe.folder).pipeline}", flush=True)
     if arguments.push:

@@ -16,7 +16,7 @@ from typing import Any
 from common.command import argument_parser, exit_status_of, path_argument
 from common.errors import UserError
 from common.files import disk_errors_as_user_errors
-from common.recipe import Recipe, denoiser_config, describe_network
+from common.recipe import Recipe, denoiser_config, describe_network, wanted_samples
 
 
 def main() -> None:
@@ -29,15 +29,16 @@ def main() -> None:
 
     from common.loading import load_recipe
     from common.run_folder import RunFolder, weights_folder
+    from preprocess.from_data import from_data
 
-    recipe = load_recipe(arguments.config, arguments.overrides)
+    recipe = from_data(load_recipe(arguments.config, arguments.overrides))
     print(f"plan: {describe_network(recipe)}", flush=True)
     if arguments.checkpoint is None:
         raise UserError("--checkpoint: missing; the file to import, such as DiT-XL-2-256x256.pt")
     folder = RunFolder(recipe.folder)
     if folder.weights.exists() or folder.checkpoints.exists():
         raise UserError(f"name: {recipe.folder} has weights already; import into another run, name=...")
-    target = weights_folder(recipe, recipe.train.total_samples)
+    target = weights_folder(recipe, wanted_samples(recipe.train))
     print(f"plan: {arguments.checkpoint} to {target}", flush=True)
     if not arguments.dry_run:
         take(recipe, arguments.checkpoint, arguments.weights)
@@ -71,7 +72,7 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
     config = replace(wanted, self_conditioned=model.config.self_conditioned)
     with disk_errors_as_user_errors(recipe.folder):
         parameters = {name: value.detach() for name, value in model.named_parameters()}
-        export_weights(recipe, parameters, recipe.train.total_samples, config=config, imported_from=path.name)
+        export_weights(recipe, parameters, wanted_samples(recipe.train), config=config, imported_from=path.name)
     print(f"{report}; next: python pipeline/sample.py with the same recipe and overrides")
 
 

@@ -24,8 +24,9 @@ def main() -> None:
     from common.loading import load_recipe
     from common.recipe.training import power_name
     from common.run_folder import weights_folder
+    from preprocess.from_data import from_data
 
-    recipe = load_recipe(arguments.config, arguments.overrides)
+    recipe = from_data(load_recipe(arguments.config, arguments.overrides))
     if arguments.width is None:
         raise UserError("--width: missing; the average's share of the training, such as 0.08")
     stored = find_snapshots(recipe)

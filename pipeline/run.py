@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.command import add_force_option, argument_parser, ended_by_signals, exit_status_of, unless_forced
-from common.errors import UserError
+from common.errors import NoDataYet, UserError
 from common.recipe import Recipe
 from common.run_folder import RunFolder
 
@@ -47,7 +47,6 @@ def main() -> None:
     from common.stage_checks import check_stages
     from pipeline.orchestration.plan import plan
     from pipeline.stages import select
-    from pipeline.training.cost import describe_cost
     from slurm.cluster import resolve
 
     recipe = load_recipe(arguments.config, arguments.overrides)
@@ -70,13 +69,24 @@ def main() -> None:
     with unless_forced(arguments):
         check_stages(recipe, stages, cluster, fetches=not arguments.dry_run)
     if arguments.dry_run:
-        lines = [*plan(recipe, stages, cluster), f"training: {describe_cost(recipe)}"]
+        lines = [*plan(recipe, stages, cluster), f"training: {cost_or_epochs(recipe)}"]
         print("\n".join(f"plan: {line}" for line in lines))
         return
     with ended_by_signals():
         for number, stage in enumerate(stages, 1):
             run_and_say(recipe, stage, cluster, f"[{number}/{len(stages)}] {stage.name}")
     say_where(recipe)
+
+
+def cost_or_epochs(recipe: Recipe) -> str:
+    """What training costs, which waits for the number of images where the recipe leaves that to the data."""
+    from pipeline.training.cost import describe_cost
+    from preprocess.from_data import from_data
+
+    try:
+        return describe_cost(from_data(recipe))
+    except NoDataYet:
+        return "the cost is counted when the images are encoded"
 
 
 def run_and_say(recipe: Recipe, stage: "Stage", cluster: str, title: str) -> None:
@@ -107,7 +117,7 @@ def say_where(recipe: Recipe) -> None:
     """The last lines of a run: where the results lie, and what to do next."""
     folder = RunFolder(recipe.folder)
     print(f"\nreport:  {folder.report}\nimages:  {folder.contact_sheet}\nnumbers: {folder.metrics}")
-    settings = {name: getattr(recipe.train, name) for name in ("total_samples", "max_pflops", "max_hours")}
+    settings = {name: getattr(recipe.train, name) for name in ("total_samples", "epochs", "max_pflops", "max_hours")}
     ends = (f"train.{name}={4 * value}" for name, value in settings.items() if value is not None)
     longer = (f"name={recipe.name}-longer", *ends)
     command = shlex.join([os.path.relpath(sys.executable), *sys.argv, *longer])

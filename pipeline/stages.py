@@ -7,10 +7,12 @@ from pipeline.evaluation import stage as evaluation
 from pipeline.reporting import stage as reporting
 from pipeline.sampling import stage as sampling
 from pipeline.training import stage as training
+from preprocess.autoencoder import stage as autoencoder
 from preprocess.demo import stage as demo
 from preprocess.encoding import stage as encoding
 
-STAGES: tuple[Stage, ...] = tuple(room.STAGE for room in (demo, encoding, training, sampling, evaluation, reporting))
+ROOMS = (demo, autoencoder, encoding, training, sampling, evaluation, reporting)
+STAGES: tuple[Stage, ...] = tuple(room.STAGE for room in ROOMS)
 
 
 def select(recipe: Recipe, names: str | None) -> list[Stage]:

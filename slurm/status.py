@@ -16,6 +16,7 @@ from common.command import exit_status_of, path_argument
 from common.errors import UserError, printable
 from common.job_listing import JobForm, ListingForm
 from common.log_lines import read_log
+from common.recipe import wanted_samples
 from common.run_folder import RunFolder
 from common.run_recipe import read_recipe
 from common.sealed import read_sealed
@@ -122,7 +123,7 @@ def training(run: Path) -> Iterator[str]:
         return
     last, rate = steps[-1], steps[-1]["samples_per_second"] or 0
     try:
-        total = read_recipe(run).train.total_samples
+        total = wanted_samples(read_recipe(run).train)
     except UserError as error:
         yield f"\ntraining: {last['samples']:,} samples, loss {last['loss']:.4f}; {error}"
         return

@@ -21,9 +21,10 @@ from common.recipe.network import (
     describe_network,
     diffusion,
     latent_shape,
+    num_classes,
 )
 from common.recipe.sampling import Evaluate, Sample, Sweep, check_sampling
-from common.recipe.training import Train, check_training, timestep_density, with_world_size
+from common.recipe.training import Train, check_training, timestep_density, wanted_samples, with_world_size
 
 __all__ = [
     "VAE",
@@ -43,8 +44,10 @@ __all__ = [
     "diffusion",
     "latent_shape",
     "launch_of",
+    "num_classes",
     "own_launch",
     "timestep_density",
+    "wanted_samples",
     "with_world_size",
 ]
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
-from common.recipe.fields import STRICT, Count, Fraction, Place, Positive
+from common.recipe.fields import STRICT, AtLeastZero, Count, Fraction, Place, Positive
 
 WITH_FIELDS = ("webdataset", "parquet", "imagenet")  # sources that accept image_field and label_field
 
@@ -41,9 +41,9 @@ class Data:
     data. `none`: one class, whatever labels there are."""
     follow_links: StrictBool = False
     """Read what symbolic links below `images` lead to, wherever it is. Not in archives."""
-    crop: Literal["center", "short_side", "resize"] = "center"
+    crop: Literal["center", "short_side", "resize", "fit"] = "center"
     """`center`: ADM's center crop, for ImageNet. `short_side`: LSUN's. `resize`: Lanczos without a crop, for aligned
-    images."""
+    images. `fit`: the whole image, and white beside it, for images on white."""
     resolution: Count = 256
     """Side of the images that are encoded, in pixels."""
     shards: Place = "data/shards"
@@ -73,6 +73,21 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class VAETraining:
+    """An autoencoder is trained on the images, before they are encoded, and written to `vae.path`. Only recipes that
+    want one have this section."""
+
+    images: Count = 16_000
+    """Images that it sees, each counted every time."""
+    start: Place | None = None
+    """Folder of an autoencoder of the same network, whose weights it starts from, such as ./assets/vae-demo. null: from
+    nothing, which takes several times as many images."""
+    kl_weight: AtLeastZero = 5e-3
+    """Weight of the posterior's divergence from noise, which is reached at the end. More: latents that are easier to
+    learn, and a lower PSNR; the demo's autoencoder had 0.06 at last."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class VAE:
     """The autoencoder. Channels and downsampling are compared with its configuration; a dry run needs no weights."""
 
@@ -90,6 +105,7 @@ class VAE:
     """Precision of encoding and decoding."""
     batch_size: Count = 32
     """Images that one process encodes or decodes at once."""
+    training: VAETraining | None = None
 
 
 def check_data(data: Data) -> None:

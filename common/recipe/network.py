@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import StrictBool
@@ -39,8 +40,8 @@ class Model:
     """Explicit blocks after the fixed point."""
     pre_post_timestep_conditioning: StrictBool = False
     """Whether the explicit blocks see the timestep. In the paper they do not."""
-    num_classes: Count = 1000
-    """Classes of the data. 1: unconditional."""
+    num_classes: Count | None = None
+    """Classes of the data. 1: unconditional. null: as many as the shards have."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalisation before attention, MLP and last layer. `rms`: RMSNorm, which leaves the mean in."""
     qk_norm: StrictBool = False
@@ -77,6 +78,13 @@ class Objective:
     predictions as if they were of the velocity (Li and He, 2025)."""
 
 
+def num_classes(model: Model) -> int:
+    """The classes of the data. ValueError where the recipe leaves them to the data (`preprocess.from_data`)."""
+    if model.num_classes is None:
+        raise ValueError("num_classes: null, and nothing has resolved it from the data; state it")
+    return model.num_classes
+
+
 def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
     """(C, h, w) of one latent."""
     side = recipe.data.resolution // recipe.vae.downsampling
@@ -84,7 +92,10 @@ def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def denoiser_config(recipe: Recipe) -> DenoiserConfig:
-    """The network's own settings: `size` resolved, the latents' shape from the VAE. ValueError names a field."""
+    """The network's own settings: `size` resolved, the latents' shape from the VAE. ValueError names a field.
+
+    `model.num_classes` must be resolved (`preprocess.from_data`).
+    """
     from fpdm.config import SIZES, DenoiserConfig
 
     model = recipe.model
@@ -99,7 +110,7 @@ def denoiser_config(recipe: Recipe) -> DenoiserConfig:
         pre_depth=model.pre_depth,
         post_depth=model.post_depth,
         pre_post_timestep_conditioning=model.pre_post_timestep_conditioning,
-        num_classes=model.num_classes,
+        num_classes=num_classes(model),
         norm=model.norm,
         qk_norm=model.qk_norm,
         rope=model.rope,
@@ -116,8 +127,15 @@ def describe_network(recipe: Recipe) -> str:
     """One line: the network, the latents' shape, and its exact size."""
     from fpdm.denoiser import count_parameters
 
-    parameters = count_parameters(denoiser_config(recipe))
-    return f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters"
+    config = denoiser_config(_with_classes(recipe))
+    parameters = count_parameters(config)
+    more = "" if recipe.model.num_classes else f" with one class, {config.hidden_size:,} more with each other"
+    return f"network: {recipe.model.kind} on latents {latent_shape(recipe)}, {parameters:,} parameters{more}"
+
+
+def _with_classes(recipe: Recipe) -> Recipe:
+    """With one class where the number is left to the data: for what does not depend on it."""
+    return recipe if recipe.model.num_classes else replace(recipe, model=replace(recipe.model, num_classes=1))
 
 
 def diffusion(recipe: Recipe) -> Diffusion:
@@ -139,6 +157,6 @@ def check_network(recipe: Recipe) -> None:
         raise ValueError(f"model.patch_size: {recipe.model.patch_size} does not divide the latents' side of {side}")
     for section, build in (("model", denoiser_config), ("objective", diffusion)):
         try:
-            build(recipe)
+            build(_with_classes(recipe))
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None

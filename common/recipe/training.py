@@ -23,6 +23,8 @@ from common.recipe.fields import (
     Width,
 )
 
+PAPER_SAMPLES = 204_800_000
+
 if TYPE_CHECKING:
     from common.recipe import Recipe
     from fpdm.timesteps import TimestepDensity
@@ -138,9 +140,12 @@ class Train:
     """Batches, iterations, precision and memory. Sections below it: timesteps, optimizer, ema, checkpoint, log and
     previews."""
 
-    total_samples: Count = 204_800_000
-    """Length of the training in samples, rounded up to a multiple of `batch_size`. The default is the paper's 400,000
-    steps of 512 (4 days on 8 GPUs). Training ends with the first of this, max_pflops and max_hours."""
+    total_samples: Count | None = None
+    """Length of the training in samples, rounded up to a multiple of `batch_size`. null: what `epochs` says, else the
+    paper's 204,800,000, which are 400,000 steps of 512 (4 days on 8 GPUs). Training ends with the first of this,
+    max_pflops and max_hours."""
+    epochs: Count | None = None
+    """Instead of `total_samples`: how often each image is seen. null: total_samples says it."""
     max_pflops: Positive | None = None
     """Length of the training in 1e15 floating-point operations, as many as its samples take in the mean over the counts
     that are drawn: equal for DiT and FPDM, it gives both the same computation. null: no limit."""
@@ -205,6 +210,12 @@ class Train:
     previews: Previews = Previews()
 
 
+def wanted_samples(train: Train) -> int:
+    """Length of the training in samples. `epochs` must be resolved (`preprocess.from_data`)."""
+    assert train.epochs is None
+    return train.total_samples or PAPER_SAMPLES
+
+
 def timestep_density(settings: Timesteps) -> TimestepDensity:
     """The density of timesteps as `fpdm` computes it."""
     from fpdm.timesteps import TimestepDensity
@@ -214,6 +225,11 @@ def timestep_density(settings: Timesteps) -> TimestepDensity:
 
 def check_training(train: Train) -> None:
     """Raises ValueError for fields of the section that do not go together."""
+    if train.epochs and train.total_samples:
+        raise ValueError(
+            f"train.epochs: {train.epochs} beside train.total_samples {train.total_samples}: both are the length of "
+            "the training; set one of them, the other to null"
+        )
     if train.zero_stage == 0 and train.precision == "fp16":
         raise ValueError(
             "train.zero_stage: at 0 DeepSpeed does not scale the loss that fp16 needs scaled; use 1, 2 or 3"

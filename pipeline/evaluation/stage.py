@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 def resolve(recipe: Recipe) -> "Evaluation":
     from pipeline.evaluation.measurements import Evaluation
+    from preprocess.from_data import from_data
 
-    return Evaluation.of(recipe)
+    return Evaluation.of(from_data(recipe))
 
 
 def plan(evaluation: "Evaluation") -> Iterator[str]:

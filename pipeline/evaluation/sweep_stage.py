@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 def resolve(recipe: Recipe) -> "Sweep":
     from pipeline.evaluation.sweep import Sweep
+    from preprocess.from_data import from_data
 
-    return Sweep(recipe)
+    return Sweep(from_data(recipe))
 
 
 def plan(sweep: "Sweep") -> Iterator[str]:

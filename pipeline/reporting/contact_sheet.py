@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from common.errors import one_line
+from common.recipe import num_classes
 from pipeline.evaluation.image_sets import by_class
 from pipeline.sampling.chunks import cover_gap, iterate
 from pipeline.sampling.sample_set import SampleSet, Sampling
@@ -36,7 +37,7 @@ class Block:
 def class_panels(sampling: Sampling) -> list[list[Block]]:
     """For each of the first classes: real images, then samples of each of the recipe's sets, as many of each."""
     recipe = sampling.recipe
-    classes = min(recipe.model.num_classes, MAX_CLASSES)
+    classes = min(num_classes(recipe.model), MAX_CLASSES)
     each = max(1, recipe.sample.save_images // classes)
     drawn = {_origin(samples): _samples_by_class(sampling, samples, classes, each) for samples in sampling.sets}
     source, panels = open_source(recipe.data), []

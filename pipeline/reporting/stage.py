@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 def resolve(recipe: Recipe) -> "Report":
     from pipeline.reporting.page import Report
+    from preprocess.from_data import from_data
 
-    return Report(recipe)
+    return Report(from_data(recipe))
 
 
 def plan(shown: "Report") -> Iterator[str]:

@@ -17,7 +17,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape
+from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape, num_classes
 from common.recipe.sampling import MEASURED, sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
@@ -186,7 +186,7 @@ def labels_for(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
     """Label of sample i. "balanced": i % num_classes, as many of each class exactly where the classes divide the number
     of samples; "uniform": drawn, a function of (seed, i).
     """
-    classes = recipe.model.num_classes
+    classes = num_classes(recipe.model)
     if recipe.sample.labels == "balanced":
         return index % classes
     return rng.integers(recipe.seed, "sample/label", index, classes)

@@ -19,6 +19,7 @@ from pipeline.sampling.chunks import Span, chunk_spans
 from pipeline.sampling.features import SampleFeatures
 from pipeline.sampling.models import Models
 from preprocess.encoding.encoder import Identity
+from preprocess.from_data import from_data
 from preprocess.shards import INDEX
 from preprocess.shards.forms import read_local_index
 
@@ -77,6 +78,7 @@ def sample_set(recipe: Recipe, weights: Weights, vae: Identity | None = None) ->
     Raises UserError where there are none, where they are another network's than the recipe's, and where the autoencoder
     scales latents otherwise than the one that encoded the training images.
     """
+    recipe = from_data(recipe)  # some commands come with a recipe as it is written
     samples_seen, folder = find_weights(recipe, weights, recipe.sample.ema)
     described = describe(folder)
     identity = asdict(vae or Models(recipe.vae, recipe.evaluate).vae)

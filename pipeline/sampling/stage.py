@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 def resolve(recipe: Recipe) -> "Sampling":
     from pipeline.sampling.sample_set import Sampling
+    from preprocess.from_data import from_data
 
-    return Sampling.of(recipe)
+    return Sampling.of(from_data(recipe))
 
 
 def plan(sampling: "Sampling") -> Iterator[str]:
@@ -65,5 +66,5 @@ STAGE = Stage(
     all_processes=True,
     part=sample,
     fetch=fetch,
-    inputs=(Input(look_for_vae), Input(plan, ("train",))),
+    inputs=(Input(look_for_vae, ("autoencoder",)), Input(plan, ("train",))),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic_folder, disk_errors_as_user_errors, remove_folder, sha256_file
-from common.recipe import Recipe, denoiser_config
+from common.recipe import Recipe, denoiser_config, wanted_samples
 from common.run_folder import RunFolder, counted, weights_folder
 from common.sealed import write_sealed
 from fpdm.config import DenoiserConfig
@@ -164,7 +164,7 @@ def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> C
         if choice[0] is not None and checkpoint is None:
             checkpoint = _read_choice(choice[0], recipe, identity)
     if checkpoint and checkpoint.state.samples_seen > total_samples(recipe.train):
-        end, paid = recipe.train.total_samples, recipe.train.max_pflops
+        end, paid = wanted_samples(recipe.train), recipe.train.max_pflops
         raise UserError(
             f"train.{f'total_samples: {end}' if paid is None else f'max_pflops: {paid:g} pays for {end} samples'}, but "
             f"{recipe.folder} has trained on {checkpoint.state.samples_seen}; ask for more, or choose another name"

@@ -8,35 +8,20 @@ exactly once an epoch, and a step may span two epochs.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.loading import expanded
-from common.recipe import Data, Recipe, latent_shape, timestep_density
+from common.recipe import Data, Recipe, latent_shape, num_classes, timestep_density
 from fpdm import rng
 from fpdm.diffusion import Diffusion
 from fpdm.latents import draw_latents
 from pipeline.training.order import BlockOrder, RandomOrder
-from preprocess import beton
-from preprocess.shards import INDEX, Cache, LatentShards
+from preprocess.from_data import open_latents
+from preprocess.shards import LatentShards
 from preprocess.shards.storage import CachedFolder
-
-
-def open_latents(data: Data) -> LatentShards:
-    """The latents, in a folder or at an address, in either format. Raises UserError where they are missing."""
-    address = data.shards.rstrip("/")
-    if data.format == "ffcv":
-        address = f"{address}/{beton.FOLDER}"
-        if "://" not in address and not (Path(address) / INDEX).is_file():
-            raise UserError(f"data.format: {address} has no {INDEX}; run preprocess/beton.py, or set data.format=tar")
-    if data.cache is None:
-        return LatentShards(address)
-    folder = expanded("data.cache", data.cache)
-    return LatentShards(address, Cache(Path(folder), None if data.cache_gb is None else int(data.cache_gb * 1e9)))
 
 
 def open_shards(recipe: Recipe) -> LatentShards:
@@ -113,7 +98,7 @@ class Stream:
             latents=latents,
             noise=rng.normal(seed, "train/noise", positions, shape),
             timesteps=self.diffusion.timesteps(density.fractions(u)),
-            labels=torch.where(dropped, recipe.model.num_classes, labels),  # num_classes is the null label
+            labels=torch.where(dropped, num_classes(recipe.model), labels),  # num_classes is the null label
             weights=density.weights(u) if recipe.train.timesteps.corrected else torch.ones(count),
             tokens=self._shuffled_tokens(positions),
         )

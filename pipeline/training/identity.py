@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from common.recipe import Recipe, Train
+from common.recipe import Recipe, Train, wanted_samples
 from pipeline.training.initial import sha256_of_weights
 from preprocess.shards import LatentShards
 
@@ -37,7 +37,7 @@ def identity(recipe: Recipe, shards: LatentShards) -> dict[str, Any]:
     train = recipe.train
     if train.optimizer.learning_rate_decay != "constant" or train.iterations_rise or train.dense_end:
         # every rate and count of the schedule depends on its end
-        fields["train.total_samples"] = train.total_samples
+        fields["train.total_samples"] = wanted_samples(train)
         if train.max_hours is not None:
             fields["train.max_hours"] = train.max_hours
     if train.initial_weights is not None:
@@ -78,7 +78,7 @@ def precision(train: Train, on_gpu: bool | None = None) -> str:
 
 def total_samples(train: Train) -> int:
     """`train.total_samples`, rounded up to a multiple of the batch size."""
-    return math.ceil(train.total_samples / train.batch_size) * train.batch_size
+    return math.ceil(wanted_samples(train) / train.batch_size) * train.batch_size
 
 
 def crosses(before: int, after: int, interval: int) -> bool:

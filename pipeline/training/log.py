@@ -18,8 +18,10 @@ from common.run_folder import RunFolder
 from pipeline.training.schedule import StepIterations, learning_rate
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
+from pipeline.training.warnings import long_silence
 
 LINE_EVERY_SECONDS = 10.0
+TIMED_STEPS = 3  # before a long silence is announced
 
 Values = dict[str, float | int | str | None]
 
@@ -158,10 +160,19 @@ def _remove_lines_after(path: Path, samples_seen: int) -> None:
 
 
 class ProgressBar:
-    """A bar on a terminal; a line every ten seconds in a log file; nothing on ranks other than 0."""
+    """A bar on a terminal; a line every ten seconds in a log file; nothing on ranks other than 0.
 
-    def __init__(self, total: int, samples_seen: int, rank: int, seconds: float = math.inf) -> None:
-        """`total`, `seconds`: of the whole training, which ends with the first of both."""
+    After some steps it warns where the log's next line is far away: until then nothing is shown.
+    """
+
+    def __init__(
+        self, total: int, samples_seen: int, rank: int, seconds: float = math.inf, every_samples: int = 0
+    ) -> None:
+        """`total`, `seconds`: of the whole training, which ends with the first of both. `every_samples`: the log's
+        interval; 0: nothing is said of it.
+        """
+        self.steps, self.counted, self.started = 0, 0, 0.0
+        self.every_samples = min(every_samples, total - samples_seen) if rank == 0 else 0
         on_terminal = sys.stderr.isatty()
         self.lines = rank == 0 and not on_terminal
         self.total, self.seconds, self.last_line = total, seconds, 0.0
@@ -176,6 +187,15 @@ class ProgressBar:
 
     def advance(self, samples: int) -> None:
         self.bar.update(samples)
+        self.steps += 1
+        if self.steps == 1:  # the first step allocates
+            self.started = time.monotonic()
+        elif self.steps <= TIMED_STEPS + 1:
+            self.counted += samples
+        if self.steps == TIMED_STEPS + 1 and (
+            warning := long_silence(self.every_samples, self.counted / (time.monotonic() - self.started))
+        ):
+            tqdm.write(warning, file=sys.stderr)
 
     def show(self, state: TrainState, speed: dict[str, float | None]) -> None:
         """The mean loss since the last log line; `speed`: `Throughput.read`."""

@@ -19,6 +19,7 @@ from pipeline.training.identity import changes, identity, total_samples
 from pipeline.training.schedule import has_ended
 from pipeline.training.signals import stop_requests
 from pipeline.training.trainer import Trainer
+from pipeline.training.warnings import warnings
 
 
 def train(recipe: Recipe) -> None:
@@ -45,6 +46,9 @@ def train(recipe: Recipe) -> None:
             shards = open_shards(recipe)
             stage_in(recipe.data, shards)
             shards.prove_places(rank, world_size)
+        if rank == 0:
+            for line in warnings(recipe, len(shards)):
+                print(line, file=sys.stderr, flush=True)
         Trainer(recipe, shards, ranks, stop).run()
 
 

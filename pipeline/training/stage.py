@@ -5,7 +5,13 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import Launch, Recipe
-from common.stage import Input, Stage, the_recipe
+from common.stage import Input, Stage
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    from preprocess.from_data import from_data
+
+    return from_data(recipe)
 
 
 def plan(recipe: Recipe) -> Iterator[str]:
@@ -45,7 +51,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
         check_initial_weights(Path(settings.initial_weights), denoiser_config(recipe), recipe.objective)
         yield f"initial weights: {settings.initial_weights}"
     samples = len(open_shards(recipe))
-    yield f"data: {samples:,} samples in {recipe.data.shards}, {settings.total_samples / samples:.2f} epochs"
+    yield f"data: {samples:,} samples in {recipe.data.shards}, {total_samples(settings) / samples:.2f} epochs"
 
 
 def finished(recipe: Recipe) -> bool:
@@ -102,7 +108,7 @@ def _has_gpus(launch: Launch, cluster: str) -> bool:
 
 STAGE = Stage(
     name="train",
-    resolve=the_recipe,
+    resolve=resolve,
     plan=plan,
     finished=finished,
     work=train,

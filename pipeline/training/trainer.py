@@ -86,8 +86,8 @@ class Trainer:
                     self.log = open_run_folder(recipe, self.identity, self.config, samples_seen, weights)
                     if recipe.train.previews.grid_every_samples or recipe.train.previews.distance_every_samples:
                         self.previewer = Previewer(recipe, self.log, self.engine.device)
-            limit = 3600 * (recipe.train.max_hours or math.inf)
-            with closing(ProgressBar(self.total, samples_seen, rank, limit)) as self.progress:
+            limit, every = 3600 * (recipe.train.max_hours or math.inf), recipe.train.log.every_samples
+            with closing(ProgressBar(self.total, samples_seen, rank, limit, every)) as self.progress:
                 self.throughput.start()
                 self.started = time.monotonic()
                 yield

@@ -54,6 +54,8 @@ def find_vae(settings: VAE) -> Path | None:
         )
     if folder.is_dir():
         return _checked(folder, settings)
+    if settings.training is not None:  # it will be a folder, and is never looked up on the hub
+        return None
     try:
         return _checked(_from_hub(settings, local_files_only=True), settings)
     except (OSError, UserError):  # missing or incomplete in the cache, or no name of a hub repository
@@ -65,6 +67,8 @@ def fetch_vae(settings: VAE) -> Path:
     folder = find_vae(settings)
     if folder is not None:
         return folder
+    if settings.training is not None:
+        raise UserError(f"vae.path: {settings.path} is not trained yet; run python preprocess/train_vae.py first")
     try:
         return _checked(_from_hub(settings, local_files_only=False), settings)
     except OSError as error:

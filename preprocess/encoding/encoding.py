@@ -146,7 +146,7 @@ def _autoencoder(identity: Identity) -> Autoencoder:
 def _check_classes(recipe: Recipe, names: list[str]) -> None:
     """Raises UserError for another number of classes than `model.num_classes`, with advice for the likely mistake."""
     data, wanted, count = recipe.data, recipe.model.num_classes, len(names)
-    if count == wanted:
+    if wanted in (None, count):
         return
     remedy = f"set model.num_classes={count}"
     if count == 1 and data.source not in ONE_CLASS:
@@ -203,7 +203,8 @@ def describe_plan(encoding: Encoding) -> list[str]:
     """Lines on the images, latents, shards and the work to do. Raises UserError if the disk is too full."""
     recipe, source, slices, data = encoding.recipe, encoding.source, encoding.slices, encoding.recipe.data
     shape = " x ".join(map(str, latent_shape(recipe)))
-    vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} (to be downloaded from the hub)"
+    missing_vae = "to be trained" if recipe.vae.training else "to be downloaded from the hub"
+    vae = recipe.vae.path if encoding.settings["vae"] else f"{recipe.vae.path} ({missing_vae})"
     records = _records(encoding)
     missing = sum(len(positions) for positions, record in zip(slices, records, strict=True) if record is None)
     flips = " and its mirror image" if data.flips else ""

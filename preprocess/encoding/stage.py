@@ -74,10 +74,11 @@ def complete(encoding: "Encoding") -> None:
 
 
 def fetch(recipe: Recipe) -> None:
-    """Downloads the autoencoder, so that no two jobs do."""
+    """Downloads the autoencoder, so that no two jobs do; one that a stage trains is never downloaded."""
     from preprocess.encoding.encoder import fetch_vae
 
-    fetch_vae(recipe.vae)
+    if recipe.vae.training is None:
+        fetch_vae(recipe.vae)
 
 
 STAGE = Stage(

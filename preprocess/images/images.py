@@ -157,10 +157,21 @@ def resize(image: Image.Image, resolution: int) -> Image.Image:
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
+def fit(image: Image.Image, resolution: int) -> Image.Image:
+    """The whole image, its longer side resized with a Lanczos filter; the rest of the square is white."""
+    scale = resolution / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    square = Image.new("RGB", (resolution, resolution), WHITE[:3])
+    corner = (resolution - size[0]) // 2, (resolution - size[1]) // 2
+    square.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
+    return square
+
+
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "center": center_crop,
     "short_side": short_side_crop,
     "resize": resize,
+    "fit": fit,
 }
 
 

@@ -229,7 +229,7 @@ def test_defect_c10_an_unconditional_recipe_needs_no_word_about_guidance(name: s
 
 
 def test_a_size_sets_the_network_and_single_fields_override_it() -> None:
-    recipe = parse_recipe("name: a\nmodel: {size: B, hidden_size: 384, num_heads: 6}")
+    recipe = parse_recipe("name: a\nmodel: {size: B, hidden_size: 384, num_heads: 6, num_classes: 10}")
     config = denoiser_config(recipe)
     assert (config.hidden_size, config.num_heads, config.depth) == (384, 6, 12)
 

@@ -11,7 +11,7 @@ from pipeline.training.schedule import StepIterations
 from pipeline.training.state import TrainState
 from pipeline.training.throughput import Interval, loss_sums, step_flops
 
-SMALL = ("model.size=null", "model.hidden_size=32", "model.num_heads=2", "train.batch_size=16")
+SMALL = ("model.size=null", "model.hidden_size=32", "model.num_heads=2", "model.num_classes=2", "train.batch_size=16")
 
 
 def test_loss_sums_of_parts_add_up_to_those_of_the_batch() -> None:

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocess.images.images import CROPS
+from preprocess.images.images import CROPS, fit
 from tests.photographs import photograph
 
 Pixels = NDArray[np.uint8]
@@ -88,3 +88,12 @@ def test_a_crop_is_its_published_rule_to_the_bit(rule: str, size: tuple[int, int
     image = photograph(3, *size)
     expected = Image.fromarray(np.ascontiguousarray(RULES[rule](np.asarray(image))))
     assert CROPS[rule](image, SIDE).tobytes() == expected.tobytes()
+
+
+def test_fit_keeps_the_whole_image_in_a_white_square() -> None:
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    pixels = np.asarray(fit(image, 16))
+    assert (pixels[4:12] == (255, 0, 0)).all()
+    assert (pixels[:4] == 255).all()
+    assert (pixels[12:] == 255).all()
+    assert fit(Image.new("RGB", (1, 5000)), 16).size == (16, 16)

@@ -14,8 +14,9 @@ import torch
 from common.errors import UserError
 from common.loading import load_recipe
 from common.recipe import diffusion
-from pipeline.training.data import Stream, open_latents
+from pipeline.training.data import Stream
 from preprocess import beton
+from preprocess.from_data import open_latents
 from preprocess.shards import INDEX, LatentShards, Sample, verify, write_index, write_shard
 
 SHAPE, COUNT, SHARD = (8, 4, 4), 70, 32

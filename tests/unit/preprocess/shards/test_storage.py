@@ -21,7 +21,8 @@ import torch
 from common.errors import UserError
 from common.loading import parse_recipe
 from common.recipe import diffusion
-from pipeline.training.data import Stream, open_latents, stage_in
+from pipeline.training.data import Stream, stage_in
+from preprocess.from_data import open_latents
 from preprocess.shards import Cache, LatentShards, Sample, shard_name, storage, write_index, write_shard
 from preprocess.shards.storage import CachedFolder
 

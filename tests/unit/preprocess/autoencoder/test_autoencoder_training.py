@@ -1,0 +1,130 @@
+"""An autoencoder is trained on images of any source that are not held out, and finished without changing an image."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models import AutoencoderKL
+from PIL import Image
+
+from common.errors import UserError
+from common.recipe import VAE, Data, Recipe
+from common.recipe.data import VAETraining
+from preprocess.autoencoder.export import MEASURED, read_measured
+from preprocess.autoencoder.images import load_images
+from preprocess.autoencoder.stage import STAGE, low_psnr
+from preprocess.autoencoder.training import (
+    FIRST_KL_WEIGHT,
+    build,
+    finish,
+    kl_weight,
+    learning_rate,
+    loss,
+    measure,
+    start,
+)
+
+RECIPE = Recipe(name="test", data=Data(resolution=16), vae=VAE(downsampling=4))
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Recipe:
+    """40 images of two classes, one of which is damaged."""
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / f"images/{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    training = VAETraining(images=8)
+    vae = VAE(path=str(tmp_path / "vae"), downsampling=4, training=training)
+    return Recipe(name="own", data=Data(images=str(tmp_path / "images"), resolution=16, crop="resize"), vae=vae)
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    first, second = build(RECIPE), build(RECIPE)
+    other = build(Recipe(name="test", seed=1, data=RECIPE.data, vae=RECIPE.vae))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.encoder.conv_in.weight, other.encoder.conv_in.weight)
+
+
+def test_a_step_follows_the_gradient_of_every_parameter() -> None:
+    vae = build(RECIPE)
+    loss(vae, images(2), seed=0, step=0, weight=1e-3).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in vae.parameters())
+
+
+def test_the_learning_rate_rises_and_falls_to_zero() -> None:
+    rates = [learning_rate(step, 1000) for step in range(1000)]
+    assert rates[0] < rates[100] < max(rates) <= 1e-3
+    assert rates[-1] < 1e-8
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_finishing_standardises_the_latents_and_keeps_the_images(offset: float) -> None:
+    vae, batch = build(RECIPE), images(8)
+    vae.quant_conv.bias.data[:4] = offset
+    finished = finish(vae, batch)
+    before, after = measure(vae, batch), measure(finished, batch)
+    assert after["psnr"] == pytest.approx(before["psnr"], abs=0.01)
+    assert after["channel_means"] == pytest.approx([0] * 4, abs=0.01)
+    assert after["channel_stds"] == pytest.approx([1] * 4, abs=0.01)
+
+
+def test_the_stage_keeps_the_psnr_beside_weights_that_load(own: Recipe) -> None:
+    assert not STAGE.is_finished(own)
+    assert list(STAGE.plan(own))
+    STAGE.work(own)
+    assert STAGE.is_finished(own)
+    folder, held = Path(own.vae.path), load_images(own).held_out
+    loaded = AutoencoderKL.from_pretrained(folder)
+    kept = read_measured(folder)
+    assert kept is not None
+    assert kept["psnr"] == pytest.approx(measure(loaded, held)["psnr"], abs=0.05)
+    assert loaded.config.scaling_factor == pytest.approx(1)
+    assert f"PSNR | {kept['psnr']:.2f} dB" in (folder / "README.md").read_text(encoding="utf-8")
+    (warning,) = low_psnr(own.vae)
+    assert f"PSNR of {kept['psnr']:.1f} dB, below 26" in warning
+    with pytest.raises(UserError, match=r"vae\.path: .* was trained with another vae\.training\.images \(8; now 24\)"):
+        STAGE.is_finished(replace(own, vae=replace(own.vae, training=VAETraining(images=24))))
+    further = replace(own, vae=replace(own.vae, path="elsewhere", training=VAETraining(start=str(folder))))
+    assert torch.equal(start(further).decoder.conv_in.weight, loaded.decoder.conv_in.weight)
+    (folder / MEASURED).write_text((folder / MEASURED).read_text().replace('"held_out": 1', '"held_out": 2'))
+    with pytest.raises(UserError, match="changed after it was written"):
+        low_psnr(own.vae)
+
+
+def test_an_autoencoder_of_others_is_never_overwritten(own: Recipe) -> None:
+    Path(own.vae.path).mkdir()
+    with pytest.raises(UserError, match=r"vae\.path: .* is there, and vae\.training did not make it"):
+        STAGE.is_finished(own)
+
+
+def test_training_sees_every_usable_image_once_an_epoch_and_never_a_held_out_one(own: Recipe) -> None:
+    own = replace(own, data=replace(own.data, flips=False))
+    loaded = load_images(own)
+    assert (len(loaded.training), len(loaded.held_out)) == (38, 1)
+    epoch = torch.cat([loaded.batch(step, 19) for step in range(2)])
+    assert len({image.numpy().tobytes() for image in [*epoch, *loaded.held_out]}) == 39
+    assert not torch.equal(loaded.batch(0, 19), loaded.batch(2, 19))
+    assert torch.equal(loaded.batch(2, 19), load_images(own).batch(2, 19))
+
+
+def test_another_downsampling_is_refused() -> None:
+    with pytest.raises(UserError, match=r"vae\.downsampling: found 32"):
+        build(Recipe(name="test", vae=VAE(downsampling=32)))
+
+
+def test_the_divergence_weighs_more_from_step_to_step_until_the_last_quarter() -> None:
+    weights = [kl_weight(step, 100, 0.06) for step in range(100)]
+    assert (weights[0], weights[75], weights[99]) == (FIRST_KL_WEIGHT, pytest.approx(0.06), 0.06)
+    factors = [after / before for before, after in pairwise(weights[:76])]
+    assert factors == pytest.approx([factors[0]] * 75)
+    assert [kl_weight(step, 100, 0.0) for step in (0, 99)] == [0, 0]
