@@ -237,10 +237,12 @@ def resume(setting: Setting) -> Iterator[Row]:
     whole, killed = (tiny_recipe(setting, name, *given, steps=GOES_ON) for name in ("whole", "killed"))
     expected = trained(whole, setting.device)
     process, log = started(killed, setting.device), RunFolder(killed.folder).log
-    while process.is_alive() and not (log.exists() and log.read_text().count("\n") > 9):
-        time.sleep(0.002)
-    process.kill()
-    process.join()
+    try:
+        while process.is_alive() and not (log.exists() and log.read_text().count("\n") > 9):
+            time.sleep(0.002)
+    finally:  # also where the time is up
+        process.kill()
+        process.join()
     at = len(losses(killed)) if log.exists() else 0
     found = trained(killed, setting.device)
     row = compared("killed and resumed against not", found, expected, LOSSES_TO["fp32"])

@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--samples", type=int, default=48, help="that judge; a third as many choose")
     arguments = parser.parse_args()
+    if arguments.samples < 3:
+        parser.error(f"--samples: {arguments.samples}; 3 at least")
     torch.set_grad_enabled(False)
     model = load_pretrained(arguments.weights).eval()
     config, diffusion = model.config, Diffusion(**read_extra(arguments.weights)["objective"])

@@ -166,7 +166,9 @@ def _run(arguments: argparse.Namespace, stage: Stage) -> None:
         print(f"plan: {describe_network(recipe)}")
     if in_jobs:
         run_jobs = _checked_jobs(recipe, stage, arguments)
-    resolved = stage.resolve(recipe)
+    resolved = (
+        None if in_jobs and forced else stage.resolve(recipe)
+    )  # its jobs may see files that this machine does not
     for line in () if forced else stage.plan(resolved):
         if first:
             print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
@@ -188,7 +190,7 @@ def _refuse_job_options(arguments: argparse.Namespace) -> None:
 
 def _checked_jobs(recipe: Recipe, stage: Stage, arguments: argparse.Namespace) -> Callable[[], object]:
     """Checks a stage before its jobs; returns what runs them."""
-    from common.recipe import launch_of
+    from common.recipe import launch_of, own_launch
     from common.stage_checks import check_stages
     from common.stage_jobs import run_in_jobs
     from slurm.cluster import resolve
@@ -197,7 +199,12 @@ def _checked_jobs(recipe: Recipe, stage: Stage, arguments: argparse.Namespace) -
         cluster = resolve(arguments.cluster)
     except ValueError as error:
         raise UserError(str(error)) from None
-    jobs = arguments.jobs or launch_of(recipe.launch, stage.name).jobs
+    jobs, own = arguments.jobs or launch_of(recipe.launch, stage.name).jobs, own_launch(recipe.launch, stage.name)
+    if jobs > 1 and (own.nodes or own.processes):
+        raise UserError(
+            f"--jobs: {jobs} jobs have one process each, and launch.stages.{stage.name} has nodes or processes; leave "
+            "one of the two out"
+        )
     with unless_forced(arguments):
         check_stages(recipe, [stage], cluster, jobs, fetches=not arguments.dry_run)
     return lambda: run_in_jobs(recipe, stage, cluster, jobs, timed=False)

@@ -41,7 +41,7 @@ def check_stages(
 def _check(
     recipe: Recipe, stage: Stage, cluster: str, jobs: int | None, fetches: bool, to_do: set[str], found: list[str]
 ) -> None:
-    resolved = _resolved(recipe, stage)
+    resolved = _resolved(recipe, stage, bool(to_do & {"compose", "encode"}))
     if stage.finished(resolved):
         return
     to_do.add(stage.name)
@@ -63,11 +63,13 @@ def _check(
                     list(looked)
 
 
-def _resolved(recipe: Recipe, stage: Stage) -> Any:
-    """As the stage resolves it. What waits for data that a stage before makes has a value that refuses nothing."""
+def _resolved(recipe: Recipe, stage: Stage, data_follow: bool) -> Any:
+    """As the stage resolves it. What waits for data that a stage before will make has a value that refuses nothing."""
     try:
         return stage.resolve(recipe)
     except NoDataYet:
+        if not data_follow:
+            raise
         model = recipe.model if recipe.model.num_classes else replace(recipe.model, num_classes=2)
         train = replace(recipe.train, epochs=None, total_samples=1) if recipe.train.epochs else recipe.train
         return stage.resolve(replace(recipe, model=model, train=train))

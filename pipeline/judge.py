@@ -32,7 +32,9 @@ def main() -> None:
         metavar="NAME[=WEIGHTS]",
         help="extractor; again for further distances. Inception where its weights are here, else efficientnet-lite0",
     )
-    parser.add_argument("--crop", metavar="RULE", help="center, short_side or resize: crops the reference's originals")
+    parser.add_argument(
+        "--crop", metavar="RULE", help="center, short_side, resize or fit: crops the reference's originals"
+    )
     parser.add_argument(
         "--probe",
         type=int,

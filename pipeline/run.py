@@ -1,4 +1,5 @@
-"""Runs a whole recipe, each stage a submitit job: compose (demo only), encode, train, sample, evaluate, report.
+"""Runs a whole recipe, each stage a submitit job: compose (the demo's), autoencoder (where vae.training is set), encode,
+train, sample, evaluate, report.
 
   python pipeline/run.py --config recipes/demo.yaml
   python pipeline/run.py --config recipes/demo.yaml --cluster slurm train.total_samples=100000

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import re
 import shutil
 import signal
@@ -55,10 +56,16 @@ def gpus(node: Node) -> Finding:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kinds = sorted({torch.cuda.get_device_name(number) for number in range(count)})
     found = f"{count} x {', '.join(kinds)}" if count else "none"
-    if count >= node.gpus:
+    # Each rank may see its own alone (gpus-per-task, gpu-bind): what counts is what those of one node see together.
+    own = {str(torch.cuda.get_device_properties(number).uuid) for number in range(count)}
+    host = platform.node()
+    together = set[str]().union(*(seen for name, seen in node.gather((host, own)) if name == host))
+    if len(together) >= node.gpus:
         return Finding("GPUs", found)
     return Finding(
-        "GPUs", found, f"the recipe asks for {node.gpus} on a node: see gpu_option in the site file, or ask for {count}"
+        "GPUs",
+        found,
+        f"the recipe asks for {node.gpus} on a node: see gpu_option in the site file, or ask for {len(together)}",
     )
 
 
@@ -158,7 +165,8 @@ def renames(node: Node) -> Finding:
 
 
 def write_speed(node: Node) -> Finding:
-    path = node.folder / f".preflight-{node.rank}"
+    """Of all ranks together."""
+    path, own, fault = node.folder / f".preflight-{node.rank}", 0.0, ""
     try:
         started = time.monotonic()
         with open(path, "wb") as file:
@@ -166,11 +174,14 @@ def write_speed(node: Node) -> Finding:
                 file.write(os.urandom(2**20))
             file.flush()
             os.fsync(file.fileno())
-        speed = WRITTEN_MB / (time.monotonic() - started)
+        own = WRITTEN_MB / (time.monotonic() - started)
     except OSError as error:
-        return Finding("disk", f"{node.folder}: {error.strerror}", "choose another folder for runs")
+        fault = error.strerror or str(error)
     finally:
         path.unlink(missing_ok=True)
+    speed = sum(node.gather(own))
+    if fault:
+        return Finding("disk", f"{node.folder}: {fault}", "choose another folder for runs")
     free = shutil.disk_usage(node.folder).free / 1e9
     slow = speed < LEAST_WRITE_MB_S
     must = f"a checkpoint would take minutes: a faster disk than {node.folder} for runs" if slow else ""

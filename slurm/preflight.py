@@ -20,7 +20,7 @@ from typing import Any
 from common.command import argument_parser, ended_by_signals, exit_status_of
 from common.errors import Interrupted, Refused, UserError, errors_as
 from common.recipe import Recipe, launch_of
-from slurm.node_checks import CHECKS, Finding, Node, site_page
+from slurm.node_checks import CHECKS, Finding, Node, requeue, site_page
 
 MINUTES = 4  # time limit of the job
 SHOWN = 4  # different findings of one check
@@ -53,8 +53,11 @@ def in_a_job(recipe: Recipe, cluster: str) -> None:
     from pipeline.training.stage import STAGE
     from slurm.cluster import executor, resolve, run
 
-    with errors_as(UserError, "preflight: the job did not come to its end"):
+    try:
         cluster = resolve(cluster)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    with errors_as(UserError, "preflight: the job did not come to its end"):
         (step,) = steps(recipe, STAGE, cluster)
         asked = replace(step.resources, timeout_minutes=MINUTES, signal_seconds=30)
         queue = executor(cluster, RunFolder(recipe.folder).step_logs("preflight"), f"{recipe.name}-preflight", asked)
@@ -71,11 +74,12 @@ def look_around(recipe: Recipe) -> None:
     from common.ranks import own_device, rank_and_world_size
 
     rank, world_size = rank_and_world_size()
-    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "SLURM_RESTART_COUNT" not in os.environ:
-        raise Interrupted("preflight: asks to be requeued, as training does at its time limit")
     device, launch = own_device(), launch_of(recipe.launch, "train")
     recipe.folder.mkdir(parents=True, exist_ok=True)
     node = Node(recipe.folder, device, launch.processes * launch.gpus_per_process, recipe.train.precision)
+    first = os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "SLURM_RESTART_COUNT" not in os.environ
+    if first and not requeue(node).must:  # which would say why it cannot be
+        raise Interrupted("preflight: asks to be requeued, as training does at its time limit")
     if world_size > 1:
         both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(both, rank=rank, world_size=world_size, timeout=timedelta(minutes=1))
@@ -108,6 +112,8 @@ def vae(recipe: Recipe) -> Finding:
         folder = find_vae(recipe.vae)
     except UserError as error:
         return Finding("autoencoder", "faulty", str(error))
+    if folder is None and recipe.vae.training is not None:
+        return Finding("autoencoder", "not trained yet: the first stage of the run does that")
     must = f"{recipe.vae.path} is not here: HF_HOME on a disk that nodes see; run.py --detach downloads it"
     return Finding("autoencoder", f"in {folder}" if folder else "missing", "" if folder else must)
 

@@ -6,9 +6,9 @@ from pydantic.dataclasses import dataclass
 
 from common.recipe.fields import STRICT, Count, CountOrZero, Positive, Word
 
-ONE_PROCESS = ("compose", "merge", "report", "sweep")  # per job
+ONE_PROCESS = ("compose", "autoencoder", "merge", "report", "sweep")  # per job
 LIGHT = ("compose", "merge", "report")  # no GPU, unless the recipe says so of this stage
-ONE_JOB = ("compose", "merge", "train", "report")
+ONE_JOB = ("compose", "autoencoder", "merge", "train", "report")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -44,6 +44,7 @@ class Stages:
     """What the jobs of single stages ask for."""
 
     compose: StageLaunch | None = None
+    autoencoder: StageLaunch | None = None
     encode: StageLaunch | None = None
     merge: StageLaunch | None = None
     train: StageLaunch | None = None

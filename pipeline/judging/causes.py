@@ -115,7 +115,10 @@ def _balance(
     one_is_even = no_copies and _is_even(counts[0]) != _is_even(counts[1]) and how == "its own labels"
     if apart < TELLING or not (one_is_even or _differ(*counts)):
         return None
-    present = np.isin(classes, np.unique(mine))
+    evidence = f"{100 * apart:.1f} % of OTHER's labels would have to change to SAMPLES' shares ({how})"
+    present, of_class = np.isin(classes, np.unique(mine)), np.unique(mine, return_counts=True)[1]
+    if of_class.max() == 1:
+        return Cause("balance", evidence, None)
     half = max(2, samples.count // 2)
 
     def draw(number: int) -> float:
@@ -124,7 +127,6 @@ def _balance(
         size = min(len(before), len(after))
         return distance(samples.pooled[after[:size]]) - distance(samples.pooled[before[:size]])
 
-    evidence = f"{100 * apart:.1f} % of OTHER's labels would have to change to SAMPLES' shares ({how})"
     return Cause("balance", evidence, mean_over_draws(draw))
 
 

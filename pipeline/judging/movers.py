@@ -118,6 +118,8 @@ def _balance(found: Scan, reference: Reference, distance: Distance) -> Mover:
         return Mover("balance", "labels balanced", None, "neither the samples nor the reference have labels")
     labels, how = known
     counts = np.unique(labels, return_counts=True)[1]
+    if counts.max() == 1:
+        return Mover("balance", "labels balanced", None, "one image of each class")
     is_balanced = counts.max() - counts.min() <= 1
     half = max(2, found.count // 2)
     uniform = np.full(len(counts), half / len(counts))

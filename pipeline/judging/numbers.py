@@ -25,6 +25,7 @@ from pipeline.judging.scan import Measuring, Scan
 GROUPS = 10  # of the jackknife
 NORMAL_95 = 1.96
 LIMITS = {**dict.fromkeys(("precision", "recall", "coverage"), (0.0, 1.0)), "density": (0.0, np.inf)}
+MOST = 50_000  # rows of a reference whose distances to all samples are taken
 AT_MOST = 2000  # rows that an interval of KID, precision, recall, density and coverage is taken from
 
 
@@ -81,7 +82,8 @@ class Reference:
 def all_numbers(found: Scan, reference: Reference, measuring: Measuring) -> tuple[list[Number], list[str]]:
     """Every metric that the extractor and the reference allow, and why the others are not there."""
     own = summarise([found.features], found.count)
-    kept = {} if reference.rows is None else {"pooled": reference.rows}
+    rows = None if reference.rows is None else evenly(reference.rows, MOST)
+    kept = {} if rows is None else {"pooled": rows}
     against = Summary(reference.statistics, kept)
     numbers, missing = [], []
     for metric, layer in METRICS.items():
@@ -96,8 +98,8 @@ def all_numbers(found: Scan, reference: Reference, measuring: Measuring) -> tupl
         numbers += [
             _number(name, measured[name], each, measuring.weights) for name, each in zip(names, spread, strict=True)
         ]
-    if reference.rows is not None and len(reference.rows) > DENSITY_NEIGHBOURHOOD:
-        values = density_coverage(found.pooled, reference.rows)
+    if rows is not None and len(rows) > DENSITY_NEIGHBOURHOOD:
+        values = density_coverage(found.pooled, rows)
         spread = _spread("density_coverage", found.pooled, reference)
         pairs = zip(("density", "coverage"), values, spread, strict=True)
         numbers += [_number(name, value, each, measuring.weights) for name, value, each in pairs]

@@ -113,8 +113,9 @@ def nearest(
     middle = others.mean(axis=0)  # small numbers, so that their squares keep their digits
     first, second = (torch.from_numpy(each - middle).float().to(device) for each in (rows, others))
     found: list[Tensor] = []
-    for start in range(0, len(first), BLOCK):
-        distances = torch.cdist(first[start : start + BLOCK], second)
+    size = max(1, BLOCK * BLOCK // len(second))  # bounds the memory
+    for start in range(0, len(first), size):
+        distances = torch.cdist(first[start : start + size], second)
         if beside_itself:
             places = torch.arange(start, start + len(distances), device=device)
             distances[torch.arange(len(distances), device=device), places] = torch.inf

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.recipe import VAE, Recipe, latent_shape
-from common.stage import Stage, the_recipe
+from common.stage import Input, Stage, the_recipe
 
 LOWEST_PSNR = 26.0  # dB; below it samples cannot be sharp, whatever the denoiser learns
 
@@ -21,6 +21,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
         )
     from preprocess.autoencoder import training
 
+    _settings(recipe)
     network = training.start(recipe)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     shape = " x ".join(map(str, latent_shape(recipe)))
@@ -32,7 +33,11 @@ def plan(recipe: Recipe) -> Iterator[str]:
 def finished(recipe: Recipe) -> bool:
     from preprocess.autoencoder import export
 
-    return export.finished(recipe.vae, _settings(recipe))
+    try:
+        settings = _settings(recipe)
+    except UserError:  # images or first weights are not there; the stage says what
+        return False
+    return export.finished(recipe.vae, settings)
 
 
 def train(recipe: Recipe) -> None:
@@ -102,5 +107,6 @@ STAGE = Stage(
     plan=plan,
     finished=finished,
     work=train,
+    inputs=(Input(_settings, ("compose",)),),
     wanted=lambda recipe: recipe.vae.training is not None,
 )

@@ -48,7 +48,7 @@ def find_vae(settings: VAE) -> Path | None:
     UserError if such a folder is missing, or if a folder has no config.json or no safetensors.
     """
     folder = Path(settings.path)
-    if not folder.is_dir() and settings.path.startswith((".", "/")):
+    if not folder.is_dir() and settings.training is None and settings.path.startswith((".", "/")):
         raise UserError(
             f"vae.path: no folder {settings.path} in {Path.cwd()}; run this in the clone, or correct the path"
         )

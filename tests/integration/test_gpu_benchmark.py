@@ -18,9 +18,9 @@ from benchmarks.gpu import PARTS, Row, Setting, compared, measured, page
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_smoke_run_measures_every_part(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--output", str(tmp_path)]
+    command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--minutes", "30", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu.json").read_text())
