@@ -50,7 +50,7 @@ def parse_recipe(
     another."""
     settings = _parse_yaml(text, path)
     for override in overrides:
-        _apply(settings, override)
+        override_field(settings, override)
     for section, dotted, field in _places(settings):
         section[field] = expanded(dotted, section[field])
     try:
@@ -109,7 +109,7 @@ def _parse_yaml(text: str, path: str | Path, above: tuple[Path, ...] = ()) -> di
     extended, chain = settings.pop("extends"), (*above, Path(path).resolve())
     if not isinstance(extended, str):
         raise UserError(f"{path}: extends: {SHORT.repr(extended)}; it names one recipe, such as ../imagenet256.yaml")
-    base = Path(path).parent / extended
+    base = Path(path).parent / expanded("extends", extended)
     if base.resolve() in chain:
         raise UserError(f"{path}: extends: {extended} extends this recipe in turn; leave one of the two out")
     return _merged(_parse_yaml(_read_text(base), base, chain), settings)
@@ -124,7 +124,7 @@ def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def override_field(settings: dict[str, Any], override: str) -> None:
     """Sets one field from `section.field=value`: text where the field takes text, else YAML (`null`, `[0.9, 0.95]`)."""
     dotted, separator, text = override.partition("=")
     *sections, field = dotted.split(".")

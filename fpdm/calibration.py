@@ -153,6 +153,7 @@ def calibrate(
     gains = before - after  # (B,)
     noise = STANDARD_ERRORS * gains.std() / len(gains) ** 0.5
     nearer = bool(gains.mean() > noise and gains.mean() > LEAST_GAIN * before.mean())
+    nearer |= bool(after.isfinite().all() and not before.isfinite().all())
     return Calibration(
         way=found if nearer else way,
         error=float((after if nearer else before).mean()),

@@ -29,7 +29,7 @@ class CallSettings:
     num_inference_steps: int = 28
     iterations: int | float | list[int] = 8
     allocation: AllocationKind = "constant"
-    reuse: bool | list[bool] = True
+    reuse: bool = True
     start_extrapolation: float = 0.0
     solver: Solver = "picard"
     tolerance: float | None = None
@@ -80,18 +80,14 @@ class CallSettings:
                 f"{len(self.iterations)} steps; pass iterations too, such as iterations={max(1, round(mean))}"  # type: ignore[arg-type]
             )
         iterations = None if block_budget is not None and "iterations" not in given else self.iterations
-        return allocate(
+        counts = allocate(
             self.allocation, num_steps, iterations, block_budget=block_budget, outer_depth=network.blocks(0)
         )
-
-    def reused(self, num_steps: int, given: Any) -> bool | list[bool]:
-        """Reuse of each step; a stored list of other steps is refused with a ValueError."""
-        if isinstance(self.reuse, list) and "reuse" not in given and len(self.reuse) != num_steps:
+        if given.get("iterate_guidance") and max(counts) <= self.weak_iterate:
             raise ValueError(
-                f"num_inference_steps: {num_steps}, but reuse is measured for {len(self.reuse)} steps; pass reuse "
-                "too, True or False"
+                f"weak_iterate: {self.weak_iterate}, and no step has more than {max(counts)} iterations; lower it"
             )
-        return self.reuse
+        return counts
 
 
 def _check_use(settings: CallSettings, given: Mapping[str, Any]) -> None:
@@ -106,7 +102,9 @@ def _check_use(settings: CallSettings, given: Mapping[str, Any]) -> None:
         if idle and given.get(name):
             raise ValueError(f"{name}: {idle}; leave it out")
     if settings.iterate_guidance and (settings.tolerance is not None or settings.solver != "picard"):
-        raise ValueError("iterate_guidance: reads an iterate of fixed counts of picard; leave out tolerance and solver")
+        raise ValueError(
+            "iterate_guidance: reads an iterate of fixed counts of picard; call with tolerance=0 and solver='picard'"
+        )
 
 
 def setting_names() -> list[str]:

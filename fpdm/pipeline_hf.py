@@ -169,7 +169,7 @@ class FPDMPipeline(DiffusionPipeline):
         iterations: int | float | Sequence[int] | None = None,
         block_budget: int | None = None,
         allocation: AllocationKind | None = None,
-        reuse: bool | Sequence[bool] | None = None,
+        reuse: bool | None = None,
         start_extrapolation: float | None = None,
         solver: Solver | None = None,
         tolerance: float | None = None,
@@ -212,10 +212,12 @@ class FPDMPipeline(DiffusionPipeline):
         given = {name: arguments[name] for name in setting_names() if arguments[name] is not None}
         network = CalledByModule(cast(FPDMTransformer2DModel, self.transformer))
         settings = self._defaults.changed(network.config, given, block_budget)
-        self._check(settings, output_type, callback_on_step_end_tensor_inputs)
+        self.check_guidance(settings)
+        self._check(output_type, callback_on_step_end_tensor_inputs)
         labels = self._classes.tensor(class_labels).to(self._execution_device)
         changes = {name: arguments[name] for name in ("sampler", *SETTINGS) if arguments[name] is not None}
-        steps = self._steps(settings.num_inference_steps, changes, generator)
+        own = generator if seed is None else torch.Generator().manual_seed(seed)
+        steps = self._steps(settings.num_inference_steps, changes, own)
         num_steps = len(steps.timesteps)
         noise, step_noise = self._noise(len(labels), generator, latents, seed, first_index)
         self._interrupt = False
@@ -229,7 +231,7 @@ class FPDMPipeline(DiffusionPipeline):
                 iterations=settings.counts(network.config, num_steps, block_budget, given),
                 sampler=_Followed(self, steps, bar, callback_on_step_end),
                 step_noise=step_noise if steps.adds_noise else None,
-                reuse=settings.reused(num_steps, given),
+                reuse=settings.reuse,
                 start_extrapolation=settings.start_extrapolation,
                 guidance_scale=settings.guidance_scale,
                 guidance_rescale=settings.guidance_rescale,
@@ -244,12 +246,15 @@ class FPDMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def _check(self, settings: CallSettings, output_type: str, tensor_inputs: Sequence[str]) -> None:
+    def check_guidance(self, settings: CallSettings) -> None:
+        """Raises ValueError for guidance of a network that never saw the null label."""
         if settings.guidance_scale != 1 and self.transformer.label_dropout == 0:
             raise ValueError(
                 f"guidance_scale: {settings.guidance_scale:g}, but these weights were trained with label_dropout 0 and "
                 "never saw the null label that guidance needs; leave it at 1"
             )
+
+    def _check(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type: {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):

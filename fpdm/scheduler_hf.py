@@ -48,7 +48,10 @@ class FPDMScheduler(SchedulerMixin, ConfigMixin):
         if OWN not in config:
             raise ValueError("config: of another scheduler; it does not say for what process the network was trained")
         own = config[OWN]
-        scheduler = cls(Diffusion(**own["objective"]), own["sampler"], SamplerSettings(**own["settings"]))
+        try:
+            scheduler = cls(Diffusion(**own["objective"]), own["sampler"], SamplerSettings(**own["settings"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config: {OWN}: {error}; export the weights again") from None
         scheduler = scheduler.changed(**changes) if changes else scheduler
         return (scheduler, {}) if return_unused_kwargs else scheduler
 

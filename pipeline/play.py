@@ -9,6 +9,7 @@ reaches. Ctrl-C ends it.
 
 import argparse
 import importlib.util
+import socket
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.port <= 65535:
         raise UserError(f"--port: {arguments.port} is outside 1..65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", arguments.port))
+        except OSError as error:
+            raise UserError(f"--port: {arguments.port}: {error.strerror}; name another") from None
     if importlib.util.find_spec("nicegui") is None:
         raise UserError("nicegui is not installed here; run make play, or pip install -e '.[play]'")
     if not (arguments.export / "model_index.json").exists():

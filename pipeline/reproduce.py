@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import ended_by_signals, exit_status_of
+from common.command import ended_by_signals, exit_status_of, path_argument
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--only", metavar="T1,T5", help="these tables: T1, T4, T5, F4, A, F7")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each recipe; 3, or 1 with --smoke")
     parser.add_argument("--smoke", action="store_true", help="tiny networks; the page lies in the folder of the runs")
-    parser.add_argument("--runs", metavar="FOLDER", help="of all runs; runs/reproduction/ and the scale otherwise")
+    parser.add_argument(
+        "--runs", type=path_argument, metavar="FOLDER", help="of all runs; runs/reproduction/ and the scale otherwise"
+    )
     parser.add_argument("--cluster", default="local", metavar="local|debug|slurm|auto", help="where jobs run")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what they cost; touch nothing")
     arguments = parser.parse_args()
@@ -45,7 +47,11 @@ def main() -> None:
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.smoke else 3
     if not 1 <= seeds <= MOST_SEEDS:
         raise UserError(f"--seeds: {seeds}; 1 to {MOST_SEEDS}")
-    runs = arguments.runs or f"runs/reproduction/{'smoke' if arguments.smoke else arguments.scale}"
+    runs = (
+        str(arguments.runs)
+        if arguments.runs
+        else f"runs/reproduction/{'smoke' if arguments.smoke else arguments.scale}"
+    )
     scale = Scale(arguments.scale, runs, seeds, arguments.smoke)
     if arguments.dry_run:
         print("\n".join(plan(tables, scale)))

@@ -1,5 +1,5 @@
-"""Runs a whole recipe, each stage a submitit job: compose (the demo's), autoencoder (where vae.training is set), encode,
-train, sample, evaluate, report.
+"""Runs a whole recipe, each stage a submitit job: compose (the demo's), autoencoder (where vae.training is set),
+encode, train, sample, evaluate, report.
 
   python pipeline/run.py --config recipes/demo.yaml
   python pipeline/run.py --config recipes/demo.yaml --cluster slurm train.total_samples=100000
@@ -70,7 +70,7 @@ def main() -> None:
     with unless_forced(arguments):
         check_stages(recipe, stages, cluster, fetches=not arguments.dry_run)
     if arguments.dry_run:
-        lines = [*plan(recipe, stages, cluster), f"training: {cost_or_epochs(recipe)}"]
+        lines = [*plan(recipe, stages, cluster), f"training: {cost(recipe)}"]
         print("\n".join(f"plan: {line}" for line in lines))
         return
     with ended_by_signals():
@@ -79,7 +79,7 @@ def main() -> None:
     say_where(recipe)
 
 
-def cost_or_epochs(recipe: Recipe) -> str:
+def cost(recipe: Recipe) -> str:
     """What training costs, which waits for the number of images where the recipe leaves that to the data."""
     from pipeline.training.cost import describe_cost
     from preprocess.from_data import from_data
@@ -119,6 +119,10 @@ def say_where(recipe: Recipe) -> None:
     folder = RunFolder(recipe.folder)
     print(f"\nreport:  {folder.report}\nimages:  {folder.contact_sheet}\nnumbers: {folder.metrics}")
     settings = {name: getattr(recipe.train, name) for name in ("total_samples", "epochs", "max_pflops", "max_hours")}
+    from common.recipe.training import PAPER_SAMPLES
+
+    if not (settings["total_samples"] or settings["epochs"]):
+        settings["total_samples"] = PAPER_SAMPLES
     ends = (f"train.{name}={4 * value}" for name, value in settings.items() if value is not None)
     longer = (f"name={recipe.name}-longer", *ends)
     command = shlex.join([os.path.relpath(sys.executable), *sys.argv, *longer])

@@ -123,13 +123,16 @@ def training(run: Path) -> Iterator[str]:
         return
     last, rate = steps[-1], steps[-1]["samples_per_second"] or 0
     try:
-        total = wanted_samples(read_recipe(run).train)
+        train = read_recipe(run).train
+        total = wanted_samples(train)
     except UserError as error:
         yield f"\ntraining: {last['samples']:,} samples, loss {last['loss']:.4f}; {error}"
         return
     left = max(0, total - last["samples"])
     when = f"done in {_duration(left / rate)} at this rate" if rate > 1e-9 else "no rate yet"
     when = when if left else "done"
+    if left and train.max_hours is not None:
+        when += f", or after {train.max_hours:g} hours of training"
     age = _duration(time.time() - log.stat().st_mtime)
     yield ""
     yield (

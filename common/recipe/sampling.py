@@ -240,6 +240,10 @@ def _check_steps(recipe: Recipe) -> None:
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
     if recipe.model.kind == "fpdm":
         _check_iterations(settings)
+    else:
+        for name in ("start_extrapolation", "solver", "tolerance"):
+            if getattr(settings, name) != getattr(Sample, name):
+                raise ValueError(f"{name}: a DiT has no fixed point iteration; leave it out")
     if settings.iterate_guidance:
         _check_iterate_guidance(recipe)
     if settings.start_extrapolation and settings.reuse == "none":
@@ -274,6 +278,8 @@ def _check_iterations(settings: Sample) -> None:
             raise ValueError("iterations: allocation 'adaptive' gives each step at least 1; raise the mean to 1")
     if settings.allocation != "calibrated":
         return
+    if settings.calibration_samples < 2:
+        raise ValueError("calibration_samples: 'calibrated' judges by the spread between samples; set it to 2 or more")
     if settings.sampler == "ddpm" or settings.eta > 0:
         raise ValueError(
             "allocation: 'calibrated' compares samples with those of more steps, and ddpm and eta above 0 draw others "

@@ -109,7 +109,7 @@ class Sweep:
     @cached_property
     def evaluations(self) -> dict[Point, Evaluation]:
         return {
-            point: Evaluation(Sampling(recipe, self.yardstick.models), self.yardstick)
+            point: Evaluation(Sampling(recipe, self.yardstick.models, shown=False), self.yardstick)
             for point, recipe in self.recipes.items()
         }
 
@@ -117,7 +117,10 @@ class Sweep:
     def limits(self) -> dict[Recipe, Evaluation]:
         """The samples that points are compared with, if the recipe asks for that."""
         recipes = {_limit(recipe): None for recipe in self.recipes.values()} if self.to_limit else {}
-        return {recipe: Evaluation(Sampling(recipe, self.yardstick.models), self.yardstick) for recipe in recipes}
+        return {
+            recipe: Evaluation(Sampling(recipe, self.yardstick.models, shown=False), self.yardstick)
+            for recipe in recipes
+        }
 
     def prepare(self) -> None:
         """What all points need and several jobs would otherwise do at the same time."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from common.recipe import Recipe
 from common.stage import Input, Stage
+from pipeline.evaluation.stage import fetch
 
 if TYPE_CHECKING:
     from pipeline.evaluation.sweep import Sweep
@@ -80,5 +81,6 @@ STAGE = Stage(
     part=measure_part,
     first=prepare,
     merge=show,
+    fetch=fetch,
     inputs=(Input(plan),),
 )

@@ -1,5 +1,6 @@
 """The page of an exported pipeline on a hub: README.md and the images it shows."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -90,7 +91,10 @@ def _context(
         "recipe": recipe,
         "kind": "Fixed Point Diffusion Model" if network.kind == "fpdm" else "Diffusion Transformer (DiT)",
         "classes": _classes(names, network.num_classes),
-        "example": ", ".join(f'"{name}"' if "," not in name else str(i) for i, name in enumerate((names or ())[:2]))
+        "example": ", ".join(
+            json.dumps(name, ensure_ascii=False) if "," not in name else str(i)
+            for i, name in enumerate((names or ())[:2])
+        )
         or "0",
         "sampling": sampling,
         "variance": ", without the variance that this network learned" if network.learned_variance else "",

@@ -16,7 +16,7 @@ def push(folder: Path, repository: str, private: bool = False) -> None:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export a pipeline")
-    except (OSError, ValueError) as error:  # all of the hub's are one of the two
+    except Exception as error:  # noqa: BLE001 # the hub's own, and those of its HTTP client
         raise UserError(
             f"--push: {repository}: {one_line(str(error), 300)}; the export is in {folder}. Log in with hf "
             "auth login, and a token that may write"

@@ -6,6 +6,7 @@ from typing import Any
 
 from nicegui import ui
 
+from common.errors import one_line
 from pipeline.playground.player import Player, Progress
 from pipeline.reporting.contact_sheet import png_uri
 
@@ -87,7 +88,9 @@ class Panel:
         except Stopped:
             pass
         except ValueError as error:
-            self.latest = str(error)
+            self.latest = one_line(str(error), 300)
+        except Exception as error:  # noqa: BLE001 # nobody else would see it
+            self.latest = one_line(f"{type(error).__name__}: {error}", 300)
 
     def refresh(self) -> None:
         """Shows what the worker has drawn since."""
@@ -150,5 +153,6 @@ def serve(player: Player, title: str, port: int, browser: bool, ready: Callable[
         Page(player, worker, title)
 
     app.on_startup(ready)
+    app.on_shutdown(lambda: worker.shutdown(wait=False, cancel_futures=True))
     options: dict[str, Any] = {"reload": False, "show_welcome_message": False, "dark": None}
     ui.run(host="127.0.0.1", port=port, show=browser, title=title, **options)

@@ -61,7 +61,11 @@ class Player:
         """
         pipeline, blocks = self.pipeline, 0
         device, process = pipeline.device, pipeline.transformer.diffusion
-        settings = self.settings.changed(self.network, given, None)
+        fixed = (
+            {} if self.network.kind == "dit" else {"tolerance": 0.0, "solver": "picard"}
+        )  # counts as they are asked for
+        settings = self.settings.changed(self.network, {**given, **fixed}, None)
+        pipeline.check_guidance(settings)
         num_steps = settings.num_inference_steps
         counts = settings.counts(self.network, num_steps, None, given)
         sampler = pipeline.scheduler.build(num_steps)

@@ -85,7 +85,7 @@ def first_settings(
     """All but the lengths, which need the machine's speeds. `own`: what the user chose, which others follow."""
     chosen = {setting.field: setting.value for setting in own}
     resolution, classes = chosen.get("data.resolution", _resolution(found, machine)), len(found.class_names)
-    processes = len(machine.gpus) or 2 ** int(math.log2(min(machine.cores, 8)))
+    processes = 2 ** int(math.log2(len(machine.gpus) or min(machine.cores, 8)))
     small = resolution < 64
     images = found.data.images.replace("$", "$$")  # which paths in recipes otherwise expand
     count = f"{found.usable:,} usable images in {counted(classes, 'class')}"
@@ -116,8 +116,8 @@ def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[
     fixed = estimate(recipe, found, speeds, training_samples=0)
     seconds = max(budget - sum(fixed.seconds.values()), 0.1 * budget)
     fitting = seconds * speeds.training / images
-    epochs = max(1, min(round(fitting), MOST_EPOCHS))
-    total = epochs * images
+    epochs = recipe.train.epochs or max(1, min(round(fitting), MOST_EPOCHS))
+    total = recipe.train.total_samples or epochs * images
     limit = f"; {fitting:,.0f} would fit, and above {MOST_EPOCHS:,} it learns the images by heart"
     reason = f"{total:,} samples at {speeds.training:.0f} a second, {duration(total / speeds.training)}"
     decay = min(max(1 - 10 * batch / total, 0.99), 0.9999)

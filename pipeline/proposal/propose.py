@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-import yaml
 
 from common.errors import UserError, printable
 from common.files import atomic_write
+from common.loading import override_field
 from common.ranks import share_cores
 from common.recipe import VAE, Recipe
 from fpdm.latents import draw_latents
@@ -69,13 +70,15 @@ def propose(images: str, out: Path, budget: float, overrides: Sequence[str]) -> 
 def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting]) -> tuple[list[Setting], Speeds]:
     """All settings, `own` last, and the speeds that they were chosen by."""
     name = next((str(setting.value) for setting in own if setting.field == "name"), run_name(found.data.images))
-    first = [*first_settings(name, found, machine, autoencoder_settings(name, None, None, budget), own), *own]
+    theirs = any(setting.field == "vae.path" for setting in own)
+    autoencoder = [] if theirs else autoencoder_settings(name, None, None, budget)
+    first = [*first_settings(name, found, machine, autoencoder, own), *own]
     recipe = with_classes(complete(first), found)
     images = load_images(recipe, at_most=MEASURED)
     demo = Encoder(VAE(path=str(DEMO_VAE), downsampling=recipe.vae.downsampling))
     psnr = _psnr(demo, torch.cat([images.held_out, images.statistics])[:MEASURED])
     rate = _autoencoder_rate(recipe, images) if recipe.vae.training else 1.0
-    trained = autoencoder_settings(name, psnr, rate, budget)
+    trained = [] if theirs else autoencoder_settings(name, psnr, rate, budget)
     settings = [*first_settings(name, found, machine, trained, own), *own]
     recipe = with_classes(complete(settings), found)
     speeds = Speeds(
@@ -93,10 +96,14 @@ def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting])
 
 def _own(override: str) -> Setting:
     """A field that the user chose on the command line."""
-    field, separator, text = override.partition("=")
+    field, separator, _ = override.partition("=")
     if not separator:
         raise UserError(f"{override!r}: not a field; write section.field=value, such as data.resolution=32")
-    return Setting(field, yaml.safe_load(text), "as you chose")
+    value: Any = {}
+    override_field(value, override)
+    for part in field.split("."):
+        value = value[part]
+    return Setting(field, value, "as you chose")
 
 
 def _psnr(encoder: Encoder, images: torch.Tensor) -> float:

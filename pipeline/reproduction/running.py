@@ -1,7 +1,7 @@
 """Trains and measures what is missing. Every run and every point is a file, so a killed reproduction goes on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
@@ -14,6 +14,7 @@ from common.stage import Stage
 from common.stage_checks import check_stages
 from common.stage_jobs import run_in_jobs
 from fpdm.denoiser import count_parameters
+from pipeline.evaluation.stage import fetch
 from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.reproduction.experiments import RECIPES, Arm, Row, Table
@@ -74,16 +75,24 @@ class Outcome:
 def make(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
     """Trains every run that is not trained, and measures every point that is not measured."""
     jobs = list(dict.fromkeys(recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)))
+    for recipe in jobs[:1]:  # compute nodes often have no internet
+        fetch(recipe)
     for number, recipe in enumerate(jobs, 1):
         title = f"[{number}/{len(jobs)}] {recipe.name}"
         for stage in [*_before_sampling(recipe), SWEEP]:
-            if stage.is_finished(recipe):
+            stated = _for(recipe, stage)
+            if stage.is_finished(stated):
                 print(f"{title}: {stage.name} finished before", flush=True)
                 continue
             if stage is not SWEEP:
-                check_stages(recipe, [stage], cluster)
+                check_stages(stated, [stage], cluster)
             print(f"{title}: {stage.name} ...", flush=True)
-            run_in_jobs(recipe, stage, cluster)
+            run_in_jobs(stated, stage, cluster)
+
+
+def _for(recipe: Recipe, stage: Stage) -> Recipe:
+    """Images and latents are those of seed 0, which all runs share."""
+    return replace(recipe, seed=0) if stage.name in ("compose", "encode") else recipe
 
 
 def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
@@ -91,7 +100,11 @@ def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
     jobs = {recipe.name: recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)}
     for recipe in jobs.values():
         samples = total_samples(with_end(recipe).train)
-        state = "trained" if all(stage.is_finished(recipe) for stage in _before_sampling(recipe)) else "to be trained"
+        state = (
+            "trained"
+            if all(stage.is_finished(_for(recipe, stage)) for stage in _before_sampling(recipe))
+            else "to be trained"
+        )
         yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {state}"
 
 

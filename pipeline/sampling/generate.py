@@ -37,6 +37,7 @@ def sample(sampling: Sampling, part: int = 0, parts: int = 1) -> None:
     """
     rank, world_size = rank_and_world_size()
     share_cores()
+    float32_throughout()
     fetch_vae(sampling.recipe.vae)
     if finished(sampling):
         return

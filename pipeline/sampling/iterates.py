@@ -2,6 +2,7 @@
 fixed point. Drawn with the samples, since that is where the device is, and kept in one file beside them.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,12 +41,12 @@ class Iterates:
     residuals: NDArray[np.float32]  # (num_steps, max(iterations)): relative, mean over the samples
     steps: NDArray[np.int64]  # (S,)
     blocks: NDArray[np.int64]  # (S,) an image
-    by_steps: NDArray[np.uint8]  # (S, B, H, W, 3), as the recipe samples but for the number of steps
+    by_steps: NDArray[np.uint8]  # (S, B, H, W, 3), with the recipe's mean of iterations in each step
 
 
 def are_missing(sampling: Sampling, samples: SampleSet) -> bool:
     """Of a trained FPDM; a DiT and an untrained network have nothing to show."""
-    iterates = sampling.recipe.model.kind == "fpdm" and samples.samples_seen > 0
+    iterates = sampling.shown and sampling.recipe.model.kind == "fpdm" and samples.samples_seen > 0
     return iterates and not SampleFolder(samples.folder).iterates.exists()
 
 
@@ -118,6 +119,7 @@ def _images(model: Denoiser, vae: Encoder, index: Tensor, recipe: Recipe, **obse
     try:
         latents = draw_latents(**vars(way), **observed)
     except ValueError as error:  # the iteration of this network diverges: to be seen, and no reason to lose its samples
-        print(f"warning: {way.iterations[0] if way.iterations else 0} iterations a step: {error}; shown black")
+        shown = f"{way.num_steps} steps of {(way.iterations or [0])[0]} iterations"
+        print(f"warning: {shown}: {error}; shown black", file=sys.stderr)
         return np.zeros((len(index), recipe.data.resolution, recipe.data.resolution, 3), np.uint8)
     return to_uint8(vae.decode(latents), recipe.sample.rounding).permute(0, 2, 3, 1).cpu().numpy()

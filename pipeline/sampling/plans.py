@@ -193,6 +193,17 @@ def labels_for(recipe: Recipe, index: torch.Tensor) -> torch.Tensor:
 
 
 def _measure(recipe: Recipe, model: Denoiser) -> Way:
+    """Raises UserError where samples of these weights are not sound."""
+    try:
+        return _measured(recipe, model)
+    except ValueError as error:
+        raise UserError(
+            f"sample.allocation: {recipe.sample.allocation!r} cannot be measured on these weights: {error}; set it to "
+            "'constant'"
+        ) from None
+
+
+def _measured(recipe: Recipe, model: Denoiser) -> Way:
     count, way = recipe.sample.calibration_samples, unmeasured(recipe)
     index = torch.arange(2 * count, device=model.pos_embed.device)
     draw, judge = (bind_sampler(recipe, model, "calibrate", half) for half in index.split(count))

@@ -43,6 +43,7 @@ class Sampling:
 
     recipe: Recipe
     models: Models
+    shown: bool = True  # in a report, with its iterates; not a sweep's
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Sampling":

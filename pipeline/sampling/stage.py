@@ -21,6 +21,7 @@ def resolve(recipe: Recipe) -> "Sampling":
 def plan(sampling: "Sampling") -> Iterator[str]:
     """What sampling costs, which weights it takes, and which chunks are missing."""
     from pipeline.sampling.generate import missing_chunks
+    from pipeline.sampling.iterates import are_missing
     from pipeline.sampling.plans import blocks_an_image
 
     recipe, settings = sampling.recipe, sampling.recipe.sample
@@ -35,6 +36,8 @@ def plan(sampling: "Sampling") -> Iterator[str]:
         chunks, missing = len(sampling.spans), len(missing_chunks(sampling, samples))
         yield f"weights: {samples.weights}, sha256 {samples.settings['weights_sha256'][:16]}..."
         state = f"{chunks - missing} of {chunks} chunks finished"
+        if are_missing(sampling, samples):
+            yield f"iterates, for the report: to be drawn in {samples.folder}"
         yield f"samples: {sampling.total:,} in {samples.folder} ({settings.output}): {state}"
 
 

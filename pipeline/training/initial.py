@@ -32,6 +32,11 @@ def check_initial_weights(folder: Path, network: DenoiserConfig, objective: Obje
         config, extra = read_config(folder), read_extra(folder)
     except ValueError as error:
         raise UserError(f"train.initial_weights: {error}") from None
+    if config.self_conditioned:
+        raise UserError(
+            f"train.initial_weights: in {folder} each block embeds the timestep by itself, which is sampled here "
+            "and not trained; name other weights"
+        )
     field = differing_field(network, config)
     if field is not None:
         stated, wanted = getattr(config, field), getattr(network, field)

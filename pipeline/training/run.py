@@ -46,9 +46,9 @@ def train(recipe: Recipe) -> None:
             shards = open_shards(recipe)
             stage_in(recipe.data, shards)
             shards.prove_places(rank, world_size)
-        if rank == 0:
-            for line in warnings(recipe, len(shards)):
-                print(line, file=sys.stderr, flush=True)
+            if rank == 0:
+                for line in warnings(recipe, len(shards)):
+                    print(line, file=sys.stderr, flush=True)
         Trainer(recipe, shards, ranks, stop).run()
 
 

@@ -85,6 +85,16 @@ def look_for_shards(recipe: Recipe) -> None:
     open_shards(recipe)
 
 
+def look_for_initial_weights(recipe: Recipe) -> None:
+    from pathlib import Path
+
+    from common.recipe import denoiser_config
+    from pipeline.training.initial import check_initial_weights
+
+    if recipe.train.initial_weights is not None:
+        check_initial_weights(Path(recipe.train.initial_weights), denoiser_config(recipe), recipe.objective)
+
+
 def _has_gpus(launch: Launch, cluster: str) -> bool:
     """Whether training will see GPUs. Raises ValueError where this machine has fewer than the recipe asks for."""
     import torch
@@ -115,5 +125,5 @@ STAGE = Stage(
     ranks_share=True,
     all_processes=True,
     check=check,
-    inputs=(Input(look_for_shards, ("compose", "encode")),),
+    inputs=(Input(look_for_shards, ("compose", "encode")), Input(look_for_initial_weights)),
 )

@@ -15,7 +15,7 @@ def warnings(recipe: Recipe, images: int) -> Iterator[str]:
     if epochs > MOST_EPOCHS:
         yield (
             f"warning: train.total_samples: each of the {images:,} images is seen {epochs:,.0f} times; above "
-            f"{MOST_EPOCHS:,} epochs a network mostly repeats them: train.epochs={MOST_EPOCHS} or fewer is shorter"
+            f"{MOST_EPOCHS:,} epochs a network mostly repeats them: {MOST_EPOCHS * images:,} samples are enough"
         )
     yield from low_psnr(recipe.vae)
 
@@ -25,6 +25,6 @@ def long_silence(every_samples: int, rate: float) -> str | None:
     if every_samples <= LONGEST_SILENCE * rate:
         return None
     return (
-        f"warning: train.log.every_samples: {every_samples:,} samples are {every_samples / rate / 60:.0f} minutes, "
+        f"warning: train.log.every_samples: {every_samples:,} samples are {every_samples / rate / 60:.1f} minutes, "
         f"until the first line of the log; {max(1, round(LONGEST_SILENCE / 2 * rate))} makes one every half minute"
     )

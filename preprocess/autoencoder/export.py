@@ -12,7 +12,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import atomic_folder
+from common.files import atomic_folder, disk_errors_as_user_errors
 from common.recipe import VAE, Recipe
 from common.sealed import STRICT, read_sealed, write_sealed
 
@@ -52,7 +52,7 @@ def export(recipe: Recipe, vae: AutoencoderKL, settings: dict[str, Any], measure
     assert recipe.vae.training is not None
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     start = recipe.vae.training.start
-    with atomic_folder(recipe.vae.path) as folder:
+    with disk_errors_as_user_errors(recipe.vae.path), atomic_folder(recipe.vae.path) as folder:
         copy.deepcopy(vae).half().save_pretrained(folder)
         (folder / "README.md").write_text(
             NOTE.format(

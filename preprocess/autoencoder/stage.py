@@ -41,14 +41,23 @@ def finished(recipe: Recipe) -> bool:
 
 
 def train(recipe: Recipe) -> None:
+    from common.files import disk_errors_as_user_errors, folder_lock
+
+    place = Path(recipe.vae.path)
+    with disk_errors_as_user_errors(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(place.parent, f".{place.name}.lock", place=str(place)):
+        if not finished(recipe):
+            _train(recipe)
+
+
+def _train(recipe: Recipe) -> None:
     from common.ranks import share_cores
     from preprocess.autoencoder.export import export
     from preprocess.autoencoder.images import load_images
     from preprocess.autoencoder.training import BATCH_SIZE, finish, measure
     from preprocess.autoencoder.training import train as steps
 
-    if finished(recipe):
-        return
     share_cores()
     began, images = time.monotonic(), load_images(recipe)
     for vae in steps(recipe, lambda step: images.batch(step, BATCH_SIZE)):
@@ -98,6 +107,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "data.resolution": data.resolution,
         "data.flips": data.flips,
         "data.images": fingerprint(open_source(data)),
+        "data.held_out": None if data.held_out is None else fingerprint(open_source(data, "held_out")),
     }
 
 

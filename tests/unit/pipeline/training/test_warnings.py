@@ -22,7 +22,7 @@ def test_a_log_line_that_is_more_than_a_minute_away_is_a_warning() -> None:
     assert long_silence(600, rate=10) is None
     line = long_silence(6000, rate=10)
     assert line is not None
-    assert "6,000 samples are 10 minutes" in line
+    assert "6,000 samples are 10.0 minutes" in line
     assert "300 makes one every half minute" in line
 
 
