@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 from common.command import exit_status_of, path_argument
 from common.errors import UserError
@@ -60,10 +61,19 @@ def main() -> None:
     player = Player(arguments.export)
     address = f"http://127.0.0.1:{arguments.port}"
 
-    def ready() -> None:
+    def announce() -> None:  # once it answers, which is after it has started
+        while not answers(arguments.port):
+            time.sleep(0.05)
         print(f"playground: {address} after {time.monotonic() - began:.0f} s; Ctrl-C ends it", flush=True)
 
-    serve(player, f"{arguments.export}: one image, two ways", arguments.port, not arguments.no_browser, ready)
+    Thread(target=announce, daemon=True).start()
+    serve(player, f"{arguments.export}: one image, two ways", arguments.port, not arguments.no_browser)
+
+
+def answers(port: int) -> bool:
+    """Whether something on this machine listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 if __name__ == "__main__":

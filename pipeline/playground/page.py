@@ -1,6 +1,6 @@
 """The playground's page: two panels, each with settings of its own, an image that sharpens, and its residuals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -142,7 +142,7 @@ def residual_chart() -> dict[str, Any]:
     }
 
 
-def serve(player: Player, title: str, port: int, browser: bool, ready: Callable[[], None]) -> None:
+def serve(player: Player, title: str, port: int, browser: bool) -> None:
     """Until Ctrl-C. On the loopback interface only: whoever reaches the page uses this machine's devices."""
     from nicegui import app
 
@@ -152,7 +152,6 @@ def serve(player: Player, title: str, port: int, browser: bool, ready: Callable[
     def page() -> None:
         Page(player, worker, title)
 
-    app.on_startup(ready)
     app.on_shutdown(lambda: worker.shutdown(wait=False, cancel_futures=True))
     options: dict[str, Any] = {"reload": False, "show_welcome_message": False, "dark": None}
     ui.run(host="127.0.0.1", port=port, show=browser, title=title, **options)
