@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     parser.add_argument("--license", default="unknown", help="of the weights, in the hub's words, as apache-2.0")
     parser.add_argument("--data-license", default="", metavar="TEXT", help="a line on the data: whose, and its licence")
+    parser.add_argument("--half", action="store_true", help="weights in float16: half the size")
     arguments = parser.parse_intermixed_args(argv)
 
     check(arguments)
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.push:
         print(f"plan: upload: https://huggingface.co/{arguments.push}", flush=True)
     if not arguments.dry_run:
-        export(recipe, Licences(arguments.license, arguments.data_license), arguments.push)
+        export(recipe, Licences(arguments.license, arguments.data_license), arguments.push, half=arguments.half)
         if arguments.push:
             push(RunFolder(recipe.folder).pipeline, arguments.push, arguments.private)
 

@@ -29,8 +29,8 @@ from preprocess.shards import INDEX
 from preprocess.shards.forms import read_local_index
 
 
-def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None = None) -> None:
-    """Replaces what was exported before. `repository`: where it will be shared, for the card.
+def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None = None, *, half: bool = False) -> None:
+    """Replaces what was exported before. `repository`: where it will be shared, for the card. `half`: in float16.
 
     Raises UserError where the weights are damaged.
     """
@@ -49,6 +49,8 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
         call_settings(recipe.sample, way),
     )
     images = drawn_images(recipe, samples) or first_images(recipe, pipeline)
+    if half:
+        pipeline.to(torch.float16)
     target = RunFolder(recipe.folder).pipeline
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
