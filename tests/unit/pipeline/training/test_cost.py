@@ -14,7 +14,7 @@ SMALL = ("model.size=null", "model.hidden_size=32", "model.num_heads=2", "train.
 
 
 def recipe_with(*overrides: str) -> Recipe:
-    return parse_recipe("name: a", (*SMALL, *overrides))
+    return parse_recipe("name: a\nmodel: {num_classes: 10}", (*SMALL, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -50,5 +50,5 @@ def test_training_ends_with_the_first_of_samples_and_operations() -> None:
 
 
 def test_the_papers_dit_costs_the_768_hours_that_the_paper_states() -> None:
-    recipe = parse_recipe("name: a\nmodel: {kind: dit}")
+    recipe = parse_recipe("name: a\nmodel: {kind: dit, num_classes: 1000}")
     assert describe_cost(recipe) == "145,762 PFLOP, 771.23 V100-hours at 42% of the peak"

@@ -28,7 +28,7 @@ def test_a_log_line_that_is_more_than_a_minute_away_is_a_warning() -> None:
 
 @pytest.mark.parametrize(("every", "rank", "warned"), [(10**9, 0, True), (10**9, 1, False), (1, 0, False)])
 def test_it_is_said_once_after_the_first_steps(every: int, rank: int, warned: bool, capsys) -> None:
-    bar = ProgressBar(10**9, 0, rank, every)
+    bar = ProgressBar(10**9, 0, rank, every_samples=every)
     for _ in range(TIMED_STEPS + 4):
         bar.advance(1)
     bar.close()
