@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     check(arguments)
 
     from common.loading import load_recipe
+    from common.recipe import describe_network
     from pipeline.exporting.export import export
     from pipeline.exporting.model_card import Licences
     from pipeline.exporting.push import push
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     from preprocess.from_data import from_data
 
     recipe = from_data(load_recipe(arguments.config, arguments.overrides))
+    print(f"plan: {describe_network(recipe)}")
     print(f"plan: weights: {sample_set(recipe, recipe.sample.weights).weights}")
     print(f"plan: pipeline: {RunFolder(recipe.folder).pipeline}", flush=True)
     if arguments.push:

@@ -48,7 +48,7 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
         dict(enumerate(names or ())),
         call_settings(recipe.sample, way),
     )
-    images = drawn_images(recipe, samples) or first_images(recipe, pipeline)
+    images = drawn_images(recipe.sample.num_samples, samples) or first_images(recipe, pipeline)
     if half:
         pipeline.to(torch.float16)
     target = RunFolder(recipe.folder).pipeline

@@ -41,9 +41,9 @@ class Licences:
 UNSTATED = Licences()
 
 
-def drawn_images(recipe: Recipe, samples: SampleSet) -> list[NDArray[np.uint8]] | None:
+def drawn_images(num_samples: int, samples: SampleSet) -> list[NDArray[np.uint8]] | None:
     """The first samples of the set (H, W, 3); None where they are not drawn, or kept as features alone."""
-    count = min(GRID_IMAGES, recipe.sample.num_samples)
+    count = min(GRID_IMAGES, num_samples)
     if cover_gap(samples.folder, (0, count)):
         return None
     return [image for rows in iterate(samples.folder, (0, count)) for image in rows["images"]]

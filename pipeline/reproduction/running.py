@@ -129,7 +129,7 @@ def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
         samples=total_samples(with_end(recipe).train),
         pflop=training_flops(recipe) / 1e15,
         seconds=_seconds(recipe),
-        residual=_residual(recipe),
+        residual=_residual(RunFolder(recipe.folder)),
     )
 
 
@@ -146,8 +146,8 @@ def _seconds(recipe: Recipe) -> float | None:
     return progress.get("seconds")
 
 
-def _residual(recipe: Recipe) -> float | None:
-    lines = [line for line in read_log(RunFolder(recipe.folder).log) if "residual" in line]
+def _residual(folder: RunFolder) -> float | None:
+    lines = [line for line in read_log(folder.log) if "residual" in line]
     return lines[-1]["residual"] if lines else None
 
 

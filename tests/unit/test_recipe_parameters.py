@@ -9,6 +9,7 @@ FILES = sorted(path for room in ("common", "pipeline", "preprocess") for path in
 # By function, why it takes a recipe all the same.
 ALLOWED = {
     "common/recipe/network.py: diffusion": "beside denoiser_config(recipe), in ten places",
+    "pipeline/evaluation/stage.py: fetch": "as a Stage asks",
     "preprocess/beton.py: plan": "as run_command asks",
     "preprocess/encoding/stage.py: fetch": "as a Stage asks",
 }
