@@ -24,7 +24,7 @@ def test_a_smoke_run_measures_every_part(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(record["parts"]) == list(PARTS)
+    assert set(record["parts"]) == set(PARTS)
     for name, part in record["parts"].items():
         assert part["error"] is None, part
         assert part["rows"] or name == "compile"
