@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[4]
 
 def check(tmp_path: Path, *overrides: str, cluster: str = "local", stages: str | None = None) -> None:
     """Of recipe and launch section alone: there are no files that a stage could read."""
-    recipe = parse_recipe("name: a", [f"runs={tmp_path}", f"data.shards={tmp_path}/none", *overrides])
+    recipe = parse_recipe(
+        "name: a\nmodel: {num_classes: 1000}", [f"runs={tmp_path}", f"data.shards={tmp_path}/none", *overrides]
+    )
     check_stages(recipe, [replace(stage, inputs=(), fetch=None) for stage in select(recipe, stages)], cluster)
 
 
@@ -126,7 +128,8 @@ def test_a_signal_before_the_job_began_is_refused() -> None:
 @pytest.mark.parametrize("way", [(), ("--detach",), ("--cluster", "auto")])
 def test_a_dry_run_of_three_ranks_ends_with_one_line(way: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, "pipeline/run.py", "--config", "recipes/demo.yaml", "--dry-run", *way]
-    places = [f"runs={tmp_path}", f"data.shards={tmp_path}/none", f"data.images={tmp_path}/images"]
+    fields = ("runs", "data.shards", "data.images", "data.held_out")
+    places = [f"{field}={tmp_path}/{field}" for field in fields]
     done = subprocess.run(
         [*command, *places, "launch.processes=3"], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
