@@ -1,7 +1,8 @@
 """Images drawn from weights: sample i is a function of (seed, i) alone, whatever the batch, the rank or the chunk."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -42,12 +43,13 @@ def sample(sampling: Sampling, part: int = 0, parts: int = 1) -> None:
     if finished(sampling):
         return
     for samples in sampling.sets:
+        network = cache(partial(_load, samples.weights))
         with shared_folder_lock(samples.folder):
-            generate(sampling, samples, part * world_size + rank, parts * world_size)
+            generate(sampling, samples, part * world_size + rank, parts * world_size, network)
             if not missing_chunks(sampling, samples):
                 output(sampling, samples).complete()
                 if iterates.are_missing(sampling, samples):
-                    iterates.draw(sampling, samples)
+                    iterates.draw(sampling, samples, network())
 
 
 def finished(sampling: Sampling) -> bool:
@@ -68,8 +70,20 @@ def missing_chunks(sampling: Sampling, samples: SampleSet) -> list[Span]:
     return [span for span in sampling.spans if not all(path.exists() for path in form.paths(span))]
 
 
-def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: int = 1) -> None:
+def _load(weights: Path) -> Denoiser:
+    return load_network(weights).to(own_device())
+
+
+def generate(
+    sampling: Sampling,
+    samples: SampleSet,
+    rank: int = 0,
+    world_size: int = 1,
+    network: Callable[[], Denoiser] | None = None,
+) -> None:
     """Draws the chunks of this rank that are missing. Chunk k belongs to rank k % world_size.
+
+    `network`: loads that of the set, if it is needed elsewhere too.
 
     While one batch is drawn, a thread rounds, checks, compresses and writes those before it: a GPU need not wait for
     that. Raises UserError where latents or images come out non-finite or constant.
@@ -81,7 +95,7 @@ def generate(sampling: Sampling, samples: SampleSet, rank: int = 0, world_size: 
     write_sealed(SampleFolder(samples.folder).settings, samples.settings)
     recipe, device = sampling.recipe, own_device()
     float32_throughout()
-    model = load_network(samples.weights).to(device)
+    model = network() if network else _load(samples.weights)
     way = open_plan(recipe, samples.folder, model)
     vae = sampling.models.load_vae(device)
     form = output(sampling, samples)

@@ -17,7 +17,6 @@ from common.ranks import own_device
 from common.recipe import Recipe, diffusion
 from common.recipe.sampling import sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
-from common.run_weights import load_network
 from fpdm.denoiser import Denoised, Denoiser
 from fpdm.latents import to_uint8
 from fpdm.samplers import build_sampler
@@ -56,10 +55,9 @@ def read(samples: SampleSet) -> Iterates | None:
     return Iterates(**read_arrays(path, COMMAND)) if path.exists() else None
 
 
-def draw(sampling: Sampling, samples: SampleSet) -> None:
-    """Draws and writes them. Raises ValueError as `fpdm.sample`."""
+def draw(sampling: Sampling, samples: SampleSet, model: Denoiser) -> None:
+    """Draws and writes them. `model`: the set's, on this process's device."""
     recipe, device = sampling.recipe, own_device()
-    model = load_network(samples.weights).to(device)
     index = torch.arange(min(SHOWN, recipe.sample.num_samples), device=device)
     images = partial(_images, model, sampling.models.load_vae(device), index)
     curves: list[Tensor] = []

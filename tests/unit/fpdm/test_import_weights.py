@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel
 
 from common.command import exit_status_of
 from common.loading import dump_recipe
-from common.recipe import Recipe
+from common.recipe import Recipe, wanted_samples
 from common.run_folder import weights_folder
 from fpdm.weights import load_pretrained
 from pipeline import import_weights
@@ -52,7 +52,7 @@ def test_a_network_of_diffusers_is_imported_and_sampled_as_any_other(
     assert command(*options, checkpoint=tmp_path / "dit") == 0
     assert "computed as diffusers computes it; next: " in capsys.readouterr().out
     recipe = replace(tiny_recipe, name="dit", model=replace(tiny_recipe.model, kind="dit", depth=2))
-    imported = load_pretrained(weights_folder(recipe, recipe.train.total_samples))
+    imported = load_pretrained(weights_folder(recipe, wanted_samples(recipe.train)))
     assert imported.config.self_conditioned
     images, _ = load_samples(generated(recipe, "latest"), 10)
     assert images.shape == (10, 16, 16, 3)

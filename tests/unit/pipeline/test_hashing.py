@@ -12,6 +12,7 @@ from common import files
 from common.recipe import Recipe
 from common.stage import Stage
 from fpdm import weights
+from fpdm.diffusers_folders import WEIGHTS_NAME
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.features import extractors
@@ -85,6 +86,6 @@ def test_encoding_hashes_the_autoencoder_once(
 def test_a_sweep_hashes_the_weights_once_a_point_and_all_else_once(recipe: Recipe, hashed: Counter[str]) -> None:
     as_command(SWEEP, recipe)
     (of_points,) = [path for path, count in hashed.items() if count > 1]
-    assert Path(of_points).name == weights.WEIGHTS_NAME
+    assert Path(of_points).name == WEIGHTS_NAME
     assert hashed[of_points] == 3
     assert len(hashed) >= 4
