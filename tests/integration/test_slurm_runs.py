@@ -24,6 +24,7 @@ from tests.slurm_cluster.work import __name__ as WORK
 
 STEPS = 60
 LONG = (f"train.total_samples={16 * STEPS}", "train.zero_stage=1")
+SHORT = ("train.total_samples=192", "train.zero_stage=1")
 HOSTILE = """it's a "run"; $(touch pwned)"""
 
 
@@ -112,16 +113,16 @@ def test_two_nodes_of_two_tasks_have_the_losses_of_one_process(
 ) -> None:
     done = experiment.run(
         "pipeline/run.py",
-        *("name=four", *LONG, "--cluster", "slurm", "--stages", "train", "launch.nodes=2", "launch.processes=2"),
+        *("name=four", *SHORT, "--cluster", "slurm", "--stages", "train", "launch.nodes=2", "launch.processes=2"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     four = experiment.folder / "runs/four"
     assert read_json(four / "deepspeed.json")["train_micro_batch_size_per_gpu"] == 4
-    done = experiment.run("pipeline/train.py", "name=one", *LONG)
+    done = experiment.run("pipeline/train.py", "name=one", *SHORT)
     assert done.returncode == 0, done.stderr
     assert losses(four) == pytest.approx(losses(experiment.folder / "runs/one"), rel=1e-4)
     # srun alone is a launcher too.
-    step = shlex.join(["srun", *experiment.command("pipeline/train.py", "name=srun", *LONG)])
+    step = shlex.join(["srun", *experiment.command("pipeline/train.py", "name=srun", *SHORT)])
     script = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/log", "--wrap", step]
     job = call(script).stdout.strip()
     wait_until(lambda: state(job) in OVER, "the step to end")
