@@ -16,6 +16,12 @@ FIXED_POINT = (
 )
 
 
+PASSED_ON = (
+    *("reuse", "start_extrapolation", "iterate_guidance", "weak_iterate", "solver", "tolerance"),
+    *("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_channels"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CallSettings:
     """Arguments of a call of the pipeline, all but the sampler's, which the scheduler holds.
@@ -63,6 +69,10 @@ class CallSettings:
             settings = replace(settings, tolerance=None)
         _check_use(settings, given)
         return settings
+
+    def passed_on(self) -> dict[str, Any]:
+        """The arguments of `fpdm.sample` that are these settings as they are."""
+        return {name: getattr(self, name) for name in PASSED_ON}
 
     def counts(self, network: DenoiserConfig, num_steps: int, block_budget: int | None, given: Any) -> list[int] | None:
         """Iterations of each step; None for DiT. Raises ValueError as `allocate`."""

@@ -231,18 +231,9 @@ class FPDMPipeline(DiffusionPipeline):
                 iterations=settings.counts(network.config, num_steps, block_budget, given),
                 sampler=_Followed(self, steps, bar, callback_on_step_end),
                 step_noise=step_noise if steps.adds_noise else None,
-                reuse=settings.reuse,
-                start_extrapolation=settings.start_extrapolation,
-                guidance_scale=settings.guidance_scale,
-                guidance_rescale=settings.guidance_rescale,
-                guidance_interval=settings.guidance_interval,
-                guidance_channels=settings.guidance_channels,
-                iterate_guidance=settings.iterate_guidance,
-                weak_iterate=settings.weak_iterate,
-                solver=settings.solver,
-                tolerance=settings.tolerance,
+                **settings.passed_on(),
             )
-        images = self._images(steps.latents, output_type, settings.rounding)
+        images = self.decode_latents(steps.latents, output_type, settings.rounding)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -293,8 +284,8 @@ class FPDMPipeline(DiffusionPipeline):
 
         return drawn() if latents is None else latents.to(device), drawn
 
-    def _images(self, latents: Tensor, output_type: str, rounding: Rounding) -> Any:
-        """Images of latents (B, C, h, w), in the form that is asked for."""
+    def decode_latents(self, latents: Tensor, output_type: str, rounding: Rounding) -> Any:
+        """Images of latents (B, C, h, w), in the form that `output_type` names."""
         if output_type == "latent":
             return latents
         vae = cast(AutoencoderKL, self.vae)

@@ -15,7 +15,6 @@ from common.ranks import own_device, share_cores
 from fpdm.call_settings import CallSettings
 from fpdm.denoiser import Denoised
 from fpdm.diffusion import Diffusion
-from fpdm.latents import to_uint8, unscale_latents
 from fpdm.pipeline_hf import FPDMPipeline
 from fpdm.samplers import Sampler
 from fpdm.sampling import sample, sample_noise
@@ -61,9 +60,8 @@ class Player:
         """
         pipeline, blocks = self.pipeline, 0
         device, process = pipeline.device, pipeline.transformer.diffusion
-        fixed = (
-            {} if self.network.kind == "dit" else {"tolerance": 0.0, "solver": "picard"}
-        )  # counts as they are asked for
+        # As many iterations as are asked for, whatever the export does.
+        fixed = {} if self.network.kind == "dit" else {"tolerance": 0.0, "solver": "picard"}
         settings = self.settings.changed(self.network, {**given, **fixed}, None)
         pipeline.check_guidance(settings)
         num_steps = settings.num_inference_steps
@@ -71,14 +69,18 @@ class Player:
         sampler = pipeline.scheduler.build(num_steps)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         shape = (self.network.in_channels, self.network.input_size, self.network.input_size)
-        last: list[Denoised] = []
+        last: Denoised
+
+        def keep(_step: int, denoised: Denoised) -> None:
+            nonlocal last
+            last = denoised
 
         def show_step(step: int, clean: Tensor) -> None:
             nonlocal blocks
-            (denoised,) = last
-            blocks += self.network.blocks(counts[step] if counts else 0) * len(denoised.output)
-            blocks += self.network.post_depth * len(denoised.output) * (denoised.intermediate is not None)
-            residuals = [] if denoised.residuals is None else denoised.residuals[0].tolist()
+            each = self.network.blocks(counts[step] if counts else 0)
+            each += self.network.post_depth * (last.intermediate is not None)
+            blocks += each * len(last.output)  # guidance computes both halves
+            residuals = [] if last.residuals is None else last.residuals[0].tolist()
             timestep = sampler.timesteps[step]
             show(Progress(step + 1, num_steps, timestep, self._image(clean), residuals, blocks))
 
@@ -91,23 +93,14 @@ class Player:
             iterations=counts,
             sampler=Watched(sampler, process, show_step),
             step_noise=(lambda step: sample_noise(seed, index, shape, step)) if pipeline.scheduler.adds_noise else None,
-            reuse=settings.reuse,
-            start_extrapolation=settings.start_extrapolation,
-            guidance_scale=settings.guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
-            guidance_interval=settings.guidance_interval,
-            guidance_channels=settings.guidance_channels,
-            iterate_guidance=settings.iterate_guidance,
-            weak_iterate=settings.weak_iterate,
+            **settings.passed_on(),
             with_residuals=counts is not None,
-            on_step=lambda _, denoised: last.__setitem__(slice(None), [denoised]),
+            on_step=keep,
         )
 
     def _image(self, latents: Tensor) -> NDArray[np.uint8]:
         """(1, C, h, w) -> (H, W, 3)."""
-        vae = self.pipeline.vae
-        unscaled = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
-        return to_uint8(vae.decode(unscaled).sample, self.settings.rounding)[0].permute(1, 2, 0).cpu().numpy()
+        return np.asarray(self.pipeline.decode_latents(latents, "pil", self.settings.rounding)[0])
 
 
 class Watched:

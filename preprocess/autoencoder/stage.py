@@ -21,13 +21,13 @@ def plan(recipe: Recipe) -> Iterator[str]:
         )
     from preprocess.autoencoder import training
 
-    _settings(recipe)
+    _settings(recipe)  # names what is missing
     network = training.start(recipe)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     shape = " x ".join(map(str, latent_shape(recipe)))
     yield f"autoencoder: {parameters:,} parameters, {recipe.data.resolution} px to {shape}"
     yield f"to see: {recipe.vae.training.images:,} images of {recipe.data.images}"
-    yield f"result: {recipe.vae.path}, {'there already' if finished(recipe) else 'to be trained'}"
+    yield f"result: {recipe.vae.path}, {'trained' if finished(recipe) else 'to be trained'}"
 
 
 def finished(recipe: Recipe) -> bool:

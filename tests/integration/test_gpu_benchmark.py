@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import PARTS, Row, Setting, compared, measured, page
+from benchmarks.gpu import measured, page
+from benchmarks.gpu_parts import PARTS, Row, Setting, compared
 
 ROOT = Path(__file__).parents[2]
 

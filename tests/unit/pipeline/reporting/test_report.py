@@ -225,7 +225,7 @@ def test_the_fixed_point_is_shown_after_more_and_fewer_iterations_and_steps(reci
     assert list(drawn.steps) == [1, 2, 3, 6]
     assert (drawn.by_steps[2] == images[:4]).all()
     assert list(drawn.blocks) == [(2 + 2) * steps for steps in drawn.steps]
-    # Each iteration moves the images less, and the residuals say so.
+    # Iterations change the images, and the residual falls.
     moved = [np.abs(a.astype(int) - b).mean() for a, b in itertools.pairwise(drawn.by_iterations)]
     assert moved[0] > 0
     assert drawn.residuals.shape == (3, 26)
