@@ -79,7 +79,8 @@ class Outcome:
 
 def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) -> None:
     """Trains every run that is not trained, and measures every point that is not measured; so many runs at once."""
-    every = dict.fromkeys(recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm))
+    arms = [scale.recipes(arm) for table in tables for arm in table.arms]
+    every = dict.fromkeys(recipe for of_a_seed in zip(*arms, strict=True) for recipe in of_a_seed)
     runs: dict[Path, list[Recipe]] = {}
     for recipe in every:
         runs.setdefault(recipe.folder, []).append(recipe)
@@ -88,13 +89,13 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
     for stage in _before_sampling(first)[:-1]:
         _make(first, stage, cluster)
     if at_once == 1:
-        for arms in runs.values():
-            _make_run(arms, cluster)
+        for run in runs.values():
+            _make_run(run, cluster)
         return
     # Each run in a process of its own: networks of this size leave most of a GPU, or of many cores, idle.
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, spawned, _leave_port, max_tasks_per_child=1) as pool:
-        for made in as_completed([pool.submit(_make_run, arms, cluster) for arms in runs.values()]):
+        for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
             made.result()
 
 
