@@ -96,7 +96,8 @@ class Row:
         reached = [self.samples, self.seconds, self.tflops]
         digits = (0, 0, 1)
         numbers = ["-" if value is None else f"{value:,.{n}f}" for value, n in zip(reached, digits, strict=True)]
-        return [self.variant, str(self.seeds), f"{self.distance:.1f} ± {self.interval:.1f}", *numbers]
+        interval = f" ± {self.interval:.1f}" if self.seeds > 1 else ""
+        return [self.variant, str(self.seeds), f"{self.distance:.1f}{interval}", *numbers]
 
 
 def overrides(variant: str) -> list[str]:
