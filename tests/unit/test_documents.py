@@ -1,6 +1,8 @@
 """The documents' programs run as they are written."""
 
+import ast
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 
 from common.recipe.reference import explanations, reference, section_reference
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 PROGRAMS = {
     path.name: blocks
     for path in sorted(DOCS.glob("*.md"))
@@ -18,6 +21,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_programs_in_the_documents_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     program = "".join(PROGRAMS[name])
     exec(compile(program, name, "exec"), {})
@@ -47,3 +51,29 @@ def test_a_field_without_an_explanation_is_refused() -> None:
 
 def test_there_are_programs() -> None:
     assert "model.md" in PROGRAMS
+
+
+def messages() -> Iterator[str]:
+    """Every text in the code, with … for what is filled in; of scripts each line."""
+    for room in ("common", "fpdm", "pipeline", "preprocess", "slurm"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+    for path in [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "scripts").glob("*.sh")]:
+        yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_error_messages_that_are_explained_are_those_of_the_code() -> None:
+    text = (DOCS / "errors.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+    assert len(explained) == text.count("\n### ") > 20
+    known = list(messages())
+    for message in explained:
+        parts = [part.strip() for part in message.split("…")]
+        longest = max(parts, key=len)
+        assert len(longest) >= 12, f"{message}: anything could be that"
+        words = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
+        assert any(words.search(one) for one in known if longest in one), message
