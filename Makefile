@@ -21,7 +21,8 @@ play: setup
 
 docs: setup
 	@scripts/setup.sh --docs
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@# Not --quiet: with it, mkdocs counts no warnings and strict fails nothing.
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 	@echo build/site/index.html
 
 test: check

@@ -38,10 +38,10 @@ addEventListener("load", () => {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
     silent = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=silent, capture_output=True, text=True, timeout=200)
-    assert (built.returncode, built.stderr) == (0, ""), "make docs; scripts/setup.sh --docs installs what it needs"
+    assert built.returncode == 0, f"scripts/setup.sh --docs installs what it needs\n{built.stderr}"
     return folder
 
 
@@ -63,14 +63,14 @@ def test_in_a_browser_every_page_fits_a_phone_and_home_finds_an_error_message(
         copy.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     phones = [page.stem for page in pages] if scheme == "light" else ["index"]
     frames = [(f"{name}.probed.html", 390) for name in phones] + [("index.probed.html", 1280)]
-    shown = site / "probed.html"
-    shown.write_text("".join(f'<iframe src="{name}" width={width} height=900></iframe>' for name, width in frames))
+    together = site / "probed.html"
+    together.write_text("".join(f'<iframe src="{name}" width={width} height=900></iframe>' for name, width in frames))
     command = [*chromium, "--enable-logging=stderr", "--virtual-time-budget=30000", "--window-size=1400,900"]
-    command += ["--force-dark-mode"] * (scheme == "dark") + ["--dump-dom", shown.as_uri()]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=200).stderr
-    console = [line for line in said.splitlines() if "CONSOLE" in line]
+    command += ["--force-dark-mode"] * (scheme == "dark") + ["--dump-dom", together.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     seen = [json.loads(match[1]) for line in console if (match := re.search(r'"seen:(\{.*\})", source:', line))]
-    assert len(console) == len(seen), said  # no error among them
+    assert len(console) == len(seen), "\n".join(console)  # an error among them
     assert sorted((one["page"], one["width"]) for one in seen) == sorted(frames)
     assert [one for one in seen if one["overflow"] > 0 or one["broken"]] == []
     assert all((sum(one["background"]) < 300) == (scheme == "dark") for one in seen)
