@@ -1,6 +1,7 @@
 """The documents' programs run as they are written."""
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,3 +78,18 @@ def test_the_error_messages_that_are_explained_are_those_of_the_code() -> None:
         assert len(longest) >= 12, f"{message}: anything could be that"
         words = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
         assert any(words.search(one) for one in known if longest in one), message
+
+
+def test_the_pictures_of_how_it_works_are_drawn_by_their_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("draw_fixed_point", ROOT / "scripts/draw_fixed_point.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    few = {"STEPS": 2, "SAMPLES": 1, "MOST": 3, "SHOWN": 2, "ITERATIONS": (1, 2), "CURVES": (0, 1)}
+    for name, value in {**few, "PICTURES": tmp_path}.items():
+        monkeypatch.setattr(drawing, name, value)
+    monkeypatch.setattr(drawing.torch, "set_num_threads", lambda _: None)
+    drawing.main()
+    drawn = {path.name for path in tmp_path.iterdir() if path.stat().st_size}
+    assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}
