@@ -63,7 +63,7 @@ class Job(submitit.helpers.Checkpointable):
     def _outcome(self, started: float) -> dict[str, Any]:
         try:
             _use_scratch()
-            self._work()
+            self.work()
         except UserError as error:
             _fail_in_the_queue_too(f"error: {error}")
             return {"error": str(error)}
@@ -77,7 +77,8 @@ class Job(submitit.helpers.Checkpointable):
             raise
         return {"seconds": round(time.monotonic() - started, 1)}
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """The call itself, when all ranks have come."""
         function = getattr(importlib.import_module(self.module), self.function)
         try:
             rendezvous()
