@@ -123,12 +123,10 @@ class _Peer:
         while True:
             try:
                 line = await asyncio.wait_for(self.reader.readline(), SILENT_SECONDS)
-            except (OSError, TimeoutError):
+                if not line.isspace():
+                    return json.loads(line)
+            except (OSError, TimeoutError, ValueError):  # an empty line, at the end, is no JSON
                 return None
-            if not line:
-                return None
-            if line.strip():
-                return json.loads(line)
 
     async def _beat(self) -> None:
         while not self.writer.is_closing():
@@ -137,7 +135,7 @@ class _Peer:
 
     def close(self) -> None:
         self.beating.cancel()
-        self.writer.close()
+        self.writer.transport.abort()  # nothing waits for a machine that is gone
 
 
 @dataclass
@@ -154,7 +152,7 @@ class _Leader:
         """A connection, until its end; all that it says is news."""
         peer = _Peer(reader, writer)
         hello = await peer.receive()
-        if hello is not None:
+        if hello is not None:  # else it is no supervisor
             node = hello["node"]
             self.peers[node] = peer
             self.news.put_nowait(hello)
