@@ -64,9 +64,9 @@ def steps(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *
     return planned
 
 
-def portable_steps(recipe: Recipe, stage: Stage) -> list[Step]:
-    """As on SLURM, without what other engines do in another way: they start a lost node again."""
-    return steps(replace(recipe, launch=replace(recipe.launch, elastic=False)), stage, "slurm")
+def plain_steps(recipe: Recipe, stage: Stage, cluster: str = "slurm") -> list[Step]:
+    """As `steps`, with a task for each rank even of an elastic training: for other engines, and for looking around."""
+    return steps(replace(recipe, launch=replace(recipe.launch, elastic=False)), stage, cluster)
 
 
 def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *, timed: bool = True) -> float:

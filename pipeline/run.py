@@ -116,10 +116,10 @@ def rendered(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespac
 
 def run_step(recipe: Recipe, stages: list["Stage"], asked: str) -> None:
     """The work of one job of a step, such as `encode:3` of an array, in this process or its ranks."""
-    from common.stage_jobs import portable_steps
+    from common.stage_jobs import plain_steps
 
     name, _, part = asked.partition(":")
-    jobs = {step.name: step.jobs for stage in stages for step in portable_steps(recipe, stage)}
+    jobs = {step.name: step.jobs for stage in stages for step in plain_steps(recipe, stage)}
     allowed = [f"{step}:0 to {len(of) - 1}" if len(of) > 1 else step for step, of in jobs.items()]
     number = int(part) if part.isdecimal() else 0
     if name not in jobs or number >= len(jobs[name]) or bool(part) != (len(jobs[name]) > 1):

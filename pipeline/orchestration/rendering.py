@@ -19,7 +19,7 @@ from common.errors import INTERRUPTED, UserError
 from common.recipe import Recipe
 from common.recipe.launch import own_launch
 from common.stage import Stage
-from common.stage_jobs import Step, portable_steps
+from common.stage_jobs import Step, plain_steps
 from slurm.site_file import Elsewhere, Site
 
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -59,7 +59,7 @@ def render(engine: str, recipe: Recipe, stages: Sequence[Stage], words: Sequence
         raise UserError("site file: no section elsewhere, which --render needs; see slurm/site.example.yaml")
     for stage in stages:
         stage.check(recipe, "slurm")
-    planned = [step for stage in stages for step in portable_steps(recipe, stage)]
+    planned = [step for stage in stages for step in plain_steps(recipe, stage)]
     chain = Chain(recipe, planned, ("pipeline/run.py", *words, "--step"), site, site.elsewhere)
     return _head(engine, chain, stages) + yaml.dump_all(ENGINES[engine](chain), None, _Dumper, sort_keys=False)
 

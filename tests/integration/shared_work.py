@@ -45,9 +45,14 @@ def fault_of_rank_1(recipe: Recipe, *, folder: str) -> None:
     raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
 
 
-def death(recipe: Recipe, *, folder: str) -> None:
+def death_of_rank_1(recipe: Recipe, *, folder: str) -> None:
     _begin(folder)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["RANK"] == "1":
+        others = Path(folder, "0-of-2")
+        while not others.exists() or len(others.read_text().split()) < len(Path(folder, "1-of-2").read_text().split()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+    _wait_for(Path(folder, "never"))
 
 
 def _begin(folder: str) -> None:

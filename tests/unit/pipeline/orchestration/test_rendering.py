@@ -17,7 +17,7 @@ from common.command import exit_status_of
 from common.errors import UserError
 from common.jobs import Job
 from common.loading import load_recipe
-from common.stage_jobs import portable_steps
+from common.stage_jobs import plain_steps
 from pipeline import run
 from pipeline.orchestration.rendering import render
 from pipeline.stages import select
@@ -127,7 +127,7 @@ def test_the_commands_do_every_job_of_the_chain_once_with_the_users_words_as_the
         monkeypatch.setattr(sys, "argv", [words[0], f"--config={ROOT / WORDS[1]}", *words[3:]])
         assert exit_status_of(run.main) == 0
     recipe = load_recipe(ROOT / WORDS[1], WORDS[2:])
-    planned = [step for stage in select(recipe, None) for step in portable_steps(recipe, stage)]
+    planned = [step for stage in select(recipe, None) for step in plain_steps(recipe, stage)]
     jobs = [job for step in planned for job in step.jobs * (step.resources.nodes if len(step.jobs) == 1 else 1)]
     assert sorted(map(str, done)) == sorted(map(str, jobs))
     train, _, sample = ranks  # of training's two nodes, and of sampling by four processes on one
