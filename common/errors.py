@@ -42,6 +42,10 @@ class Interrupted(Exception):
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
+# Error messages of gloo and NCCL.
+LOST_RANK_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exit",
+                   "exit of a remote peer")  # fmt: skip
+
 
 @contextmanager
 def errors_as(kind: type[OneLineError], message: str) -> Iterator[None]:
@@ -65,6 +69,11 @@ def _words(error: Exception) -> str:
     if words and isinstance(error, OneLineError | OSError | ValueError):
         return words
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def has_lost_a_rank(error: Exception) -> bool:
+    """Whether it is the end of a connection, in the words of gloo or NCCL, and not a fault of this rank's own."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in LOST_RANK_WORDS)
 
 
 def one_line(text: str, limit: int = 1000) -> str:

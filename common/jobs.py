@@ -15,7 +15,7 @@ from typing import Any
 
 import submitit
 
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, has_lost_a_rank
 from common.loading import dump_recipe, parse_recipe
 from common.recipe import Recipe
 from common.rendezvous import rendezvous
@@ -24,9 +24,6 @@ from slurm.site_file import SCRATCH_VARIABLE
 
 # SLURM notices a dead node after SlurmdTimeout, five minutes by default, and then requeues its job.
 LOST_RANK_SECONDS = 600
-# Error messages of gloo and NCCL.
-LOST_RANK_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exit",
-                   "exit of a remote peer")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Job(submitit.helpers.Checkpointable):
     def _outcome(self, started: float) -> dict[str, Any]:
         try:
             _use_scratch()
-            self._work()
+            self.work()
         except UserError as error:
             _fail_in_the_queue_too(f"error: {error}")
             return {"error": str(error)}
@@ -72,12 +69,13 @@ class Job(submitit.helpers.Checkpointable):
                 _leave_to_slurm()
             raise
         except RuntimeError as error:
-            if any(words in str(error).lower() for words in LOST_RANK_WORDS):
+            if has_lost_a_rank(error):
                 _wait_for_the_cause()
             raise
         return {"seconds": round(time.monotonic() - started, 1)}
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """The call itself, when all ranks have come."""
         function = getattr(importlib.import_module(self.module), self.function)
         try:
             rendezvous()

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.jobs import Job, failed
 from common.loading import dump_recipe
 from common.ranks import own_cores
-from common.recipe import Launch, Recipe, launch_of, own_launch
+from common.recipe import Launch, Recipe, launch_of, node_counts, own_launch
 from common.recipe.launch import LIGHT
 from common.run_folder import RunFolder
 from common.stage import Stage
@@ -49,6 +49,8 @@ def steps(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *
     own = own_launch(recipe.launch, stage.name)
     if stage.part is None or parts == 1:
         several = stage.all_processes or own.nodes or own.processes
+        if stage.name == "train" and launch.elastic and cluster == "slurm":
+            return [_elastic(recipe, job(stage.work, timed=timed), asked(stage.name, _all_processes))]
         share = _light if stage.name in LIGHT else _all_processes if several else _all_cores
         return [Step(stage.name, [job(stage.work, timed=timed)], asked(stage.name, share))]
     array = [job(stage.part, timed=timed and part == 0, part=part, parts=parts) for part in range(parts)]
@@ -60,6 +62,11 @@ def steps(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *
         needed = asked(stage.name, _all_cores) if heavy else asked("merge", _light)
         planned.append(Step(f"{stage.name}-merge", [job(stage.merge)], needed))
     return planned
+
+
+def plain_steps(recipe: Recipe, stage: Stage, cluster: str = "slurm") -> list[Step]:
+    """As `steps`, with a task for each rank even of an elastic training: for other engines, and for looking around."""
+    return steps(replace(recipe, launch=replace(recipe.launch, elastic=False)), stage, cluster)
 
 
 def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *, timed: bool = True) -> float:
@@ -87,6 +94,20 @@ def run_job(
 def _job(recipe: str, stage: Stage, function: Callable[..., Any], **arguments: Any) -> Job:
     names = {"resolve": _name(stage.resolve), "call": _name(function), "stage": stage.name}
     return Job(__name__, run_job.__name__, recipe, names | arguments)
+
+
+def _elastic(recipe: Recipe, job: Job, asked: Resources) -> Step:
+    """One task a node, which starts the ranks there itself."""
+    call = {"module": job.module, "function": job.function, "arguments": dict(job.arguments)}
+    arguments = {"call": call, "processes": asked.processes, "node_counts": node_counts(recipe)}
+    resources = replace(
+        asked,
+        processes=1,
+        cpus_per_process=asked.processes * asked.cpus_per_process,
+        gpus_per_process=asked.processes * asked.gpus_per_process,
+        outlives_nodes=True,
+    )
+    return Step("train", [Job("common.elastic", "supervise", job.recipe, arguments)], resources)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -4,6 +4,7 @@ encode, train, sample, evaluate, report.
   python pipeline/run.py --config recipes/demo.yaml
   python pipeline/run.py --config recipes/demo.yaml --cluster slurm train.total_samples=100000
   python pipeline/run.py --config recipes/demo.yaml --detach           # submits all to SLURM and returns
+  python pipeline/run.py --config recipes/demo.yaml --render kueue     # prints the same chain as YAML: docs/cluster.md
 
 Run it again to go on: finished stages are recognised and skipped.
 """
@@ -28,9 +29,8 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument(
         "--cluster",
-        default="local",
         metavar="local|debug|slurm|auto",
-        help="where jobs run: this machine, this process, SLURM, or SLURM where it answers",
+        help="where jobs run: this machine (local), this process, SLURM, or SLURM where it answers",
     )
     parser.add_argument("--stages", metavar="NAME,NAME", help="only these, such as sample,evaluate,report")
     parser.add_argument(
@@ -41,6 +41,8 @@ def main() -> None:
         action="store_true",
         help="with --detach: jobs run the code as it is now, copied to the run folder",
     )
+    parser.add_argument("--render", metavar="skypilot|kueue", help="print all stages as YAML for that engine")
+    parser.add_argument("--step", metavar="NAME[:PART]", help="the work of one job, in this process: what YAML calls")
     add_force_option(parser)
     arguments = parser.parse_intermixed_args()
 
@@ -52,17 +54,20 @@ def main() -> None:
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     stages = select(recipe, arguments.stages)
-    if arguments.snapshot and not arguments.detach:
-        raise UserError("--snapshot: without --detach stages start at once; leave it out, or add --detach")
-    if arguments.force and arguments.dry_run:
-        raise UserError("--force: with --dry-run no jobs are started; leave it out")
+    refuse_options(arguments)
+    if arguments.render:
+        print(rendered(recipe, stages, arguments), end="")
+        return
+    if arguments.step:
+        run_step(recipe, stages, arguments.step)
+        return
     if arguments.detach:
         with unless_forced(arguments):
             check_stages(recipe, stages, "slurm", fetches=not arguments.dry_run)
         detach(recipe, stages, arguments)
         return
     try:
-        cluster = resolve(arguments.cluster)
+        cluster = resolve(arguments.cluster or "local")
     except ValueError as error:
         raise UserError(str(error)) from None
     if arguments.dry_run:
@@ -77,6 +82,49 @@ def main() -> None:
         for number, stage in enumerate(stages, 1):
             run_and_say(recipe, stage, cluster, f"[{number}/{len(stages)}] {stage.name}")
     say_where(recipe)
+
+
+def refuse_options(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
+    if arguments.snapshot and not arguments.detach:
+        raise UserError("--snapshot: without --detach stages start at once; leave it out, or add --detach")
+    if arguments.force and arguments.dry_run:
+        raise UserError("--force: with --dry-run no jobs are started; leave it out")
+    if arguments.detach and arguments.cluster in ("local", "debug"):
+        raise UserError(f"--detach: submits to SLURM, and --cluster is {arguments.cluster}; leave one of the two out")
+    for name in ("render", "step"):
+        others = ("cluster", "detach", "force", "dry_run", "render" if name == "step" else "step")
+        given = [f"--{other.replace('_', '-')}" for other in others if getattr(arguments, other)]
+        if getattr(arguments, name) is not None and given:
+            raise UserError(f"--{name}: it starts no jobs, and does not go with {', '.join(given)}; leave one out")
+
+
+def rendered(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace) -> str:
+    from pipeline.orchestration.rendering import render
+    from slurm.site_file import load_site
+
+    root = Path(__file__).resolve().parents[1]
+    config = arguments.config.resolve()
+    if not config.is_relative_to(root):
+        raise UserError(f"--config: {arguments.config} is outside of the clone, {root}, which jobs see; copy it there")
+    words = ("--config", str(config.relative_to(root)), *arguments.overrides)
+    try:
+        return render(arguments.render, recipe, stages, words, load_site())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def run_step(recipe: Recipe, stages: list["Stage"], asked: str) -> None:
+    """The work of one job of a step, such as `encode:3` of an array, in this process or its ranks."""
+    from common.stage_jobs import plain_steps
+
+    name, _, part = asked.partition(":")
+    jobs = {step.name: step.jobs for stage in stages for step in plain_steps(recipe, stage)}
+    allowed = [f"{step}:0 to {len(of) - 1}" if len(of) > 1 else step for step, of in jobs.items()]
+    number = int(part) if part.isdecimal() else 0
+    if name not in jobs or number >= len(jobs[name]) or bool(part) != (len(jobs[name]) > 1):
+        raise UserError(f"--step: found {asked!r}; allowed: {', '.join(allowed)}")
+    jobs[name][number].work()
 
 
 def cost(recipe: Recipe) -> str:

@@ -39,6 +39,7 @@ class Resources:
     share_of_node: float = 1.0  # of the node's memory
     timeout_minutes: int = 60  # SLURM only
     signal_seconds: int = 120  # before the time limit: time to save and to be requeued
+    outlives_nodes: bool = False  # the job goes on when one of its nodes, but the first, dies
 
 
 def executor(
@@ -99,7 +100,13 @@ def resolve(cluster: str) -> str:
 def refuse(cluster: str, folder: str | Path, resources: Resources) -> None:
     """Raises ValueError if `cluster` lacks the resources, for a folder SLURM cannot use, and a faulty site file."""
     if cluster == "slurm":
-        gpu_options(load_site(), resources)
+        site = load_site()
+        gpu_options(site, resources)
+        if resources.outlives_nodes and site.sbatch.get("gpus-per-task"):
+            raise ValueError(
+                "launch.elastic: the site file asks for gpus-per-task, and an elastic job has one task a node; set "
+                "gpus-per-node there in its place, or launch.elastic to false"
+            )
         _check_folder(Path(folder))
         if resources.signal_seconds >= 60 * resources.timeout_minutes:
             raise ValueError(
@@ -146,11 +153,14 @@ def _slurm_parameters(site: Site, resources: Resources, after: str | None, code:
         path = f"{shlex.quote(str(code.resolve()))}${{PYTHONPATH:+:$PYTHONPATH}}"
         lines = (f"export PYTHONPATH={path}", "export PYTHONSAFEPATH=1")
         parameters["slurm_setup"] = [*parameters.get("slurm_setup", []), *lines]
+    no_kill = ["--no-kill"] if resources.outlives_nodes else []
+    if no_kill:
+        additional["no_kill"] = True
     return parameters | {
         "slurm_signal_delay_s": resources.signal_seconds,
         "slurm_additional_parameters": additional,
         # A failed task ends the others in seconds. Since SLURM 22.05, srun does not inherit the job's --cpus-per-task.
-        "slurm_srun_args": ["--kill-on-bad-exit=1", *srun_options(site, resources.cpus_per_process)],
+        "slurm_srun_args": ["--kill-on-bad-exit=1", *no_kill, *srun_options(site, resources.cpus_per_process)],
     }
 
 

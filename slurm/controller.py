@@ -66,6 +66,11 @@ def state(job_id: str) -> str | None:
         return None
 
 
+def requeue(job_id: str) -> None:
+    """Ends a job, and puts it into the queue again. Raises OSError or subprocess.SubprocessError where that fails."""
+    subprocess.run(["scontrol", "requeue", job_id], capture_output=True, check=True, timeout=60)
+
+
 def _squeue(what: str, jobs: str) -> subprocess.CompletedProcess[str]:
     command = ["squeue", "--noheader", "--array", "--states=all", f"--format={what}", f"--jobs={jobs}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)

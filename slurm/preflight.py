@@ -49,7 +49,7 @@ def in_a_job(recipe: Recipe, cluster: str) -> None:
     """Raises UserError with what must change, or with SLURM's words where it does not run the job."""
     from common.jobs import Job, failed
     from common.run_folder import RunFolder
-    from common.stage_jobs import steps
+    from common.stage_jobs import plain_steps
     from pipeline.training.stage import STAGE
     from slurm.cluster import executor, resolve, run
 
@@ -58,7 +58,7 @@ def in_a_job(recipe: Recipe, cluster: str) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     with errors_as(UserError, "preflight: the job did not come to its end"):
-        (step,) = steps(recipe, STAGE, cluster)
+        (step,) = plain_steps(recipe, STAGE, cluster)
         asked = replace(step.resources, timeout_minutes=MINUTES, signal_seconds=30)
         queue = executor(cluster, RunFolder(recipe.folder).step_logs("preflight"), f"{recipe.name}-preflight", asked)
         for outcome in run(queue, Job.of("slurm.preflight", look_around.__name__, recipe), failed=failed):

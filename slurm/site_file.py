@@ -24,6 +24,7 @@ VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
 Word = Annotated[str, Field(pattern=r"^[^\s]+$")]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
+Folder = Annotated[str, Field(pattern=r"^/[^\n$]*$")]
 
 # Options that the recipe's `launch` section or this project sets, and options that keep sbatch from submitting.
 OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "help", "job-name", "kill-on-invalid-dep",
@@ -88,6 +89,17 @@ Value = Annotated[Line, AfterValidator(_no_switch)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Elsewhere:
+    """Where `pipeline/run.py --render` runs: engines that start containers."""
+
+    image: Word  # with Python and the requirements
+    volume: Word  # a volume of SkyPilot's or a PersistentVolumeClaim, which all nodes write to at the same time
+    mount: Folder  # where containers have the volume
+    clone: Folder  # the clone, on the volume: paths of recipes begin there
+    queue: Word | None = None  # Kueue's LocalQueue
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Site:
     """All fields are optional; SLURM's defaults apply. `site.example.yaml` is an example."""
 
@@ -112,6 +124,7 @@ class Site:
     )
     # Options of srun, which starts a job's processes: those of a container (pyxis).
     srun: dict[SrunOption, Value | StrictBool | int] = Field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
 
 
 def load_site(path: str | Path | None = None) -> Site:

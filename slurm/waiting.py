@@ -135,6 +135,8 @@ def outcomes(job: submitit.Job[Any], state: str | None, failed: Failed) -> list[
         else:
             errors.append((_written(task.paths.result_pickle), result))
     failures = [result for result in results if failed(result)]
+    if results and state == "COMPLETED":  # tasks without a result were on nodes that died, which it outlived
+        errors = [error for error in errors if error[0] != float("inf")]
     if errors and not failures:
         raise submitit.core.utils.FailedJobError(min(errors)[1])
     return failures or results

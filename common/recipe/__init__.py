@@ -24,7 +24,7 @@ from common.recipe.network import (
     num_classes,
 )
 from common.recipe.sampling import Evaluate, Sample, Sweep, check_sampling
-from common.recipe.training import Train, check_training, timestep_density, wanted_samples, with_world_size
+from common.recipe.training import Train, check_training, node_counts, timestep_density, wanted_samples, with_world_size
 
 __all__ = [
     "VAE",
@@ -44,6 +44,7 @@ __all__ = [
     "diffusion",
     "latent_shape",
     "launch_of",
+    "node_counts",
     "num_classes",
     "own_launch",
     "timestep_density",

@@ -70,6 +70,8 @@ class Launch:
     """Time limit of a job, in minutes."""
     signal_seconds: Count = 120
     """Seconds before the time limit at which training saves; every job that is not finished is queued again."""
+    elastic: bool = False
+    """On SLURM, training goes on with the nodes that are left when one dies, and with all when its job is requeued."""
     jobs: Count = 1
     """Jobs, of one process each, into which encoding, sampling, evaluation and sweeps are divided by `--cluster`;
     pipeline/run.py divides them on SLURM only. 1: a single job, of sampling with the processes above."""

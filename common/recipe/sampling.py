@@ -122,7 +122,10 @@ class Evaluate:
     feature_extractor_weights: Place | None = None
     """Local file of the extractor's weights. null: torch-fidelity's download for Inception, the installed package for
     EfficientNet; DINOv2 needs a file."""
-    metrics: tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall"], ...] | None = None
+    metrics: (
+        tuple[Literal["frechet", "spatial", "inception_score", "kid", "precision_recall", "density_coverage"], ...]
+        | None
+    ) = None
     """`frechet`: FID with Inception's published weights. `spatial`: sFID. null: all that extractor and reference
     allow. `frechet` is always measured, listed or not."""
     batch_size: Count = 64

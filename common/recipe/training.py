@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,7 @@ from common.recipe.fields import (
     TwoOrMore,
     Width,
 )
+from common.recipe.launch import launch_of
 
 PAPER_SAMPLES = 204_800_000
 
@@ -258,7 +260,8 @@ def check_training(train: Train) -> None:
 
 
 def with_world_size(recipe: Recipe, world_size: int) -> Recipe:
-    """Resolves `micro_batch_size` for this number of ranks.
+    """Resolves `micro_batch_size` for this number of ranks. Elastic training has it no larger on fewer nodes: it must
+    fit into the same memory.
 
     Raises ValueError where the ranks do not divide the batch, or a rank's share is no multiple of the micro-batch.
     """
@@ -270,9 +273,24 @@ def with_world_size(recipe: Recipe, world_size: int) -> Recipe:
         )
     share = train.batch_size // world_size
     micro = train.micro_batch_size or share
+    if recipe.launch.elastic and train.micro_batch_size is None:
+        launch = launch_of(recipe.launch, "train")
+        most = max(1, train.batch_size // (launch.nodes * launch.processes))
+        micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     if share % micro:
         raise ValueError(
             f"train.micro_batch_size: {micro} does not divide a rank's share of {share} "
             f"(train.batch_size {train.batch_size} over {world_size} ranks); use a divisor of {share}"
         )
     return replace(recipe, train=replace(train, micro_batch_size=micro))
+
+
+def node_counts(recipe: Recipe) -> list[int]:
+    """On how many nodes elastic training may go on: all, and each smaller number whose ranks can share the batch."""
+    launch = launch_of(recipe.launch, "train")
+    counts = []
+    for nodes in range(launch.nodes, 0, -1):
+        with suppress(ValueError):
+            with_world_size(recipe, nodes * launch.processes)
+            counts.append(nodes)
+    return counts

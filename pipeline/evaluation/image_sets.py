@@ -64,6 +64,7 @@ class ImageSet:
     size: int
     open: Callable[[], Images] | None  # None: there are statistics alone
     statistics: Callable[[], dict[str, Statistics]] | None = None  # by layer, where a file gives them
+    labels: Callable[[], NDArray[np.int64]] | None = None  # (N,), of samples
     plan: None = None
 
     def iterate(self) -> Images:

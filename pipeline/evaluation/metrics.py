@@ -1,7 +1,8 @@
 """How far two sets of images lie apart, from their features, by torch-fidelity's definitions.
 
-The Fréchet distance, KID, Inception Score, precision and recall. Their registry, with the layers that they are measured
-on and their printed names, is METRICS and NAMES of `pipeline.features.extractors`; density and coverage are not in it.
+The Fréchet distance, KID, Inception Score, precision and recall, and density and coverage, which torch-fidelity lacks.
+Their registry, with the layers that they are measured on and their printed names, is METRICS and NAMES of
+`pipeline.features.extractors`.
 """
 
 from collections.abc import Iterable
@@ -194,7 +195,9 @@ def density_coverage(features: NDArray[np.floating], reference: NDArray[np.float
     balls with a sample inside. Balls reach to the fifth neighbour (Naeem et al. 2020); in float64.
     """
     if len(reference) <= DENSITY_NEIGHBOURHOOD:
-        raise UserError(f"density and coverage need more than {DENSITY_NEIGHBOURHOOD} images of the reference")
+        raise UserError(
+            f"evaluate.metrics: density and coverage need more than {DENSITY_NEIGHBOURHOOD} images of the reference"
+        )
     samples, real = torch.from_numpy(features).double(), torch.from_numpy(reference).double()
     rows = max(1, BLOCK**2 // (4 * max(len(samples), len(real))))
     inside = covered = 0

@@ -82,12 +82,16 @@ def run_samples(folder: Path, resolution: int | None) -> ImageSet:
     def images() -> Iterator[NDArray[np.uint8]]:
         return (image for rows in iterate(samples.folder, (0, count)) for image in rows["images"])
 
+    def labels() -> NDArray[np.int64]:
+        return np.concatenate([rows["labels"] for rows in iterate(samples.folder, (0, count))]).astype(np.int64)
+
     return ImageSet(
         name="reference",
         label=f"{count:,} samples of {folder} after {samples.samples_seen:,} training samples",
         content=samples.settings | {"samples": count, "samples_seen": samples.samples_seen},
         size=count,
         open=images,
+        labels=labels,
     )
 
 

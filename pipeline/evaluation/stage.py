@@ -50,19 +50,17 @@ def extract_part(evaluation: "Evaluation", part: int, parts: int) -> None:
 
 def check(recipe: Recipe, _cluster: str) -> None:
     """Raises UserError for a metric that the extractor does not give, or that needs more images."""
-    from pipeline.evaluation.metrics import ISC_SPLITS, NEIGHBOURHOOD
+    from pipeline.evaluation.metrics import DENSITY_NEIGHBOURHOOD, ISC_SPLITS, NEIGHBOURHOOD
     from pipeline.features.extractors import wanted_metrics
 
     wanted_metrics(recipe.evaluate)
     needed = {"inception_score": ISC_SPLITS, "kid": NEIGHBOURHOOD + 1, "precision_recall": NEIGHBOURHOOD + 1}
+    of_reference = {**needed, "inception_score": 2, "density_coverage": DENSITY_NEIGHBOURHOOD + 1}
     for metric in ("frechet", *(recipe.evaluate.metrics or ())):
-        fewest = needed.get(metric, 2)
-        for field, count in (
-            ("sample.num_samples", recipe.sample.num_samples),
-            ("evaluate.reference_samples", recipe.evaluate.reference_samples),
+        for field, count, fewest in (
+            ("sample.num_samples", recipe.sample.num_samples, needed.get(metric, 2)),
+            ("evaluate.reference_samples", recipe.evaluate.reference_samples, of_reference.get(metric, 2)),
         ):
-            if metric == "inception_score" and field == "evaluate.reference_samples":
-                continue  # it needs no reference
             if count is not None and count < fewest:
                 raise UserError(f"{field}: {count}, and the metric {metric} needs {fewest} at least; ask for more")
 

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from common.arrays import read_arrays, write_arrays
 from common.errors import UserError, errors_as
 from pipeline.evaluation.metrics import (
+    DENSITY_NEIGHBOURHOOD,
     ISC_SPLITS,
     NEIGHBOURHOOD,
     Accumulator,
     Statistics,
+    density_coverage,
     fault_of,
     frechet_distance,
     inception_score,
@@ -85,10 +87,13 @@ def read_summary(path: Path, command: str) -> Summary:
 
 def reason_unavailable(metric: str, own: Summary, reference: Summary) -> str | None:
     """Why a metric cannot be measured of two sets; None where it can."""
-    if metric in ("kid", "precision_recall"):
+    if metric in ("kid", "precision_recall", "density_coverage"):
         if "pooled" not in reference.rows:
             return "the reference is a statistics file without images"
-        fewest = min(len(own.rows["pooled"]), len(reference.rows["pooled"]))
+        fewest = len(reference.rows["pooled"])
+        if metric == "density_coverage":
+            return f"a reference of {fewest} images is too small" if fewest <= DENSITY_NEIGHBOURHOOD else None
+        fewest = min(fewest, len(own.rows["pooled"]))
         return f"sets of {fewest} images are too small" if fewest <= NEIGHBOURHOOD else None
     if metric == "spatial" and "spatial" not in reference.statistics:
         return "the reference's file has no mu_s and sigma_s"
@@ -108,5 +113,8 @@ def measure(metric: str, own: Summary, reference: Summary) -> dict[str, float]:
     if metric == "kid":
         mean, spread = kernel_distance(own.rows["pooled"], reference.rows["pooled"])
         return {"kid": mean, "kid_spread": spread}
+    if metric == "density_coverage":
+        density, coverage = density_coverage(own.rows["pooled"], reference.rows["pooled"])
+        return {"density": density, "coverage": coverage}
     precision, recall = precision_recall(own.rows["pooled"], reference.rows["pooled"])
     return {"precision": precision, "recall": recall}

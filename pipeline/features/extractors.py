@@ -58,6 +58,7 @@ METRICS = {  # the layer that each metric is measured on; evaluate.metrics lists
     "inception_score": "logits",
     "kid": "pooled",
     "precision_recall": "pooled",
+    "density_coverage": "pooled",
 }
 
 NAMES = {  # of a number with the published Inception weights, and with any others

@@ -79,7 +79,7 @@ def open_judged(path: Path, field: str, extractor: str, crop: tuple[str, int] | 
 
 
 def _of_images(path: Path, images: ImageSet) -> Judged:
-    return Judged(str(path), images.label, images.open)
+    return Judged(str(path), images.label, images.open, images.labels and images.labels())
 
 
 def _of_chunks(folder: Path) -> Judged:

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.metrics import (
-    DENSITY_NEIGHBOURHOOD,
     NEIGHBOURHOOD,
     Statistics,
     density_coverage,
@@ -98,13 +97,6 @@ def all_numbers(found: Scan, reference: Reference, measuring: Measuring) -> tupl
         numbers += [
             _number(name, measured[name], each, measuring.weights) for name, each in zip(names, spread, strict=True)
         ]
-    if rows is not None and len(rows) > DENSITY_NEIGHBOURHOOD:
-        values = density_coverage(found.pooled, rows)
-        spread = _spread("density_coverage", found.pooled, reference)
-        pairs = zip(("density", "coverage"), values, spread, strict=True)
-        numbers += [_number(name, value, each, measuring.weights) for name, value, each in pairs]
-    else:
-        missing.append("density and coverage: the reference has too few images, or statistics alone")
     return numbers, missing
 
 

@@ -34,7 +34,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Yields a request that stop signals set inside the block; restores the handlers after it.
+    """Yields a request that stop signals set inside the block, or that were blocked before it; restores the handlers.
 
     A second request, SAME_REQUEST_SECONDS after the first, ends the process at once, with status 128 + its number. A
     signal that `nohup` has made this process ignore stays ignored.
@@ -45,6 +45,7 @@ def stop_requests() -> Iterator[StopRequest]:
     told.setblocking(False)
     told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_end_at_second_request, args=(heard, frozenset(before)), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `common.elastic` blocks them until here
     try:
         yield request
     finally:

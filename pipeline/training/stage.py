@@ -17,7 +17,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def plan(recipe: Recipe) -> Iterator[str]:
     """What training will do, checked against the shards and the number of processes."""
     from common.ranks import rank_and_world_size
-    from common.recipe import denoiser_config, with_world_size
+    from common.recipe import denoiser_config, node_counts, with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
     from pipeline.training.cost import describe_cost, with_end
     from pipeline.training.data import open_shards
@@ -44,6 +44,9 @@ def plan(recipe: Recipe) -> Iterator[str]:
         f"ZeRO {config['zero_optimization']['stage']}"
         f"{'' if settings.max_hours is None else f', {settings.max_hours:g} hours at most'}"
     )
+    if recipe.launch.elastic:
+        nodes = ", ".join(map(str, node_counts(recipe)))
+        yield f"elastic: on SLURM it goes on with {nodes} nodes, the most of these that are there"
     checkpoints = complete_checkpoints(recipe.folder)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
     yield f"run folder: {recipe.folder}, {state}"

@@ -6,6 +6,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 from common.jobs import Job
 from common.loading import load_recipe
 from common.sealed import read_json
+from common.stage_jobs import steps
+from pipeline.training.stage import STAGE
 from slurm.cluster import Resources, executor, submit
 from slurm.controller import OVER
 from tests.integration.conftest import ROOT, Experiment, environment
@@ -28,10 +32,14 @@ SHORT = ("train.total_samples=192", "train.zero_stage=1")
 HOSTILE = """it's a "run"; $(touch pwned)"""
 
 
-def losses(run: Path) -> list[float]:
+def lines(run: Path) -> list[dict[str, Any]]:
     log = run / "metrics.jsonl"
     complete = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
-    return [json.loads(line)["loss"] for line in complete]
+    return [json.loads(line) for line in complete]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
 
 
 def newest_state(run: Path) -> bytes:
@@ -87,6 +95,34 @@ def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weight
     assert restarts(job) == 3
     assert losses(folder) == losses(uninterrupted)
     assert newest_state(folder) == newest_state(uninterrupted)
+
+
+@pytest.mark.timeout(600)
+def test_an_elastic_training_goes_on_without_a_lost_node_and_with_another_when_it_is_requeued(
+    experiment: Experiment, uninterrupted: Path, three_nodes: Cluster
+) -> None:
+    recipe = load_recipe(experiment.recipe, ("name=elastic", *LONG, "launch.nodes=2", "launch.elastic=true"))
+    (step,) = steps(recipe, STAGE, "slurm")
+    slow = {"module": WORK, "function": "train_slowly", "arguments": {"step_seconds": 0.3, "slow_starts": 1}}
+    training = replace(step.jobs[0], arguments={**step.jobs[0].arguments, "call": slow})
+    folder = recipe.folder
+    job = submit(executor("slurm", folder / "logs/train", "elastic", step.resources), [training])[0].job_id
+    log = folder / f"logs/train/{job}_0_log.err"
+    wait_until(lambda: len(losses(folder)) >= 5, "the first steps")
+    os.kill(int((three_nodes.folder / "run/node2.pid").read_text()), signal.SIGKILL)
+    killed, before = time.monotonic(), losses(folder)
+    wait_until(lambda: "the work goes on from the last checkpoint" in log.read_text(), "the other node to notice")
+    wait_until(lambda: len(losses(folder)) > len(before) + 1, "a step on it", 60)
+    print(f"the next step came {time.monotonic() - killed:.0f} s after the node had died")
+    assert restarts(job) == 0
+    subprocess.run(["scontrol", "update", "nodename=node2", "state=down", "reason=test"], check=True)
+    assert state(job) == "RUNNING"
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_until(lambda: state(job) == "COMPLETED", "the end")
+    assert restarts(job) == 1
+    assert squeue("%N", "--states=all", f"--jobs={job}") == ["node[1,3]"]
+    assert [line["samples"] for line in lines(folder)] == [line["samples"] for line in lines(uninterrupted)]
+    assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-4)
 
 
 @pytest.mark.timeout(600)

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.loading import dump_recipe, load_recipe, parse_recipe
-from common.recipe import denoiser_config, with_world_size
+from common.recipe import denoiser_config, node_counts, with_world_size
 
 ROOT = Path(__file__).parents[3]
 
@@ -241,3 +241,12 @@ def test_ranks_must_divide_the_batch_and_micro_batches_a_ranks_share() -> None:
         with_world_size(recipe, 3)
     with pytest.raises(ValueError, match=r"train\.micro_batch_size: 5 does not divide a rank's share of 32"):
         with_world_size(parse_recipe("name: a\ntrain: {batch_size: 64, micro_batch_size: 5}"), 2)
+
+
+def test_elastic_training_goes_on_with_nodes_that_share_the_batch_in_no_larger_micro_batches() -> None:
+    launch = "launch: {nodes: 4, processes: 8, elastic: %s}"
+    elastic = parse_recipe(f"name: a\ntrain: {{batch_size: 192}}\n{launch % 'true'}")
+    assert node_counts(elastic) == [4, 3, 2, 1]
+    assert [with_world_size(elastic, ranks).train.micro_batch_size for ranks in (32, 24, 16, 8)] == [6, 4, 6, 6]
+    assert with_world_size(parse_recipe("name: a\ntrain: {batch_size: 192}"), 8).train.micro_batch_size == 24
+    assert node_counts(parse_recipe(f"name: a\ntrain: {{batch_size: 256}}\n{launch % 'true'}")) == [4, 2, 1]

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from common.errors import UserError
-from pipeline.evaluation.metrics import Statistics, frechet_distance, statistics
+from pipeline.evaluation.metrics import Statistics, density_coverage, frechet_distance, statistics
+from pipeline.evaluation.statistics import measure, reason_unavailable, summarise
 
 
 def features(seed: int, count: int, width: int) -> NDArray[np.float32]:
@@ -88,3 +89,12 @@ def test_fewer_than_two_images_are_refused(count: int) -> None:
 def test_sets_of_different_extractors_are_refused() -> None:
     with pytest.raises(UserError, match="features of 4 and 8 dimensions"):
         frechet_distance(statistics([features(0, 9, 4)]), statistics([features(0, 9, 8)]))
+
+
+def test_density_and_coverage_are_a_metric_of_any_samples_and_a_reference_of_six_images() -> None:
+    rows = np.random.default_rng(3).normal(size=(20, 4)).astype(np.float32)
+    own, reference, small = (summarise([{"pooled": part}], len(part)) for part in (rows[:3], rows, rows[:5]))
+    assert reason_unavailable("density_coverage", own, reference) is None
+    assert reason_unavailable("density_coverage", own, small) == "a reference of 5 images is too small"
+    density, coverage = density_coverage(rows[:3], rows)
+    assert measure("density_coverage", own, reference) == {"density": density, "coverage": coverage}

@@ -17,18 +17,22 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_json
+from common.recipe import Recipe
+from common.run_recipe import write_recipe
 from fpdm.latents import to_uint8
 from pipeline.evaluation import references
 from pipeline.evaluation.metrics import density_coverage, frechet_distance, statistics
 from pipeline.features.extractors import EFFICIENTNET, Extractor, ExtractorWeights, extract
 from pipeline.judging import scan as scanning
 from pipeline.judging.changes import jpeg
+from pipeline.judging.inputs import open_judged
 from pipeline.judging.judge import Question, extractor, judge
 from pipeline.judging.numbers import Distance, jackknife
 from pipeline.judging.report import lines, read_report, sealed
 from pipeline.judging.scan import Measuring
 from pipeline.sampling.chunks import chunk_path, write_chunk
 from preprocess.images.images import CROPS, from_uint8
+from tests.conftest import generated, load_samples
 from tests.photographs import NAMES, encoded, photograph, write_folder, write_zip
 
 SIDE = 48
@@ -268,6 +272,15 @@ def test_layouts_of_other_projects_are_the_same_set(tmp_path: Path, reference: P
         has_classes = "2 classes" in form["samples"]["label"]
         assert has_classes == (name == "WebDataset")
     assert len(set(found.values())) == 1, found
+
+
+def test_a_run_brings_the_labels_of_its_samples(tiny_recipe: Recipe) -> None:
+    samples = generated(tiny_recipe)
+    write_recipe(tiny_recipe)
+    labels = open_judged(tiny_recipe.folder, "SAMPLES", EFFICIENTNET).labels
+    assert labels is not None
+    assert labels.tolist() == load_samples(samples, 10)[1].tolist()
+    assert len(set(labels.tolist())) > 1
 
 
 def npz(folder: Path, **arrays: object) -> Path:

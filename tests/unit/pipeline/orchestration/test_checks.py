@@ -47,6 +47,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["evaluate.reference_samples=1"], r"evaluate\.reference_samples: 1, and the metric frechet needs 2"),
         (["evaluate.metrics=[kid]", "sample.num_samples=3"], r"sample\.num_samples: 3, and the metric kid needs 4"),
         (
+            ["evaluate.metrics=[density_coverage]", "evaluate.reference_samples=5"],
+            r"evaluate\.reference_samples: 5, and the metric density_coverage needs 6",
+        ),
+        (
             ["evaluate.metrics=[frechet, inception_score]", "sample.num_samples=9"],
             r"sample\.num_samples: 9, and the metric inception_score needs 10",
         ),

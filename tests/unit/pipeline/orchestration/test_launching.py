@@ -15,7 +15,8 @@ from common.loading import parse_recipe
 from common.ranks import export_environment, gpu_number, own_cores
 from common.stage_jobs import steps
 from pipeline.stages import STAGES
-from slurm.cluster import Resources, executor
+from pipeline.training.stage import STAGE as TRAIN
+from slurm.cluster import Resources, executor, submission_script
 
 LAUNCHERS = {
     "python": ({}, ("0", "1", "0", "1")),
@@ -186,6 +187,30 @@ def test_a_stage_asks_for_its_own_resources_and_the_others_for_those_of_all() ->
     assert (report.partition, report.timeout_minutes, report.signal_seconds) == ("cpu", 5, 120)
     assert asked["encode-merge"].cpus_per_process == 2
     assert (len(made["encode"].jobs), made["encode"].at_once, asked["encode"].partition) == (3, 3, None)
+
+
+def test_an_elastic_training_has_one_task_a_node_which_outlives_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FPDM_SITE", str(tmp_path / "site.yaml"))
+    (tmp_path / "site.yaml").write_text("partition: gpu\n")
+    launch = "nodes: 2, processes: 8, gpus_per_process: 1, cpus_per_process: 6"
+    recipes = [parse_recipe(f"name: a\nlaunch: {{{launch}, elastic: {elastic}}}") for elastic in ("true", "false")]
+    scripts = []
+    for recipe in recipes:
+        (step,) = steps(recipe, TRAIN, "slurm")
+        scripts.append(submission_script(executor("slurm", tmp_path, "name", step.resources, submits=False)))
+    elastic, plain = scripts
+    for option in ("#SBATCH --ntasks-per-node=1\n", "#SBATCH --cpus-per-task=48\n", "#SBATCH --no-kill\n"):
+        assert option in elastic
+        assert option not in plain
+    assert "--kill-on-bad-exit=1 --no-kill --cpus-per-task=48" in elastic
+    assert "#SBATCH --gpus-per-node=8\n" in elastic
+    assert "#SBATCH --gpus-per-node=8\n" in plain
+    assert steps(recipes[0], TRAIN, "local") == steps(recipes[0], TRAIN, "debug")  # as any other there
+    (tmp_path / "site.yaml").write_text("sbatch: {gpus-per-task: 1}\n")
+    with pytest.raises(ValueError, match=r"launch\.elastic: the site file asks for gpus-per-task"):
+        executor("slurm", tmp_path, "name", steps(recipes[0], TRAIN, "slurm")[0].resources, submits=False)
 
 
 @pytest.mark.parametrize(
