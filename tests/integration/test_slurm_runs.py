@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -110,10 +109,9 @@ def test_an_elastic_training_goes_on_without_a_lost_node_and_with_another_when_i
     log = folder / f"logs/train/{job}_0_log.err"
     wait_until(lambda: len(losses(folder)) >= 5, "the first steps")
     os.kill(int((three_nodes.folder / "run/node2.pid").read_text()), signal.SIGKILL)
-    killed, before = time.monotonic(), losses(folder)
+    before = losses(folder)
     wait_until(lambda: "the work goes on from the last checkpoint" in log.read_text(), "the other node to notice")
-    wait_until(lambda: len(losses(folder)) > len(before) + 1, "a step on it", 60)
-    print(f"the next step came {time.monotonic() - killed:.0f} s after the node had died")
+    wait_until(lambda: len(losses(folder)) > len(before) + 1, "a step on it")
     assert restarts(job) == 0
     subprocess.run(["scontrol", "update", "nodename=node2", "state=down", "reason=test"], check=True)
     assert state(job) == "RUNNING"
