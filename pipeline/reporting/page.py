@@ -34,6 +34,7 @@ ROLES = {
     "held_out": "real images that training never saw: the floor",
     "reconstruction": "the same images after the autoencoder alone",
 }
+TEMPLATE = "report.html.j2"
 SEAL = b"\n<!-- sha256 of the page above and samples.png:"
 
 
@@ -93,6 +94,7 @@ def report(shown: Report) -> None:
     with atomic_write(folder.contact_sheet) as temporary:
         contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
     page = render(
+        TEMPLATE,
         **context(recipe),
         panels=panels,
         fixed_point=shown.fixed_point,
@@ -126,14 +128,14 @@ def _seal(page: bytes, contact_sheet: Path) -> bytes:
     return SEAL + f" {sha256} -->\n".encode()
 
 
-def render(**values: Any) -> str:
-    """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
+def render(template: str, **values: Any) -> str:
+    """A page of `templates/`; every value is escaped, printable in each of its lines, and a missing one is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
     )
     environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
-    return environment.get_template("report.html.j2").render(values)
+    return environment.get_template(template).render(values)
 
 
 def _shown(value: Any) -> Any:
