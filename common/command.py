@@ -8,6 +8,7 @@ import argparse
 import io
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,9 @@ def run_command(
     work: Callable[[Recipe], None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Runs a command that is no stage of a run, and returns its exit status. `plan` and `work`: as of a `Stage`."""
+    """Runs a command that is no stage of a run, and returns its exit status. `plan` and `work`: as of a `Stage`; `work`
+    says itself how it ended.
+    """
     stage = Stage(name="", resolve=the_recipe, plan=plan, finished=lambda _: False, work=work)
     return run_stage_command(description, stage, argv)
 
@@ -187,13 +190,16 @@ def _run(arguments: argparse.Namespace, stage: Stage) -> None:
             print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
     if arguments.dry_run:
         if first and stage.name in ORDER:
-            print(f"plan: time, disk and memory: python pipeline/run.py with this recipe, --stages {stage.name} --dry-run")
+            print(f"plan: time, disk and memory: pipeline/run.py --dry-run --stages {stage.name} says them")
         return
+    started = time.monotonic()
     if in_jobs:
         with ended_by_signals():
             run_jobs()
     else:
         stage.work(resolved)
+    if first and stage.name:
+        print(f"{stage.name}: done in {time.monotonic() - started:.0f} s, {stage.place(recipe)}", flush=True)
 
 
 def _refuse_job_options(arguments: argparse.Namespace) -> None:
