@@ -73,6 +73,6 @@ def _statistics(recipe: Recipe, images: int) -> float:
 
 
 def _shown(recipe: Recipe) -> float:
-    """samples.png, and in base64 report.html: real images and samples."""
-    sets = 2 + recipe.evaluate.untrained_baseline
+    """samples.png, and in base64 report.html: real images, samples, and the images nearest to them."""
+    sets = 3 + recipe.evaluate.untrained_baseline
     return sets * recipe.sample.save_images * 3 * recipe.data.resolution**2 * PNG * (1 + 4 / 3)
