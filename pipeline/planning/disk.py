@@ -10,7 +10,7 @@ from preprocess.demo_images import CLASSES, parts
 from preprocess.encoding.encoding import sample_bytes
 
 LOGITS = 1008  # of Inception
-PORTRAIT = 0.45  # of the demo's, what compression leaves
+PORTRAIT = 0.375  # of the demo's, what compression leaves
 PNG = 0.8  # of an image's pixels, what compression leaves of photographs at most
 TEXT = 2e6  # logs, tables and the recipe
 

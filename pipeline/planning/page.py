@@ -93,7 +93,7 @@ def _times(
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g}" if size >= 1e7 else f"{size / 1e9:.3f}"
+    return f"{size / 1e9:.3g}"
 
 
 def duration(seconds: float) -> str:
