@@ -1,6 +1,6 @@
 """What a run leaves on disk, by kind, from its recipe and the number of its images."""
 
-from common.recipe import Recipe, denoiser_config
+from common.recipe import Recipe, Train, denoiser_config
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation.statistics import KEPT
 from pipeline.features.extractors import WIDTHS, layers_of, wanted_layers
@@ -20,8 +20,11 @@ def disk(recipe: Recipe, images: int) -> dict[str, float]:
     return {
         **({"images": 3 * recipe.data.resolution**2 * PORTRAIT * portraits(recipe)} if recipe.demo else {}),
         "latents": images * sample_bytes(recipe),
-        "checkpoints": min(saves(recipe), _kept(recipe)) * checkpoint_bytes(recipe),
-        "weights": (saves(recipe) + 1) * 4 * count_parameters(denoiser_config(recipe)) * len(recipe.train.ema.names),
+        "checkpoints": min(saves(recipe.train), _kept(recipe.train)) * checkpoint_bytes(recipe),
+        "weights": (saves(recipe.train) + 1)
+        * 4
+        * count_parameters(denoiser_config(recipe))
+        * len(recipe.train.ema.names),
         "samples": _samples(recipe),
         "evaluation": _statistics(recipe, images),
         "report and logs": TEXT + _shown(recipe),
@@ -33,9 +36,9 @@ def portraits(recipe: Recipe) -> int:
     return sum(part.per_class * len(CLASSES) for part in parts(recipe))
 
 
-def saves(recipe: Recipe) -> int:
+def saves(train: Train) -> int:
     """Checkpoints that a run writes, with the last one; each has its weights."""
-    return (total_samples(recipe.train) - 1) // recipe.train.checkpoint.every_samples + 1
+    return (total_samples(train) - 1) // train.checkpoint.every_samples + 1
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -43,11 +46,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return 4 * count_parameters(denoiser_config(recipe)) * (3 + len(recipe.train.ema.names))
 
 
-def _kept(recipe: Recipe) -> int:
+def _kept(train: Train) -> int:
     """With those that are kept for good."""
-    settings = recipe.train.checkpoint
-    every = settings.keep_every_samples
-    return settings.keep + (total_samples(recipe.train) // every if every else 0)
+    every = train.checkpoint.keep_every_samples
+    return train.checkpoint.keep + (total_samples(train) // every if every else 0)
 
 
 def _samples(recipe: Recipe) -> float:

@@ -17,7 +17,7 @@ from pipeline.planning.disk import portraits
 from pipeline.planning.machine import IMAGES, encoding_seconds, evaluation_seconds, sampling_seconds, try_training
 from pipeline.sampling.iterates import ITERATIONS, OF_THE_STEPS, SHOWN
 from pipeline.sampling.plans import passes
-from pipeline.training.cost import UTILISATION, mean_flops
+from pipeline.training.cost import mean_flops
 from pipeline.training.identity import precision, total_samples
 from preprocess.demo_images import CLASSES
 from preprocess.encoding.encoder import Encoder, find_vae, load_vae
@@ -25,6 +25,8 @@ from preprocess.from_data import from_data, open_latents
 from preprocess.sources import open_source
 from preprocess.sources.expected_counts import expected_images
 
+# Of the peak in bf16: steps of FPDM-XL/2 and DiT-XL/2 on an H200 (docs/gpu.md). Work in fp32 was not measured apart.
+UTILISATION = {"fpdm": 0.40, "dit": 0.33}
 START_SECONDS = 15  # of a job's processes
 PORTRAIT_SECONDS = 0.004
 EFFICIENTNET_SECONDS = 0.12  # of an image on one core, where no extractor can be measured
@@ -162,13 +164,13 @@ def _like(vae: VAE) -> VAE:
 
 def computed(recipe: Recipe, gpu: GPU) -> Speeds:
     """If each process had such a GPU, at UTILISATION of its peak in the precision of the work."""
-    launch = launch_of(recipe.launch, "train")
+    launch, used = launch_of(recipe.launch, "train"), 1e12 * UTILISATION[recipe.model.kind]
     training = gpu.fp32_tflops if precision(recipe.train, on_gpu=True) == "fp32" else gpu.tflops
     coding = gpu.fp32_tflops if recipe.vae.precision == "fp32" else gpu.tflops
-    encoding, decoding = (flops / (coding * 1e12 * UTILISATION) for flops in vae_flops(recipe))
-    single = gpu.fp32_tflops * 1e12 * UTILISATION  # samples and features are computed in fp32
+    encoding, decoding = (flops / (coding * used) for flops in vae_flops(recipe))
+    single = gpu.fp32_tflops * used  # samples and features are computed in fp32
     return Speeds(
-        training=launch.nodes * launch.processes * training * 1e12 * UTILISATION / mean_flops(recipe),
+        training=launch.nodes * launch.processes * training * used / mean_flops(recipe),
         encoding=encoding,
         sampling=sampling_flops(recipe) / single + decoding,
         evaluation=EXTRACTOR_FLOPS[recipe.evaluate.feature_extractor] / single,

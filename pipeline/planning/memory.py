@@ -1,8 +1,11 @@
-"""What training keeps in memory, counted without a run: on torch's meta device."""
+"""What training keeps in memory, counted without a run, by tensors that have shapes alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from common.recipe import Recipe, Train, denoiser_config, with_world_size
@@ -23,6 +26,7 @@ class Activations:
     grad_iterations: int
     recomputed: bool  # by activation checkpointing, which keeps the inputs of blocks and iterations, and one in full
     dtype: torch.dtype = torch.bfloat16
+    fused_attention: bool = True  # keeps none of its scores
 
     @property
     def bytes(self) -> int:
@@ -39,22 +43,38 @@ class Activations:
 
     def _saved(self) -> int:
         """Bytes that a forward pass saves, each storage once, without the parameters."""
-        with torch.device("meta"):
-            model = Denoiser(self.config).to(self.dtype)
-            shape = (self.batch, self.config.in_channels, self.config.input_size, self.config.input_size)
-            latents, zero = torch.empty(shape, dtype=self.dtype), torch.zeros(self.batch, dtype=torch.long)
-        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        shape = (self.batch, self.config.in_channels, self.config.input_size, self.config.input_size)
         saved: dict[int, torch.UntypedStorage] = {}
+        with self._without_numbers():
+            model, latents = Denoiser(self.config), torch.empty(shape)
+            zero = torch.zeros(self.batch, dtype=torch.long)
+            own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                saved[storage._cdata] = storage
-            return tensor
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    saved[storage._cdata] = storage
+                return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(latents, zero, zero, iterations=(0, self.grad_iterations), activation_checkpointing=self.recomputed)
-        return sum(storage.nbytes() for storage in saved.values())
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                counts = (0, self.grad_iterations)
+                model(latents, zero, zero, iterations=counts, activation_checkpointing=self.recomputed)
+            return sum(storage.nbytes() for storage in saved.values())
+
+    @contextmanager
+    def _without_numbers(self) -> Iterator[None]:
+        """Tensors in it have shapes alone, in this type. On the meta device attention keeps its scores."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            if self.fused_attention:
+                with FakeTensorMode(), torch.device("cpu"):
+                    yield
+            else:
+                with torch.device("meta"):
+                    yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def on_a_gpu(recipe: Recipe, ranks: int) -> float:

@@ -7,11 +7,11 @@ from common.gpus import GPUS
 from common.recipe import Recipe, describe_network, launch_of
 from common.stage import Stage
 from pipeline.planning.disk import disk
-from pipeline.planning.estimate import Speeds, computed, count_images, measured, resolved, stage_times
+from pipeline.planning.estimate import UTILISATION, Speeds, computed, count_images, measured, resolved, stage_times
 from pipeline.planning.machine import Machine, this_machine
 from pipeline.planning.memory import on_a_gpu
 from pipeline.sampling.plans import blocks_an_image
-from pipeline.training.cost import UTILISATION, describe_cost, with_end
+from pipeline.training.cost import describe_cost, with_end
 from pipeline.training.identity import total_samples
 
 TRAINING_SECONDS = 5.0  # of training, measured
@@ -59,7 +59,8 @@ def _speeds(
     launch = launch_of(recipe.launch, "train")
     if recipe.launch.gpu:
         gpu = GPUS[recipe.launch.gpu]
-        return computed(recipe, gpu), f"computed for one {gpu.name} a process at {UTILISATION:.0%} of its peak"
+        used = UTILISATION[recipe.model.kind]
+        return computed(recipe, gpu), f"computed for one {gpu.name} a process at {used:.0%} of its peak"
     if not measure:
         return Speeds(), "not measured, since the run would not start"
     if cluster == "slurm" or launch.nodes > 1 or (launch.gpus_per_process and not machine.gpus):

@@ -93,7 +93,9 @@ class Compared:
 
     @property
     def notes(self) -> list[str]:
-        return notes(self.runs)
+        dear = [drawn.run for drawn in self.drawn if drawn.pflop > self.pflop * (1 + NEAR)]
+        more = "saved no weights of as little computation as the shortest training; its first ones are shown."
+        return [*notes(self.runs), *(f"{name} {more}" for name in dear)]
 
 
 def compare(folders: Sequence[Path], blocks: int | None, count: int) -> Compared:
@@ -173,15 +175,17 @@ def loss_at(run: Run, pflop: float) -> float | None:
 
 
 def draw(run: Run, pflop: float, blocks: int, count: int) -> Drawn:
-    """Samples 0 to count - 1 of its seed, from the last weights of at most `pflop`, in at most `blocks` an image.
+    """Samples 0 to count - 1 of its seed, from the last weights of at most `pflop`, in at most `blocks` an image; from
+    its first trained weights where these took more.
 
     Raises UserError where no way of sampling costs so little.
     """
     share_cores()
     recipe = at_blocks(run.recipe, blocks)
-    available = [int(folder.name) for folder in counted(RunFolder(recipe.folder).weights)]
-    affordable = [seen for seen in available if seen * run.flops_a_sample / 1e15 <= pflop * (1 + NEAR)]
-    samples_seen, folder = find_weights(recipe, max(affordable, default=run.samples_seen), recipe.sample.ema)
+    trained = [int(folder.name) for folder in counted(RunFolder(recipe.folder).weights) if int(folder.name)]
+    affordable = [seen for seen in trained if seen * run.flops_a_sample / 1e15 <= pflop * (1 + NEAR)]
+    chosen = max(affordable, default=min(trained, default=run.samples_seen))
+    samples_seen, folder = find_weights(recipe, chosen, recipe.sample.ema)
     device = own_device()
     model, vae = load_network(folder).to(device), Models(recipe.vae, recipe.evaluate).load_vae(device)
     index = torch.arange(count, device=device)

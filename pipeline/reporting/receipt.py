@@ -7,7 +7,7 @@ from typing import Any
 
 from common import gpus
 from common.log_lines import read_log
-from common.recipe import Recipe, denoiser_config, launch_of
+from common.recipe import Launch, Recipe, denoiser_config, launch_of
 from common.run_folder import RunFolder
 from common.stage_times import read_times
 from fpdm.denoiser import count_parameters
@@ -65,13 +65,13 @@ def as_dit(recipe: Recipe) -> Recipe:
 def _hours(recipe: Recipe, folder: RunFolder) -> dict[str, float]:
     """Of all devices of each stage's last start; one that went on after an interruption shows its last part alone."""
     return {
-        stage: seconds * (_ranks(folder) if stage == "train" else _sharing(recipe, stage)) / 3600
+        stage: seconds * (_ranks(folder) if stage == "train" else _sharing(recipe.launch, stage)) / 3600
         for stage, seconds in read_times(folder).items()
     }
 
 
-def _sharing(recipe: Recipe, stage: str) -> int:
-    launch = launch_of(recipe.launch, stage)
+def _sharing(launch: Launch, stage: str) -> int:
+    launch = launch_of(launch, stage)
     return launch.nodes * launch.processes if stage == "sample" and launch.jobs == 1 else 1
 
 

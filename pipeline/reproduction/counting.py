@@ -14,7 +14,8 @@ PUBLISHED_GB = {"dit": 25.2, "fpdm": 10.2}
 
 def training_gigabytes(config: DenoiserConfig, grad_iterations: int, *, recomputed: bool) -> float:
     """Of a batch of 64 in bfloat16 on one GPU, with so many iterations that have a gradient."""
-    activations = Activations(config, BATCH, grad_iterations, recomputed)
+    # As attention was computed then, with its scores.
+    activations = Activations(config, BATCH, grad_iterations, recomputed, fused_attention=False)
     return (count_parameters(config) * BYTES_A_PARAMETER + activations.bytes) / 1e9
 
 

@@ -31,7 +31,7 @@ def test_as_many_checkpoints_are_counted_as_training_writes(total: int) -> None:
     recipe = demo(f"train.total_samples={total}")
     batch, every = recipe.train.batch_size, recipe.train.checkpoint.every_samples
     ends = range(batch, total_samples(recipe.train) + 1, batch)
-    assert saves(recipe) == sum(end == ends[-1] or crosses(end - batch, end, every) for end in ends)
+    assert saves(recipe.train) == sum(end == ends[-1] or crosses(end - batch, end, every) for end in ends)
 
 
 def test_weights_and_samples_take_the_counted_bytes(tiny_recipe: Recipe) -> None:

@@ -52,7 +52,9 @@ def test_weights_are_taken_from_where_the_shortest_training_ended(runs: list[Rec
     run = read_run(runs[0].folder)
     assert (run.samples_seen, run.pflop) == (64, 64 * run.flops_a_sample / 1e15)
     assert [loss_at(run, share * run.pflop) for share in (1, 0.5, 0.1)] == [1 / 64, 1 / 32, None]
-    assert draw(run, run.pflop / 2, 12, 1).samples_seen == 0
+    drawn = draw(run, run.pflop / 2, 12, 1)
+    assert drawn.samples_seen == 64  # the only trained ones
+    assert "saved no weights of as little" in Compared([run], [drawn], run.pflop / 2, 12).notes[-1]
 
 
 @pytest.mark.parametrize("blocks", [8, 13, 50])
