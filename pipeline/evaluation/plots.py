@@ -40,16 +40,18 @@ def sweep_plot(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def comparison_plot(losses: Lines, distances: Lines, distance: str) -> bytes:
-    """Runs against one another, a colour each: the loss by training computation, the distance by blocks an image."""
-    figure, (left, right) = _panels(2)
-    for axes, lines in ((left, losses), (right, distances)):
+    """Runs against one another, a colour each: the loss by training computation and, where any is measured, the
+    distance by blocks an image.
+    """
+    figure, panels = _panels(2 if any(distances.values()) else 1)
+    for axes, lines in zip(panels, (losses, distances), strict=False):
         for number, (name, points) in enumerate(lines.items()):
             x, y = zip(*points, strict=True) if points else ((), ())
-            style = "o-" if axes is right else "-"
+            style = "-" if lines is losses else "o-"
             axes.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1.5, markersize=4, label=name)
-    left.set(xlabel="PFLOP of training", ylabel="loss", xlim=(0, None))
-    right.set(xlabel="blocks an image", ylabel=distance)
-    left.legend(frameon=False, labelcolor=SOFT, fontsize=8)
+    panels[0].set(xlabel="PFLOP of training", ylabel="loss", xlim=(0, None))
+    panels[-1].set(**({"xlabel": "blocks an image", "ylabel": distance} if len(panels) > 1 else {}))
+    panels[0].legend(frameon=False, labelcolor=SOFT, fontsize=8)
     return _png(figure)
 
 

@@ -21,10 +21,7 @@ def disk(recipe: Recipe, images: int) -> dict[str, float]:
         **({"images": 3 * recipe.data.resolution**2 * PORTRAIT * portraits(recipe)} if recipe.demo else {}),
         "latents": images * sample_bytes(recipe),
         "checkpoints": min(saves(recipe.train), _kept(recipe.train)) * checkpoint_bytes(recipe),
-        "weights": (saves(recipe.train) + 1)
-        * 4
-        * count_parameters(denoiser_config(recipe))
-        * len(recipe.train.ema.names),
+        "weights": (saves(recipe.train) + 1) * weights_bytes(recipe),
         "samples": _samples(recipe),
         "evaluation": _statistics(recipe, images),
         "report and logs": TEXT + _shown(recipe),
@@ -44,6 +41,11 @@ def saves(train: Train) -> int:
 def checkpoint_bytes(recipe: Recipe) -> int:
     """In fp32: parameters, Adam's moments (Muon's are fewer), averages."""
     return 4 * count_parameters(denoiser_config(recipe)) * (3 + len(recipe.train.ema.names))
+
+
+def weights_bytes(recipe: Recipe) -> int:
+    """Of all averages, in fp32."""
+    return 4 * count_parameters(denoiser_config(recipe)) * len(recipe.train.ema.names)
 
 
 def _kept(train: Train) -> int:

@@ -120,6 +120,7 @@ def page(compared: Compared, path: Path) -> None:
             {run.name: run.distances for run in runs},
             next((run.measured.name for run in runs if run.measured), "distance"),
         ),
+        measured=any(run.distances for run in runs),
         count=len(drawn[0].labels),
         classes=[f"class {label}" for label in dict.fromkeys(drawn[0].labels)],
         pflop=compared.pflop,
