@@ -11,7 +11,7 @@ from common.gpus import GPU
 from common.ranks import own_cores, share_cores
 from common.recipe import VAE, Recipe, denoiser_config, launch_of
 from common.stage import Stage
-from common.stage_jobs import steps
+from common.stage_jobs import plain_steps
 from fpdm.flops import forward_flops
 from pipeline.planning.disk import portraits
 from pipeline.planning.machine import IMAGES, encoding_seconds, evaluation_seconds, sampling_seconds, try_training
@@ -93,7 +93,7 @@ def stage_times(
     """Of the stages in turn."""
     times = {}
     for stage in stages:
-        planned = steps(recipe, stage, cluster)
+        planned = plain_steps(recipe, stage, cluster)
         at_once = max(step.at_once * step.resources.nodes * step.resources.processes for step in planned)
         seconds = work_seconds(recipe, images, speeds, stage.name, at_once)
         times[stage.name] = StageTime(None if seconds is None else seconds + START_SECONDS, at_once)

@@ -18,7 +18,7 @@ from pipeline.training.cost import mean_flops
 def receipt(recipe: Recipe, samples_seen: int, device: str | None) -> Iterator[tuple[str, str]]:
     """Lines of a table. `samples_seen`: in training; `device`: the GPU's name as torch gives it, None of CPUs."""
     folder = RunFolder(recipe.folder)
-    hours = _hours(recipe, folder)
+    hours = _hours(recipe.launch, folder)
     kind = "GPU" if device else "process"
     if hours:
         parts = ", ".join(f"{stage} {spent:.2g}" for stage, spent in hours.items() if spent >= 0.001)
@@ -62,10 +62,10 @@ def as_dit(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, kind="dit"), train=train, sample=sample)
 
 
-def _hours(recipe: Recipe, folder: RunFolder) -> dict[str, float]:
+def _hours(launch: Launch, folder: RunFolder) -> dict[str, float]:
     """Of all devices of each stage's last start; one that went on after an interruption shows its last part alone."""
     return {
-        stage: seconds * (_ranks(folder) if stage == "train" else _sharing(recipe.launch, stage)) / 3600
+        stage: seconds * (_ranks(folder) if stage == "train" else _sharing(launch, stage)) / 3600
         for stage, seconds in read_times(folder).items()
     }
 
