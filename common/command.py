@@ -8,13 +8,14 @@ import argparse
 import io
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from common.errors import INTERRUPTED, Interrupted, Refused, UserError
+from common.errors import INTERRUPTED, Interrupted, Refused, UserError, printable
 from common.recipe import Recipe
 from common.stage import Stage, the_recipe
 from slurm.paths import expanded
@@ -26,7 +27,9 @@ def run_command(
     work: Callable[[Recipe], None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Runs a command that is no stage of a run, and returns its exit status. `plan` and `work`: as of a `Stage`."""
+    """Runs a command that is no stage of a run, and returns its exit status. `plan` and `work`: as of a `Stage`; `work`
+    says itself how it ended.
+    """
     stage = Stage(name="", resolve=the_recipe, plan=plan, finished=lambda _: False, work=work)
     return run_stage_command(description, stage, argv)
 
@@ -56,11 +59,23 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="the recipe, such as recipes/demo.yaml",
     )
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print the plan; touch nothing")
+    parser.add_argument("--full", action="store_true", help="with --dry-run: every field, not only what is no default")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher inserts it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="replace one field, such as train.batch_size=64"
     )
     return parser
+
+
+def show_recipe(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """The first lines of a dry run: what differs from the defaults or, with `--full`, all fields."""
+    from common.loading import differences, dump_recipe
+
+    if arguments.full:
+        print(dump_recipe(recipe))
+        return
+    print(f"recipe: {printable(str(arguments.config))}, and what in it is not the default:")
+    print("\n".join(f"  {line}" for line in differences(recipe)))
 
 
 def path_argument(text: str) -> Path:
@@ -149,10 +164,11 @@ def _say(line: str) -> None:
 
 
 def _run(arguments: argparse.Namespace, stage: Stage) -> None:
-    from common.loading import dump_recipe, load_recipe
+    from common.loading import load_recipe
     from common.ranks import rank_and_world_size
     from common.recipe import describe_network
     from common.rendezvous import rendezvous
+    from common.stage_times import ORDER
 
     in_jobs, forced = getattr(arguments, "cluster", None) is not None, getattr(arguments, "force", False)
     if stage.part is not None:
@@ -162,7 +178,7 @@ def _run(arguments: argparse.Namespace, stage: Stage) -> None:
         rendezvous()
     first = rank_and_world_size()[0] == 0
     if first and arguments.dry_run:
-        print(dump_recipe(recipe))
+        show_recipe(recipe, arguments)
         print(f"plan: {describe_network(recipe)}")
     if in_jobs:
         run_jobs = _checked_jobs(recipe, stage, arguments)
@@ -173,12 +189,17 @@ def _run(arguments: argparse.Namespace, stage: Stage) -> None:
         if first:
             print(line if line.startswith("warning:") else f"plan: {line}", flush=True)
     if arguments.dry_run:
+        if first and stage.name in ORDER:
+            print(f"plan: time, disk and memory: pipeline/run.py --dry-run --stages {stage.name} says them")
         return
+    started = time.monotonic()
     if in_jobs:
         with ended_by_signals():
             run_jobs()
     else:
         stage.work(resolved)
+    if first and stage.name:
+        print(f"{stage.name}: done in {time.monotonic() - started:.0f} s, {stage.place(recipe)}", flush=True)
 
 
 def _refuse_job_options(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,28 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(settings, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
 
 
+def differences(recipe: Recipe) -> list[str]:
+    """A line for each field that is not at its default, as `train.batch_size: 32 (default 512)`."""
+    own, usual = (TypeAdapter(Recipe).dump_python(one, mode="json") for one in (recipe, Recipe(name=recipe.name)))
+    return [f"name: {_shown(recipe.name)}", *_different(own, usual, "")]
+
+
+def _different(own: dict[str, Any], usual: dict[str, Any] | None, prefix: str) -> Iterator[str]:
+    for name, value in own.items():
+        if isinstance(value, dict):
+            yield from _different(value, None if usual is None else usual[name], f"{prefix}{name}.")
+        elif usual is None:  # of a section that is there or not
+            yield f"{prefix}{name}: {_shown(value)}"
+        elif value != usual[name]:
+            yield f"{prefix}{name}: {_shown(value)} (default {_shown(usual[name])})"
+
+
+def _shown(value: Any) -> str:
+    """As YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def expanded(field: str, path: str) -> str:
     """`slurm.paths.expanded`, with a UserError that names `field`."""
     try:

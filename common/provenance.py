@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from common.sealed import STRICT
 
+COMMAND_VARIABLE = "FPDM_COMMAND"  # in a job: what was typed, where the job's own command is submitit's
 COMMIT_FILE = "COMMIT"  # in a snapshot of the code, which is no checkout
 PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "torch-fidelity", "timm", "safetensors", "submitit")
 
@@ -34,7 +35,7 @@ def provenance() -> Provenance:
     """A JSON-able record; `git` is the result of `git_commit`."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": typed_command(),
         "git": git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -42,6 +43,11 @@ def provenance() -> Provenance:
         "device": _device(),
         "host": platform.node(),
     }
+
+
+def typed_command() -> str:
+    """The command that was typed, of a job the one that submitted it."""
+    return os.environ.get(COMMAND_VARIABLE) or shlex.join(sys.orig_argv)
 
 
 def _device() -> str | None:

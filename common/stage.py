@@ -53,6 +53,7 @@ class Stage(Generic[T]):
 
     inputs: tuple[Input[T], ...] = ()
     wanted: Callable[[Recipe], bool] = lambda _recipe: True
+    place: Callable[[Recipe], object] = lambda recipe: recipe.folder  # where the results lie
     # Raises UserError for what the work would refuse by the recipe and the resolved cluster alone.
     check: Callable[[Recipe, str], None] = lambda _recipe, _cluster: None
 

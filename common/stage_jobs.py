@@ -11,6 +11,7 @@ from typing import Any
 from common.errors import UserError
 from common.jobs import Job, failed
 from common.loading import dump_recipe
+from common.provenance import COMMAND_VARIABLE, typed_command
 from common.ranks import own_cores
 from common.recipe import Launch, Recipe, launch_of, node_counts, own_launch
 from common.recipe.launch import LIGHT
@@ -78,12 +79,22 @@ def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = N
 
 
 def run_job(
-    recipe: Recipe, *, resolve: str, call: str, stage: str, timed: bool = False, part: int = 0, parts: int = 1
+    recipe: Recipe,
+    *,
+    resolve: str,
+    call: str,
+    stage: str,
+    command: str = "",
+    timed: bool = False,
+    part: int = 0,
+    parts: int = 1,
 ) -> None:
     """The work of a job: `call(resolve(recipe))`, or `call(resolve(recipe), part, parts)` of several parts.
 
-    Where it is `timed`, rank 0 writes down how long it took.
+    `command`: as typed, for provenance. Where it is `timed`, rank 0 writes down how long it took.
     """
+    if command:
+        os.environ[COMMAND_VARIABLE] = command
     started = time.monotonic()
     resolved = _imported(resolve)(recipe)
     _imported(call)(resolved, *((part, parts) if parts > 1 else ()))
@@ -92,7 +103,7 @@ def run_job(
 
 
 def _job(recipe: str, stage: Stage, function: Callable[..., Any], **arguments: Any) -> Job:
-    names = {"resolve": _name(stage.resolve), "call": _name(function), "stage": stage.name}
+    names = {"resolve": _name(stage.resolve), "call": _name(function), "stage": stage.name, "command": typed_command()}
     return Job(__name__, run_job.__name__, recipe, names | arguments)
 
 

@@ -38,6 +38,7 @@ def main() -> None:
         print(f"{target}: exists already")
     elif not arguments.dry_run:
         write(recipe, stored, factors, end, arguments.width)
+        print(f"average: {target}")
 
 
 def find_snapshots(recipe: Recipe) -> dict[tuple[int, float], Path]:

@@ -16,8 +16,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import add_force_option, argument_parser, ended_by_signals, exit_status_of, unless_forced
-from common.errors import NoDataYet, UserError
+from common.command import (
+    add_force_option,
+    argument_parser,
+    ended_by_signals,
+    exit_status_of,
+    show_recipe,
+    unless_forced,
+)
+from common.errors import Refused, UserError
 from common.recipe import Recipe
 from common.run_folder import RunFolder
 
@@ -46,9 +53,8 @@ def main() -> None:
     add_force_option(parser)
     arguments = parser.parse_intermixed_args()
 
-    from common.loading import dump_recipe, load_recipe
+    from common.loading import load_recipe
     from common.stage_checks import check_stages
-    from pipeline.orchestration.plan import plan
     from pipeline.stages import select
     from slurm.cluster import resolve
 
@@ -71,13 +77,11 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if arguments.dry_run:
-        print(dump_recipe(recipe))
-    with unless_forced(arguments):
-        check_stages(recipe, stages, cluster, fetches=not arguments.dry_run)
-    if arguments.dry_run:
-        lines = [*plan(recipe, stages, cluster), f"training: {cost(recipe)}"]
-        print("\n".join(f"plan: {line}" for line in lines))
+        show_recipe(recipe, arguments)
+        show_plan(recipe, stages, cluster)
         return
+    with unless_forced(arguments):
+        check_stages(recipe, stages, cluster)
     with ended_by_signals():
         for number, stage in enumerate(stages, 1):
             run_and_say(recipe, stage, cluster, f"[{number}/{len(stages)}] {stage.name}")
@@ -127,15 +131,20 @@ def run_step(recipe: Recipe, stages: list["Stage"], asked: str) -> None:
     jobs[name][number].work()
 
 
-def cost(recipe: Recipe) -> str:
-    """What training costs, which waits for the number of images where the recipe leaves that to the data."""
-    from pipeline.training.cost import describe_cost
-    from preprocess.from_data import from_data
+def show_plan(recipe: Recipe, stages: list["Stage"], cluster: str) -> None:
+    """What the run will do and take. Raises Refused with all that jobs would refuse, after the rest is said."""
+    from common.stage_checks import check_stages
+    from pipeline.planning.page import plan_page
 
+    refusal = None
     try:
-        return describe_cost(from_data(recipe))
-    except NoDataYet:
-        return "the cost is counted when the images are encoded"
+        check_stages(recipe, stages, cluster, fetches=False)
+    except Refused as faults:
+        refusal = faults
+    for line in plan_page(recipe, stages, cluster, measure=refusal is None):
+        print(f"plan: {line}", flush=True)
+    if refusal:
+        raise refusal
 
 
 def run_and_say(recipe: Recipe, stage: "Stage", cluster: str, title: str) -> None:

@@ -160,6 +160,7 @@ def work(recipe: Recipe) -> None:
     folder = Path(recipe.data.shards)
     if not is_converted(folder):
         convert(folder, recipe.launch.cpus_per_process)
+    print(f"converted: {folder / FOLDER / BETON}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ pip_install() {
 }
 
 # A stamp of what was installed from: a changed pin installs again, an unchanged one costs nothing.
-stamp="$PWD $(cksum <pyproject.toml)" # the editable install points at this folder
+stamp="$PWD $(cat pyproject.toml scripts/console_scripts.py | cksum)" # the editable install points at this folder
 if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
     python=${PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3 || true)}
     if ! "${python:-false}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then

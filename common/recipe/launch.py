@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 from pydantic.dataclasses import dataclass
 
+from common.gpus import Model
 from common.recipe.fields import STRICT, Count, CountOrZero, Positive, Word
 
 ONE_PROCESS = ("compose", "autoencoder", "merge", "report", "sweep")  # per job
@@ -66,6 +67,9 @@ class Launch:
     """CPU cores of one process."""
     gpus_per_process: CountOrZero = 0
     """GPUs of one process. 0: it runs on CPUs."""
+    gpu: Model | None = None
+    """Model for which `--dry-run` computes hours and memory, as if each process had one. null: it measures this machine
+    for a few seconds, where that has what the recipe asks for."""
     timeout_minutes: Count = 240
     """Time limit of a job, in minutes."""
     signal_seconds: Count = 120

@@ -152,26 +152,32 @@ def reconstruction(originals: ImageSet, vae: VAE, models: Models) -> ImageSet:
 def by_class(data: Data, source: Source, label: int, count: int) -> tuple[str, list[NDArray[np.uint8]]]:
     """The name of a class, and its first images of the source."""
     positions = [position for position, entry in enumerate(source.entries) if entry.label == label]
-    return source.class_names[label], list(islice(_read(data, source, positions), count))
+    return source.class_names[label], list(islice(read_images(data, source, positions), count))
 
 
 def _source_set(data: Data, name: str, which: Which, limit: int | None) -> ImageSet:
     """At most `limit` images of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     source = open_source(data, which)
     count = len(source.entries)
-    size = min(limit or count, count)
-    chosen = [place * count // size for place in range(size)]
+    chosen = evenly(count, limit)
+    size = len(chosen)
     how_many = f"{size:,} of {count:,}" if size < count else f"{size:,}"
     return ImageSet(
         name=name,
         label=f"{how_many} images of {getattr(data, which)} ({data.crop}, {data.resolution} pixels)",
         content={"source": fingerprint(source), "crop": data.crop, "resolution": data.resolution, "chosen": size},
         size=size,
-        open=lambda: _read(data, source, chosen),
+        open=lambda: read_images(data, source, chosen),
     )
 
 
-def _read(data: Data, source: Source, positions: Sequence[int]) -> Images:
+def evenly(count: int, limit: int | None) -> list[int]:
+    """At most `limit` places of `count`, evenly spaced."""
+    size = min(limit or count, count)
+    return [place * count // size for place in range(size)]
+
+
+def read_images(data: Data, source: Source, positions: Sequence[int]) -> Images:
     """In order, decoded by one process a core. What encoding rejects is left out here too; the count beside a distance
     shows it.
     """

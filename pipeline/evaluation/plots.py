@@ -1,12 +1,13 @@
 """Curves as PNGs: the loss over time, the distance against what sampling costs."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.recipe.sampling import SWEEP_AXES
 
 SOFT = "#858585"
+Lines = Mapping[str, Sequence[tuple[float, float]]]  # points by name
 COLOURS = ("#3b82c4", "#d1793b", "#4f9d69", "#a35fb5", "#b8475a", "#8c8c3e")
 
 
@@ -35,6 +36,22 @@ def sweep_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     for one, values in zip(axes, ticks, strict=False):
         one.set_xticks(values, [f"{value:,}" for value in values], minor=False)
         one.set_xticks([], minor=True)
+    return _png(figure)
+
+
+def comparison_plot(losses: Lines, distances: Lines, distance: str) -> bytes:
+    """Runs against one another, a colour each: the loss by training computation and, where any is measured, the
+    distance by blocks an image.
+    """
+    figure, panels = _panels(2 if any(distances.values()) else 1)
+    for axes, lines in zip(panels, (losses, distances), strict=False):
+        for number, (name, points) in enumerate(lines.items()):
+            x, y = zip(*points, strict=True) if points else ((), ())
+            style = "-" if lines is losses else "o-"
+            axes.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1.5, markersize=4, label=name)
+    panels[0].set(xlabel="PFLOP of training", ylabel="loss", xlim=(0, None))
+    panels[-1].set(**({"xlabel": "blocks an image", "ylabel": distance} if len(panels) > 1 else {}))
+    panels[0].legend(frameon=False, labelcolor=SOFT, fontsize=8)
     return _png(figure)
 
 

@@ -42,10 +42,10 @@ def summarise(batches: Iterable[Features | Chunk], size: int, kept_layers: Seque
     """In one pass over at most `size` images' features; errors as `Accumulator.statistics`."""
     sums: dict[str, Accumulator] = {}
     rows: dict[str, list[NDArray[np.float32]]] = {}
-    position, kept = 0, min(size, KEPT)
+    position = 0
     for batch in batches:
         places = np.arange(position, position + len(batch["pooled"]))
-        chosen = (places + 1) * kept // max(1, size) > places * kept // max(1, size)
+        chosen = kept_rows(places, size)
         position += len(places)
         for layer, features in batch.items():
             if layer in FITTED:
@@ -58,6 +58,12 @@ def summarise(batches: Iterable[Features | Chunk], size: int, kept_layers: Seque
         {layer: total.statistics() for layer, total in sums.items()},
         {layer: np.concatenate(parts) for layer, parts in rows.items()},
     )
+
+
+def kept_rows(places: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
+    """Which of the images at these places of a set of `size` have their rows kept: at most KEPT, evenly spaced."""
+    kept, size = min(size, KEPT), max(1, size)
+    return (places + 1) * kept // size > places * kept // size
 
 
 def write_summary(path: Path, summary: Summary) -> None:

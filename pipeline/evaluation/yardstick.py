@@ -48,6 +48,12 @@ class Yardstick:
         if self.reference.open is not None:
             _ = self._reference_of_images
 
+    @property
+    def kept_reference(self) -> Summary | None:
+        """Of the images that the reference is; None where no evaluation has kept it: nothing is extracted."""
+        path = self._path(self.reference, RunFolder(self.recipe.folder).references)
+        return read_summary(path, COMMAND) if path.exists() else None
+
     @cached_property
     def _reference_of_images(self) -> Summary:
         folder = RunFolder(self.recipe.folder).references
@@ -60,8 +66,7 @@ class Yardstick:
 
     def _summary(self, images: ImageSet, folder: Path, held: Path, layers: Sequence[str]) -> Summary:
         """From its file in `folder`, which is written first where it is missing or damaged."""
-        key = content_key([images.content, self.extractor.weights.sha256, self.extractor.layers])
-        path = folder / f"{images.name}-{key}.npz"
+        path = self._path(images, folder)
         try:
             if path.exists():
                 return read_summary(path, COMMAND)
@@ -72,3 +77,7 @@ class Yardstick:
         with shared_folder_lock(held):
             write_summary(path, summarise(self.extractor.features(bar), images.size, layers))
         return read_summary(path, COMMAND)
+
+    def _path(self, images: ImageSet, folder: Path) -> Path:
+        key = content_key([images.content, self.extractor.weights.sha256, self.extractor.layers])
+        return folder / f"{images.name}-{key}.npz"

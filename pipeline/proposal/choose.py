@@ -3,19 +3,21 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from common.loading import load_recipe, parse_recipe
-from common.recipe import Recipe, denoiser_config, latent_shape
-from fpdm.denoiser import count_parameters
+from common.recipe import Recipe
+from pipeline.planning.estimate import START_SECONDS, Speeds, stage_times
+from pipeline.planning.machine import ROOT, Machine
+from pipeline.planning.page import duration
 from pipeline.proposal.look import Look
-from pipeline.proposal.machine import ROOT, Machine
 from pipeline.proposal.recipe_text import Setting, recipe_text
+from pipeline.stages import select
 from pipeline.training.warnings import MOST_EPOCHS
 
 DEMO = ROOT / "recipes/demo.yaml"
@@ -25,10 +27,7 @@ ON_WHITE = 0.5  # share of images with white corners from which nothing is cut o
 NEARLY_SQUARE = 1.1
 LINE_SECONDS, GRIDS, CHECKPOINT_SECONDS = 20, 8, 600
 AUTOENCODER_SHARE = 0.2  # of the time
-EFFICIENTNET_SECONDS = 0.12  # an image, on one core
-STARTS_SECONDS = 15  # of processes, for each stage
 MOST_COMPARED = 2048
-RECORDED = 2.5e3  # bytes of a sample in a shard beside its moments
 
 # Fields of the demo's recipe that are taken over, and why.
 FROM_DEMO = {
@@ -60,23 +59,6 @@ FROM_DEMO = {
     "sample.chunk_samples": "samples in a file",
     "evaluate.batch_size": "at once",
 }
-
-
-class Speeds(NamedTuple):
-    """Measured on this machine; None before it is."""
-
-    training: float  # samples a second, over all processes
-    autoencoder: float  # images a second, in its training
-    encoding: float  # seconds an image, in one process
-    sampling: float  # seconds an image, in one process
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of each stage, and GB on disk by kind."""
-
-    seconds: dict[str, float]
-    gigabytes: dict[str, float]
 
 
 def first_settings(
@@ -113,13 +95,13 @@ def first_settings(
 def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[Setting]:
     """How long to train, and what is counted in samples, for `budget` seconds in all."""
     batch, images = recipe.train.batch_size, found.usable
-    fixed = estimate(recipe, found, speeds, training_samples=0)
-    seconds = max(budget - sum(fixed.seconds.values()), 0.1 * budget)
-    fitting = seconds * speeds.training / images
+    others = sum(seconds for name, seconds in expected_times(recipe, found, speeds).items() if name != "train")
+    rate = speeds.training or 1.0
+    fitting = max(budget - others - START_SECONDS, 0.1 * budget) * rate / images
     epochs = recipe.train.epochs or max(1, min(round(fitting), MOST_EPOCHS))
     total = recipe.train.total_samples or epochs * images
     limit = f"; {fitting:,.0f} would fit, and above {MOST_EPOCHS:,} it learns the images by heart"
-    reason = f"{total:,} samples at {speeds.training:.0f} a second, {duration(total / speeds.training)}"
+    reason = f"{total:,} samples at {rate:.0f} a second, {duration(total / rate)}"
     decay = min(max(1 - 10 * batch / total, 0.99), 0.9999)
     return [
         Setting("train.epochs", epochs, reason + (limit if fitting > MOST_EPOCHS else "")),
@@ -127,12 +109,12 @@ def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[
         Setting("train.ema.decays", [round(decay, 4)], "averages over about a tenth of the steps"),
         Setting(
             "train.checkpoint.every_samples",
-            _steps(min(total / 4, CHECKPOINT_SECONDS * speeds.training), batch),
+            _steps(min(total / 4, CHECKPOINT_SECONDS * rate), batch),
             "the most that a kill costs: ten minutes or a quarter",
         ),
         Setting(
             "train.log.every_samples",
-            _steps(min(total / 10, LINE_SECONDS * speeds.training), batch),
+            _steps(min(total / 10, LINE_SECONDS * rate), batch),
             f"a line every {LINE_SECONDS} seconds",
         ),
         Setting(
@@ -163,30 +145,18 @@ def autoencoder_settings(name: str, psnr: float | None, rate: float | None, budg
     ]
 
 
-def estimate(recipe: Recipe, found: Look, speeds: Speeds, training_samples: int) -> Estimate:
-    """What the stages will take."""
-    flips, drawn, processes = 1 + recipe.data.flips, recipe.sample.num_samples, recipe.launch.processes
-    trained = recipe.vae.training.images if recipe.vae.training else 0
-    compared = found.usable if recipe.evaluate.reference_samples is None else recipe.evaluate.reference_samples
-    work = {
-        "autoencoder": trained / speeds.autoencoder,
-        "encode": found.found * flips * speeds.encoding,
-        "train": training_samples / speeds.training,
-        "sample": drawn * speeds.sampling / processes,
-        "evaluate": (drawn + compared) * EFFICIENTNET_SECONDS,
-        "report": 0.0,
-    }
-    seconds = {name: spent + STARTS_SECONDS for name, spent in work.items() if name != "autoencoder" or trained}
-    parameters = count_parameters(denoiser_config(with_classes(recipe, found)))
-    sample_bytes = 4 * math.prod(latent_shape(recipe)) * flips + RECORDED
-    saved = training_samples // recipe.train.checkpoint.every_samples + 2
-    gigabytes = {
-        "latents": found.usable * sample_bytes / 1e9,
-        "checkpoints": min(saved, recipe.train.checkpoint.keep) * 16 * parameters / 1e9,
-        "weights": saved * 4 * parameters / 1e9,
-        "samples": drawn * 3 * recipe.data.resolution**2 / 1e9,
-    }
-    return Estimate(seconds, gigabytes)
+def planned(recipe: Recipe, found: Look) -> Recipe:
+    """The recipe before there are shards that say how many classes and images there are."""
+    train = recipe.train
+    samples = train.total_samples or (train.epochs or 1) * found.usable
+    return replace(with_classes(recipe, found), train=replace(train, epochs=None, total_samples=samples))
+
+
+def expected_times(recipe: Recipe, found: Look, speeds: Speeds) -> dict[str, float]:
+    """Seconds of each stage of a run. All speeds must be known."""
+    own = planned(recipe, found)
+    times = stage_times(own, found.usable, speeds, select(own, None), "local")
+    return {name: time.seconds or 0.0 for name, time in times.items()}
 
 
 def complete(settings: Sequence[Setting], *, unfit: bool = False) -> Recipe:
@@ -262,9 +232,3 @@ def _steps(samples: float, batch: int) -> int:
 
 def counted(count: int, what: str) -> str:
     return f"1 {what}" if count == 1 else f"{count:,} {what}es"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

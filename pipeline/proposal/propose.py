@@ -14,22 +14,23 @@ from common.loading import override_field
 from common.ranks import share_cores
 from common.recipe import VAE, Recipe
 from fpdm.latents import draw_latents
+from pipeline.planning.disk import disk
+from pipeline.planning.estimate import Speeds, measured
+from pipeline.planning.machine import Machine, this_machine
+from pipeline.planning.page import disk_line, duration
 from pipeline.proposal.choose import (
     DEMO_VAE,
-    Estimate,
-    Speeds,
     autoencoder_settings,
     complete,
     counted,
-    duration,
-    estimate,
+    expected_times,
     first_settings,
     lengths,
+    planned,
     run_name,
     with_classes,
 )
 from pipeline.proposal.look import Look, look
-from pipeline.proposal.machine import Machine, encoding_seconds, sampling_seconds, this_machine, training_rate
 from pipeline.proposal.recipe_text import Setting, recipe_text
 from preprocess.autoencoder import training as autoencoder
 from preprocess.autoencoder.images import Images, load_images
@@ -39,6 +40,8 @@ FEW = 20  # images of a class, below which it is said
 SHOWN = 20  # of many files
 MEASURED = 64  # images on which an autoencoder is measured
 WARM_UP, STEPS = 1, 4
+MEASURED_STAGES = ("encode", "train", "sample", "evaluate")
+TRAINING_SECONDS = 12.0  # of training, measured
 
 HEADING = """Written by pipeline/init.py for {images}, with what differs from the defaults.
 
@@ -57,12 +60,11 @@ def propose(images: str, out: Path, budget: float, overrides: Sequence[str]) -> 
     print(f"machine: {machine}\nmeasuring it, for half a minute and more where it has other work ...", flush=True)
     settings, speeds = choose(found, machine, budget, own)
     recipe = complete(settings)
-    samples = recipe.train.total_samples or (recipe.train.epochs or 1) * found.usable
-    expected = estimate(recipe, found, speeds, samples)
-    heading = HEADING.format(images=images, out=out, machine=machine, time=duration(sum(expected.seconds.values())))
+    expected = expected_times(recipe, found, speeds)
+    heading = HEADING.format(images=images, out=out, machine=machine, time=duration(sum(expected.values())))
     with atomic_write(out) as file:
         file.write_text(recipe_text(settings, heading), encoding="utf-8")
-    show_costs(expected, machine, budget)
+    show_costs(expected, disk(planned(recipe, found), found.usable), machine, budget)
     print(f"recipe: {out}\nnext: python pipeline/run.py --config {out}")
     return recipe
 
@@ -81,12 +83,7 @@ def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting])
     trained = [] if theirs else autoencoder_settings(name, psnr, rate, budget)
     settings = [*first_settings(name, found, machine, trained, own), *own]
     recipe = with_classes(complete(settings), found)
-    speeds = Speeds(
-        training=training_rate(recipe),
-        autoencoder=rate,
-        encoding=encoding_seconds(demo, images.statistics),
-        sampling=sampling_seconds(recipe, demo),
-    )
+    speeds = measured(planned(recipe, found), MEASURED_STAGES, TRAINING_SECONDS)._replace(autoencoder=rate)
     chosen = {setting.field for setting in own}
     counted_in_samples = lengths(recipe, found, speeds, budget)
     if "train.total_samples" in chosen:
@@ -151,13 +148,11 @@ def show_images(found: Look) -> None:
         print(f"left out: {count:,} files ({printable(reason)})")
 
 
-def show_costs(expected: Estimate, machine: Machine, budget: float) -> None:
-    """Time and disk of each stage; warns where the disk is too small or the time too short."""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in expected.seconds.items())
-    print(f"expected time: {duration(sum(expected.seconds.values()))}: {parts}")
-    disk = sum(expected.gigabytes.values())
-    print(f"on disk: {disk:.2f} GB: " + ", ".join(f"{name} {size:.2f}" for name, size in expected.gigabytes.items()))
-    if disk > machine.free_gb:
+def show_costs(seconds: dict[str, float], sizes: dict[str, float], machine: Machine, budget: float) -> None:
+    """Time of each stage and bytes on disk by kind; warns where the disk is too small or the time too short."""
+    parts = ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
+    print(f"expected time: {duration(sum(seconds.values()))}: {parts}\n{disk_line(sizes, machine)}")
+    if sum(sizes.values()) > 1e9 * machine.free_gb:
         print(f"warning: the disk has {machine.free_gb:.2f} GB free; make room, or set runs and data.shards to another")
-    if sum(expected.seconds.values()) > 1.2 * budget:
+    if sum(seconds.values()) > 1.2 * budget:
         print(f"warning: more than --time {duration(budget)}; the least that makes sense was chosen")

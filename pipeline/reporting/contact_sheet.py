@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ MAX_CLASSES = 8
 PANELS_A_ROW = 4
 GAP = 2  # pixels between images
 MARGIN = 16  # between blocks
+NEAREST = "the training image nearest to each of these"
+Images = dict[int, NDArray[np.uint8]]  # by number of the sample
+Neighbours = Callable[[list[int]], list[NDArray[np.uint8]]]
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -34,33 +37,50 @@ class Block:
     grid: NDArray[np.uint8]
 
 
-def class_panels(sampling: Sampling) -> list[list[Block]]:
-    """For each of the first classes: real images, then samples of each of the recipe's sets, as many of each."""
+def class_panels(sampling: Sampling, nearest: Neighbours | None = None) -> list[list[Block]]:
+    """For each of the first classes: real images, then samples of each of the recipe's sets, as many of each.
+
+    nearest: gives an image for each of these samples of the first set, or none at all; they follow those, each in the
+    place of its sample.
+    """
     recipe = sampling.recipe
     classes = min(num_classes(recipe.model), MAX_CLASSES)
     each = max(1, recipe.sample.save_images // classes)
     drawn = {_origin(samples): _samples_by_class(sampling, samples, classes, each) for samples in sampling.sets}
+    own = next(iter(drawn))
+    neighbours = _neighbours(drawn[own], nearest) if nearest else None
     source, panels = open_source(recipe.data), []
     for label in range(classes):
         name, real = by_class(recipe.data, source, label, each)
-        origins = {"real": real} | {origin: images[label] for origin, images in drawn.items()}
+        origins = {"real": real}
+        for origin, by_label in drawn.items():
+            origins[origin] = list(by_label[label].values())
+            if origin == own and neighbours:
+                origins[NEAREST] = neighbours[label]
         title = one_line(name, 100)  # whatever the class is called, fonts and pages show it
         panels.append([Block(title, origin, grid(images)) for origin, images in origins.items() if images])
     return panels
+
+
+def _neighbours(by_label: list[Images], nearest: Neighbours) -> list[list[NDArray[np.uint8]]] | None:
+    found = iter(nearest([index for images in by_label for index in images]))
+    return [[image for _, image in zip(images, found, strict=False)] for images in by_label]
 
 
 def _origin(samples: SampleSet) -> str:
     return f"drawn after {samples.samples_seen:,} training samples" if samples.samples_seen else "drawn before training"
 
 
-def _samples_by_class(sampling: Sampling, samples: SampleSet, classes: int, each: int) -> list[list[NDArray[np.uint8]]]:
+def _samples_by_class(sampling: Sampling, samples: SampleSet, classes: int, each: int) -> list[Images]:
     """The first samples of each class; a set of few samples, or of few images, may have fewer than `each`."""
-    by_label: list[list[NDArray[np.uint8]]] = [[] for _ in range(classes)]
-    count = sampling.recipe.sample.num_samples
+    by_label: list[Images] = [{} for _ in range(classes)]
+    count, first = sampling.recipe.sample.num_samples, 0
     gap = cover_gap(samples.folder, (0, count)) if sampling.recipe.sample.output == "features" else None
     for rows in iterate(samples.folder, (0, gap[0] if gap else count)):
         for label, images in enumerate(by_label):
-            images += list(rows["images"][rows["labels"] == label][: each - len(images)])
+            of_class = np.flatnonzero(rows["labels"] == label)[: each - len(images)]
+            images.update({first + int(place): rows["images"][place] for place in of_class})
+        first += len(rows["labels"])
         if all(len(images) == each for images in by_label):
             break
     return by_label

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from pipeline.evaluation.plots import loss_curve, sweep_plot
 from pipeline.evaluation.sweep import read_table, table
 from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
 from pipeline.reporting.fixed_point import FixedPoint, fixed_point
+from pipeline.reporting.nearest import nearest
+from pipeline.reporting.receipt import receipt
 from pipeline.sampling import iterates
 from pipeline.sampling.plans import blocks_an_image
 
@@ -34,6 +36,7 @@ ROLES = {
     "held_out": "real images that training never saw: the floor",
     "reconstruction": "the same images after the autoencoder alone",
 }
+TEMPLATE = "report.html.j2"
 SEAL = b"\n<!-- sha256 of the page above and samples.png:"
 
 
@@ -85,7 +88,7 @@ class Report:
 def report(shown: Report) -> None:
     """The stage: draws images and curve, fills the template. Raises UserError where a stage before is missing."""
     folder, recipe, inputs = shown.folder, shown.recipe, shown.inputs
-    panels = class_panels(shown.evaluation.sampling)
+    panels = class_panels(shown.evaluation.sampling, partial(nearest, shown.evaluation))
     # A loss of null was not finite.
     losses = [line for line in read_log(folder.log) if line.get("loss") is not None and "step" in line]
     if not losses:
@@ -93,6 +96,7 @@ def report(shown: Report) -> None:
     with atomic_write(folder.contact_sheet) as temporary:
         contact_sheet(panels, recipe.data.resolution).save(temporary, format="PNG")
     page = render(
+        TEMPLATE,
         **context(recipe),
         panels=panels,
         fixed_point=shown.fixed_point,
@@ -126,14 +130,14 @@ def _seal(page: bytes, contact_sheet: Path) -> bytes:
     return SEAL + f" {sha256} -->\n".encode()
 
 
-def render(**values: Any) -> str:
-    """The page; every value is escaped, printable in each of its lines, and a missing one is an error."""
+def render(template: str, **values: Any) -> str:
+    """A page of `templates/`; every value is escaped, printable in each of its lines, and a missing one is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
     )
     environment.filters |= {"png_uri": png_uri, "count": "{:,}".format, "decimal": "{:.1f}".format}
-    return environment.get_template("report.html.j2").render(values)
+    return environment.get_template(template).render(values)
 
 
 def _shown(value: Any) -> Any:
@@ -147,6 +151,7 @@ def context(recipe: Recipe) -> dict[str, Any]:
     metrics = evaluate.read_metrics(folder)
     started = [line for line in read_log(folder.provenance, Started) if line["stage"] == "train"]
     provenance = [("training", line) for line in started[-1:]]
+    device, trained = started[-1].get("device") if started else None, metrics["measurements"][0]
     return {
         "recipe": recipe,
         "recipe_yaml": dump_recipe(recipe),
@@ -157,8 +162,10 @@ def context(recipe: Recipe) -> dict[str, Any]:
         "measurements": metrics["measurements"],
         "roles": ROLES,
         "sweep": _sweep(folder),
+        "receipt": list(receipt(recipe, trained["content"]["samples_seen"], device)),
+        "command": started[-1].get("command") if started else None,
         "stages": [{"stage": stage, "seconds": seconds} for stage, seconds in read_times(folder).items()],
-        "provenance": [*provenance, ("evaluation", metrics["measurements"][0]["provenance"])],
+        "provenance": [*provenance, ("evaluation", trained["provenance"])],
     }
 
 

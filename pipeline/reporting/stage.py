@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.stage import Stage
 
 if TYPE_CHECKING:
@@ -34,4 +35,11 @@ def report(shown: "Report") -> None:
     page.report(shown)
 
 
-STAGE = Stage(name="report", resolve=resolve, plan=plan, finished=finished, work=report)
+STAGE = Stage(
+    name="report",
+    resolve=resolve,
+    plan=plan,
+    finished=finished,
+    work=report,
+    place=lambda recipe: RunFolder(recipe.folder).report,
+)

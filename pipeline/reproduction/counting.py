@@ -1,13 +1,10 @@
-"""Parameters and training memory of the published networks, counted without a run: on torch's meta device."""
+"""The paper's two claims of size: parameters and training memory of the published networks, counted without a run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from fpdm.config import DenoiserConfig
-from fpdm.denoiser import Denoiser, count_parameters
+from fpdm.denoiser import count_parameters
+from pipeline.planning.memory import Activations
 
 BATCH = 64  # the paper's 512 on 8 GPUs
 # fp32 weights and Adam's two moments, their average, and weights and gradients in 16 bits
@@ -15,56 +12,11 @@ BYTES_A_PARAMETER = 4 * 3 + 4 + 2 * 2
 PUBLISHED_GB = {"dit": 25.2, "fpdm": 10.2}
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What training keeps at once, in bytes; `activations`: what the backward pass needs of the forward one."""
-
-    parameters: int
-    activations: int
-
-    @property
-    def gigabytes(self) -> float:
-        return (self.parameters * BYTES_A_PARAMETER + self.activations) / 1e9
-
-
-def training_memory(config: DenoiserConfig, grad_iterations: int, *, recomputed: bool) -> Memory:
-    """Of a batch of 64 in bfloat16, with so many iterations that have a gradient.
-
-    recomputed: by activation checkpointing, which keeps the inputs of blocks and iterations, and all of one at a time.
-    """
-    activations = _saved(config, grad_iterations, recomputed=recomputed)
-    if recomputed:
-        activations += _one_block(config)
-    return Memory(count_parameters(config), activations)
-
-
-def _one_block(config: DenoiserConfig) -> int:
-    """What one block of DiT saves, or one iteration of FPDM."""
-    if config.kind == "dit":
-        two, one = (_saved(replace(config, depth=depth), 1, recomputed=False) for depth in (2, 1))
-    else:
-        two, one = (_saved(config, count, recomputed=False) for count in (2, 1))
-    return two - one
-
-
-def _saved(config: DenoiserConfig, grad_iterations: int, *, recomputed: bool) -> int:
-    """Bytes that a forward pass saves for the backward one, each storage once, without the parameters."""
-    with torch.device("meta"):
-        model = Denoiser(config).to(torch.bfloat16)
-        shape = (BATCH, config.in_channels, config.input_size, config.input_size)
-        latents, zero = torch.empty(shape, dtype=torch.bfloat16), torch.zeros(BATCH, dtype=torch.long)
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(latents, zero, zero, iterations=(0, grad_iterations), activation_checkpointing=recomputed)
-    return sum(storage.nbytes() for storage in saved.values())
+def training_gigabytes(config: DenoiserConfig, grad_iterations: int, *, recomputed: bool) -> float:
+    """Of a batch of 64 in bfloat16 on one GPU, with so many iterations that have a gradient."""
+    # As attention was computed then, with its scores.
+    activations = Activations(config, BATCH, grad_iterations, recomputed, fused_attention=False)
+    return (count_parameters(config) * BYTES_A_PARAMETER + activations.bytes) / 1e9
 
 
 def claims() -> Iterator[str]:
@@ -80,7 +32,7 @@ def claims() -> Iterator[str]:
     saved = []
     for recomputed, name in ((False, "nothing recomputed"), (True, "blocks and iterations recomputed")):
         asked = ((dit, 1), (fpdm, 6), (fpdm, 12))
-        sizes = [training_memory(config, count, recomputed=recomputed).gigabytes for config, count in asked]
+        sizes = [training_gigabytes(config, count, recomputed=recomputed) for config, count in asked]
         saved.append(1 - sizes[2] / sizes[0])
         yield f"| {name} | {' | '.join(f'{size:.1f}' for size in sizes)} | {saved[-1]:.0%} |"
     published = 1 - PUBLISHED_GB["fpdm"] / PUBLISHED_GB["dit"]

@@ -6,7 +6,7 @@ later run draws by it.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -64,15 +64,22 @@ def blocks_an_image(recipe: Recipe) -> int:
     If iterations are measured and guidance covers only some steps, or is by iterates, this is an estimate that assumes
     equal iterations per step.
     """
-    settings, config, process = recipe.sample, denoiser_config(recipe), diffusion(recipe)
+    config = denoiser_config(recipe)
+    return sum(
+        (config.blocks(count) + config.post_depth * bool(weak)) * (1 + twice) for count, weak, twice in passes(recipe)
+    )
+
+
+def passes(recipe: Recipe) -> Iterator[tuple[int, int, bool]]:
+    """Of each step: iterations (0 of a DiT), the weak iterate that guides it (0: none), and whether guidance by
+    guidance_scale computes it twice.
+    """
+    settings, process = recipe.sample, diffusion(recipe)
     timesteps = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings)).timesteps
     guided = guided_steps(timesteps, process.num_timesteps, settings.guidance_scale, settings.guidance_interval)
-    counts = stated_iterations(settings) if config.kind == "fpdm" else [0] * settings.num_steps
+    counts = stated_iterations(settings) if recipe.model.kind == "fpdm" else [0] * settings.num_steps
     again = weak_iterates(counts, settings.weak_iterate if settings.iterate_guidance else 0)
-    return sum(
-        (config.blocks(count) + config.post_depth * bool(weak)) * (1 + twice)
-        for count, weak, twice in zip(counts, again, guided, strict=True)
-    )
+    return zip(counts, again, guided, strict=True)
 
 
 def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Way:

@@ -9,11 +9,12 @@ from functools import lru_cache
 from itertools import pairwise
 from statistics import fmean
 
+from common.gpus import GPUS
 from common.recipe import Recipe, Train, denoiser_config
 from fpdm.config import DenoiserConfig
 from pipeline.training.identity import total_samples
 from pipeline.training.schedule import StepIterations, largest_counts, token_share
-from pipeline.training.throughput import PEAK_TFLOPS, step_flops
+from pipeline.training.throughput import step_flops
 
 UTILISATION = 0.42  # of a V100's peak: what the paper's 400,000 steps of DiT-XL/2 in 4 days on 8 of them come to
 
@@ -36,7 +37,7 @@ def training_flops(recipe: Recipe) -> float:
 def describe_cost(recipe: Recipe) -> str:
     """One line: operations, and hours of one V100."""
     flops = training_flops(recipe)
-    hours = flops / (PEAK_TFLOPS["V100"] * 1e12 * UTILISATION) / 3600
+    hours = flops / (GPUS["v100"].tflops * 1e12 * UTILISATION) / 3600
     return f"{flops / 1e15:,.6g} PFLOP, {hours:,.2f} V100-hours at {UTILISATION:.0%} of the peak"
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from operator import add
 from typing import Any
@@ -13,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common import gpus
 from fpdm.config import DenoiserConfig
-from fpdm.denoiser import Denoiser
+from fpdm.flops import forward_flops
 from pipeline.training.schedule import StepIterations
 
 QUARTILES = 4
-# TFLOP/s of dense matrix products in bf16 or fp16, from the makers' data sheets; for other GPUs: train.log.peak_tflops.
-PEAK_TFLOPS = {
-    **{"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0},
-    **{"A100": 312.0, "L40S": 362.0, "V100": 125.0},
-}
 
 
 def loss_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
@@ -150,11 +145,9 @@ def peak_memory() -> int:
 
 
 def known_peak() -> float | None:
-    """TFLOP/s of this machine's GPU; None without a GPU or for one that PEAK_TFLOPS lacks."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
+    """TFLOP/s of this machine's GPU; None without a GPU or for one that `common.gpus` lacks."""
+    gpu = gpus.named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return gpu.tflops if gpu else None
 
 
 def step_flops(config: DenoiserConfig, iterations: StepIterations) -> float:
@@ -162,28 +155,6 @@ def step_flops(config: DenoiserConfig, iterations: StepIterations) -> float:
 
     Recomputation by activation checkpointing is not counted: it is no progress.
     """
-    outer, iteration, read_out = _forward_flops(config, iterations.tokens(config.num_tokens))
+    outer, iteration, read_out = forward_flops(config, iterations.tokens(config.num_tokens))
     without_graph, with_graph, intermediate = iterations[:3]
     return 3 * outer + (without_graph + 3 * with_graph) * iteration + 3 * bool(intermediate) * read_out
-
-
-@lru_cache
-def _forward_flops(config: DenoiserConfig, tokens: int) -> tuple[int, int, int]:
-    """Operations of one sample: everything but the iterations, one iteration, reading out one more iterate.
-
-    tokens: how many of the sample's the iterations and the injection see. Counted by torch on the meta device.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        model = Denoiser(config)
-        latents = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        zero = torch.zeros(1, dtype=torch.long)
-        seen = torch.zeros(1, tokens, dtype=torch.long) if tokens < config.num_tokens else None
-    counts = []
-    for iterations, intermediate in ((1, 0), (2, 0), (2, 1)):
-        with FlopCounterMode(display=False) as counter:
-            model(latents, zero, zero, iterations=iterations, intermediate=intermediate, seen=seen)
-        counts.append(counter.get_total_flops())
-    iteration = counts[1] - counts[0]
-    return counts[0] - iteration, iteration, counts[2] - counts[1]

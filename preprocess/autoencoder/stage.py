@@ -119,4 +119,5 @@ STAGE = Stage(
     work=train,
     inputs=(Input(_settings, ("compose",)),),
     wanted=lambda recipe: recipe.vae.training is not None,
+    place=lambda recipe: recipe.vae.path,
 )

@@ -30,4 +30,5 @@ STAGE = Stage(
     work=compose,
     inputs=(Input(plan),),
     wanted=lambda recipe: recipe.demo is not None,
+    place=lambda recipe: recipe.data.images,
 )

@@ -36,6 +36,7 @@ from preprocess.shards.forms import Autoencoder, RejectedImage
 from preprocess.sources import Source, fingerprint, open_source, warnings
 
 SHOWN = 5  # of many names, reasons or rejected images
+RECORDED = 105  # bytes of a sample in the shards' records and tables
 ONE_CLASS = {"ffhq", "celebahq", "lsun"}  # sources without labels
 
 
@@ -98,12 +99,12 @@ class Encoding:
         except UserError:
             return False
 
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of a sample in a tar, with headers and padding."""
-        channels, height, width = latent_shape(self.recipe)
-        moments = 512 + 512 * math.ceil((128 + 2 * 2 * channels * height * width) / 512)
-        return moments * (1 + self.recipe.data.flips) + 2 * (512 + 512)
+
+def sample_bytes(recipe: Recipe) -> int:
+    """Bytes of a sample on disk: in a tar, with headers and padding, and in the tables beside it."""
+    channels, height, width = latent_shape(recipe)
+    moments = 512 + 512 * math.ceil((128 + 2 * 2 * channels * height * width) / 512)
+    return moments * (1 + recipe.data.flips) + 2 * (512 + 512) + RECORDED
 
 
 def resolve(recipe: Recipe, *, download: bool) -> Encoding:
@@ -193,7 +194,7 @@ def check_disk(encoding: Encoding, missing: int) -> str:
     """The disk space that `missing` images will take. Raises UserError if there is too little."""
     folder = encoding.folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    needed, free = missing * encoding.sample_bytes, shutil.disk_usage(existing).free
+    needed, free = missing * sample_bytes(encoding.recipe), shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(f"data.shards: needs {needed / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free; make room")
     return f"{needed / 1e9:.2f} GB of {free / 1e9:.0f} GB free"

@@ -93,4 +93,5 @@ STAGE = Stage(
     merge_needs_all_cores=lambda recipe: recipe.data.format == "ffcv",
     fetch=fetch,
     inputs=(Input(plan, ("compose",)),),
+    place=lambda recipe: recipe.data.shards,
 )

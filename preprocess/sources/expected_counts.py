@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -67,6 +68,13 @@ def warnings(kind: str, source: Source) -> list[str]:
     if unnamed > count:
         lines.append(f"warning: most files are left out: {unnamed:,} have no image's name, {count:,} have")
     return lines
+
+
+def expected_images(kind: str, images: str) -> int | None:
+    """Of the data set `kind` (`data.source`) in the place `images`; None of other sources."""
+    name = Path(images).name.removesuffix("_lmdb")
+    known = _lsun(name) if kind == "lsun" else DATA_SETS.get(kind)
+    return known.images if known else None
 
 
 def lsun_scene(name: str) -> str | None:

@@ -58,6 +58,6 @@ def test_what_is_not_said_is_found(tmp_path: Path) -> None:
 def test_a_module_that_follows_a_paper_names_it(path: Path) -> None:
     files = ("checkpoint_files", "diffusers_dit", "diffusers_folders", "importing", "latents", "single_file", "weights")
     diffusers = ("call_settings", "class_names", "pipeline_hf", "scheduler_hf", "transformer_hf")
-    own = ("__init__", "calibration", "conversion", "linear", *files, *diffusers)  # this project's
+    own = ("__init__", "calibration", "conversion", "flops", "linear", *files, *diffusers)  # this project's
     named = re.search(r"\b20\d\d\)", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     assert named or path.stem in own

@@ -9,7 +9,7 @@ import pytest
 from common.loading import load_recipe
 from common.stage_checks import check_stages
 from pipeline.evaluation.sweep import points
-from pipeline.orchestration.plan import plan
+from pipeline.planning.page import plan_page
 from pipeline.stages import select
 from pipeline.training.cost import describe_cost, with_end
 
@@ -19,10 +19,11 @@ RECIPES = sorted((ROOT / "recipes/paper").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_of_the_paper_can_be_run_and_costs_what_its_header_says(path: Path) -> None:
-    recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+    recipe, text = load_recipe(path, ["launch.gpu=a100"]), path.read_text(encoding="utf-8")
     stages = select(recipe, None)
     check_stages(recipe, [replace(stage, inputs=(), fetch=None) for stage in stages], "local")  # without their data
-    assert plan(recipe, stages, "local")[0].startswith("network: ")
+    page = dict(line.split(": ", 1) for line in plan_page(recipe, stages, "local", measure=False))
+    assert {"network", "images", "disk", "memory", "train", "time"} <= page.keys()
     assert not points(recipe)[1], "a combination of its sweep cannot be drawn"
     head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     assert f"--config recipes/paper/{path.name}" in head

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
 PROGRAMS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8")]
 # These take folders, no recipe.
-WITHOUT_RECIPE = ("verify_shards", "convert", "init", "judge", "play", "reproduce")
+WITHOUT_RECIPE = ("verify_shards", "compare", "convert", "init", "judge", "play", "reproduce")
 COMMANDS = [path for path in PROGRAMS if path.stem not in WITHOUT_RECIPE]
 
 # These two look at what is there, and build no network.
@@ -74,7 +74,7 @@ def test_an_unknown_key_ends_every_command_with_one_line_and_status_2(path: Path
 @pytest.mark.parametrize("path", NETWORK, ids=lambda path: path.name)
 def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp_path: Path) -> None:
     places = [f"{field}={tmp_path / field}" for field in ("runs", "data.images", "data.held_out", "data.shards")]
-    done = run(path, "--config", "recipes/demo.yaml", "--dry-run", *places)
+    done = run(path, "--config", "recipes/demo.yaml", "--dry-run", *places, "launch.gpu=h100")  # nothing is measured
     assert "plan: network: fpdm on latents (4, 16, 16), 3,914,440 parameters" in done.stdout
     missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
     assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.loading import dump_recipe, load_recipe, parse_recipe
+from common.loading import differences, dump_recipe, load_recipe, parse_recipe
 from common.recipe import denoiser_config, node_counts, with_world_size
 
 ROOT = Path(__file__).parents[3]
@@ -250,3 +250,13 @@ def test_elastic_training_goes_on_with_nodes_that_share_the_batch_in_no_larger_m
     assert [with_world_size(elastic, ranks).train.micro_batch_size for ranks in (32, 24, 16, 8)] == [6, 4, 6, 6]
     assert with_world_size(parse_recipe("name: a\ntrain: {batch_size: 192}"), 8).train.micro_batch_size == 24
     assert node_counts(parse_recipe(f"name: a\ntrain: {{batch_size: 256}}\n{launch % 'true'}")) == [4, 2, 1]
+
+
+def test_what_differs_from_the_defaults_is_all_that_a_recipe_says() -> None:
+    recipe = load_recipe(ROOT / "recipes/demo.yaml", ["seed=7", "train.optimizer.betas=[0.8, 0.9]"])
+    lines = differences(recipe)
+    assert "train.batch_size: 32 (default 512)" in lines
+    assert "train.optimizer.betas: [0.8, 0.9] (default [0.9, 0.999])" in lines
+    assert "demo.per_class: 1024" in lines
+    overrides = [line.partition(" (default ")[0].replace(": ", "=", 1) for line in lines]
+    assert parse_recipe("name: a", overrides) == recipe

@@ -29,7 +29,7 @@ def test_no_other_module_spells_them() -> None:
         ("pipeline/features/extractors.py", "checkpoints"),  # torch.hub's
         ("pipeline/exporting/export.py", "recipe.yaml"),  # an export's, which holds those of its run
         ("pipeline/exporting/model_card.py", "samples.png"),
-        ("pipeline/proposal/machine.py", "recipe.yaml"),  # of a trial
+        ("pipeline/planning/machine.py", "recipe.yaml"),  # of a trial
     }
     assert {place for place in spelled if place[1] in NAMES} == of_other_folders
     assert "metrics.json" in NAMES

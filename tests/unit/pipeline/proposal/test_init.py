@@ -12,10 +12,11 @@ from PIL import Image
 from common.errors import UserError
 from common.loading import load_recipe
 from common.recipe import Data, Recipe
+from pipeline.planning.estimate import Speeds
+from pipeline.planning.machine import ROOT
 from pipeline.proposal import propose as proposing
 from pipeline.proposal.choose import DEMO, FROM_DEMO, crop
 from pipeline.proposal.look import look
-from pipeline.proposal.machine import ROOT
 from pipeline.proposal.propose import propose
 from pipeline.proposal.recipe_text import Setting, recipe_text
 
@@ -59,9 +60,9 @@ def test_every_file_is_counted_or_named_with_its_reason(images: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds as if measured: 50 samples and 20 images a second."""
-    monkeypatch.setattr(proposing, "training_rate", lambda _recipe: 50.0)
+    speeds = Speeds(training=50.0, encoding=0.02, sampling=0.2, evaluation=0.05)
+    monkeypatch.setattr(proposing, "measured", lambda *_: speeds)
     monkeypatch.setattr(proposing, "_autoencoder_rate", lambda *_: 20.0)
-    monkeypatch.setattr(proposing, "sampling_seconds", lambda *_: 0.2)
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,8 +5,11 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +17,21 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from common.files import write_json
+from common.provenance import provenance
 from common.recipe import Recipe
-from common.run_folder import SampleFolder
+from common.run_folder import RunFolder, SampleFolder
 from common.sealed import read_json
+from common.stage_jobs import run_job, steps
+from common.stage_times import write_time
 from pipeline.evaluation import references
+from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.reporting import contact_sheet
+from pipeline.reporting.nearest import nearest
+from pipeline.reporting.page import TEMPLATE, context, render
+from pipeline.reporting.receipt import as_dit, receipt
 from pipeline.reporting.stage import STAGE as REPORT
 from pipeline.sampling import iterates
 from pipeline.sampling.sample_set import Sampling, sample_set
@@ -128,6 +139,66 @@ def test_a_panel_shows_a_class_with_its_own_images(recipe: Recipe) -> None:
     expected = contact_sheet.grid(list(images[labels == 1][:3]))
     assert (panels[1][1].grid == expected).all()
     assert [panel[0].title for panel in panels] == [HOSTILE, "a", "b"]
+
+
+def test_the_training_image_nearest_to_each_sample_is_found_unless_one_may_be_missing(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    images, _ = load_samples(sample_set(recipe, "latest").folder, 10)
+    for number in (4, 7, 8):
+        (tmp_path / f"images/{number}").mkdir(parents=True)
+        Image.fromarray(images[number]).save(tmp_path / f"images/{number}/0.png")
+    data = replace(recipe.data, images=str(tmp_path / "images"), held_out=None, shards=str(tmp_path / "none"))
+    evaluation = Evaluation.of(replace(recipe, data=data, evaluate=replace(recipe.evaluate, reference_samples=None)))
+    evaluation.samples[0].extract()
+    assert nearest(evaluation, [7, 4]) == []  # nothing is extracted for it
+    evaluation.yardstick.prepare_reference()
+    found = nearest(evaluation, [7, 4])
+    assert (found[0] == images[7]).all()
+    assert (found[1] == images[4]).all()
+    panels = contact_sheet.class_panels(evaluation.sampling, partial(nearest, evaluation))
+    assert [block.origin for block in panels[0]][2] == contact_sheet.NEAREST
+    kept = evaluation.yardstick.kept_reference
+    assert kept is not None
+    fewer = SimpleNamespace(kept_reference=replace(kept, rows={"pooled": kept.rows["pooled"][:1]}))
+    assert nearest(replace(evaluation, yardstick=fewer), [7]) == []  # one was rejected, and no index says which
+
+
+def test_the_receipt_counts_devices_operations_and_the_dit(recipe: Recipe) -> None:
+    trained = replace(recipe, train=replace(recipe.train, total_samples=64, batch_size=16))
+    ranks = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+    write_json(recipe.folder / "deepspeed.json", ranks)
+    write_time(RunFolder(recipe.folder), "train", 1800.0)
+    lines = dict(receipt(trained, 64, "NVIDIA H100 80GB HBM3"))
+    assert lines["GPU-hours"] == "2: train 2"  # of four
+    assert lines["energy"] == "at most 1.4 kWh, at the H100's rated power of 700 W"
+    assert "PFLOP for 64 samples" in lines["training"]
+    (dit,) = (value for name, value in lines.items() if name.startswith("a DiT of"))
+    assert "blocks an image in as many steps instead of 12" in dit
+    assert dict(receipt(trained, 64, None))["energy"] == "not known: no rated power of this CPU"
+    assert not any(name.startswith("a DiT") for name, _ in receipt(as_dit(trained), 64, None))
+
+
+def test_a_precision_of_zero_has_a_sentence_and_the_command_is_as_typed(recipe: Recipe) -> None:
+    def page(precision: float) -> str:
+        values = context(recipe)
+        values["measurements"][0]["numbers"] |= {"precision": {"name": "precision", "value": precision, "spread": None}}
+        losses = [{"samples": 64, "step": 1, "loss": 0.5}]
+        return render(TEMPLATE, **values, panels=[], fixed_point=None, losses=losses, loss_curve=b"", inputs="")
+
+    assert "A precision of 0: not one sample" in page(0.0)
+    assert "A precision of 0" not in page(0.1)
+    assert "<p>Training was started by:</p>\n<pre>&lt;img src=" in page(0.1)
+
+
+def test_a_job_records_the_command_that_submitted_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "pipeline/run.py", "--config", "my recipe.yaml"])
+    (step,) = steps(recipe, REPORT, "local")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "submitit.core._submit"])
+    monkeypatch.setenv("FPDM_COMMAND", "")
+    functions = dict.fromkeys(("call", "resolve"), "common.stage:the_recipe")
+    run_job(recipe, **{**step.jobs[0].arguments, **functions, "timed": False})
+    assert provenance()["command"] == "python pipeline/run.py --config 'my recipe.yaml'"
 
 
 def test_the_report_needs_the_evaluation(recipe: Recipe) -> None:
@@ -239,10 +310,12 @@ def test_the_fixed_point_is_shown_after_more_and_fewer_iterations_and_steps(reci
 
 
 def test_in_a_browser_the_page_shows_its_images_fits_a_phone_and_runs_nothing(
-    recipe: Recipe, chromium: list[str]
+    measured: Recipe, recipe: Recipe, chromium: list[str]
 ) -> None:
+    shutil.copytree(RunFolder(measured.folder).references, RunFolder(recipe.folder).references)
     run_stage(REPORT, recipe)
     page = recipe.folder / "report.html"
+    assert "<h2>What it cost</h2>" in page.read_text()
     # What the browser sees is written into the page by a probe that only this copy holds.
     probe = (
         "<script>addEventListener('load', () => { const pictures = [...document.images];"
@@ -258,7 +331,7 @@ def test_in_a_browser_the_page_shows_its_images_fits_a_phone_and_runs_nothing(
     title = re.search(r"<title>(\{.*?\})</title>", shown.stdout)  # one an attacker's script had set would be another
     assert title is not None, shown.stderr
     seen = json.loads(title[1])
-    assert seen["pictures"] > 2
+    assert seen["pictures"] == (3 + 1) * 3 + 6 + 4 + 1  # the nearest training images among them
     assert seen["broken"] == 0
     assert seen["overflow"] <= 0
 

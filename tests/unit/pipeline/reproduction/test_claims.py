@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from common.recipe import denoiser_config
-from fpdm.config import DenoiserConfig
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation.sweep import points
-from pipeline.reproduction.counting import claims, training_memory
+from pipeline.reproduction.counting import claims
 from pipeline.reproduction.experiments import TABLES, Arm, Claim, Table
 from pipeline.reproduction.intervals import interval, judged, shown
 from pipeline.reproduction.results import _section
@@ -74,15 +73,6 @@ def test_a_section_shows_means_published_values_and_a_verdict_of_every_claim() -
     assert "| 140, ddim | 1.5 ± 6.4 | 51.0 ± 12.7 |" in text
     assert "| published: 140, ddim | 10.5 | 20.0 |" in text
     assert "- a is better; at 140, ddim: **holds (by 49.5 ± 6.4)**" in text
-
-
-def test_memory_grows_with_iterations_and_shrinks_where_they_are_recomputed() -> None:
-    config = DenoiserConfig(hidden_size=64, num_heads=2, input_size=8)
-    kept = [training_memory(config, count, recomputed=False).activations for count in (1, 2, 3)]
-    assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.02)
-    assert kept[1] > kept[0]
-    assert training_memory(config, 3, recomputed=True).activations < kept[2]
-    assert training_memory(config, 3, recomputed=True).gigabytes > 20 * count_parameters(config) / 1e9
 
 
 def test_the_claims_of_size_are_counted_at_the_published_size() -> None:

@@ -15,7 +15,7 @@ from common.sealed import read_json, write_sealed
 from fpdm.latents import draw_latents, unscale_latents
 from preprocess.encoding import encoder as encoder_module
 from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae
-from preprocess.encoding.encoding import resolve
+from preprocess.encoding.encoding import sample_bytes
 from preprocess.images.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 from tests.encoding_stage import encode, finished, plan
@@ -351,7 +351,7 @@ def test_a_plan_writes_nothing_and_counts_finished_shards(recipe: Recipe) -> Non
 def test_the_disk_estimate_is_the_size_of_a_shard(recipe: Recipe) -> None:
     recipe = changed(recipe, "data", shard_samples=COUNT)
     encode(recipe)
-    estimate = COUNT * resolve(recipe, download=False).sample_bytes
+    estimate = COUNT * sample_bytes(recipe)
     assert abs((Path(recipe.data.shards) / shard_name(0)).stat().st_size - estimate) <= 2 * 10240
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,20 +20,30 @@ from common.errors import UserError, one_line
 from common.loading import dump_recipe
 from common.log_lines import read_log
 from common.ranks import own_cores, own_device
-from common.recipe import Recipe, denoiser_config, latent_shape
+from common.recipe import Evaluate, Recipe, denoiser_config, latent_shape, launch_of
 from common.run_folder import RunFolder
 from fpdm.denoiser import build_denoiser
+from pipeline.features.extractors import NamedExtractor
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.plans import unmeasured
+from pipeline.training.cost import mean_flops
+from pipeline.training.schedule import step_iterations
+from pipeline.training.throughput import step_flops
 from preprocess.encoding.encoder import Encoder
 from preprocess.shards import Sample, write_index, write_shard
 
 STEPS = 4  # of the autoencoder's training, and of sampling
 IMAGES = 16
-TRAINING_SECONDS = 12.0  # measured, after the first log line
 STARTING_SECONDS = 300.0  # for processes to start on a machine that does other work too
 SAMPLES = 256
 ROOT = Path(__file__).parents[2]
+
+
+class Trial(NamedTuple):
+    """What a short training showed."""
+
+    samples_a_second: float  # over all processes
+    memory: float  # bytes of one process: its peak
 
 
 @dataclass(frozen=True)
@@ -42,15 +52,21 @@ class Machine:
     gpus: list[str]  # their names
     free_gb: float  # of the disk that holds `folder`
 
+    @property
+    def devices(self) -> str:
+        gpus = f"{len(self.gpus)} x {self.gpus[0]}" if self.gpus else "no GPU"
+        return f"{self.cores} core{'s' * (self.cores > 1)}, {gpus}"
+
     def __str__(self) -> str:
-        devices = f"{len(self.gpus)} x {self.gpus[0]}" if self.gpus else "no GPU"
-        return f"{self.cores} core{'s' * (self.cores > 1)}, {devices}, {self.free_gb:,.0f} GB of disk free"
+        return f"{self.devices}, {self.free_gb:,.0f} GB of disk free"
 
 
 def this_machine(folder: Path) -> Machine:
+    """`folder`, or what will hold it, is on the disk in question."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [torch.cuda.get_device_name(number) for number in range(count)]
-    return Machine(own_cores(), names, shutil.disk_usage(folder).free / 1e9)
+    return Machine(own_cores(), names, shutil.disk_usage(existing).free / 1e9)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -80,39 +96,68 @@ def sampling_seconds(recipe: Recipe, vae: Encoder) -> float:
     return seconds / IMAGES * recipe.sample.num_steps / STEPS
 
 
-def training_rate(recipe: Recipe) -> float:
-    """Samples a second of pipeline/train.py itself, with the recipe's processes, on random latents.
+def evaluation_seconds(evaluate: Evaluate, resolution: int) -> float | None:
+    """Of one image, by the extractor on all cores; None where its weights are still to be downloaded."""
+    extractor = NamedExtractor(evaluate)
+    if not extractor.weights.path.is_file():
+        return None
+    images = np.zeros((IMAGES, resolution, resolution, 3), np.uint8)
+    return seconds_of(lambda: list(extractor.features(images))) / IMAGES
+
+
+def try_training(recipe: Recipe, seconds: float) -> Trial:
+    """Speed and memory of pipeline/train.py itself, with the recipe's processes, on random latents, measured for so
+    many seconds after its start.
 
     Raises UserError with the command's own words where it does not train.
     """
-    train = recipe.train
-    log = replace(train.log, every_samples=train.batch_size, tensorboard=False)
-    previews = replace(train.previews, grid_every_samples=0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        short = _endless(recipe, folder)
         _write_random_shards(folder / "shards", recipe)
-        short = replace(
-            recipe,
-            runs=str(folder),
-            data=replace(recipe.data, shards=str(folder / "shards"), flips=False),
-            train=replace(train, log=log, previews=previews, epochs=None, total_samples=10**9),
-        )
         (folder / "recipe.yaml").write_text(dump_recipe(short), encoding="utf-8")
-        with _trained(folder / "recipe.yaml", recipe.launch.processes, folder / "output") as process:
-            return _rate(process, RunFolder(short.folder).log, folder / "output")
+        processes, output = launch_of(recipe.launch, "train").processes, folder / "output"
+        with _trained(folder / "recipe.yaml", processes, output) as process:
+            lines = _log_lines(process, RunFolder(short.folder).log, output, seconds)
+    config, train, steps = denoiser_config(short), short.train, lines[2:]  # the first ones allocate
+    counts = (step_iterations(train, short.seed, line["samples"] - train.batch_size) for line in steps)
+    operations = sum(train.batch_size * step_flops(config, each) for each in counts)
+    flops = operations / sum(line["step_seconds"] for line in steps)  # a second; steps differ in their iterations
+    return Trial(flops / mean_flops(recipe), lines[-1]["memory_gib"] * 2**30)
 
 
-def _rate(process: subprocess.Popen[bytes], log: Path, output: Path) -> float:
-    """From the log lines that a running training writes."""
+def _endless(recipe: Recipe, folder: Path) -> Recipe:
+    """The same training, on other latents and without an end, with a log line a step and nothing else beside it."""
+    train = recipe.train
+    return replace(
+        recipe,
+        runs=str(folder),
+        data=replace(recipe.data, shards=str(folder / "shards"), flips=False, format="tar", cache=None, stage_in=False),
+        train=replace(
+            train,
+            epochs=None,
+            max_pflops=None,
+            max_hours=None,
+            resume_from=None,
+            total_samples=10**9,
+            iterations_rise=0.0,
+            log=replace(train.log, every_samples=train.batch_size, tensorboard=False, wandb_project=None),
+            previews=replace(train.previews, grid_every_samples=0, distance_every_samples=0),
+            checkpoint=replace(train.checkpoint, every_samples=10**9),
+        ),
+    )
+
+
+def _log_lines(process: subprocess.Popen[bytes], log: Path, output: Path, seconds: float) -> list[Any]:
+    """What a running training writes, until so many seconds after its first line."""
     started, first = time.monotonic(), None
     while process.poll() is None and time.monotonic() - started < STARTING_SECONDS:
         time.sleep(0.2)
-        lines = read_log(log) if log.exists() else []
+        lines = read_log(log)
         if lines and first is None:
             first = time.monotonic()
-        if first is not None and len(lines) > 2 and time.monotonic() - first > TRAINING_SECONDS:
-            steps = lines[2:]  # the first ones allocate
-            return (steps[-1]["samples"] - lines[1]["samples"]) / sum(line["step_seconds"] for line in steps)
+        if first is not None and len(lines) > 3 and time.monotonic() - first > seconds:
+            return lines
     words = one_line(output.read_text(errors="replace")[-600:], 400)
     words = words or "it took too long to start"
     raise UserError(f"a trial of pipeline/train.py did not train on this machine: {words}")
