@@ -19,10 +19,13 @@ from tests.integration.conftest import ROOT, Experiment
 
 PRELOADED = [
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine with ZeRO imports, and all of inductor with it
     "torch.utils.tensorboard",
     "torch.utils.flop_counter",
     "pipeline.train",
     "pipeline.training.run",
+    "tests.integration.faults",
+    "tests.integration.first_calls",
 ]
 
 _context = multiprocessing.get_context("forkserver")
