@@ -1,4 +1,4 @@
-"""Calls that are slow the first time and remembered: the server of `ranks.py` makes them before it forks."""
+"""Calls that are slow the first time and remembered: the server of `tests/forks.py` makes them before it forks."""
 
 import tempfile
 

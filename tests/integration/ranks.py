@@ -1,11 +1,6 @@
-"""Training processes without their launcher: forked from one server that has imported everything.
-
-Starting Python and its libraries costs seconds a rank, a fork nothing; what runs in it is the command itself. So tests
-can afford to kill a run as often as they like.
-"""
+"""Training processes without their launcher, forked (`tests/forks.py`): tests can kill a run as often as they like."""
 
 import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,21 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slurm.cluster import free_port
-from tests.integration.conftest import ROOT, Experiment
-
-PRELOADED = [
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine with ZeRO imports, and all of inductor with it
-    "torch.utils.tensorboard",
-    "torch.utils.flop_counter",
-    "pipeline.train",
-    "pipeline.training.run",
-    "tests.integration.faults",
-    "tests.integration.first_calls",
-]
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+from tests.forks import ROOT, context
+from tests.integration.conftest import Experiment
 
 
 @dataclass
@@ -79,7 +61,7 @@ def started(folder: Path, function: Callable[..., None], *arguments: Any, ranks:
     for rank in range(ranks):
         given = {"RANK": rank, "LOCAL_RANK": rank, **shared}
         environment = {name: str(value) for name, value in given.items()}
-        processes.append(_context.Process(target=_rank, args=(environment, logs[rank], function, arguments)))
+        processes.append(context.Process(target=_rank, args=(environment, logs[rank], function, arguments)))
     running = Ranks(processes, logs)
     try:
         for process in processes:

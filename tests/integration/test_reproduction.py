@@ -1,11 +1,11 @@
 """The paper's tables are remade by one command, which goes on where it was killed."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.conftest import ROOT, environment, started
+from tests.forks import run_python
+from tests.integration.conftest import environment, started
 
 
 def test_a_smoke_of_table_1_survives_a_kill_and_writes_its_page(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_a_smoke_of_table_1_survives_a_kill_and_writes_its_page(tmp_path: Path) 
             if "dit-0: sweep ..." in line:  # the context kills it there
                 break
     assert not (runs / "results.md").exists()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=280)
+    done = run_python(*command[1:], environment=environment())
     assert done.returncode == 0, done.stderr
     assert "[1/2] dit-0: train finished before" in done.stdout
     assert "[2/2] fpdm-0: encode finished before" in done.stdout
