@@ -11,7 +11,7 @@ from typing import Any
 
 from slurm.cluster import free_port
 from tests.forks import ROOT, context
-from tests.integration.conftest import Experiment
+from tests.integration.conftest import Experiment, environment
 
 
 @dataclass
@@ -60,8 +60,8 @@ def started(folder: Path, function: Callable[..., None], *arguments: Any, ranks:
     processes = []
     for rank in range(ranks):
         given = {"RANK": rank, "LOCAL_RANK": rank, **shared}
-        environment = {name: str(value) for name, value in given.items()}
-        processes.append(context.Process(target=_rank, args=(environment, logs[rank], function, arguments)))
+        variables = environment() | {name: str(value) for name, value in given.items()}
+        processes.append(context.Process(target=_rank, args=(variables, logs[rank], function, arguments)))
     running = Ranks(processes, logs)
     try:
         for process in processes:
@@ -97,8 +97,9 @@ def run_ranks(
         return finish(running)
 
 
-def _rank(environment: dict[str, str], log: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(environment)
+def _rank(variables: dict[str, str], log: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
     os.chdir(ROOT)
     with open(log, "a") as sink:
         os.dup2(sink.fileno(), 1)
