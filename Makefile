@@ -1,8 +1,9 @@
 # make demo: the pipeline from end to end on this machine.  make test: checks, and all tests but the slow ones.  Both
 # set everything up first.
 # make play: a page on this machine that draws images of the demo's network, or of EXPORT=runs/demo/pipeline.
+# make docs: docs/ as a site, build/site/index.html.
 # make demo-slurm: the same demo as jobs of a SLURM cluster that this machine plays.
-.PHONY: demo demo-slurm play test test-slow check format setup clean
+.PHONY: demo demo-slurm play docs test test-slow check format setup clean
 RUN := .venv/bin/python
 # Where this is set, as in many containers, every process compiles anew what it imports: three times as long.
 export PYTHONDONTWRITEBYTECODE :=
@@ -17,6 +18,12 @@ demo-slurm: setup
 play: setup
 	@scripts/setup.sh --play
 	@$(RUN) pipeline/play.py $(EXPORT)
+
+docs: setup
+	@scripts/setup.sh --docs
+	@# Not --quiet: with it, mkdocs counts no warnings and strict fails nothing.
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo build/site/index.html
 
 test: check
 	@scripts/setup.sh --test
@@ -40,4 +47,4 @@ setup:
 	@scripts/setup.sh
 
 clean:
-	rm -rf data/demo runs/demo
+	rm -rf data/demo runs/demo build/site

@@ -41,12 +41,16 @@ from common.provenance import provenance
 LEAST_SECONDS = 15.0  # a part is not begun with less time left
 
 
+class TimeUp(Exception):
+    """No TimeoutError, which is an OSError: waiting for a process would swallow it."""
+
+
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after so many seconds."""
+    """Raises TimeUp in the block after so many seconds."""
 
     def leave(*_: object) -> None:
-        raise TimeoutError("the time was up")
+        raise TimeUp(f"{seconds:.0f} s were not enough")
 
     before = signal.signal(signal.SIGALRM, leave)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))

@@ -1,12 +1,13 @@
 """The gain of each ingredient of the demo's training: added alone to the paper's, and left out of the demo's.
 
     python benchmarks/speedrun.py [--variants paper all with-X without-X ...] [--seeds 3] [--samples N]
-        [--target FD] [--images 256] [--every N] [--runs FOLDER] [--json FILE] [--markdown FILE]
+        [--target FD] [--images 256] [--every N] [--at-once N] [--set FIELD=VALUE ...] [--runs FOLDER] [--json FILE]
+        [--markdown FILE]
 
 Each variant is a run of `pipeline/train.py` with the demo's recipe, on one process with one thread, that measures its
 distance on the way; the seed sets weights, noise and order alike. Runs that are finished are read, interrupted ones go
-on. Seconds are those of training without the measurements; FLOPs are the network's, of every step as it was drawn.
-The interval of a mean over seeds is Student's, 95 %.
+on. Seconds are those of training without the measurements, and of runs that wait for one another where several run at
+once; FLOPs are the network's, of every step as it was drawn. The interval of a mean over seeds is Student's, 95 %.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,6 +31,7 @@ from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
 from pipeline.training.schedule import step_iterations
+from pipeline.training.stage import STAGE as TRAINING
 from pipeline.training.throughput import step_flops
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +96,8 @@ class Row:
         reached = [self.samples, self.seconds, self.tflops]
         digits = (0, 0, 1)
         numbers = ["-" if value is None else f"{value:,.{n}f}" for value, n in zip(reached, digits, strict=True)]
-        return [self.variant, str(self.seeds), f"{self.distance:.1f} ± {self.interval:.1f}", *numbers]
+        interval = f" ± {self.interval:.1f}" if self.seeds > 1 else ""
+        return [self.variant, str(self.seeds), f"{self.distance:.1f}{interval}", *numbers]
 
 
 def overrides(variant: str) -> list[str]:
@@ -104,19 +109,25 @@ def overrides(variant: str) -> list[str]:
     return [f"{field}={value}" for field, value in fields.items()]
 
 
-def train(variant: str, seed: int, options: argparse.Namespace) -> Recipe:
-    """Trains a variant as far as it is not trained yet, in a process of its own."""
+def recipe_of(variant: str, seed: int, options: argparse.Namespace) -> tuple[Recipe, list[str]]:
+    """The recipe of a run, and the fields in which it differs from the demo's."""
     given = [
         *overrides(variant),
         *(f"name={variant}-{seed}", f"seed={seed}", f"runs={options.runs}", f"train.total_samples={options.samples}"),
         *(f"train.previews.distance_every_samples={options.every}", f"train.previews.distance_images={options.images}"),
-        *("sample.num_steps=10", "launch.processes=1"),
+        *("sample.num_steps=10", "launch.processes=1", *options.set),
     ]
-    recipe = load_recipe(DEMO, given)
+    return load_recipe(DEMO, given), given
+
+
+def train(variant: str, seed: int, options: argparse.Namespace) -> None:
+    """Trains a variant as far as it is not trained yet, in a process of its own."""
+    recipe, given = recipe_of(variant, seed, options)
+    if TRAINING.is_finished(recipe):
+        return
     command = [sys.executable, ROOT / "pipeline/train.py", "--config", DEMO, *given]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     subprocess.run([*map(str, command)], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    return recipe
 
 
 def curve(recipe: Recipe) -> list[Measured]:
@@ -177,14 +188,20 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=8_192, help="samples between two measurements")
     parser.add_argument("--images", type=int, default=256, help="images of a measurement")
     parser.add_argument("--target", type=float, default=150.0)
+    parser.add_argument("--at-once", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every run")
     parser.add_argument("--runs", default="runs/speedrun")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     machine, rows = show_machine(), []
+    runs = list(product(range(options.seeds), options.variants))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for _ in pool.map(lambda run: train(run[1], run[0], options), runs):
+            pass  # raises where a training failed
     for variant in options.variants:
-        recipes = [train(variant, seed, options) for seed in range(options.seeds)]
-        rows.append(row(variant, [curve(recipe) for recipe in recipes], options.target))
+        curves = [curve(recipe_of(variant, seed, options)[0]) for seed in range(options.seeds)]
+        rows.append(row(variant, curves, options.target))
         print(" ".join(rows[-1].cells()), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": [asdict(each) for each in rows]}, indent=1))

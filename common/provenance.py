@@ -61,7 +61,7 @@ def git_commit() -> str | None:
     """The commit of the running code, with `-dirty` if files differ from it; None outside a checkout."""
     root = Path(__file__).parents[1]
     if (root / COMMIT_FILE).exists():
-        return (root / COMMIT_FILE).read_text() or None
+        return (root / COMMIT_FILE).read_text().strip() or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -47,10 +47,11 @@ class Way:
 class Choices:
     """What `calibrate` combines, each with each.
 
-    iterations: means of a step; the number of steps follows from the budget. Below 1 some steps have none.
-    orders: of the multistep sampler; 1 is DDIM.
-    spacings: with their power.
-    starts: start_extrapolation of reused solutions; None is no reuse.
+    Args:
+        iterations: means of a step; the number of steps follows from the budget. Below 1 some steps have none.
+        orders: of the multistep sampler; 1 is DDIM.
+        spacings: with their power.
+        starts: start_extrapolation of reused solutions; None is no reuse.
     """
 
     iterations: tuple[float, ...] = (0.5, 1, 1.5, 2, 3, 4, 6, 8)

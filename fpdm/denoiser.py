@@ -32,10 +32,13 @@ from fpdm.linear import Linear, add_gelu, linear
 class Denoised(NamedTuple):
     """A network's output.
 
-    output (B, C or 2C, H, W): prediction, then the variance's interpolation if learned.
-    solution (B, T, D): where the fixed point iteration ended, or None (DiT); the start at tokens that were not `seen`.
-    residuals (B, n + m): relative residuals of the iterations, NaN once a sample had finished; None unless asked for.
-    intermediate (B, C or 2C, H, W): the output that an earlier iterate gives; None unless asked for.
+    Attributes:
+        output (B, C or 2C, H, W): prediction, then the variance's interpolation if learned.
+        solution (B, T, D): where the fixed point iteration ended, or None (DiT); the start at tokens that were not
+            `seen`.
+        residuals (B, n + m): relative residuals of the iterations, NaN once a sample had finished; None unless asked
+            for.
+        intermediate (B, C or 2C, H, W): the output that an earlier iterate gives; None unless asked for.
     """
 
     output: Tensor

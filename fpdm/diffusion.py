@@ -53,12 +53,13 @@ class GaussianSchedule:
 class Diffusion:
     """A forward process, its prediction target and its loss; a ValueError names the field that does not fit.
 
-    prediction: "epsilon" (the noise), "v" (sqrt(abar) noise - sqrt(1 - abar) x0), "clean" (x0), or "flow" (noise - x0).
-        The demo's network learned "clean" faster (docs/speedrun.md), as Li and He find.
-    loss_weight: of the squared error of the prediction; "none" is plain. "p2" is what the released FPDM code does with
-        v, abar sqrt(1 - abar): it is exactly zero at t = T - 1 under zero terminal SNR, so that the first step of
-        sampling is never trained. "min_snr" is zero there too, for v. "velocity" weighs errors of the clean latents as
-        if they were those of v that they imply, 1 / (1 - abar), 100 at most.
+    Args:
+        prediction: "epsilon" (the noise), "v" (sqrt(abar) noise - sqrt(1 - abar) x0), "clean" (x0), or "flow" (noise -
+            x0). The demo's network learned "clean" faster (docs/speedrun.md), as Li and He find.
+        loss_weight: of the squared error of the prediction; "none" is plain. "p2" is what the released FPDM code does
+            with v, abar sqrt(1 - abar): it is exactly zero at t = T - 1 under zero terminal SNR, so that the first step
+            of sampling is never trained. "min_snr" is zero there too, for v. "velocity" weighs errors of the clean
+            latents as if they were those of v that they imply, 1 / (1 - abar), 100 at most.
     """
 
     schedule: Literal["linear", "cosine", "flow"] = "linear"

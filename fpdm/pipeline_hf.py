@@ -199,8 +199,8 @@ class FPDMPipeline(DiffusionPipeline):
             sampler, spacing, spacing_power, eta, order, variance: see `fpdm.SamplerSettings`; another sampler begins
                 with the usual settings. Of a scheduler of diffusers, eta alone, where it has one.
             iterations, allocation, block_budget: fixed point iterations, as in `fpdm.allocate`.
-            reuse, start_extrapolation, solver, guidance_rescale, guidance_interval, guidance_channels,
-            iterate_guidance, weak_iterate: as in `fpdm.sample`.
+            reuse, start_extrapolation, solver, guidance_rescale, guidance_interval: as in `fpdm.sample`.
+            guidance_channels, iterate_guidance, weak_iterate: as in `fpdm.sample`.
             tolerance: as in `fpdm.sample`; 0 for none.
             rounding: of "pil", to 8 bits.
 

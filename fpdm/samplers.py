@@ -27,14 +27,15 @@ KARRAS_MAX = 80.0  # noise to signal; a process whose last timestep is pure nois
 class SamplerSettings:
     """A sampler's settings beside its name; `build_sampler` refuses one that the sampler does not use.
 
-    spacing: of the timesteps. "linspace": evenly from the first to the last, as published. "trailing": evenly from the
-        last, each step as long as the last one, which ends at the data. "leading": the same from the first; begins
-        short of pure noise. "log_snr": Karras's.
-    spacing_power: of "trailing": timesteps are T (1 - i / steps) ** power; above 1 more of them are near the data.
-    eta: noise of "ddim", from 0 to 1, which is as much as ddpm's.
-    order: of "multistep": 1 is ddim without noise, 2 and 3 also use one and two earlier predictions.
-    variance: of "ddpm" where none is learned: the "large" or the "small" of Ho et al., section 3.2, beta or the
-        posterior's. With few steps the one is much too wide, the other too narrow.
+    Args:
+        spacing: of the timesteps. "linspace": evenly from the first to the last, as published. "trailing": evenly from
+            the last, each step as long as the last one, which ends at the data. "leading": the same from the first;
+            begins short of pure noise. "log_snr": Karras's.
+        spacing_power: of "trailing": timesteps are T (1 - i / steps) ** power; above 1 more of them are near the data.
+        eta: noise of "ddim", from 0 to 1, which is as much as ddpm's.
+        order: of "multistep": 1 is ddim without noise, 2 and 3 also use one and two earlier predictions.
+        variance: of "ddpm" where none is learned: the "large" or the "small" of Ho et al., section 3.2, beta or the
+            posterior's. With few steps the one is much too wide, the other too narrow.
     """
 
     spacing: Spacing = "linspace"
@@ -62,7 +63,8 @@ def spaced_timesteps(
 ) -> list[int]:
     """`num_steps` of range(num_timesteps), distinct and ascending; see `SamplerSettings`.
 
-    noise_to_signal: (num_timesteps,) sigma / signal, of "log_snr".
+    Args:
+        noise_to_signal: (num_timesteps,) sigma / signal, of "log_snr".
 
     Raises:
         ValueError: unless 1 <= num_steps <= num_timesteps.

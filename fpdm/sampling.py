@@ -21,7 +21,8 @@ from fpdm.samplers import Sampler, SamplerName, SamplerSettings, adds_noise, bui
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int, rescale: float = 0.0) -> Tensor:
     """u + scale (c - u) on the first `channels` of the outputs (B, C or 2C, H, W), the conditional on the others.
 
-    rescale: how far to bring a sample's standard deviation over those channels back to the conditional's, 0 to 1.
+    Args:
+        rescale: how far to bring a sample's standard deviation over those channels back to the conditional's, 0 to 1.
     """
     guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
     if rescale:

@@ -4,6 +4,7 @@
   python pipeline/reproduce.py --scale small --only T1,T5 --seeds 3
   python pipeline/reproduce.py --scale full --cluster slurm       # recipes/paper/, thousands of V100-hours
   python pipeline/reproduce.py --scale small --smoke              # minutes: everything happens, nothing is learned
+  python pipeline/reproduce.py --scale small --at-once 8 --cluster debug launch.processes=1   # one GPU, or 8 cores
 
 Run it again to go on. --dry-run lists the runs and what they cost.
 """
@@ -32,8 +33,10 @@ def main() -> None:
         "--runs", type=path_argument, metavar="FOLDER", help="of all runs; runs/reproduction/ and the scale otherwise"
     )
     parser.add_argument("--cluster", default="local", metavar="local|debug|slurm|auto", help="where jobs run")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at the same time (1)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what they cost; touch nothing")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace a field of all recipes")
+    arguments = parser.parse_intermixed_args()
 
     from common.files import atomic_write
     from pipeline.reproduction.intervals import MOST_SEEDS
@@ -52,7 +55,9 @@ def main() -> None:
         if arguments.runs
         else f"runs/reproduction/{'smoke' if arguments.smoke else arguments.scale}"
     )
-    scale = Scale(arguments.scale, runs, seeds, arguments.smoke)
+    if arguments.at_once < 1:
+        raise UserError(f"--at-once: {arguments.at_once}; at least 1")
+    scale = Scale(arguments.scale, runs, seeds, arguments.smoke, tuple(arguments.overrides))
     if arguments.dry_run:
         print("\n".join(plan(tables, scale)))
         return
@@ -61,7 +66,7 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     with ended_by_signals():
-        make(tables, scale, cluster)
+        make(tables, scale, cluster, arguments.at_once)
     results = Path(runs) / "results.md" if arguments.smoke else ROOT / "docs/results.md"
     with atomic_write(results) as temporary:
         temporary.write_text(page(tables, scale), encoding="utf-8")

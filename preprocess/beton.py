@@ -152,7 +152,7 @@ def _prove_equal(shards: LatentShards, converted: LatentShards) -> None:
 def plan(recipe: Recipe) -> Iterator[str]:
     folder = Path(recipe.data.shards)
     shards = LatentShards(folder)
-    state = "there already" if is_converted(folder) else "to be made"
+    state = "finished" if is_converted(folder) else "to be made"
     yield f"{folder / FOLDER / BETON}: {len(shards):,} samples, {_bytes(shards) / 1e9:.2f} GB, {state}"
 
 

@@ -140,7 +140,7 @@ def parts(recipe: Recipe) -> list[Part]:
 def plan(recipe: Recipe) -> list[str]:
     return [
         f"{part.name} portraits: {part.per_class:,} of each of {', '.join(CLASSES)}, {part.resolution} px, "
-        f"in {part.folder}{' (there already)' if part.is_finished else ''}"
+        f"in {part.folder}{' (finished)' if part.is_finished else ''}"
         for part in parts(recipe)
     ]
 

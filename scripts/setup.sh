@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv from the pins in pyproject.toml; a second run finds it finished. With --ffcv also FFCV, which is built
-# against libraries from Debian; with --slurm the daemons of SLURM; with --play the playground's packages; with --test
-# all three, and a browser. What is from Debian is installed where that is allowed, and named with its command where it
-# is not.
+# against libraries from Debian; with --slurm the daemons of SLURM; with --play the playground's packages; with --docs
+# what builds the documents' site; with --test all four, and a browser. What is from Debian is installed where that is
+# allowed, and named with its command where it is not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -73,10 +73,15 @@ update_debian() {
     return 1
 }
 
-if [[ "${1:-}" = --test || "${1:-}" = --play ]] && ! .venv/bin/python -c 'import nicegui' 2>/dev/null; then
-    echo "setup: installing the playground's packages"
-    pip_install --editable '.[play]'
-fi
+# extra NAME PACKAGES WHAT_FOR: installs an extra of pyproject.toml where a package of it is missing.
+extra() {
+    .venv/bin/python -c "import $2" 2>/dev/null && return
+    echo "setup: installing $3"
+    pip_install --editable ".[$1]"
+}
+
+case "${1:-}" in --test | --play) extra play nicegui "the playground's packages" ;; esac
+case "${1:-}" in --test | --docs) extra docs "material, mkdocstrings_handlers.python" "what builds the documents' site (110 MB)" ;; esac
 
 if [ "${1:-}" = --test ]; then
     command -v chromium >/dev/null ||

@@ -25,7 +25,7 @@ def _head(scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
     source, every = provenance(), [each for arms in measured.values() for runs in arms.values() for each in runs]
     runs = {each.recipe.folder: each for each in every}
     hours = sum(each.seconds or 0 for each in runs.values()) / 3600
-    smoke = " --smoke" if scale.smoke else ""
+    smoke = "".join(f" {each}" for each in (*(["--smoke"] if scale.smoke else []), *scale.overrides))
     yield "# The paper's claims, measured"
     yield ""
     if scale.smoke:

@@ -1,6 +1,9 @@
 """Trains and measures what is missing. Every run and every point is a file, so a killed reproduction goes on."""
 
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +47,7 @@ class Scale:
     runs: str
     seeds: int
     smoke: bool
+    overrides: tuple[str, ...] = ()  # of all its recipes
 
     def recipes(self, arm: Arm) -> list[Recipe]:
         """The arm's run of each seed, and its sweep."""
@@ -56,6 +60,7 @@ class Scale:
         if self.smoke:
             yield from SMOKE
             yield from (f"data.{place}={self.runs}/data/{place}" for place in ("images", "held_out", "shards"))
+        yield from self.overrides
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,49 @@ class Outcome:
     residual: float | None  # relative, of the last iteration of the last step that was logged; None of DiT
 
 
-def make(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
-    """Trains every run that is not trained, and measures every point that is not measured."""
-    jobs = list(dict.fromkeys(recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)))
-    for recipe in jobs[:1]:  # compute nodes often have no internet
-        fetch(recipe)
-    for number, recipe in enumerate(jobs, 1):
-        title = f"[{number}/{len(jobs)}] {recipe.name}"
-        for stage in [*_before_sampling(recipe), SWEEP]:
-            stated = _for(recipe, stage)
-            if stage.is_finished(stated):
-                print(f"{title}: {stage.name} finished before", flush=True)
-                continue
-            if stage is not SWEEP:
-                check_stages(stated, [stage], cluster)
-            print(f"{title}: {stage.name} ...", flush=True)
-            run_in_jobs(stated, stage, cluster)
+def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) -> None:
+    """Trains every run that is not trained, and measures every point that is not measured; so many runs at once."""
+    arms = [scale.recipes(arm) for table in tables for arm in table.arms]
+    every = dict.fromkeys(recipe for of_a_seed in zip(*arms, strict=True) for recipe in of_a_seed)
+    runs: dict[Path, list[Recipe]] = {}
+    for recipe in every:
+        runs.setdefault(recipe.folder, []).append(recipe)
+    first = next(iter(every))
+    fetch(first)  # compute nodes often have no internet
+    for stage in _before_sampling(first)[:-1]:
+        _make(first, stage, cluster)
+    if at_once == 1:
+        for run in runs.values():
+            _make_run(run, cluster)
+        return
+    # Each run in a process of its own: networks of this size leave most of a GPU, or of many cores, idle.
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, spawned, _leave_port, max_tasks_per_child=1) as pool:
+        for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
+            made.result()
+
+
+def _leave_port() -> None:
+    """Each process finds a free port of its own."""
+    os.environ.pop("MASTER_PORT", None)
+
+
+def _make_run(arms: Sequence[Recipe], cluster: str) -> None:
+    """Trains a run, and measures it in the way of each of its arms."""
+    for stage in _before_sampling(arms[0]):
+        _make(arms[0], stage, cluster)
+    for recipe in arms:
+        _make(recipe, SWEEP, cluster)
+
+
+def _make(recipe: Recipe, stage: Stage, cluster: str) -> None:
+    stated = _for(recipe, stage)
+    if stage.is_finished(stated):
+        return
+    print(f"{recipe.name}: {stage.name} ...", flush=True)
+    if stage is not SWEEP:
+        check_stages(stated, [stage], cluster)
+    run_in_jobs(stated, stage, cluster)
 
 
 def _for(recipe: Recipe, stage: Stage) -> Recipe:

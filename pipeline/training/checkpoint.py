@@ -165,8 +165,9 @@ def find_checkpoint(recipe: Recipe, identity: dict[str, Any], ranks: Ranks) -> C
             checkpoint = _read_choice(choice[0], recipe, identity)
     if checkpoint and checkpoint.state.samples_seen > total_samples(recipe.train):
         end, paid = wanted_samples(recipe.train), recipe.train.max_pflops
+        limit = f"total_samples: {end}" if paid is None else f"max_pflops: {paid:g}, with total_samples, allows {end}"
         raise UserError(
-            f"train.{f'total_samples: {end}' if paid is None else f'max_pflops: {paid:g} pays for {end} samples'}, but "
+            f"train.{limit}, but "
             f"{recipe.folder} has trained on {checkpoint.state.samples_seen}; ask for more, or choose another name"
         )
     return checkpoint

@@ -214,7 +214,7 @@ def describe_plan(encoding: Encoding) -> list[str]:
         *_left_out(source),
         f"latents: {data.crop} to {data.resolution} px, each image{flips} as {shape} by {vae}",
         f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
-        f"{len(records) - records.count(None)} there already",
+        f"{len(records) - records.count(None)} finished",
         f"to do: {missing:,} images, {check_disk(encoding, missing)}",
     ]
 

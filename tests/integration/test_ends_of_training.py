@@ -31,7 +31,7 @@ def test_operations_end_training_and_the_next_call_finds_it_finished(experiment:
     assert "finished" in again.output
     more = run_ranks(experiment, "name=paid", f"train.max_pflops={pflops / 2}")
     assert more.statuses == [2]
-    assert "pays for 32 samples" in more.errors[0]
+    assert "with total_samples, allows 32" in more.errors[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -341,11 +341,11 @@ def test_shards_of_other_images_are_never_overwritten(recipe: Recipe) -> None:
 
 
 def test_a_plan_writes_nothing_and_counts_finished_shards(recipe: Recipe) -> None:
-    assert "0 there already" in "\n".join(plan(recipe))
+    assert "0 finished" in "\n".join(plan(recipe))
     assert not Path(recipe.data.shards).exists()
     encode(recipe)
     (Path(recipe.data.shards) / shard_name(3)).unlink()
-    assert "3 there already\nto do: 3 images" in "\n".join(plan(recipe))
+    assert "3 finished\nto do: 3 images" in "\n".join(plan(recipe))
 
 
 def test_the_disk_estimate_is_the_size_of_a_shard(recipe: Recipe) -> None:
