@@ -31,6 +31,8 @@ PAPERS_MEMORY = 0.4  # of DiT's in training: 60 % less (Bai & Melas-Kyriazi 2024
 OPTIMIZER_BYTES = 14  # a parameter, in bf16: its weight, and in float32 the weight and AdamW's two moments
 STEPS, BATCH = 6, 16  # of the trainings whose losses are compared
 GOES_ON = 24  # steps of the one that is killed
+# By a training; DeepSpeed imports the compiler by Muon.
+IMPORTED = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.flop_counter", "pipeline.training.run"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def started(recipe: Recipe, device: str) -> multiprocessing.process.BaseProcess:
     """A training process. Without a GPU it is forked from a server that has imported all; CUDA survives no fork."""
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():
-        context.set_forkserver_preload(["deepspeed", "torch.utils.flop_counter", "pipeline.training.run"])
+        context.set_forkserver_preload(IMPORTED)
     recipe.folder.parent.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=_train, args=(recipe, device), daemon=True)
     process.start()

@@ -91,4 +91,6 @@ def shortened(text: str, limit: int) -> str:
 
 def printable(text: str) -> str:
     """`text` with control characters, non-printable characters and lone surrogates escaped."""
+    if text.isprintable():  # a report's pictures are millions of characters
+        return text
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

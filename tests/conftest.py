@@ -13,6 +13,11 @@ from common.run_weights import Weights
 from common.stage import Stage
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those on SLURM first, the longest: no process of `pytest -n` is alone with one of them at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_slurm_"))
+
+
 @pytest.fixture
 def chromium(tmp_path: Path) -> list[str]:
     """A headless browser that reaches nothing. Where there is none the test does not run, which is a failure in CI."""

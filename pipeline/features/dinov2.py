@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,6 +31,8 @@ class DinoV2(FeatureExtractorBase):
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
     ) -> None:
+        import timm
+
         super().__init__(name, features_list)
         assert feature_extractor_weights_path is not None
         published = torch.load(Path(feature_extractor_weights_path), map_location="cpu", weights_only=True)

@@ -1,6 +1,7 @@
 """Images to features: torch-fidelity's Inception; EfficientNet-Lite0 and DINOv2 (dinov2.py) registered beside it.
 
-Importing this module takes seconds (torch, timm, torch-fidelity): commands do so inside the functions that use it.
+Importing this module takes seconds (torch): commands do so inside the functions that use it. timm, which takes as many
+again, is imported where a network of it is built.
 """
 
 import importlib.util
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -80,6 +80,8 @@ class EfficientNetLite0(FeatureExtractorBase):
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
     ) -> None:
+        import timm
+
         super().__init__(name, features_list)
         path = Path(feature_extractor_weights_path) if feature_extractor_weights_path else _packaged_efficientnet()
         published = torch.load(path, map_location="cpu", weights_only=True)

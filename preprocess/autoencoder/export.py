@@ -4,10 +4,9 @@ import copy
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models import AutoencoderKL
 from pydantic import with_config
 from typing_extensions import TypedDict
 
@@ -15,6 +14,9 @@ from common.errors import UserError
 from common.files import atomic_folder, disk_errors_as_user_errors
 from common.recipe import VAE, Recipe
 from common.sealed import STRICT, read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL  # importing it takes seconds, and each training reads `measured.json`
 
 MEASURED = "measured.json"
 
@@ -43,7 +45,7 @@ class Measured(TypedDict):
     minutes: float
 
 
-def export(recipe: Recipe, vae: AutoencoderKL, settings: dict[str, Any], measured: dict[str, Any]) -> None:
+def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measured: dict[str, Any]) -> None:
     """Writes the autoencoder in fp16, its config.json, README.md and measured.json to `vae.path`, atomically.
 
     `vae`: as `training.finish` returns it, whose latents need no scaling. `settings`: what decides the weights.

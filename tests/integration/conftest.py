@@ -13,9 +13,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.forks import ROOT, run_python
 from tests.slurm_cluster.fixtures import slurm, three_nodes, two_nodes  # noqa: F401 (fixtures)
-
-ROOT = Path(__file__).parents[2]
 
 RECIPE = """\
 name: tiny
@@ -46,9 +45,11 @@ class Experiment:
         return [sys.executable, str(ROOT / script), "--config", str(self.recipe), *overrides]
 
     def run(self, script: str, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-        command = self.command(script, *overrides)
-        if ranks > 1:
-            command = [*torchrun(ranks), *command[1:]]
+        """One rank is forked (`tests/forks.py`); more are started by torchrun."""
+        command = self.command(script, *overrides)[1:]
+        if ranks == 1:
+            return run_python(*command, environment=environment())
+        command = [*torchrun(ranks), *command]
         return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=240)
 
 

@@ -1,11 +1,6 @@
-"""Training processes without their launcher: forked from one server that has imported everything.
-
-Starting Python and its libraries costs seconds a rank, a fork nothing; what runs in it is the command itself. So tests
-can afford to kill a run as often as they like.
-"""
+"""Training processes without their launcher, forked (`tests/forks.py`): tests can kill a run as often as they like."""
 
 import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,18 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slurm.cluster import free_port
-from tests.integration.conftest import ROOT, Experiment
-
-PRELOADED = [
-    "deepspeed",
-    "torch.utils.tensorboard",
-    "torch.utils.flop_counter",
-    "pipeline.train",
-    "pipeline.training.run",
-]
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+from tests.forks import ROOT, context
+from tests.integration.conftest import Experiment, environment
 
 
 @dataclass
@@ -75,8 +60,8 @@ def started(folder: Path, function: Callable[..., None], *arguments: Any, ranks:
     processes = []
     for rank in range(ranks):
         given = {"RANK": rank, "LOCAL_RANK": rank, **shared}
-        environment = {name: str(value) for name, value in given.items()}
-        processes.append(_context.Process(target=_rank, args=(environment, logs[rank], function, arguments)))
+        variables = environment() | {name: str(value) for name, value in given.items()}
+        processes.append(context.Process(target=_rank, args=(variables, logs[rank], function, arguments)))
     running = Ranks(processes, logs)
     try:
         for process in processes:
@@ -112,8 +97,9 @@ def run_ranks(
         return finish(running)
 
 
-def _rank(environment: dict[str, str], log: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(environment)
+def _rank(variables: dict[str, str], log: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
     os.chdir(ROOT)
     with open(log, "a") as sink:
         os.dup2(sink.fileno(), 1)

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import ROOT, Experiment, environment, started
+from tests.forks import run_python
+from tests.integration.conftest import Experiment, environment, started
 
 SHORT = ("train.total_samples=32", "train.log.tensorboard=false")
-
-
-def python(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=240)
 
 
 def test_train_may_be_called_again_in_the_same_process(experiment: Experiment) -> None:
@@ -32,7 +26,7 @@ for overrides in (["train.total_samples=32"], ["train.total_samples=64"], ["trai
     train(recipe)
     assert finished(recipe)
 """
-    done = python(program, experiment.recipe)
+    done = run_python("-c", program, str(experiment.recipe), environment=environment())
     assert done.returncode == 0, done.stderr
 
 
@@ -60,7 +54,7 @@ try:
 except UserError as error:
     print(error)
 """
-    done = python(program, experiment.recipe)
+    done = run_python("-c", program, str(experiment.recipe), environment=environment())
     assert done.returncode == 0, done.stderr
     config = experiment.folder / "runs/mended/weights/000000000032/0.9/config.json"
     assert f"warning: {config}: no JSON" in done.stderr

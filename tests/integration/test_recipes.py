@@ -2,7 +2,7 @@
 
 The data sets, the autoencoder and Inception are stand-ins in their published form (`tests.stand_ins`). Overrides say
 where these lie, and ask for less work than a cluster does in days. What `make test` runs is reduced further: the
-autoencoder's blocks are narrower, the network is S instead of XL, most recipes are measured with a smaller extractor
+autoencoder's blocks are narrower, and so is the network, most recipes are measured with a smaller extractor
 than Inception. Image size, crops, latents, objective and sampler are the recipe's. `make test-slow` runs the published
 sizes.
 """
@@ -20,9 +20,11 @@ import yaml
 from safetensors.numpy import load_file
 
 from tests import stand_ins
-from tests.integration.conftest import ROOT, environment, torchrun
+from tests.forks import ROOT, run_python
+from tests.integration.conftest import environment, torchrun
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")  # that is `make demo`
+NARROW_NETWORK = ["model.size=S", "model.hidden_size=64", "model.num_heads=2"]
 NARROW = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 8}
 SMALLER_EXTRACTOR = ["evaluate.feature_extractor=efficientnet-lite0", "evaluate.feature_extractor_weights=null"]
 # How a data set lies on the disk: of so many pictures, of so many pixels where all are of one size.
@@ -82,9 +84,11 @@ def test_every_recipe_runs_from_the_images_to_the_report(
     fewer = less(recipe, tmp_path, images, narrow_vae, inception, steps=1, batch=4)
     # Inception's Fréchet distance of one recipe: 2,048 dimensions take seconds.
     smaller = ["evaluate.metrics=[frechet]"] if recipe == "imagenet256" else SMALLER_EXTRACTOR
-    said = run([*command("pipeline/run.py", recipe), "--cluster", "debug", *fewer, "model.size=S", *smaller])
+    given = [*command("pipeline/run.py", recipe)[1:], "--cluster", "debug", *fewer, *NARROW_NETWORK, *smaller]
+    done = run_python(*given, environment=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
     if recipe == "imagenet256":
-        assert_honest(said, inception)
+        assert_honest(done.stdout, inception)
     check(tmp_path, recipe, count=5, steps=1, batch=4)
 
 

@@ -1,11 +1,11 @@
 """The paper's tables are remade by one command, which goes on where it was killed."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.conftest import ROOT, environment, started
+from tests.forks import run_python
+from tests.integration.conftest import environment, started
 
 
 def test_a_smoke_of_table_1_survives_a_kill_and_writes_its_page(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_smoke_of_table_1_survives_a_kill_and_writes_its_page(tmp_path: Path) 
                 break
     assert not (runs / "results.md").exists()
     command += ["--at-once", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=280)
+    done = run_python(*command[1:], environment=environment())
     assert done.returncode == 0, done.stderr
     assert not {"dit-0: train ...", "dit-0: encode ..."} & set(done.stdout.splitlines())  # what was finished
     page = (runs / "results.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ROOT, Experiment, environment, started
+from tests.integration.conftest import ROOT, Experiment, environment
 from tests.integration.faults import (
     an_older_listing,
     disk_full_at_log_line,
@@ -21,7 +21,7 @@ from tests.integration.faults import (
     planted,
     without_wandb,
 )
-from tests.integration.ranks import run_ranks
+from tests.integration.ranks import run_ranks, started_ranks
 
 TRAIN = "pipeline/train.py"
 SAME_TO = 1e-5  # relative, in fp32 with another order of summation
@@ -204,12 +204,12 @@ def test_a_finished_run_of_another_recipe_is_refused(experiment: Experiment, fin
 
 
 def test_a_second_training_in_the_same_folder_is_refused(experiment: Experiment) -> None:
-    command = experiment.command(TRAIN, "name=locked", "train.total_samples=1000000")
-    with started(command) as process:
+    given = ("name=locked", "train.total_samples=1000000")
+    with started_ranks(experiment, *given) as running:
         wait_until((experiment.folder / "runs/locked/metrics.jsonl").exists)
-        done = run_ranks(experiment, "name=locked", "train.total_samples=1000000")
+        done = run_ranks(experiment, *given)
         assert done.statuses == [2]
-        assert f"runs/locked: process {process.pid} on " in done.errors[0]
+        assert f"runs/locked: process {running.processes[0].pid} on " in done.errors[0]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")])
@@ -253,7 +253,7 @@ def test_fp16_finds_its_loss_scale_and_goes_on_with_it(experiment: Experiment, s
     own.write_text(json.dumps({"fp16": {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 2}}))
     settings = ("train.precision=fp16", f"train.zero_stage={stage}", f"train.deepspeed_config={own}")
     runs = [experiment.folder / "runs" / f"fp16-{stage}-{name}" for name in ("uninterrupted", "resumed")]
-    for run, totals in zip(runs, ((320,), (80, 320)), strict=True):
+    for run, totals in zip(runs, ((192,), (80, 192)), strict=True):
         for total in totals:
             given = (f"name={run.name}", f"train.total_samples={total}", *settings)
             done = run_ranks(experiment, *given, ranks=2, before=planted(fp16_on_a_cpu))

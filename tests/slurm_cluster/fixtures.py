@@ -60,6 +60,7 @@ def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def use(made: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, made.environment[name])
+    monkeypatch.setattr("slurm.waiting.NEXT_QUESTION_SECONDS", 0.2)  # its controller has no other users
 
 
 def squeue(what: str, *arguments: str) -> list[str]:

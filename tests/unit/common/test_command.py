@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.command import argument_parser
+from tests.forks import run_python
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
@@ -74,7 +75,8 @@ def test_an_unknown_key_ends_every_command_with_one_line_and_status_2(path: Path
 @pytest.mark.parametrize("path", NETWORK, ids=lambda path: path.name)
 def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp_path: Path) -> None:
     places = [f"{field}={tmp_path / field}" for field in ("runs", "data.images", "data.held_out", "data.shards")]
-    done = run(path, "--config", "recipes/demo.yaml", "--dry-run", *places, "launch.gpu=h100")  # nothing is measured
+    places.append("launch.gpu=h100")  # nothing is measured
+    done = run_python(str(path), "--config", "recipes/demo.yaml", "--dry-run", *places)
     assert "plan: network: fpdm on latents (4, 16, 16), 3,914,440 parameters" in done.stdout
     missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
     assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr

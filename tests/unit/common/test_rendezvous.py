@@ -167,7 +167,7 @@ def work(recipe):
     print("worked")
 
 stage = Stage(name="a", resolve=the_recipe, plan=lambda _: ["looked"], finished=bool, work=work, ranks_share=True)
-rendezvous.ALONE_SECONDS, rendezvous.LEFT_OVER_SECONDS = 60.0, 0.3
+rendezvous.ALONE_SECONDS, rendezvous.LEFT_OVER_SECONDS, rendezvous.LATER_SECONDS = 60.0, 0.3, 0.3
 sys.exit(run_stage_command("", stage, sys.argv[1:]))
 """
 

@@ -224,15 +224,10 @@ def test_peak_memory_does_not_grow_with_the_iterations_without_gradient():
 
 
 def test_counts_are_the_same_on_every_rank_and_as_drawn_in_algorithm_1():
-    """Ranks share nothing but (seed, step); four processes draw the same 10,000 pairs, here in four interpreters."""
-    code = (
-        "import hashlib, sys; from fpdm import sjfb_counts;"
-        "print(hashlib.sha256(repr([sjfb_counts(3, s, 6, 6) for s in range(10_000)]).encode()).hexdigest())"
-    )
-    ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    digests = {rank.communicate(timeout=240)[0].strip() for rank in ranks}
-    assert len(digests) == 1
-    assert len(digests.pop()) == 64
+    """Ranks share nothing but (seed, step): another interpreter draws the same 1,000 pairs."""
+    code = "from fpdm import sjfb_counts; print([sjfb_counts(3, step, 6, 6) for step in range(1000)])"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True).stdout
+    assert other.strip() == repr([sjfb_counts(3, step, 6, 6) for step in range(1000)])
 
 
 def test_counts_have_the_range_and_mean_of_algorithm_1():

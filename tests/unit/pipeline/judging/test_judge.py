@@ -1,8 +1,6 @@
 """The judge names each planted difference first, measures what torch-fidelity measures, and refuses what is no set."""
 
 import io
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +31,11 @@ from pipeline.judging.scan import Measuring
 from pipeline.sampling.chunks import chunk_path, write_chunk
 from preprocess.images.images import CROPS, from_uint8
 from tests.conftest import generated, load_samples
+from tests.forks import run_python
 from tests.photographs import NAMES, encoded, photograph, write_folder, write_zip
 
 SIDE = 48
 TEXTURED = [number for number, name in enumerate(NAMES) if name not in ("rocket.jpg", "retina.jpg")]
-ROOT = Path(__file__).parents[4]
 
 Pictures = list[NDArray[np.uint8]]
 
@@ -215,8 +213,8 @@ def test_originals_of_a_reference_are_cropped_by_each_rule(tmp_path: Path) -> No
 
 def test_numbers_are_torch_fidelitys_to_1e6_and_the_report_is_sealed(tmp_path: Path) -> None:
     samples, reference = (write(tmp_path / name, small(large(12, n))) for name, n in (("samples", 0), ("images", 50)))
-    command = [sys.executable, "pipeline/judge.py", samples, "--reference", reference, "--json", "--probe", "0"]
-    done = subprocess.run([*command, "--features", EFFICIENTNET], cwd=ROOT, capture_output=True, text=True)
+    command = ["pipeline/judge.py", str(samples), "--reference", str(reference), "--json", "--probe", "0"]
+    done = run_python(*command, "--features", EFFICIENTNET)
     assert done.returncode == 0, done.stderr
     (tmp_path / "judged.json").write_text(done.stdout)
     form = read_report(tmp_path / "judged.json")

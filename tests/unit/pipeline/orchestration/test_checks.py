@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from common.loading import load_recipe, parse_recipe
 from common.stage_checks import check_stages
 from pipeline.stages import select
 from slurm.cluster import Resources, refuse
+from tests.forks import run_python
 
 ROOT = Path(__file__).parents[4]
 
@@ -131,12 +130,10 @@ def test_a_signal_before_the_job_began_is_refused() -> None:
 
 @pytest.mark.parametrize("way", [(), ("--detach",), ("--cluster", "auto")])
 def test_a_dry_run_of_three_ranks_ends_with_one_line(way: tuple[str, ...], tmp_path: Path) -> None:
-    command = [sys.executable, "pipeline/run.py", "--config", "recipes/demo.yaml", "--dry-run", *way]
+    command = ["pipeline/run.py", "--config", "recipes/demo.yaml", "--dry-run", *way]
     fields = ("runs", "data.shards", "data.images", "data.held_out")
     places = [f"{field}={tmp_path}/{field}" for field in fields]
-    done = subprocess.run(
-        [*command, *places, "launch.processes=3"], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    done = run_python(*command, *places, "launch.processes=3")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: train.batch_size: 32 is not divisible by the 3 ranks; use 30 or another number of processes"

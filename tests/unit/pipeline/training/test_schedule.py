@@ -31,16 +31,17 @@ def test_without_a_rise_every_step_has_the_recipes_counts(rise: float) -> None:
 
 
 def test_intermediate_iterates_are_drawn_evenly_from_those_before_the_last_and_only_where_they_have_a_loss() -> None:
-    seen = range(0, 20_000, 10)
-    assert all(step_iterations(train_with(), 0, each).intermediate == 0 for each in seen[:50])
-    train = train_with("max_grad_iterations=4", "intermediate_loss=0.5")
+    seen = range(0, 10_000, 10)
+    plain, train = train_with("max_grad_iterations=4"), train_with("max_grad_iterations=4", "intermediate_loss=0.5")
+    assert all(step_iterations(plain, 0, each).intermediate == 0 for each in seen[:50])
     drawn = [step_iterations(train, 0, each) for each in seen]
     assert all(step.intermediate == 0 for step in drawn if step.with_graph == 1)
-    counted = Counter(step.intermediate for step in drawn if step.with_graph == 4)  # about 500 steps, 167 each
+    counted = Counter(step.intermediate for step in drawn if step.with_graph == 4)  # about 250 steps, 83 each
     assert counted.keys() == {1, 2, 3}
-    assert min(counted.values()) > 120
-    plain = [step_iterations(train_with("max_grad_iterations=4"), 0, each)[:2] for each in seen]
-    assert [step[:2] for step in drawn] == plain  # the loss leaves the counts as they are
+    assert min(counted.values()) > 60
+    assert [step[:2] for step in drawn] == [
+        step_iterations(plain, 0, each)[:2] for each in seen
+    ]  # the loss leaves the counts as they are
 
 
 def test_iterations_are_sparse_until_the_dense_end() -> None:
@@ -69,13 +70,12 @@ def test_learning_rates_warm_up_and_fall_with_samples_seen(decay: str, expected:
 
 
 def test_each_gradient_has_its_iterations_after_the_same_ones_without() -> None:
-    seen = range(0, 5000, 10)
     sjfb, jfb, multi = (
-        [step_iterations(train_with(*given), 0, each) for each in seen]
-        for given in (
-            ("max_grad_iterations=4",),
-            ("gradient=jfb", "max_grad_iterations=1"),
-            ("gradient=multi_step", "max_grad_iterations=4"),
+        [step_iterations(train, 0, seen) for seen in range(0, 2000, 10)]
+        for train in (
+            train_with("max_grad_iterations=4"),
+            train_with("gradient=jfb", "max_grad_iterations=1"),
+            train_with("gradient=multi_step", "max_grad_iterations=4"),
         )
     )
     assert {step.with_graph for step in sjfb} == {1, 2, 3, 4}
