@@ -24,7 +24,7 @@ def receipt(recipe: Recipe, samples_seen: int, device: str | None) -> Iterator[t
         parts = ", ".join(f"{stage} {spent:.2g}" for stage, spent in hours.items() if spent >= 0.001)
         yield f"{kind}-hours", f"{sum(hours.values()):.3g}: {parts}"
     if steps := _step_seconds(folder):
-        yield "its steps alone", f"{steps * _ranks(folder) / 3600:.3g} {kind}-hours, without starts and saves"
+        yield "steps of training", f"{steps * _ranks(folder) / 3600:.3g} {kind}-hours, without starts and saves"
     flops = samples_seen * mean_flops(recipe)
     yield "training", f"{flops / 1e15:,.4g} PFLOP for {samples_seen:,} samples; recomputation is not counted"
     yield "sampling", f"{blocks_an_image(recipe):,} blocks an image"
