@@ -371,4 +371,4 @@ def test_a_thousand_shards_leave_no_file_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     source = source_of("webdataset", tmp_path)
     assert source.open(source.entries[999]) == b"x"
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
