@@ -40,6 +40,9 @@ def process_group() -> Iterator[Ranks]:
         os.environ["LOCAL_RANK"] = str(own_device().index)  # DeepSpeed uses it as the GPU's number
     else:
         share_cores()
+        # As DeepSpeed's launcher says it. Else ZeRO 3 asks `numactl` in every step, and fails where PATH names a folder
+        # that this user is not allowed to read.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # Otherwise DeepSpeed first compiles a shared-memory helper of its own, for minutes; gloo does without it.
         deepspeed.ops.__compatible_ops__.clear()
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=10), verbose=False)

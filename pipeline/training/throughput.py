@@ -126,7 +126,7 @@ class Throughput:
             "step_seconds": round(seconds / steps, 6),
             **{f"{part}_seconds": round(spent / steps, 6) for part, spent in self.watch.read().items()},
             "memory_gib": round(peak_memory() / 2**30, 3),
-            "tflops": round(tflops, 4),
+            "tflops": float(f"{tflops:.4g}"),
             "flop_utilisation": round(tflops / self.peak_tflops, 4) if self.peak_tflops else None,
         }
         self.start()

@@ -92,7 +92,7 @@ def test_a_run_resumes_with_other_ranks_and_another_zero_stage(experiment: Exper
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(experiment: Experiment, finished_run: Path) -> None:
-    run = interrupted_copy(finished_run, "damaged", saved=2)
+    run = interrupted_copy(finished_run, "damaged-checkpoint", saved=2)
     state = max((run / "checkpoints").iterdir()) / "state.safetensors"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
@@ -100,7 +100,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(experiment: Ex
     cut = interrupted_copy(finished_run, "cut-marker", saved=2)
     marker = max((cut / "checkpoints").iterdir()) / "complete.json"
     marker.write_text(marker.read_text()[:100])
-    for name, damaged in (("damaged", f"{state}: damaged"), ("cut-marker", f"{marker}: not readable as JSON")):
+    for name, damaged in (
+        ("damaged-checkpoint", f"{state}: damaged"),
+        ("cut-marker", f"{marker}: not readable as JSON"),
+    ):
         done = run_ranks(experiment, f"name={name}", ranks=2)
         assert done.statuses == [0, 0], done.output
         assert damaged in done.output

@@ -51,11 +51,12 @@ def test_the_card_says_what_it_is_how_to_use_it_and_under_what_licence(tiny_reci
 
 
 def test_without_drawn_samples_the_pipeline_draws_those_of_the_card(tiny_recipe: Recipe) -> None:
+    sheet = RunFolder(tiny_recipe.folder).pipeline / "samples.png"
     export(tiny_recipe)
-    drawn = (RunFolder(tiny_recipe.folder).pipeline / "samples.png").read_bytes()
+    drawn = np.asarray(Image.open(sheet)).astype(int)
     generated(tiny_recipe, "latest")
     export(tiny_recipe)
-    assert (RunFolder(tiny_recipe.folder).pipeline / "samples.png").read_bytes() == drawn
+    assert np.abs(np.asarray(Image.open(sheet)) - drawn).max() <= 1  # in other batches
 
 
 def test_an_export_draws_in_the_way_that_calibration_chose(tiny_recipe: Recipe) -> None:

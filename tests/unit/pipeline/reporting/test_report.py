@@ -192,10 +192,10 @@ def test_a_precision_of_zero_has_a_sentence_and_the_command_is_as_typed(recipe: 
 
 
 def test_a_job_records_the_command_that_submitted_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPDM_COMMAND", "")  # which a job in this process may have set
     monkeypatch.setattr(sys, "orig_argv", ["python", "pipeline/run.py", "--config", "my recipe.yaml"])
     (step,) = steps(recipe, REPORT, "local")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "submitit.core._submit"])
-    monkeypatch.setenv("FPDM_COMMAND", "")
     functions = dict.fromkeys(("call", "resolve"), "common.stage:the_recipe")
     run_job(recipe, **{**step.jobs[0].arguments, **functions, "timed": False})
     assert provenance()["command"] == "python pipeline/run.py --config 'my recipe.yaml'"
@@ -256,7 +256,8 @@ def test_a_sweeps_table_and_image_are_in_the_report(recipe: Recipe) -> None:
     run_stage(REPORT, recipe)
     assert REPORT.is_finished(recipe)
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 3 * 3 + 6 + 4 + 2
+    # As above, the nearest training image of each sheet, whose features the sweep kept, and the sweep's plot.
+    assert page.count("<img ") == 3 * 3 + 6 + 4 + 1 + 3 + 1
     assert "<h2>Ways of sampling</h2>" in page
     assert re.search(r"<tr><td>8</td><td>8</td><td>ddim</td><td>2</td><td>2</td><td>constant</td>", page)
 
