@@ -2,18 +2,18 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 from common.errors import UserError, one_line
@@ -177,7 +177,11 @@ def _trained(recipe: Path, processes: int, output: Path) -> Iterator[subprocess.
             yield process
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                ranks = psutil.Process(process.pid).children(recursive=True)  # the launcher puts them into other groups
+                for member in (process, *ranks):
+                    with suppress(psutil.NoSuchProcess):
+                        member.kill()
+                psutil.wait_procs(ranks)
             process.wait()
 
 
