@@ -13,6 +13,7 @@ from torch import Tensor
 
 # A recipe's field sample.allocation lists these too, and "calibrated" (`calibration.calibrate`).
 AllocationKind = Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive"]
+MEASURED = ("adaptive", "calibrated")  # allocations that are measured on the weights
 RAMP = 0.5  # a ramp runs from 1 + RAMP to 1 - RAMP times the mean
 
 

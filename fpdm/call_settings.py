@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fpdm.allocation import AllocationKind, allocate
+from fpdm.allocation import MEASURED, AllocationKind, allocate
 from fpdm.config import DenoiserConfig
 from fpdm.fixed_point import Solver
 from fpdm.latents import Rounding
 
-MEASURED = ("adaptive", "calibrated")
 FIXED_POINT = (
     *("iterations", "allocation", "block_budget", "reuse", "start_extrapolation", "solver", "tolerance"),
     *("iterate_guidance", "weak_iterate"),

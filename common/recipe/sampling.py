@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from common.recipe import Recipe
     from fpdm.samplers import SamplerSettings
 
-MEASURED = ("adaptive", "calibrated")  # allocations that are measured on the weights
 # Fields of both `Sample` and `Sweep`, which are combined with one another.
 SWEEP_AXES = (
     *("sampler", "order", "spacing", "spacing_power", "allocation", "reuse", "start_extrapolation", "guidance_scale"),
@@ -201,7 +200,7 @@ def sampler_settings(sample: Sample) -> SamplerSettings:
 
 def stated_iterations(sample: Sample) -> list[int]:
     """Of each step, noisiest first: constant where they are measured. ValueError names the unfit field."""
-    from fpdm.allocation import allocate
+    from fpdm.allocation import MEASURED, allocate
 
     return allocate(
         "constant" if sample.allocation in MEASURED else sample.allocation, sample.num_steps, sample.iterations
@@ -260,6 +259,8 @@ def _check_steps(recipe: Recipe) -> None:
 
 
 def _check_iterate_guidance(recipe: Recipe) -> None:
+    from fpdm.allocation import MEASURED
+
     settings = recipe.sample
     if recipe.model.kind == "dit":
         raise ValueError("iterate_guidance: a DiT has no iterates; leave it out")

@@ -12,9 +12,9 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.loading import dump_recipe
 from common.recipe import Recipe, Sample
-from common.recipe.sampling import MEASURED
 from common.run_folder import RunFolder
 from common.run_weights import REMEDY, load_network
+from fpdm.allocation import MEASURED
 from fpdm.calibration import Way
 from fpdm.call_settings import FIXED_POINT, CallSettings, setting_names
 from fpdm.pipeline_hf import FPDMPipeline

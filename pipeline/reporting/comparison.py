@@ -16,10 +16,11 @@ from common.files import atomic_write
 from common.log_lines import read_log
 from common.ranks import own_device, share_cores
 from common.recipe import Recipe, denoiser_config, latent_shape
-from common.recipe.sampling import MEASURED, SWEEP_AXES, stated_iterations
+from common.recipe.sampling import SWEEP_AXES, stated_iterations
 from common.run_folder import RunFolder, counted
 from common.run_recipe import read_recipe
 from common.run_weights import find_weights, load_network
+from fpdm.allocation import MEASURED
 from fpdm.denoiser import count_parameters
 from fpdm.latents import to_uint8
 from pipeline.evaluation.evaluate import read_metrics

@@ -18,11 +18,11 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape, num_classes
-from common.recipe.sampling import MEASURED, sampler_settings, stated_iterations
+from common.recipe.sampling import sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
-from fpdm.allocation import count_blocks
+from fpdm.allocation import MEASURED, count_blocks
 from fpdm.calibration import Draw, Way, allocate_adaptively, calibrate
 from fpdm.denoiser import Denoiser
 from fpdm.samplers import SamplerName, SamplerSettings, Spacing, Variance, adds_noise, build_sampler

@@ -19,7 +19,7 @@ from tests.slurm_cluster.fixtures import slurm, three_nodes, two_nodes  # noqa: 
 RECIPE = """\
 name: tiny
 runs: {folder}/runs
-data: {{images: {folder}/images, held_out: {folder}/held-out, shards: {folder}/shards, resolution: 32, crop: resize,
+data: {{images: {data}/images, held_out: {data}/held-out, shards: {data}/shards, resolution: 32, crop: resize,
   flips: true, shard_samples: 20}}
 vae: {{path: {vae}, downsampling: 4}}
 model: {{size: null, hidden_size: 32, num_heads: 2, patch_size: 2, num_classes: 2}}
@@ -89,7 +89,8 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def experiment(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Experiment:
+def encoded_images(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Experiment:
+    """Images of two classes and their shards, made once."""
     folder = tmp_path_factory.mktemp("experiment")
     for part, count in (("images", 25), ("held-out", 5)):
         for label, name in enumerate(("dark", "light")):
@@ -98,7 +99,15 @@ def experiment(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Expe
                 noise = np.random.default_rng([label, number, count]).integers(0, 128, (32, 32, 3), np.uint8)
                 Image.fromarray(noise + np.uint8(127 * label)).save(folder / part / name / f"{number:03d}.png")
     made = Experiment(folder)
-    made.recipe.write_text(RECIPE.format(folder=folder, vae=tiny_vae))
+    made.recipe.write_text(RECIPE.format(folder=folder, data=folder, vae=tiny_vae))
     done = made.run("preprocess/encode_latents.py")
     assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory, encoded_images: Experiment, tiny_vae: Path) -> Experiment:
+    """Runs are a test file's own: two files that choose the same name do not meet."""
+    made = Experiment(tmp_path_factory.mktemp("experiment"))
+    made.recipe.write_text(RECIPE.format(folder=made.folder, data=encoded_images.folder, vae=tiny_vae))
     return made

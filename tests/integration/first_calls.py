@@ -10,6 +10,6 @@ from tests.integration.conftest import RECIPE
 
 deepspeed.ops.__compatible_ops__  # noqa: B018 (found by running a compiler)
 with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-    file.write(RECIPE.format(folder=".", vae="."))
+    file.write(RECIPE.format(folder=".", data=".", vae="."))
     file.flush()
     mean_flops(load_recipe(file.name))

@@ -72,9 +72,11 @@ def test_a_mistake_found_in_a_job_is_one_line_and_status_2(
     assert "Traceback" not in done.stderr
 
 
-def test_damage_that_one_rank_finds_is_told_and_ends_the_others(experiment: Experiment, tmp_path: Path) -> None:
+def test_damage_that_one_rank_finds_is_told_and_ends_the_others(
+    encoded_images: Experiment, experiment: Experiment, tmp_path: Path
+) -> None:
     shards = tmp_path / "shards"
-    shutil.copytree(experiment.folder / "shards", shards)
+    shutil.copytree(encoded_images.folder / "shards", shards)
     tar = min(shards.glob("*.tar"))
     content = bytearray(tar.read_bytes())
     content[700] ^= 1  # in the first sample's moments; one rank meets it in the first epoch

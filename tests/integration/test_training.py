@@ -337,9 +337,11 @@ def test_a_batch_size_that_is_no_multiple_of_the_ranks_is_refused(experiment: Ex
     assert not (experiment.folder / "runs/odd").exists()
 
 
-def test_a_flipped_bit_in_a_shard_stops_training_and_names_the_sample(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_shard_stops_training_and_names_the_sample(
+    encoded_images: Experiment, experiment: Experiment, tmp_path: Path
+) -> None:
     shards = tmp_path / "shards"
-    shutil.copytree(experiment.folder / "shards", shards)
+    shutil.copytree(encoded_images.folder / "shards", shards)
     tar = sorted(shards.glob("*.tar"))[1]
     content = bytearray(tar.read_bytes())
     content[700] ^= 1  # in the first sample's moments: past a tar header and an npy header

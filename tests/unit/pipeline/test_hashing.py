@@ -18,6 +18,7 @@ from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.features import extractors
 from pipeline.reporting.stage import STAGE as REPORT
 from pipeline.sampling.stage import STAGE as SAMPLE
+from pipeline.training.stage import STAGE as TRAIN
 from preprocess.encoding.stage import STAGE as ENCODE
 from tests.conftest import copied
 from tests.unit.pipeline.evaluation.test_evaluation import adm_file, sampled  # noqa: F401
@@ -81,6 +82,17 @@ def test_encoding_hashes_the_autoencoder_once(
     as_command(ENCODE, new)
     of_the_vae = {path: count for path, count in hashed.items() if tiny_vae.resolve() in Path(path).parents}
     assert set(of_the_vae.values()) == {1}
+
+
+def test_training_hashes_a_file_at_most_once(recipe: Recipe, tmp_path: Path, hashed: Counter[str]) -> None:
+    checkpoint = replace(recipe.train.checkpoint, every_samples=16)
+    train = replace(recipe.train, total_samples=32, batch_size=16, checkpoint=checkpoint)
+    new = replace(recipe, name="trained", train=train, data=replace(recipe.data, shards=str(tmp_path / "shards")))
+    as_command(ENCODE, new)
+    hashed.clear()
+    as_command(TRAIN, new)
+    assert len(hashed) >= 4
+    assert {path: count for path, count in hashed.items() if count > 1} == {}
 
 
 def test_a_sweep_hashes_the_weights_once_a_point_and_all_else_once(recipe: Recipe, hashed: Counter[str]) -> None:
