@@ -6,7 +6,7 @@ from pipeline.evaluation.statistics import KEPT
 from pipeline.features.extractors import WIDTHS, layers_of, wanted_layers
 from pipeline.sampling.iterates import ITERATIONS, OF_THE_STEPS, SHOWN
 from pipeline.training.identity import total_samples
-from preprocess.demo_images import CLASSES, parts
+from preprocess.demo.portraits import CLASSES, parts
 from preprocess.encoding.encoding import sample_bytes
 
 LOGITS = 1008  # of Inception

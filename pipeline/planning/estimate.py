@@ -19,7 +19,7 @@ from pipeline.sampling.iterates import ITERATIONS, OF_THE_STEPS, SHOWN
 from pipeline.sampling.plans import passes
 from pipeline.training.cost import mean_flops
 from pipeline.training.identity import precision, total_samples
-from preprocess.demo_images import CLASSES
+from preprocess.demo.portraits import CLASSES
 from preprocess.encoding.encoder import Encoder, find_vae, load_vae
 from preprocess.from_data import from_data, open_latents
 from preprocess.sources import open_source

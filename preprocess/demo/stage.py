@@ -1,26 +1,7 @@
 """The stage `compose`, of recipes with a section `demo`."""
 
-from common.recipe import Recipe
 from common.stage import Input, Stage, the_recipe
-
-
-def plan(recipe: Recipe) -> list[str]:
-    from preprocess import demo_images
-
-    return demo_images.plan(recipe)
-
-
-def finished(recipe: Recipe) -> bool:
-    from preprocess import demo_images
-
-    return demo_images.finished(recipe)
-
-
-def compose(recipe: Recipe) -> None:
-    from preprocess import demo_images
-
-    demo_images.compose(recipe)
-
+from preprocess.demo.portraits import compose, finished, plan
 
 STAGE = Stage(
     name="compose",

@@ -1,6 +1,7 @@
 """The demo's portraits are a function of (seed, class, index), and no combination is in both parts."""
 
 import hashlib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import Data, DemoImages, Recipe
-from preprocess import demo_images
-from preprocess.demo_images import (
+from preprocess.demo import portraits
+from preprocess.demo.portraits import (
     CLASSES,
     MARKER,
     Portraits,
     compose,
+    finished,
     held_out_combinations,
     load_portraits,
     plan,
@@ -32,7 +34,7 @@ def monsters() -> Portraits:
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Monsters alone, which load in a moment."""
-    monkeypatch.setattr(demo_images, "CLASSES", {"monster": "set2"})
+    monkeypatch.setattr(portraits, "CLASSES", {"monster": "set2"})
     return Recipe(
         name="test",
         demo=DemoImages(per_class=6, held_out_per_class=3),
@@ -97,6 +99,21 @@ def test_finished_work_is_skipped_and_other_settings_replace_it(recipe: Recipe, 
     more = Recipe(name="test", demo=DemoImages(per_class=7), data=recipe.data)
     compose(more)
     assert len(digests(recipe.data.images)) == 7
+
+
+def test_finished_portraits_are_finished_where_robohash_is_not_installed(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(portraits, "version", missing)
+    assert not finished(recipe)
+    monkeypatch.undo()
+    monkeypatch.setattr(portraits, "CLASSES", {"monster": "set2"})
+    compose(recipe)
+    monkeypatch.setattr(portraits, "version", missing)
+    assert finished(recipe)
 
 
 def test_a_folder_of_the_users_own_is_never_replaced(recipe: Recipe) -> None:
