@@ -32,7 +32,7 @@ class SamplerSettings:
             the last, each step as long as the last one, which ends at the data. "leading": the same from the first;
             begins short of pure noise. "log_snr": Karras's.
         spacing_power: of "trailing": timesteps are T (1 - i / steps) ** power; above 1 more of them are near the data.
-        eta: noise of "ddim", from 0 to 1, which is as much as ddpm's.
+        eta: noise of "ddim" and "multistep", from 0 to 1, which is as much as ddpm's.
         order: of "multistep": 1 is ddim without noise, 2 and 3 also use one and two earlier predictions.
         variance: of "ddpm" where none is learned: the "large" or the "small" of Ho et al., section 3.2, beta or the
             posterior's. With few steps the one is much too wide, the other too narrow.
@@ -188,12 +188,13 @@ def build_sampler(
         return DiffusersSampler(diffusion, num_steps, name)
     if diffusion.is_flow:
         places = [(1 - i / num_steps) ** settings.spacing_power for i in range(num_steps)]
-        return MultistepSampler(diffusion, [diffusion.num_timesteps * place for place in places], settings.order)
+        timesteps = [diffusion.num_timesteps * place for place in places]
+        return MultistepSampler(diffusion, timesteps, settings.order, settings.eta)
     abar = diffusion.gaussian.alphas_cumprod
     ratios = ((1 - abar) / abar).sqrt()
     kept = spaced_timesteps(diffusion.num_timesteps, num_steps, settings.spacing, settings.spacing_power, ratios)
     if name == "multistep":
-        return MultistepSampler(diffusion, [float(t) for t in reversed(kept)], settings.order)
+        return MultistepSampler(diffusion, [float(t) for t in reversed(kept)], settings.order, settings.eta)
     return GaussianSampler(diffusion, kept, settings, implicit=name == "ddim")
 
 
@@ -229,8 +230,8 @@ def _check_sampler(diffusion: Diffusion, name: SamplerName, num_steps: int, sett
         raise ValueError(f"spacing: {settings.spacing!r} does not fit flow; set it to 'trailing'")
     if name in ("dpm++", "unipc", "flow_euler") and settings.spacing != "linspace":
         raise ValueError(f"spacing: {name!r} has one of its own; leave it out, or use the sampler multistep")
-    if settings.eta and name != "ddim":
-        raise ValueError(f"eta: {settings.eta:g} is of sampler ddim, not {name}; leave it at 0")
+    if settings.eta and name not in ("ddim", "multistep"):
+        raise ValueError(f"eta: {settings.eta:g} is of samplers ddim and multistep, not {name}; leave it at 0")
 
 
 def adds_noise(name: SamplerName, settings: SamplerSettings | None = None) -> bool:

@@ -80,7 +80,7 @@ def sample(
         iterations: FPDM: one count a step, noisiest first (`allocation.allocate`). DiT: None. A step of none reads its
             start out: all but the first may have that, if they reuse.
         sampler, sampler_settings: see `build_sampler`; or a sampler of `num_steps` timesteps itself, without settings.
-        step_noise: i -> (B, C, H, W) standard normal noise of step i; needed by "ddpm", and by "ddim" with eta > 0.
+        step_noise: i -> (B, C, H, W) standard normal noise of step i; needed by "ddpm", and with eta > 0.
             The last step adds none.
         reuse: start each step's iteration at the solution of the step before: always, never, or step by step.
         start_extrapolation: move such a start on by this times the change from the solution before it. It costs no

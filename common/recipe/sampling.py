@@ -54,7 +54,7 @@ class Sample:
     """`multistep` also uses the predictions of the steps before and suits every prediction; `flow_euler` goes with
     prediction flow, the others with the other predictions."""
     eta: Fraction = 0.0
-    """Noise of ddim, from 0 (deterministic) to 1 (as much as ddpm's)."""
+    """Noise of ddim and multistep, from 0 (deterministic) to 1 (as much as ddpm's)."""
     order: Literal[1, 2, 3] = 2
     """Order of multistep. 1: ddim."""
     variance: Literal["small", "large"] = "small"

@@ -80,6 +80,37 @@ def test_first_order_is_ddim_step_by_step():
         x = ddim.step(i, output, x, None)
 
 
+def spread_errors(diffusion, sampler, settings, steps):
+    """Relative error of the standard deviation at each run's end. All is linear: each noise is followed by itself."""
+    found = []
+    for num_steps in steps:
+        run, model = build_sampler(diffusion, sampler, num_steps, settings), Gaussian(diffusion)
+        x, *noises = torch.eye(num_steps + 1, dtype=torch.float64)[:, :, None, None, None].expand(-1, -1, 4, 1, 1)
+        for i, t in enumerate(run.timesteps):
+            x = run.step(i, model(x, torch.tensor([t]), None).output, x, noises[i])
+        found.append(float((x.square().sum(0)[:, 0, 0].sqrt() / SPREADS - 1).abs().max()))
+    return found
+
+
+@pytest.mark.parametrize(("diffusion", "power"), [(FINE, 2.0), (FLOW, 1.0)], ids=["zero terminal SNR", "flow"])
+@pytest.mark.parametrize(("order", "eta"), [(1, 1.0), (2, 0.5), (2, 1.0), (3, 0.5), (3, 1.0)])
+def test_with_noise_samples_spread_as_the_data_by_first_or_second_order(diffusion, power, order, eta):
+    """From 50 steps to 200; extrapolating a path with noise by a third order gains nothing over the second."""
+    settings = SamplerSettings(order=order, eta=eta, spacing="trailing", spacing_power=power)
+    coarse, fine = spread_errors(diffusion, "multistep", settings, (50, 200))
+    assert math.log(coarse / fine, 4) > 0.8 * min(order, 2)
+
+
+def test_first_order_with_as_much_noise_as_ddpm_is_ddpm_step_by_step():
+    ours = build_sampler(ZERO, "multistep", 7, SamplerSettings(order=1, eta=1.0, spacing="trailing"))
+    ddpm = build_sampler(ZERO, "ddpm", 7, SamplerSettings(spacing="trailing"))
+    x, noise = torch.linspace(-2, 2, 64).reshape(1, 4, 4, 4), torch.linspace(-1, 3, 64).reshape(1, 4, 4, 4).sin()
+    for i in range(7):
+        expected = ddpm.step(i, x.cos(), x, noise)
+        torch.testing.assert_close(ours.step(i, x.cos(), x, noise), expected, rtol=1e-4, atol=1e-5)
+        x = expected
+
+
 @pytest.mark.parametrize("steps", [10, 20, 40])
 def test_second_order_is_nearer_to_the_exact_end_than_ddim_at_equal_cost(steps):
     (first,), (second,) = (
@@ -165,7 +196,7 @@ def test_rescaled_guidance_has_the_conditionals_standard_deviation():
         (V, "ddim", {"spacing_power": 1.3}, "spacing_power: only of spacing 'trailing'"),
         (V, "ddim", {"spacing": "trailing", "spacing_power": 0.0}, "spacing_power: 0.0 must be positive"),
         (V, "dpm++", {"spacing": "trailing"}, "spacing: 'dpm\\+\\+' has one of its own"),
-        (V, "ddpm", {"eta": 0.5}, "eta: 0.5 is of sampler ddim"),
+        (V, "ddpm", {"eta": 0.5}, "eta: 0.5 is of samplers ddim and multistep, not ddpm"),
         (V, "ddim", {"order": 3}, "order: 3 is of sampler multistep, not ddim"),
         (V, "ddim", {"variance": "large"}, "variance: is of sampler ddpm"),
         (Diffusion(), "ddpm", {"variance": "large"}, "variance: is of sampler ddpm where none is learned"),
