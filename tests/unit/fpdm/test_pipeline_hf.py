@@ -344,7 +344,7 @@ def test_a_scheduler_of_two_evaluations_a_step_has_iterations_for_each(pipeline:
         ({"iterations": 2, "block_budget": 12}, "give exactly one"),
         ({"block_budget": 3}, "block_budget: 3 is too small"),
         ({"allocation": "calibrated"}, "allocation: 'calibrated' is measured on the weights"),
-        ({"eta": 0.5, "sampler": "ddpm"}, "eta: 0.5 is of sampler ddim"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta: 0.5 is of samplers ddim and multistep"),
         ({"seed": 1, "generator": torch.Generator()}, "seed: together with a generator"),
         ({"generator": [torch.Generator()] * 3}, "generator: 3 for 1 images"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: \(1, 4, 8, 8\) do not fit, \(1, 4, 4, 4\)"),
