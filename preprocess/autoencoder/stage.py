@@ -1,6 +1,5 @@
 """The stage `autoencoder`, of recipes with a section `vae.training`. Importing it takes no time."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,17 +54,20 @@ def _train(recipe: Recipe) -> None:
     from common.ranks import share_cores
     from preprocess.autoencoder.export import export
     from preprocess.autoencoder.images import load_images
+    from preprocess.autoencoder.progress import Progress
     from preprocess.autoencoder.training import BATCH_SIZE, finish, measure
     from preprocess.autoencoder.training import train as steps
 
     share_cores()
-    began, images = time.monotonic(), load_images(recipe)
-    for vae in steps(recipe, lambda step: images.batch(step, BATCH_SIZE)):
-        trained = vae
+    images, settings = load_images(recipe), _settings(recipe)
+    progress = Progress(recipe.vae.path, settings)
+    for vae, seconds in steps(recipe, lambda step: images.batch(step, BATCH_SIZE), progress=progress):
+        trained, taken = vae, seconds
     ready = finish(trained, images.statistics)
     measured: dict[str, Any] = measure(ready, images.held_out)
     counts = {"training": len(images.training), "held_out": len(images.held_out)}
-    export(recipe, ready, _settings(recipe), measured | counts | {"minutes": (time.monotonic() - began) / 60})
+    export(recipe, ready, settings, measured | counts | {"minutes": taken / 60})
+    progress.remove()
     print(f"autoencoder: {measured['psnr']:.2f} dB PSNR on {counts['held_out']} held-out images, in {recipe.vae.path}")
     for line in low_psnr(recipe.vae):
         print(line, flush=True)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from common.errors import UserError
 from common.ranks import own_device
 from common.recipe import Recipe
 from fpdm.rng import normal
+from preprocess.autoencoder.progress import Progress
 from preprocess.encoding.encoder import load_vae
 
 # 1.45 M parameters where the latents have a quarter of the images' side; a wider first block costs most, at full
@@ -95,8 +97,17 @@ def kl_weight(step: int, steps: int, last: float) -> float:
     return first * (last / first) ** min(1.0, step / (0.75 * steps)) if last else 0.0
 
 
-def train(recipe: Recipe, batch_of: Callable[[int], torch.Tensor], *, quiet: bool = False) -> Iterator[AutoencoderKL]:
-    """Yields the averaged autoencoder after every step. `batch_of`: a step's images (BATCH_SIZE, 3, H, W)."""
+def train(
+    recipe: Recipe,
+    batch_of: Callable[[int], torch.Tensor],
+    *,
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> Iterator[tuple[AutoencoderKL, float]]:
+    """Yields the averaged autoencoder after every step, and the seconds that its steps took.
+
+    batch_of: a step's images (BATCH_SIZE, 3, H, W). progress: where a training goes on that was interrupted.
+    """
     assert recipe.vae.training is not None
     device = own_device()
     vae: Any = start(recipe)
@@ -106,8 +117,15 @@ def train(recipe: Recipe, batch_of: Callable[[int], torch.Tensor], *, quiet: boo
     steps = math.ceil(settings.images / BATCH_SIZE)
     decay = min(EMA_DECAY, 1 - min(1.0, 10 / steps))  # averages over a tenth of a short training
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    first, before, began = 0, 0.0, time.monotonic()
+    parts = {"vae": vae, "optimizer": optimizer, "average": average}
+    if progress is not None and (kept := progress.read(device)) is not None:
+        first, before = kept["step"], kept["seconds"]
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
     between = 0.5 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
-    for step in (bar := tqdm(range(steps), unit="step", desc="autoencoder", mininterval=between, disable=quiet)):
+    bar = tqdm(total=steps, initial=first, unit="step", desc="autoencoder", mininterval=between, disable=quiet)
+    for step in range(first, steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         value = loss(vae, batch_of(step).to(device), recipe.seed, step, kl_weight(step, steps, settings.kl_weight))
         optimizer.zero_grad()
@@ -116,7 +134,13 @@ def train(recipe: Recipe, batch_of: Callable[[int], torch.Tensor], *, quiet: boo
         optimizer.step()
         average.update_parameters(vae)
         bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
-        yield cast(AutoencoderKL, average.module)
+        bar.update()
+        seconds = before + time.monotonic() - began
+        if progress is not None and progress.is_due and step + 1 < steps:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            progress.write({"step": step + 1, "seconds": seconds, **states})
+        yield cast(AutoencoderKL, average.module), seconds
+    bar.close()
 
 
 @torch.no_grad()

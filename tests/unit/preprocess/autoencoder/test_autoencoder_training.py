@@ -1,7 +1,7 @@
 """An autoencoder is trained on images of any source that are not held out, and finished without changing an image."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from PIL import Image
 from common.errors import UserError
 from common.recipe import VAE, Data, Recipe
 from common.recipe.data import VAETraining
+from preprocess.autoencoder import progress
 from preprocess.autoencoder.export import MEASURED, read_measured
 from preprocess.autoencoder.images import load_images
+from preprocess.autoencoder.progress import Progress
 from preprocess.autoencoder.stage import STAGE, low_psnr
 from preprocess.autoencoder.training import (
     FIRST_KL_WEIGHT,
@@ -25,6 +27,7 @@ from preprocess.autoencoder.training import (
     loss,
     measure,
     start,
+    train,
 )
 
 RECIPE = Recipe(name="test", data=Data(resolution=16), vae=VAE(downsampling=4))
@@ -83,6 +86,7 @@ def test_the_stage_keeps_the_psnr_beside_weights_that_load(own: Recipe) -> None:
     assert list(STAGE.plan(own))
     STAGE.work(own)
     assert STAGE.is_finished(own)
+    assert not list(Path(own.vae.path).parent.glob(".*.progress"))
     folder, held = Path(own.vae.path), load_images(own).held_out
     loaded = AutoencoderKL.from_pretrained(folder)
     kept = read_measured(folder)
@@ -99,6 +103,33 @@ def test_the_stage_keeps_the_psnr_beside_weights_that_load(own: Recipe) -> None:
     (folder / MEASURED).write_text((folder / MEASURED).read_text().replace('"held_out": 1', '"held_out": 2'))
     with pytest.raises(UserError, match="changed after it was written"):
         low_psnr(own.vae)
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bits(
+    own: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    own = replace(own, vae=replace(own.vae, training=VAETraining(images=40)))  # 5 steps
+    kept, seen = Progress(own.vae.path, {"seed": 0}), []
+
+    def batch(step: int) -> torch.Tensor:
+        seen.append(step)
+        return images(8) * (step + 1) / 5
+
+    *_, (expected, _) = train(own, batch, quiet=True)
+    list(islice(train(own, batch, progress=kept, quiet=True), 3))
+    *_, (resumed, seconds) = train(own, batch, progress=kept, quiet=True)
+    assert seen == [*range(5), 0, 1, 2, 3, 4]
+    assert seconds > 0
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), resumed.parameters(), strict=True))
+
+    assert Progress(own.vae.path, {"seed": 1}).read(torch.device("cpu")) is None
+    assert f"warning: {kept.path}: of other settings or images" in capsys.readouterr().err
+    content = bytearray(kept.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.path.write_bytes(content)
+    assert kept.read(torch.device("cpu")) is None
+    assert f"warning: {kept.path}: changed after it was written" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_others_is_never_overwritten(own: Recipe) -> None:
