@@ -1,14 +1,15 @@
 """What distances are measured with and from: an extractor and a reference, both resolved once."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import content_key, shared_folder_lock
+from common.files import content_key, folder_lock, shared_folder_lock
 from common.recipe import Recipe
 from common.run_folder import RunFolder
 from pipeline.evaluation.image_sets import ImageSet
@@ -65,19 +66,39 @@ class Yardstick:
         return self._summary(images, folder.statistics, folder.measurements, KEPT_LAYERS)
 
     def _summary(self, images: ImageSet, folder: Path, held: Path, layers: Sequence[str]) -> Summary:
-        """From its file in `folder`, which is written first where it is missing or damaged."""
+        """From its file in `folder`, which is written first where it is missing or damaged, by one process alone."""
         path = self._path(images, folder)
-        try:
-            if path.exists():
-                return read_summary(path, COMMAND)
-        except UserError as fault:
-            print(f"warning: {fault}; now it is made again", file=sys.stderr, flush=True)
+        if (kept := _kept(path)) is not None:
+            return kept
         _ = self.extractor.network  # what is missing of it is said before images are read
-        bar = tqdm(images.iterate(), total=images.size, unit="image", desc=f"features of {images.name}")
-        with shared_folder_lock(held):
+        with shared_folder_lock(held), _waited_for(folder, f".{path.name}.lock", f"features of {images.name}"):
+            if (kept := _kept(path)) is not None:
+                return kept
+            bar = tqdm(images.iterate(), total=images.size, unit="image", desc=f"features of {images.name}")
             write_summary(path, summarise(self.extractor.features(bar), images.size, layers))
         return read_summary(path, COMMAND)
 
     def _path(self, images: ImageSet, folder: Path) -> Path:
         key = content_key([images.content, self.extractor.weights.sha256, self.extractor.layers])
         return folder / f"{images.name}-{key}.npz"
+
+
+def _kept(path: Path) -> Summary | None:
+    """None where it is missing or, with a warning, damaged."""
+    try:
+        return read_summary(path, COMMAND) if path.exists() else None
+    except UserError as fault:
+        print(f"warning: {fault}; now it is made again", file=sys.stderr, flush=True)
+        return None
+
+
+@contextmanager
+def _waited_for(folder: Path, name: str, what: str) -> Iterator[None]:
+    """Holds the lock `name` in `folder`, and says so where another process is making `what` meanwhile."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(folder_lock(folder, name, place=what))
+        except UserError as busy:
+            print(f"waiting: {busy}", file=sys.stderr, flush=True)
+            held.enter_context(folder_lock(folder, name, wait=True, place=what))
+        yield

@@ -1,7 +1,9 @@
 """What a distance is measured from and how well it is known; forms of samples that give the same number."""
 
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.metrics import bootstrap_error, frechet_distance, statistics
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary, summarise, write_summary
+from pipeline.evaluation.yardstick import Yardstick
 from pipeline.features import extractors as features
 from pipeline.sampling.chunks import find_chunks, write_chunk
 from pipeline.sampling.sample_set import sample_set
@@ -102,6 +105,33 @@ def test_a_statistics_file_gives_the_distance_of_the_images_it_was_made_of(recip
     assert through_file["reference"]["label"] == f"statistics of {path}"
     with_pictures = evaluated(recipe, reference=str(adm_file(recipe, tmp_path / "both.npz", pictures=True)))
     assert numbers(with_pictures) == pytest.approx(numbers(direct), rel=1e-6)
+
+
+def test_of_two_evaluations_at_once_one_extracts_features_and_the_other_waits(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract, path_of = features.NamedExtractor.features, Yardstick._path
+    looked_for, extracted = [], []
+
+    def looking(*arguments: Any) -> Path:
+        looked_for.append(arguments)
+        return path_of(*arguments)
+
+    def slowly(extractor: features.NamedExtractor, images: Any) -> Any:
+        extracted.append(extractor)
+        deadline = time.monotonic() + 30
+        while len(looked_for) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        return extract(extractor, images)
+
+    monkeypatch.setattr(Yardstick, "_path", looking)
+    monkeypatch.setattr(features.NamedExtractor, "features", slowly)
+    images, yardsticks = image_sets.training_images(recipe), [Evaluation.of(recipe).yardstick for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for summary in [pool.submit(yardstick.summary, images) for yardstick in yardsticks]:
+            assert summary.result(60).statistics["pooled"].count == images.size
+    assert len(extracted) == 1
 
 
 def test_what_a_statistics_file_does_not_give_is_said(recipe: Recipe, tmp_path: Path) -> None:
