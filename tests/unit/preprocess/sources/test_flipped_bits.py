@@ -67,6 +67,12 @@ def the_footer_of_a_parquet_file(folder: Path) -> tuple[str, Path, range]:
     return "parquet", path, range(size - 1500, size)
 
 
+def the_headers_of_idx_files(folder: Path) -> tuple[str, Path, range]:
+    files = {"images-idx3-ubyte": b"\0\0\x08\x03\0\0\0\2\0\0\0\2\0\0\0\2", "labels-idx1-ubyte": b"\0\0\x08\1\0\0\0\2"}
+    write_folder(folder, {name: header + bytes(8 if "3" in name else 2) for name, header in files.items()})
+    return "idx", folder / "images-idx3-ubyte", range(16)
+
+
 def outcome(kind: str, path: Path) -> str:
     """ "read", or "refused" in a printable line that names the field; what is neither is raised."""
     told, ends = [], "read"
@@ -100,6 +106,7 @@ def quiet() -> Iterator[None]:
         headers_of_a_tar,
         the_directory_of_a_zip,
         the_footer_of_a_parquet_file,
+        the_headers_of_idx_files,
     ],
 )
 def test_a_flipped_bit_in_a_sources_metadata_is_read_or_refused(
