@@ -63,8 +63,8 @@ def _find(path: Path, field: str, left_out: Counter[str]) -> Path:
         if not path.is_file():
             raise UserError(
                 f"{field}: {path} is not there; name a folder of IDX files, or one of images "
-                "(train-images-idx3-ubyte.gz). Fashion-MNIST: apt-get install dataset-fashion-mnist, which puts it in "
-                "/usr/share/datasets/fashion-mnist"
+                "(train-images-idx3-ubyte.gz). Fashion-MNIST: apt-get install dataset-fashion-mnist; "
+                "ln -s /usr/share/datasets/fashion-mnist data/"
             )
         if not IMAGES.fullmatch(path.name):
             raise UserError(f"{field}: {path} is not named as IDX images are: train-images-idx3-ubyte, with .gz or not")

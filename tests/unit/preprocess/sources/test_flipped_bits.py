@@ -13,7 +13,16 @@ import pytest
 
 from common.errors import UserError
 from preprocess.images.images import Rejected, decode
-from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
+from tests.photographs import (
+    idx_bytes,
+    photographs,
+    source_of,
+    tar_bytes,
+    write_folder,
+    write_lmdb,
+    write_parquet,
+    write_zip,
+)
 from tests.planted import JPEG, PNG, npy
 
 FLIPS = 200
@@ -68,8 +77,8 @@ def the_footer_of_a_parquet_file(folder: Path) -> tuple[str, Path, range]:
 
 
 def the_headers_of_idx_files(folder: Path) -> tuple[str, Path, range]:
-    files = {"images-idx3-ubyte": b"\0\0\x08\x03\0\0\0\2\0\0\0\2\0\0\0\2", "labels-idx1-ubyte": b"\0\0\x08\1\0\0\0\2"}
-    write_folder(folder, {name: header + bytes(8 if "3" in name else 2) for name, header in files.items()})
+    arrays = {"images-idx3-ubyte": np.zeros((2, 2, 2), np.uint8), "labels-idx1-ubyte": np.zeros(2, np.uint8)}
+    write_folder(folder, {name: idx_bytes(array) for name, array in arrays.items()})
     return "idx", folder / "images-idx3-ubyte", range(16)
 
 

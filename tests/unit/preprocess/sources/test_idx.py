@@ -11,12 +11,11 @@ import pytest
 
 from common.errors import UserError
 from preprocess.images.images import decode
-from tests.photographs import source_of, write_folder
+from tests.photographs import idx_bytes, source_of, write_folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4), np.uint8)
 LABELS = np.array([3, 0, 1, 3, 9], np.uint8)
-IMAGES = b"\0\0\x08\x03" + struct.pack(">3I", 5, 6, 4) + PIXELS.tobytes()
-OF_LABELS = b"\0\0\x08\x01" + struct.pack(">I", 5) + LABELS.tobytes()
+IMAGES, OF_LABELS = idx_bytes(PIXELS), idx_bytes(LABELS)
 FORMS = {
     "gzip": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "unpacked": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
