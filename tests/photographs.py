@@ -29,6 +29,10 @@ def _originals() -> list[Image.Image]:
     return [Image.open(folder / name).convert("RGB") for name in NAMES]
 
 
+def original(name: str) -> Image.Image:
+    return _originals()[NAMES.index(name)]
+
+
 def photograph(number: int, width: int = 96, height: int = 72) -> Image.Image:
     """Photograph `number`: a window of a real one; no two of the first thousands are the same."""
     window, original = divmod(number, len(NAMES))

@@ -20,7 +20,8 @@ from fpdm.denoiser import count_parameters
 from pipeline.evaluation.stage import fetch
 from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
-from pipeline.reproduction.experiments import RECIPES, Arm, Row, Table
+from pipeline.features.efficientnet import PUBLISHED
+from pipeline.reproduction.experiments import RECIPES, SECOND_JUDGE, Arm, Row, Table
 from pipeline.stages import select
 from pipeline.training.checkpoint import MARKER
 from pipeline.training.checkpoint_form import MarkerForm
@@ -50,11 +51,17 @@ class Scale:
     smoke: bool
     overrides: tuple[str, ...] = ()  # of all its recipes
 
-    def recipes(self, arm: Arm) -> list[Recipe]:
+    def judges(self, table: Table) -> tuple[str | None, ...]:
+        """The extractors that a table's distances are taken with; None: each recipe's own."""
+        again = self.name == "small" and table.judged_again and PUBLISHED[SECOND_JUDGE].is_installed
+        return (None, SECOND_JUDGE) if again else (None,)
+
+    def recipes(self, arm: Arm, judge: str | None = None) -> list[Recipe]:
         """The arm's run of each seed, and its sweep."""
         path = ROOT / RECIPES[self.name] / f"{arm.stem(self.name)}.yaml"
         own = load_recipe(path)
-        return [load_recipe(path, [*arm.overrides, *self._overrides(own, seed)]) for seed in range(self.seeds)]
+        overrides = [*arm.overrides, *([f"evaluate.feature_extractor={judge}"] if judge else [])]
+        return [load_recipe(path, [*overrides, *self._overrides(own, seed)]) for seed in range(self.seeds)]
 
     def _overrides(self, own: Recipe, seed: int) -> Iterator[str]:
         yield from (f"name={own.name}-{seed}", f"seed={seed}", f"runs={self.runs}")
@@ -88,7 +95,7 @@ class Outcome:
 
 def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) -> None:
     """Trains every run that is not trained, and measures every point that is not measured; so many runs at once."""
-    arms = [scale.recipes(arm) for table in tables for arm in table.arms]
+    arms = [scale.recipes(arm, judge) for table in tables for judge in scale.judges(table) for arm in table.arms]
     every = dict.fromkeys(recipe for of_a_seed in zip(*arms, strict=True) for recipe in of_a_seed)
     runs: dict[Path, list[Recipe]] = {}
     for recipe in every:
@@ -106,6 +113,14 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
     with ProcessPoolExecutor(at_once, spawned, _leave_port, max_tasks_per_child=1) as pool:
         for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
             made.result()
+
+
+def missing_judge(tables: Sequence[Table], scale: Scale) -> str | None:
+    """What to say where SECOND_JUDGE is wanted and not installed."""
+    judge, wanted = PUBLISHED[SECOND_JUDGE], scale.name == "small" and any(table.judged_again for table in tables)
+    if not wanted or judge.is_installed:
+        return None
+    return f"Not judged by {judge.shown}, which is not installed: pip install {judge.package}, and the same command."
 
 
 def check_images(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
@@ -172,9 +187,9 @@ def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
         yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {state}"
 
 
-def outcomes(arm: Arm, scale: Scale, rows: Sequence[str]) -> list[Outcome]:
-    """Of each seed. Raises UserError where something is not measured."""
-    return [_outcome(recipe, rows) for recipe in scale.recipes(arm)]
+def outcomes(table: Table, scale: Scale, judge: str | None) -> dict[str, list[Outcome]]:
+    """By arm, of each seed. Raises UserError where something is not measured."""
+    return {arm.name: [_outcome(recipe, table.rows) for recipe in scale.recipes(arm, judge)] for arm in table.arms}
 
 
 def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
