@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("small", "full"), required=True, help="recipes/small or recipes/paper")
-    parser.add_argument("--only", metavar="T1,T5", help="these tables: T1, T4, T5, F4, A, F7")
+    parser.add_argument("--only", metavar="T1,T5", help="these tables, T1 and T5; another key names them all")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each recipe; 3, or 1 with --smoke")
     parser.add_argument("--smoke", action="store_true", help="tiny networks; the page lies in the folder of the runs")
     parser.add_argument(
@@ -41,12 +41,12 @@ def main() -> None:
     from common.files import atomic_write
     from pipeline.reproduction.intervals import MOST_SEEDS
     from pipeline.reproduction.results import page
-    from pipeline.reproduction.running import Scale, make, plan
+    from pipeline.reproduction.running import Scale, check_images, make, missing_judge, plan
     from slurm.cluster import resolve
 
-    tables = chosen(arguments.only)
+    tables = chosen(arguments.only, arguments.scale)
     if arguments.smoke and arguments.scale == "full":
-        raise UserError("--smoke: is of the portraits, which every machine can make; use --scale small")
+        raise UserError("--smoke: is of small recipes, which every machine can run; use --scale small")
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.smoke else 3
     if not 1 <= seeds <= MOST_SEEDS:
         raise UserError(f"--seeds: {seeds}; 1 to {MOST_SEEDS}")
@@ -65,6 +65,9 @@ def main() -> None:
         cluster = resolve(arguments.cluster)
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_images(tables, scale, cluster)
+    if missing := missing_judge(tables, scale):
+        print(f"warning: {missing}", flush=True)
     with ended_by_signals():
         make(tables, scale, cluster, arguments.at_once)
     results = Path(runs) / "results.md" if arguments.smoke else ROOT / "docs/results.md"
@@ -73,15 +76,16 @@ def main() -> None:
     print(f"results: {results}")
 
 
-def chosen(only: str | None) -> list["Table"]:
-    from pipeline.reproduction.experiments import TABLES
+def chosen(only: str | None, scale: str) -> list["Table"]:
+    from pipeline.reproduction.experiments import tables_of
 
-    keys = [table.key for table in TABLES]
+    tables = tables_of(scale)
+    keys = [table.key for table in tables]
     wanted = keys if only is None else only.split(",")
     for key in wanted:
         if key not in keys:
             raise UserError(f"--only: found {key!r}; allowed, separated by commas: {', '.join(keys)}")
-    return [table for table in TABLES if table.key in wanted]
+    return [table for table in tables if table.key in wanted]
 
 
 if __name__ == "__main__":

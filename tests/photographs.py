@@ -3,12 +3,15 @@
 import importlib.util
 import io
 import json
+import struct
 import tarfile
 import zipfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from common.recipe import Data
@@ -24,6 +27,10 @@ def _originals() -> list[Image.Image]:
     assert specification.origin is not None
     folder = Path(specification.origin).parent / "data"
     return [Image.open(folder / name).convert("RGB") for name in NAMES]
+
+
+def original(name: str) -> Image.Image:
+    return _originals()[NAMES.index(name)]
 
 
 def photograph(number: int, width: int = 96, height: int = 72) -> Image.Image:
@@ -73,6 +80,11 @@ def tar_bytes(files: Mapping[str, bytes], *members: tarfile.TarInfo) -> bytes:
         for member in members:
             tar.addfile(member)
     return buffer.getvalue()
+
+
+def idx_bytes(values: NDArray[np.uint8]) -> bytes:
+    """MNIST's form: (N, H, W) images, or (N,) labels."""
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
 def write_lmdb(folder: Path, files: Mapping[str, bytes]) -> Path:

@@ -30,9 +30,10 @@ class Data:
     """Folder, archive or table of the training images, in the form that `source` says."""
     held_out: Place | None = None
     """Images that training never sees: the distance to them is reported beside the distance to the training images."""
-    source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet"] = "folder"
+    source: Literal["folder", "imagenet", "ffhq", "celebahq", "lsun", "webdataset", "parquet", "idx"] = "folder"
     """`folder`: one sub-folder a class. `webdataset`: tars of key.jpg and key.cls. `parquet`: as Hugging Face writes
-    it. The others are data sets, in every form in which they are distributed (docs/data.md)."""
+    it. `idx`: MNIST's and Fashion-MNIST's files. The others are data sets, in every form in which they are distributed
+    (docs/data.md)."""
     image_field: str | None = None
     """For `webdataset` and `parquet`: what holds the image, an extension such as `jpg` or a column. null: found in the
     data."""
@@ -119,5 +120,5 @@ def check_data(data: Data) -> None:
         if value is not None and data.source not in WITH_FIELDS and not (alone and value == "none"):
             more = ", which has `none` only: all images are one class" if alone else ""
             raise ValueError(f"data.{field}: is for {', '.join(WITH_FIELDS)}, and data.source is {data.source}{more}")
-    if data.follow_links and data.source in ("webdataset", "parquet"):
+    if data.follow_links and data.source in ("webdataset", "parquet", "idx"):
         raise ValueError(f"data.follow_links: is for images in folders, and data.source is {data.source}")

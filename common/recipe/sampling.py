@@ -114,7 +114,11 @@ class Evaluate:
     """Distances of the samples to the images, and other metrics."""
 
     feature_extractor: Literal[
-        "inception-v3-compat", "efficientnet-lite0", "dinov2-vit-l-14-local", "dinov2-vit-s-14-local"
+        "inception-v3-compat",
+        "efficientnet-lite0",
+        "efficientnet-lite2",
+        "dinov2-vit-l-14-local",
+        "dinov2-vit-s-14-local",
     ] = "inception-v3-compat"
     """Network whose features are compared. `inception-v3-compat` gives FID. DINOv2 takes its weights from a local file,
     Facebook's `dinov2_vitl14_pretrain.pth` or `dinov2_vits14_pretrain.pth`."""

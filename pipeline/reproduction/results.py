@@ -7,21 +7,23 @@ from common.provenance import provenance
 from pipeline.reproduction import counting
 from pipeline.reproduction.experiments import Row, Table
 from pipeline.reproduction.intervals import judged, shown
-from pipeline.reproduction.running import Outcome, Scale, outcomes
+from pipeline.reproduction.running import Outcome, Scale, missing_judge, outcomes
 
 ByArm = dict[str, list[Outcome]]  # each arm's runs, one a seed
 
 
 def page(tables: Sequence[Table], scale: Scale) -> str:
     """Markdown. Raises UserError where something is not measured yet."""
-    measured = {table.key: {arm.name: outcomes(arm, scale, table.rows) for arm in table.arms} for table in tables}
-    lines = [*_head(scale, measured), "## Parameters and memory", "", *counting.claims(), ""]
+    measured = {table.key: outcomes(table, scale, None) for table in tables}
+    lines = [*_head(tables, scale, measured), "## Parameters and memory", "", *counting.claims(), ""]
     for table in tables:
         lines += _section(table, measured[table.key])
+        for judge in scale.judges(table)[1:]:
+            lines += _judged_again(table, outcomes(table, scale, judge))
     return "\n".join([*lines, *_costs(measured)]) + "\n"
 
 
-def _head(scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
+def _head(tables: Sequence[Table], scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
     source, every = provenance(), [each for arms in measured.values() for runs in arms.values() for each in runs]
     runs = {each.recipe.folder: each for each in every}
     hours = sum(each.seconds or 0 for each in runs.values()) / 3600
@@ -44,22 +46,38 @@ def _head(scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
         "paper's compare with each other, not with its FID."
     )
     yield ""
+    if missing := missing_judge(tables, scale):
+        yield f"**{missing}**"
+        yield ""
 
 
 def _section(table: Table, arms: ByArm) -> Iterator[str]:
-    names, first = list(arms), next(iter(arms.values()))[0]
+    first = next(iter(arms.values()))[0]
     yield f"## {table.title}"
     yield ""
     yield f"{first.distance}, {first.recipe.sample.num_samples:,} images; below it the published FID."
     yield ""
-    yield _line([", ".join(table.rows), *names])
-    yield _line(["---"] * (1 + len(names)))
-    for row in first.distances:
-        yield _line([", ".join(map(str, row)), *(shown(_values(arms[name], row)) for name in names)])
+    yield from _distances(table, arms)
     for row_name, values in table.published.items():
-        yield _line([f"published: {row_name}", *(f"{values[name]}" for name in names)])
+        yield _line([f"published: {row_name}", *(f"{values[name]}" for name in arms)])
     yield ""
     yield from _verdicts(table, arms)
+
+
+def _judged_again(table: Table, arms: ByArm) -> Iterator[str]:
+    """The same samples by other features than those that the recipes were chosen by."""
+    yield f"The same samples, {next(iter(arms.values()))[0].distance}, which nothing was chosen by:"
+    yield ""
+    yield from _distances(table, arms)
+    yield ""
+    yield from _verdicts(table, arms)
+
+
+def _distances(table: Table, arms: ByArm) -> Iterator[str]:
+    yield _line([", ".join(table.rows), *arms])
+    yield _line(["---"] * (1 + len(arms)))
+    for row in next(iter(arms.values()))[0].distances:
+        yield _line([", ".join(map(str, row)), *(shown(_values(runs, row)) for runs in arms.values())])
 
 
 def _verdicts(table: Table, arms: ByArm) -> Iterator[str]:

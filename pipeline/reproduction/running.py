@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from fpdm.denoiser import count_parameters
 from pipeline.evaluation.stage import fetch
 from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
-from pipeline.reproduction.experiments import RECIPES, Arm, Row, Table
+from pipeline.features.efficientnet import PUBLISHED
+from pipeline.reproduction.experiments import RECIPES, SECOND_JUDGE, Arm, Row, Table
 from pipeline.stages import select
 from pipeline.training.checkpoint import MARKER
 from pipeline.training.checkpoint_form import MarkerForm
@@ -28,15 +29,16 @@ from pipeline.training.cost import training_flops, with_end
 from pipeline.training.identity import total_samples
 
 ROOT = Path(__file__).parents[2]
-MADE = ("compose", "encode", "train")  # the stages before sampling
+MADE = ("compose", "autoencoder", "encode", "train")  # the stages before sampling
 # What --smoke makes of every recipe: everything happens, and nothing is learned.
 SMOKE = (
-    *("demo.per_class=4", "demo.held_out_per_class=2", "model.hidden_size=32", "model.num_heads=2", "model.depth=2"),
+    *("model.hidden_size=32", "model.num_heads=2", "model.depth=2"),
     *("train.max_pflops=null", "train.total_samples=16", "train.batch_size=8", "train.log.every_samples=8"),
     *("train.optimizer.warmup_samples=0", "train.log.tensorboard=false", "train.zero_stage=0"),
     *("sample.num_samples=4", "sample.batch_size=4", "evaluate.reference_samples=8", "evaluate.metrics=[frechet]"),
     *("launch.processes=1", "sweep.budgets=[140]", "sweep.sampler=[ddim]", "data.shard_samples=8"),
 )
+SMOKE_DEMO = ("demo.per_class=4", "demo.held_out_per_class=2")
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,31 @@ class Scale:
     smoke: bool
     overrides: tuple[str, ...] = ()  # of all its recipes
 
-    def recipes(self, arm: Arm) -> list[Recipe]:
-        """The arm's run of each seed, and its sweep."""
-        stem = arm.small if self.name == "small" else arm.full
-        path = ROOT / RECIPES[self.name] / f"{stem}.yaml"
-        return [load_recipe(path, [*arm.overrides, *self._overrides(stem, seed)]) for seed in range(self.seeds)]
+    def judges(self, table: Table) -> tuple[str | None, ...]:
+        """The extractors that a table's distances are taken with; None: each recipe's own."""
+        again = self.name == "small" and table.judged_again and PUBLISHED[SECOND_JUDGE].is_installed
+        return (None, SECOND_JUDGE) if again else (None,)
 
-    def _overrides(self, stem: str, seed: int) -> Iterator[str]:
-        yield from (f"name={stem}-{seed}", f"seed={seed}", f"runs={self.runs}")
+    def recipes(self, arm: Arm, judge: str | None = None) -> list[Recipe]:
+        """The arm's run of each seed, and its sweep."""
+        path = ROOT / RECIPES[self.name] / f"{arm.stem(self.name)}.yaml"
+        own = load_recipe(path)
+        overrides = [*arm.overrides, *([f"evaluate.feature_extractor={judge}"] if judge else [])]
+        return [load_recipe(path, [*overrides, *self._overrides(own, seed)]) for seed in range(self.seeds)]
+
+    def _overrides(self, own: Recipe, seed: int) -> Iterator[str]:
+        yield from (f"name={own.name}-{seed}", f"seed={seed}", f"runs={self.runs}")
         if self.smoke:
             yield from SMOKE
-            yield from (f"data.{place}={self.runs}/data/{place}" for place in ("images", "held_out", "shards"))
+            yield f"data.shards={self.runs}/{own.data.shards}"
+            if own.demo:
+                yield from SMOKE_DEMO
+                yield from (
+                    f"data.images={self.runs}/{own.data.images}",
+                    f"data.held_out={self.runs}/{own.data.held_out}",
+                )
+            if own.vae.training:
+                yield from (f"vae.path={self.runs}/{own.vae.path}", "vae.training.images=16")
         yield from self.overrides
 
 
@@ -79,15 +95,15 @@ class Outcome:
 
 def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) -> None:
     """Trains every run that is not trained, and measures every point that is not measured; so many runs at once."""
-    arms = [scale.recipes(arm) for table in tables for arm in table.arms]
+    arms = [scale.recipes(arm, judge) for table in tables for judge in scale.judges(table) for arm in table.arms]
     every = dict.fromkeys(recipe for of_a_seed in zip(*arms, strict=True) for recipe in of_a_seed)
     runs: dict[Path, list[Recipe]] = {}
     for recipe in every:
         runs.setdefault(recipe.folder, []).append(recipe)
-    first = next(iter(every))
-    fetch(first)  # compute nodes often have no internet
-    for stage in _before_sampling(first)[:-1]:
-        _make(first, stage, cluster)
+    for first in _data_sets(every):
+        fetch(first)  # compute nodes often have no internet
+        for stage in _before_sampling(first)[:-1]:
+            _make(first, stage, cluster)
     if at_once == 1:
         for run in runs.values():
             _make_run(run, cluster)
@@ -97,6 +113,37 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
     with ProcessPoolExecutor(at_once, spawned, _leave_port, max_tasks_per_child=1) as pool:
         for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
             made.result()
+
+
+def missing_judge(tables: Sequence[Table], scale: Scale) -> str | None:
+    """What to say where SECOND_JUDGE is wanted and not installed."""
+    judge, wanted = PUBLISHED[SECOND_JUDGE], scale.name == "small" and any(table.judged_again for table in tables)
+    if not wanted or judge.is_installed:
+        return None
+    return f"Not judged by {judge.shown}, which is not installed: pip install {judge.package}, and the same command."
+
+
+def check_images(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
+    """Raises UserError where a table's images are not there, before hours of other tables."""
+    faults: dict[str, UserError] = {}
+    for table in tables:
+        (recipe,) = _data_sets(recipe for arm in table.arms for recipe in scale.recipes(arm))
+        try:
+            check_stages(_for(recipe, first := _before_sampling(recipe)[0]), [first], cluster, fetches=False)
+        except UserError as fault:
+            faults[table.key] = fault
+    if faults:
+        key, words = next(iter(faults.items()))
+        others = ",".join(table.key for table in tables if table.key not in faults)
+        raise UserError(f"{key}: {words}{f'; or make the others, --only {others}' if others else ''}")
+
+
+def _data_sets(recipes: Iterable[Recipe]) -> Iterable[Recipe]:
+    """The first recipe of each data set."""
+    by_shards: dict[str, Recipe] = {}
+    for recipe in recipes:
+        by_shards.setdefault(recipe.data.shards, recipe)
+    return by_shards.values()
 
 
 def _leave_port() -> None:
@@ -123,8 +170,8 @@ def _make(recipe: Recipe, stage: Stage, cluster: str) -> None:
 
 
 def _for(recipe: Recipe, stage: Stage) -> Recipe:
-    """Images and latents are those of seed 0, which all runs share."""
-    return replace(recipe, seed=0) if stage.name in ("compose", "encode") else recipe
+    """Images, autoencoder and latents are those of seed 0, which all runs share."""
+    return recipe if stage.name == "train" or stage is SWEEP else replace(recipe, seed=0)
 
 
 def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
@@ -140,9 +187,9 @@ def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
         yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {state}"
 
 
-def outcomes(arm: Arm, scale: Scale, rows: Sequence[str]) -> list[Outcome]:
-    """Of each seed. Raises UserError where something is not measured."""
-    return [_outcome(recipe, rows) for recipe in scale.recipes(arm)]
+def outcomes(table: Table, scale: Scale, judge: str | None) -> dict[str, list[Outcome]]:
+    """By arm, of each seed. Raises UserError where something is not measured."""
+    return {arm.name: [_outcome(recipe, table.rows) for recipe in scale.recipes(arm, judge)] for arm in table.arms}
 
 
 def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:

@@ -12,6 +12,7 @@ from common.recipe import Data
 from preprocess.sources.entries import IMAGE_SUFFIXES, Source
 from preprocess.sources.folder_classes import all_as_one_class, class_folders
 from preprocess.sources.folders import list_folder
+from preprocess.sources.idx import IdxSource
 from preprocess.sources.imagenet import ImageNetParquet, ImageNetTar, wnid_folders
 from preprocess.sources.labels import NONE
 from preprocess.sources.listing import ListedSource, Listing
@@ -79,6 +80,10 @@ def _webdataset(path: str, field: str, data: Data) -> Source:
     return WebDatasetSource(path, field, data.image_field, data.label_field)
 
 
+def _idx(path: str, field: str, data: Data) -> Source:
+    return IdxSource(path, field)
+
+
 def _parquet(path: str, field: str, data: Data) -> Source:
     return ParquetSource(path, field, data.image_field, data.label_field)
 
@@ -92,4 +97,5 @@ _OPENERS: dict[str, Callable[[str, str, Data], Source]] = {
     "lsun": _lsun,
     "webdataset": _webdataset,
     "parquet": _parquet,
+    "idx": _idx,
 }

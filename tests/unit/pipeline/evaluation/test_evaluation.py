@@ -25,6 +25,7 @@ from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary, summarise, write_summary
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.features import extractors as features
+from pipeline.features.efficientnet import PUBLISHED
 from pipeline.sampling.chunks import find_chunks, write_chunk
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
@@ -332,7 +333,7 @@ def test_metrics_hold_what_repeats_the_number(recipe: Recipe) -> None:
     assert content["ranges"] == [[0, 10]]
     assert content["resolution"] == 16
     assert content["sample"]["labels"] == "balanced"
-    assert found["extractor"]["weights_sha256"] == features.EFFICIENTNET_SHA256
+    assert found["extractor"]["weights_sha256"] == PUBLISHED["efficientnet-lite0"].sha256
     assert found["reference"]["count"] == 12
     assert found["reference"]["content"]["source"]
     assert found["provenance"]["packages"]["torch"]

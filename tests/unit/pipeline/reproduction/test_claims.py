@@ -1,25 +1,29 @@
 """The tables' recipes are comparable, their verdicts are in words, and sizes are counted."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from common.errors import UserError
 from common.recipe import denoiser_config
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation.sweep import points
 from pipeline.reproduction.counting import claims
-from pipeline.reproduction.experiments import TABLES, Arm, Claim, Table
+from pipeline.reproduction.experiments import TABLES, Arm, Claim, Table, tables_of
 from pipeline.reproduction.intervals import interval, judged, shown
 from pipeline.reproduction.results import _section
-from pipeline.reproduction.running import Scale, _row
+from pipeline.reproduction.running import Scale, _row, check_images, missing_judge
 from pipeline.training.cost import training_flops
 
 SCALES = [Scale(name, "runs/none", seeds=1, smoke=False) for name in ("small", "full")]
 
 
-@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.key)
-def test_the_columns_of_a_table_have_the_same_operations_and_the_same_rows(table: Table, scale: Scale) -> None:
+@pytest.mark.parametrize(
+    ("scale", "table"),
+    [pytest.param(scale, table, id=f"{scale.name}-{table.key}") for scale in SCALES for table in tables_of(scale.name)],
+)
+def test_the_columns_of_a_table_have_the_same_operations_and_the_same_rows(scale: Scale, table: Table) -> None:
     recipes = {arm.name: scale.recipes(arm)[0] for arm in table.arms}
     operations = [training_flops(recipe) for recipe in recipes.values()]
     assert max(operations) < 1.01 * min(operations)
@@ -36,6 +40,34 @@ def test_the_small_networks_have_the_papers_shares_of_parameters() -> None:
     arms = {arm.name: arm for arm in TABLES[0].arms}
     fpdm, dit = (count_parameters(denoiser_config(SCALES[0].recipes(arms[name])[0])) for name in ("FPDM", "DiT"))
     assert 0.10 < fpdm / dit < 0.15
+
+
+def test_what_was_chosen_by_one_extractor_is_judged_by_another_or_the_page_says_why_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, full = SCALES
+    own, again = tables_of("small")[:2], [table.key for table in TABLES if table.judged_again]
+    assert again[:2] == ["T1", "T2"]
+    for installed in (True, False):
+        monkeypatch.setattr("pipeline.features.efficientnet.find_spec", lambda module, here=installed: here or None)
+        assert small.judges(own[0]) == (None, "efficientnet-lite2") if installed else (None,)
+        assert (missing_judge(own, small) is None) == installed
+        assert missing_judge(tables_of("full"), full) is None
+    recipe = small.recipes(own[0].arms[0], "efficientnet-lite2")[0]
+    assert recipe.evaluate.feature_extractor == "efficientnet-lite2"
+    assert recipe.folder == small.recipes(own[0].arms[0])[0].folder
+
+
+def test_images_that_are_not_there_are_named_before_anything_is_trained(tmp_path: Path) -> None:
+    scale = Scale(
+        "small", f"{tmp_path}/runs", 1, smoke=False, overrides=("data.images=nowhere/train-images-idx3-ubyte",)
+    )
+    portraits, fashion = (table for table in tables_of("small") if table.key in ("T1", "T2"))
+    check_images([portraits], scale, "debug")
+    told = r"^T2: data\.images: nowhere/train-images-idx3-ubyte is not there; .* or make the others, --only T1$"
+    with pytest.raises(UserError, match=told):
+        check_images([portraits, fashion], scale, "debug")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_verdict_needs_an_interval_that_leaves_zero_out() -> None:

@@ -13,7 +13,16 @@ import pytest
 
 from common.errors import UserError
 from preprocess.images.images import Rejected, decode
-from tests.photographs import photographs, source_of, tar_bytes, write_folder, write_lmdb, write_parquet, write_zip
+from tests.photographs import (
+    idx_bytes,
+    photographs,
+    source_of,
+    tar_bytes,
+    write_folder,
+    write_lmdb,
+    write_parquet,
+    write_zip,
+)
 from tests.planted import JPEG, PNG, npy
 
 FLIPS = 200
@@ -67,6 +76,12 @@ def the_footer_of_a_parquet_file(folder: Path) -> tuple[str, Path, range]:
     return "parquet", path, range(size - 1500, size)
 
 
+def the_headers_of_idx_files(folder: Path) -> tuple[str, Path, range]:
+    arrays = {"images-idx3-ubyte": np.zeros((2, 2, 2), np.uint8), "labels-idx1-ubyte": np.zeros(2, np.uint8)}
+    write_folder(folder, {name: idx_bytes(array) for name, array in arrays.items()})
+    return "idx", folder / "images-idx3-ubyte", range(16)
+
+
 def outcome(kind: str, path: Path) -> str:
     """ "read", or "refused" in a printable line that names the field; what is neither is raised."""
     told, ends = [], "read"
@@ -100,6 +115,7 @@ def quiet() -> Iterator[None]:
         headers_of_a_tar,
         the_directory_of_a_zip,
         the_footer_of_a_parquet_file,
+        the_headers_of_idx_files,
     ],
 )
 def test_a_flipped_bit_in_a_sources_metadata_is_read_or_refused(
