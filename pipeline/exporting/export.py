@@ -41,7 +41,7 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
     way = way_of(recipe, samples)
     pipeline = FPDMPipeline(
         transformer,
-        load_vae(fetch_vae(recipe.vae)),
+        load_vae(folder) if (folder := fetch_vae(recipe.vae)) else None,
         FPDMScheduler(transformer.diffusion, way.sampler, way.sampler_settings),
         dict(enumerate(names or ())),
         call_settings(recipe.sample, way),

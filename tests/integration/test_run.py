@@ -60,10 +60,10 @@ def test_the_same_command_again_skips_every_finished_stage(experiment: Experimen
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
-def test_the_debug_cluster_runs_everything_in_this_process(experiment: Experiment) -> None:
-    done = experiment.run(
-        RUN, "name=debug", "--cluster", "debug", "train.total_samples=32", "model.kind=dit", "model.depth=2"
-    )
+def test_the_debug_cluster_runs_everything_in_this_process_also_without_an_autoencoder(experiment: Experiment) -> None:
+    pixels = ("vae.path=null", "vae.latent_channels=3", "vae.downsampling=1", f"data.shards={experiment.folder}/pixels")
+    short = ("train.total_samples=32", "model.kind=dit", "model.depth=2", "model.patch_size=4")
+    done = experiment.run(RUN, "name=debug", "--cluster", "debug", *short, *pixels)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (experiment.folder / "runs/debug/report.html").exists()
 
