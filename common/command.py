@@ -6,6 +6,7 @@ line for a command that was asked to stop and has saved its work.
 
 import argparse
 import io
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import INTERRUPTED, Interrupted, Refused, UserError, printable
 from common.recipe import Recipe
@@ -45,12 +46,31 @@ def run_stage_command(description: str, stage: Stage, argv: Sequence[str] | None
     return exit_status_of(lambda: _run(parser.parse_intermixed_args(argv), stage))
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="docs/recipe.md explains every field of a recipe.",
-    )
+class Parser(argparse.ArgumentParser):
+    """Of one command; it also says what the shell can complete. `description` is the script's docstring."""
+
+    def __init__(self, description: str | None, **others: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **others)
+        self._asked_by_shell = "_ARGCOMPLETE" in os.environ
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._answer_shell()
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._answer_shell()
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _answer_shell(self) -> None:
+        if self._asked_by_shell:
+            from common.completion import complete
+
+            self._asked_by_shell = False
+            complete(self)
+
+
+def argument_parser(description: str) -> Parser:
+    parser = Parser(description, epilog="docs/recipe.md explains every field of a recipe.")
     parser.add_argument(
         "--config",
         required=True,

@@ -171,7 +171,7 @@ def override_field(settings: dict[str, Any], override: str) -> None:
 
 def _places(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Every path in `settings`: the section that holds it, its dotted name, and its name in the section."""
-    for dotted, hint in _fields():
+    for dotted, hint in recipe_fields():
         *sections, field = dotted.split(".")
         section: Any = settings
         for name in sections:
@@ -205,7 +205,7 @@ def _near(path: Sequence[str]) -> str:
     """Suggests what an unknown key means: a field beside it, or a field or section with such a name elsewhere."""
     *sections, key = path
     allowed = sorted(_hints(sections))
-    below = [dotted for dotted, _ in _fields() if "." in dotted]
+    below = [dotted for dotted, _ in recipe_fields() if "." in dotted]
     elsewhere = dict.fromkeys([*(dotted.rpartition(".")[0] for dotted in below), *below])
     names = {dotted.rpartition(".")[2] for dotted in elsewhere}
     near = [".".join([*sections, field]) for field in difflib.get_close_matches(key, allowed, n=1)]
@@ -256,10 +256,10 @@ def _section(hint: Any) -> Any:
     return next((part for part in members(hint) if dataclasses.is_dataclass(part)), None)
 
 
-def _fields(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def recipe_fields(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every field that is not a section: its dotted name, such as `train.optimizer.betas`, and its type."""
     for name, hint in _types(kind).items():
         if section := _section(hint):
-            yield from _fields(section, f"{prefix}{name}.")
+            yield from recipe_fields(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", hint

@@ -19,6 +19,7 @@ from common.run_folder import RunFolder
 from common.stage import Stage
 from common.stage_times import write_time
 from slurm.cluster import Resources, executor, run_array
+from slurm.waiting import Show
 
 LIGHT_MINUTES = 60  # time limit of a light job
 
@@ -70,12 +71,22 @@ def plain_steps(recipe: Recipe, stage: Stage, cluster: str = "slurm") -> list[St
     return steps(replace(recipe, launch=replace(recipe.launch, elastic=False)), stage, cluster)
 
 
-def run_in_jobs(recipe: Recipe, stage: Stage, cluster: str, jobs: int | None = None, *, timed: bool = True) -> float:
+def run_in_jobs(
+    recipe: Recipe,
+    stage: Stage,
+    cluster: str,
+    jobs: int | None = None,
+    *,
+    timed: bool = True,
+    show: Show | None = None,
+) -> float:
     """Submits the jobs of a stage and waits for them. Returns the seconds that they took. Arguments: as of `steps`.
+
+    `show`: takes the lines of their output, which else are copied to this terminal.
 
     Raises UserError with the message of the first job that failed.
     """
-    return sum(_run_step(recipe, step, cluster) for step in steps(recipe, stage, cluster, jobs, timed=timed))
+    return sum(_run_step(recipe, step, cluster, show) for step in steps(recipe, stage, cluster, jobs, timed=timed))
 
 
 def run_job(
@@ -130,15 +141,14 @@ def _imported(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def _run_step(recipe: Recipe, step: Step, cluster: str) -> float:
+def _run_step(recipe: Recipe, step: Step, cluster: str, show: Show | None) -> float:
     asked = step.resources
     try:
         logs = RunFolder(recipe.folder).step_logs(step.name)
         queue = executor(cluster, logs, f"{recipe.name}-{step.name}", asked)
         here = 1 if asked.gpus_per_process else max(1, own_cores() // asked.cpus_per_process)
-        outcomes = run_array(
-            queue, step.jobs, at_once=step.at_once if queue.cluster == "slurm" else here, failed=failed
-        )
+        at_once = step.at_once if queue.cluster == "slurm" else here
+        outcomes = run_array(queue, step.jobs, at_once=at_once, failed=failed, show=show)
     except ValueError as error:
         raise UserError(str(error)) from None
     for outcome in outcomes:

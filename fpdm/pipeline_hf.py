@@ -67,7 +67,7 @@ class FPDMPipeline(DiffusionPipeline):
 
     Args:
         transformer: an `FPDMTransformer2DModel`.
-        vae: an autoencoder with one scaling factor; others raise ValueError.
+        vae: an autoencoder with one scaling factor; others raise ValueError. None: latents are images in [-1, 1].
         scheduler: an `FPDMScheduler`, or one of diffusers' in its place. None: the sampler of the paper.
         id2label: dictionary of the classes' names by number; several of one class are separated by commas.
         sampling: dictionary of what a call does that says nothing else, of the fields of
@@ -76,25 +76,27 @@ class FPDMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
     _callback_tensor_inputs = ("latents",)
-    _optional_components = ["scheduler"]  # noqa: RUF012 # as diffusers reads it; exports of version 0.1 have none
+    _optional_components = ["vae", "scheduler"]  # noqa: RUF012 # as diffusers reads it; exports of version 0.1 have none
 
     def __init__(
         self,
         transformer: "FPDMTransformer2DModel | ModelMixin",  # read when it is asked for: diffusers loads classes anew
-        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
         scheduler: Any,
         id2label: Any = None,
         sampling: Any = None,
     ) -> None:
         super().__init__()
-        if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+        config = {} if vae is None else vae.config
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
             raise ValueError(
                 "vae: per-channel scaling (latents_mean, latents_std) is not supported; use a VAE with one factor"
             )
         if scheduler is None:
             scheduler = FPDMScheduler(transformer.diffusion, "flow_euler" if transformer.diffusion.is_flow else "ddpm")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        cast(Any, vae).to(memory_format=torch.channels_last)  # as the project decodes: else some pixels round otherwise
+        if vae is not None:  # as the project decodes: else some pixels round otherwise
+            cast(Any, vae).to(memory_format=torch.channels_last)
         self._classes = ClassNames(transformer.denoiser.config, id2label or {})
         self._defaults, self._interrupt = CallSettings.stored(sampling), False
         self.register_to_config(id2label=self._classes.by_number, sampling=asdict(self._defaults))
@@ -134,11 +136,13 @@ class FPDMPipeline(DiffusionPipeline):
 
     def enable_vae_slicing(self) -> None:
         """Decodes one image at a time: less memory."""
-        self.vae.enable_slicing()
+        if self.vae is not None:
+            self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
         """Decodes all images at once."""
-        self.vae.disable_slicing()
+        if self.vae is not None:
+            self.vae.disable_slicing()
 
     @property
     def interrupt(self) -> bool:
@@ -288,11 +292,15 @@ class FPDMPipeline(DiffusionPipeline):
         """Images of latents (B, C, h, w), in the form that `output_type` names."""
         if output_type == "latent":
             return latents
-        vae = cast(AutoencoderKL, self.vae)
-        unscaled = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
-        unscaled = unscaled.to(vae.dtype).contiguous(memory_format=torch.channels_last)
-        images = vae.decode(unscaled).sample.float()  # (B, 3, H, W)
+        images = latents.float() if self.vae is None else self._decoded(latents)  # (B, 3, H, W)
         if output_type == "pil":
             pixels = to_uint8(images, rounding).permute(0, 2, 3, 1).cpu().numpy()
             return VaeImageProcessor.numpy_to_pil(pixels / 255)
         return VaeImageProcessor().postprocess(images, output_type)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """By the autoencoder: (B, 3, H, W)."""
+        vae = cast(AutoencoderKL, self.vae)
+        unscaled = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
+        unscaled = unscaled.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+        return vae.decode(unscaled).sample.float()

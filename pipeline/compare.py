@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Puts runs side by side: pictures of the same noise at equal cost, and quality against cost.
 
   python pipeline/compare.py runs/demo runs/demo-longer
@@ -8,17 +9,16 @@ The pictures are drawn anew, from weights that took as much training computation
 blocks an image as the cheapest run's own samples. Distances and losses are those that the runs have measured.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 from common.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, such as runs/demo")
     parser.add_argument("--blocks", type=int, metavar="N", help="an image (the least of the runs' own)")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="pictures of each run (16)")

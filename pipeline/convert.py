@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Turns a DiT, published or trained here, into an FPDM of its width, from which training can begin.
 
     python pipeline/convert.py runs/dit/weights/000000020480/0.995 --out converted
@@ -13,12 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 from common.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("weights", type=path_argument, metavar="WEIGHTS", help="of the DiT: a file or a folder")
     parser.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument(

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Measures how far the samples lie from the training images: FID, or the Fréchet distance of another extractor.
 
   python pipeline/eval_fid.py --config recipes/demo.yaml

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Writes a run's weights as a diffusers pipeline, which loads where this project is not installed; shares it.
 
   python pipeline/export.py --config recipes/demo.yaml

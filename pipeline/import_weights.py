@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Takes a published checkpoint of DiT or FPDM into a run, which is then sampled and measured as one trained here.
 
 python pipeline/import_weights.py --config recipes/imagenet256.yaml --checkpoint DiT-XL-2-256x256.pt \\

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Looks at a folder of your own images, measures this machine, and writes a recipe that suits both.
 
   python pipeline/init.py path/to/images               # a folder of class folders, or of images; zip, tars
@@ -13,14 +14,14 @@ import re
 import sys
 from pathlib import Path
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 from common.errors import UserError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("images", metavar="IMAGES", help="the folder, zip, tars or parquet files")
     parser.add_argument("--out", type=path_argument, default=Path("recipe.yaml"), metavar="FILE", help="recipe.yaml")
     parser.add_argument("--time", default="2h", type=_seconds, help="for the whole run: 90s, 30m, 2h, 1d (2h)")

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Judges any set of images: every number with its interval, what moves it and by how much, and why two sets differ.
 
   python pipeline/judge.py samples/ --reference VIRTUAL_imagenet256_labeled.npz
@@ -10,15 +11,14 @@ a reference may also be statistics (mu, sigma), or a recipe.yaml, which stands f
 says how each effect is measured.
 """
 
-import argparse
 import json
 import sys
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("samples", type=path_argument, metavar="SAMPLES", help="the images that are judged")
     parser.add_argument(
         "--reference", type=path_argument, required=True, metavar="REF", help="what they are compared with"

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Opens the playground: a page on this machine that draws one image in two ways of sampling, side by side.
 
   python pipeline/play.py                       # the demo's network, which comes with this project
@@ -7,7 +8,6 @@
 reaches. Ctrl-C ends it.
 """
 
-import argparse
 import importlib.util
 import socket
 import sys
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from threading import Thread
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 from common.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "demo"
@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).parents[1] / "assets" / "demo"
 
 def main() -> None:
     began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "export",
         nargs="?",

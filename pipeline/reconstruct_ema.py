@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Makes averaged weights of any width from a run's stored power-function averages, after training (Karras et al. 2024).
 
 python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Writes what came out of a run: `samples.png`, and `report.html`, one file that needs nothing else to be read.
 
 python pipeline/report.py --config recipes/demo.yaml

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Remakes the paper's tables: trains what is missing, samples, measures, and writes docs/results.md.
 
   python pipeline/reproduce.py --scale small                      # hours on two cores
@@ -9,12 +10,11 @@
 Run it again to go on. --dry-run lists the runs and what they cost.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import ended_by_signals, exit_status_of, path_argument
+from common.command import Parser, ended_by_signals, exit_status_of, path_argument
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--scale", choices=("small", "full"), required=True, help="recipes/small or recipes/paper")
     parser.add_argument("--only", metavar="T1,T5", help="these tables, T1 and T5; another key names them all")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each recipe; 3, or 1 with --smoke")

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Runs a whole recipe, each stage a submitit job: compose (the demo's), autoencoder (where vae.training is set),
 encode, train, sample, evaluate, report.
 
@@ -83,8 +84,7 @@ def main() -> None:
     with unless_forced(arguments):
         check_stages(recipe, stages, cluster)
     with ended_by_signals():
-        for number, stage in enumerate(stages, 1):
-            run_and_say(recipe, stage, cluster, f"[{number}/{len(stages)}] {stage.name}")
+        run_all(recipe, stages, cluster)
     say_where(recipe)
 
 
@@ -147,15 +147,22 @@ def show_plan(recipe: Recipe, stages: list["Stage"], cluster: str) -> None:
         raise refusal
 
 
-def run_and_say(recipe: Recipe, stage: "Stage", cluster: str, title: str) -> None:
+def run_all(recipe: Recipe, stages: list["Stage"], cluster: str) -> None:
+    """Runs the stages in turn. Of each a line stays; their jobs' own output is in the run's logs."""
     from common.stage_jobs import run_in_jobs
+    from pipeline.planning.progress import TimeLeft, status_line
 
-    if stage.is_finished(recipe):
-        print(f"{title}: finished before, skipped", flush=True)
-        return
-    print(f"{title} ...", flush=True)
-    seconds = run_in_jobs(recipe, stage, cluster)
-    print(f"{title}: done in {seconds:.0f} s", flush=True)
+    left: TimeLeft | None = None
+    for number, stage in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.name}"
+        if stage.is_finished(recipe):
+            print(f"{title}: finished before, skipped", flush=True)
+            continue
+        left = left or TimeLeft(recipe, stages[number - 1 :], cluster)
+        left.begin(stage.name)
+        with status_line(title, left) as show:
+            seconds = run_in_jobs(recipe, stage, cluster, show=show)
+        print(f"{title}: done in {seconds:.0f} s, {stage.place(recipe)}{left.after()}", flush=True)
 
 
 def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace) -> None:
@@ -173,11 +180,15 @@ def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace)
 
 def say_where(recipe: Recipe) -> None:
     """The last lines of a run: where the results lie, and what to do next."""
+    from common.recipe.training import PAPER_SAMPLES
+    from pipeline.evaluation.evaluate import read_metrics
+
     folder = RunFolder(recipe.folder)
     print(f"\nreport:  {folder.report}\nimages:  {folder.contact_sheet}\nnumbers: {folder.metrics}")
+    if folder.metrics.exists():
+        first = read_metrics(folder)["measurements"][0]
+        print(f"         {first['distance']} = {first['value']:.2f}: {first['label']}")
     settings = {name: getattr(recipe.train, name) for name in ("total_samples", "epochs", "max_pflops", "max_hours")}
-    from common.recipe.training import PAPER_SAMPLES
-
     if not (settings["total_samples"] or settings["epochs"]):
         settings["total_samples"] = PAPER_SAMPLES
     ends = (f"train.{name}={4 * value}" for name, value in settings.items() if value is not None)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Draws the images that the recipe measures: from the trained weights, and from the network before its first step.
 
   python pipeline/sample.py --config recipes/demo.yaml

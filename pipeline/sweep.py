@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compares ways of sampling at equal cost: the distance against blocks an image, as a table and a plot.
 
   python pipeline/sweep.py --config recipes/demo.yaml sweep.budgets='[70,140,280]' sweep.iterations='[2,5]'

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains the denoiser on latent shards with DeepSpeed. Run it again to resume.
 
 python pipeline/train.py --config recipes/demo.yaml

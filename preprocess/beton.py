@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Converts finished latent shards to one FFCV file, and verifies that they are equal.
 
     python preprocess/beton.py --config recipes/demo.yaml

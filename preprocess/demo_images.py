@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Composes the demo's images: portraits of robots, monsters, robot heads and cats, from robohash's image parts.
 
     python preprocess/demo_images.py --config recipes/demo.yaml

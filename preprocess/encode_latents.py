@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Encodes images to verified latent shards.
 
     python preprocess/encode_latents.py --config recipes/demo.yaml

@@ -8,6 +8,7 @@ from common.loading import expanded
 from common.recipe import Data, Recipe, check_together
 from preprocess import beton
 from preprocess.shards import INDEX, Cache, LatentShards
+from preprocess.shards.forms import read_local_index
 
 
 def from_data(recipe: Recipe) -> Recipe:
@@ -37,6 +38,13 @@ def from_data(recipe: Recipe) -> Recipe:
     except ValueError as error:
         raise UserError(f"{recipe.data.shards}: {error}") from None
     return resolved
+
+
+def class_names(recipe: Recipe) -> list[str] | None:
+    """The classes' names by their number, from the list of the training shards; None where there is none of them."""
+    shards = Path(recipe.data.shards)
+    names = read_local_index(shards)["class_names"] if (shards / INDEX).exists() else []
+    return list(names) if len(names) == recipe.model.num_classes else None
 
 
 def open_latents(data: Data) -> LatentShards:

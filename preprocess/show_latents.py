@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Draws images beside their decoded latents: look before you train.
 
     python preprocess/show_latents.py --config recipes/demo.yaml [--count 16] [--out latents.png]

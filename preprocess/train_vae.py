@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains an autoencoder on the recipe's images and writes it as a diffusers folder to `vae.path`.
 
     python preprocess/train_vae.py --config recipe.yaml vae.training.images=16000 vae.path=data/mine/vae

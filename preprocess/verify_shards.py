@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Verifies a folder of latent shards: every byte, checksum, count and number.
 
     python preprocess/verify_shards.py data/demo/shards [--processes 8]
@@ -8,17 +9,16 @@ With --deep also encodes some images again and compares the latents.
 Exit status 0: no faults. 2: a line for each fault, with the shard, the sample, and what to do.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 from common.errors import UserError
 from common.ranks import own_cores
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=path_argument, help="the folder that holds index.json")
     cores = own_cores()
     parser.add_argument("--processes", type=int, default=cores, help=f"shards verified in parallel (here {cores})")

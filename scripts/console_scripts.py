@@ -11,6 +11,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOMS = ("preprocess", "pipeline", "slurm")
 SCRIPT = """#!python
+# PYTHON_ARGCOMPLETE_OK
 from runpy import run_module
 
 run_module("{module}", run_name="__main__", alter_sys=True)

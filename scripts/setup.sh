@@ -25,9 +25,9 @@ pip_install() {
 # A stamp of what was installed from: a changed pin installs again, an unchanged one costs nothing.
 stamp="$PWD $(cat pyproject.toml scripts/console_scripts.py | cksum)" # the editable install points at this folder
 if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
-    python=${PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3 || true)}
-    if ! "${python:-false}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
-        echo "setup: needs Python 3.11 or 3.12, found ${python:-none}; install it (apt-get install python3.11-venv) or set PYTHON=/path/to/python3.11" >&2
+    python=${PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 || true)}
+    if ! "${python:-false}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+        echo "setup: needs Python 3.11, 3.12 or 3.13, found ${python:-none}; install it (apt-get install python3.11-venv) or set PYTHON=/path/to/python3.11" >&2
         exit 2
     fi
     there=$([ ! -d .venv ] || du -sk .venv/ | cut -f 1) # a set-up that was broken off, or an older one

@@ -18,7 +18,7 @@ import submitit
 from slurm import controller
 from slurm.gpus import gpu_options
 from slurm.site_file import Site, left_out, load_site, sbatch_options, srun_options, submission_parameters
-from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Tail, tails_of
+from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Show, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
 WITHOUT_LIMIT = 10 * 365 * 24 * 60  # minutes; after three time limits submitit would end a local job
@@ -185,29 +185,44 @@ def submission_script(submitter: submitit.AutoExecutor, parts: int = 1, at_once:
 
 
 def run(
-    submitter: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor,
+    function: Callable[..., Any],
+    *arguments: Any,
+    failed: Callable[[Any], bool],
+    show: Show | None = None,
 ) -> list[Any]:
     """Submits one job, shows the output of its first task until it ends, and returns all tasks' results.
 
     A task that raises, or whose result `failed` accepts, ends the others, and only failed results are returned. Raises
     the exception of the task that failed first if there is no failed result. An interruption cancels the job.
     """
-    return _run_all(submitter, [partial(function, *arguments) if arguments else function], 1, failed)
+    return _run_all(submitter, [partial(function, *arguments) if arguments else function], 1, failed, show)
 
 
 def run_array(
-    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], *, at_once: int, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor,
+    calls: Sequence[Callable[[], Any]],
+    *,
+    at_once: int,
+    failed: Callable[[Any], bool],
+    show: Show | None = None,
 ) -> list[Any]:
     """Runs every call as a separate job, at most `at_once` at a time; a job array on SLURM.
+
+    `show`: what is done with each line of a single call's output, in place of copying it to this terminal.
 
     Returns all results in the order of `calls`. The first failure cancels the rest; as in `run`, its results are
     returned or its exception is raised. An interruption cancels all jobs.
     """
-    return _run_all(submitter, calls, at_once, failed)
+    return _run_all(submitter, calls, at_once, failed, show)
 
 
 def _run_all(
-    submitter: submitit.AutoExecutor, calls: Sequence[Callable[[], Any]], at_once: int, failed: Callable[[Any], bool]
+    submitter: submitit.AutoExecutor,
+    calls: Sequence[Callable[[], Any]],
+    at_once: int,
+    failed: Callable[[Any], bool],
+    show: Show | None,
 ) -> list[Any]:
     """Shows the output of a single call, or counts the finished ones of several."""
     batch = Batch(submitter.cluster, lambda some: submit(submitter, some, at_once), calls, at_once)
@@ -222,9 +237,9 @@ def _run_all(
                     return outcome
             results |= ended
             if len(calls) > 1 and ended:
-                print(f"{len(results)} of {len(calls)} parts are done", flush=True)
+                (show or partial(print, flush=True))(f"{len(results)} of {len(calls)} parts are done")
             for job in batch.running.values() if len(calls) == 1 else ():
-                tails = tails or tails_of(job)
+                tails = tails or tails_of(job, show)
             for tail in tails:
                 tail.copy()
             time.sleep(NEXT_LOOK_SECONDS)

@@ -30,10 +30,10 @@ def answers() -> bool:
 @contextmanager
 def outside_of_jobs() -> Iterator[None]:
     """Hides the surrounding job's variables: a submitted job would inherit its memory, nodes and ranks."""
-    configuration = os.environ.get("SLURM_CONF")  # names the cluster, not the job
+    # The first names the cluster, and the other says how much submitit tells: both are not of the job.
+    kept = {name: os.environ[name] for name in ("SLURM_CONF", "SUBMITIT_LOG_LEVEL") if name in os.environ}
     with submitit.helpers.clean_env():
-        if configuration is not None:
-            os.environ["SLURM_CONF"] = configuration
+        os.environ.update(kept)
         yield
 
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Looks around on the nodes where jobs will run, for two minutes: GPUs, network, disk, signals, weights.
 
     python slurm/preflight.py --config recipes/demo.yaml                          # this machine

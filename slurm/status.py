@@ -1,9 +1,9 @@
+# PYTHON_ARGCOMPLETE_OK
 """Shows the jobs of a run: states, last training step, loss, time left, and the end of the newest log.
 
 python slurm/status.py runs/demo [--lines 5]
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import exit_status_of, path_argument
+from common.command import Parser, exit_status_of, path_argument
 from common.errors import UserError, printable
 from common.job_listing import JobForm, ListingForm
 from common.log_lines import read_log
@@ -25,7 +25,7 @@ ROW = "{:14} {:>14} {:12} {:>8} {:>9}  {}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=path_argument, help="the run folder")
     parser.add_argument("--lines", type=int, default=5, help="how many lines of the newest log to show")
     arguments = parser.parse_args()

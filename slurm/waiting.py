@@ -1,11 +1,13 @@
 """Waiting for submitit jobs: their output, their end, and the failure that came first."""
 
+import re
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +22,7 @@ CANCEL_SECONDS = 10.0
 SHOWN_LINES = 30  # of the log of a task without a result
 
 Failed = Callable[[Any], bool]
+Show = Callable[[str], None]  # takes a line of a job's output
 
 
 class Batch:
@@ -179,11 +182,24 @@ def _written(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else float("inf")
 
 
-class Tail:
-    """Copies the lines appended to a file, which may not exist yet."""
+class Lines:
+    """Passes on whole lines of an output; each state of a progress bar is a line."""
 
-    def __init__(self, path: Path, sink: BinaryIO) -> None:
-        self.path, self.sink, self.copied = path, sink, 0
+    def __init__(self, show: Show) -> None:
+        self.show, self.rest = show, b""
+
+    def __call__(self, new: bytes) -> None:
+        *whole, self.rest = re.split(rb"[\r\n]", self.rest + new)
+        for line in whole:
+            if line.strip():
+                self.show(line.decode(errors="replace").rstrip())
+
+
+class Tail:
+    """Passes on what is appended to a file, which may not exist yet."""
+
+    def __init__(self, path: Path, write: Callable[[bytes], None]) -> None:
+        self.path, self.write, self.copied = path, write, 0
 
     def copy(self) -> None:
         if not self.path.exists():
@@ -193,13 +209,20 @@ class Tail:
             new = source.read()
         if new:
             self.copied += len(new)
-            self.sink.write(new)
-            self.sink.flush()
+            self.write(new)
 
 
-def tails_of(job: submitit.Job[Any]) -> tuple[Tail, ...]:
-    """Tails that copy the output of a job's first task to this terminal; a debug job prints here itself."""
+def tails_of(job: submitit.Job[Any], show: Show | None = None) -> tuple[Tail, ...]:
+    """Tails that pass the output of a job's first task to `show`, or to this terminal as it is; a debug job prints
+    here itself."""
     if isinstance(job, submitit.DebugJob):
         return ()
     first = tasks_of(job)[0].paths
-    return Tail(first.stdout, sys.stdout.buffer), Tail(first.stderr, sys.stderr.buffer)
+    sinks = (sys.stdout.buffer, sys.stderr.buffer)
+    writes = [Lines(show) if show else partial(_copy, sink) for sink in sinks]
+    return Tail(first.stdout, writes[0]), Tail(first.stderr, writes[1])
+
+
+def _copy(sink: BinaryIO, new: bytes) -> None:
+    sink.write(new)
+    sink.flush()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from common.recipe.data import VAE, Data, DemoImages, check_data
+from common.recipe.data import VAE, Data, DemoImages, check_data, check_vae
 from common.recipe.fields import STRICT, Name, Place, Seed
 from common.recipe.launch import Launch, check_launch, launch_of, own_launch
 from common.recipe.network import (
@@ -83,6 +83,7 @@ class Recipe:
 def check_together(recipe: Recipe) -> None:
     """Raises ValueError that names a field whose value does not go with the others."""
     check_data(recipe.data)
+    check_vae(recipe.vae)
     if recipe.train.batch_size % recipe.data.lanes:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     check_network(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import StrictBool
@@ -92,8 +93,10 @@ class VAETraining:
 class VAE:
     """The autoencoder. Channels and downsampling are compared with its configuration; a dry run needs no weights."""
 
-    path: Place = "stabilityai/sd-vae-ft-ema"
-    """A folder that `save_pretrained` wrote, or a Hugging Face id. ./folder is never taken for an id."""
+    path: Place | None = "stabilityai/sd-vae-ft-ema"
+    """A folder that `save_pretrained` wrote, or a Hugging Face id. ./folder is never taken for an id. null: no
+    autoencoder, for images of 32 to 64 px: a latent is the image itself, in [-1, 1], with latent_channels=3 and
+    downsampling=1. It takes 12 bytes a pixel on disk."""
     subfolder: str | None = None
     """The folder below `path` that holds the VAE: `vae` in the repositories of SD3 and FLUX."""
     revision: str | None = None
@@ -107,6 +110,24 @@ class VAE:
     batch_size: Count = 32
     """Images that one process encodes or decodes at once."""
     training: VAETraining | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where `training` writes it."""
+        assert self.path is not None
+        return Path(self.path)
+
+
+def check_vae(vae: VAE) -> None:
+    """Raises ValueError for a field that means an autoencoder where there is none."""
+    images = {"latent_channels": 3, "downsampling": 1, "precision": "fp32", "training": None, "subfolder": None}
+    for name, wanted in images.items() if vae.path is None else ():
+        if getattr(vae, name) != wanted:
+            found = getattr(vae, name) if name != "training" else "set"
+            raise ValueError(
+                f"vae.{name}: {found}, but vae.path is null: latents are the images; set it to "
+                f"{'null' if wanted is None else wanted}"
+            )
 
 
 def check_data(data: Data) -> None:

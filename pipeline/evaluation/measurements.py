@@ -117,6 +117,8 @@ class Evaluation:
         if self.recipe.data.held_out is None:
             return [*self.samples]
         originals = held_out(self.recipe)
+        if self.recipe.vae.path is None:  # which would return them as they are
+            return [*self.samples, originals]
         return [*self.samples, originals, reconstruction(originals, self.recipe.vae, self.sampling.models)]
 
     def path_of(self, images: ComparedSet) -> Path:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.stage import Input, Stage
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ STAGE = Stage(
     merge=evaluate,
     merge_needs_all_cores=lambda _recipe: True,
     fetch=fetch,
+    place=lambda recipe: RunFolder(recipe.folder).metrics,
     check=check,
     inputs=(Input(look_for_weights), Input(look_for_images, ("compose",)), Input(plan, ("compose", "train", "sample"))),
 )

@@ -1,7 +1,6 @@
 """A run's weights, its way of sampling and its page as a folder of diffusers."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,7 @@ from pipeline.exporting.model_card import GRID_IMAGES, UNSTATED, Licences, drawn
 from pipeline.sampling.plans import by_recipe, labels_for, open_plan
 from pipeline.sampling.sample_set import SampleSet, sample_set
 from preprocess.encoding.encoder import fetch_vae, load_vae
-from preprocess.shards import INDEX
-from preprocess.shards.forms import read_local_index
+from preprocess.from_data import class_names
 
 
 def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None = None, *, half: bool = False) -> None:
@@ -43,7 +41,7 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
     way = way_of(recipe, samples)
     pipeline = FPDMPipeline(
         transformer,
-        load_vae(fetch_vae(recipe.vae)),
+        load_vae(folder) if (folder := fetch_vae(recipe.vae)) else None,
         FPDMScheduler(transformer.diffusion, way.sampler, way.sampler_settings),
         dict(enumerate(names or ())),
         call_settings(recipe.sample, way),
@@ -78,13 +76,6 @@ def shown_settings(pipeline: FPDMPipeline) -> dict[str, Any]:
     fixed = () if pipeline.transformer.config.kind == "dit" else ("iterations", "allocation", "reuse")
     always = ("num_inference_steps", *fixed, "guidance_scale", "sampler")
     return {name: value for name, value in values.items() if name in always or value != usual.get(name, value)}
-
-
-def class_names(recipe: Recipe) -> list[str] | None:
-    """The classes' names by their number, from the list of the training shards; None where there is none of them."""
-    shards = Path(recipe.data.shards)
-    names = read_local_index(shards)["class_names"] if (shards / INDEX).exists() else []
-    return list(names) if len(names) == recipe.model.num_classes else None
 
 
 def way_of(recipe: Recipe, samples: SampleSet) -> Way:

@@ -72,7 +72,7 @@ def _statistics(recipe: Recipe, images: int) -> float:
     compared = images if recipe.evaluate.reference_samples is None else recipe.evaluate.reference_samples
     sets = [compared] if recipe.evaluate.reference is None else []
     if recipe.data.held_out is not None:
-        sets += [recipe.sample.num_samples] * 2
+        sets += [recipe.sample.num_samples] * (1 if recipe.vae.path is None else 2)
     return sum(8 * sum(width**2 for width in fitted) + 4 * min(count, KEPT) * fitted[0] for count in sets)
 
 

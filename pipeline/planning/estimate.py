@@ -20,7 +20,7 @@ from pipeline.sampling.plans import passes
 from pipeline.training.cost import mean_flops
 from pipeline.training.identity import precision, total_samples
 from preprocess.demo.portraits import CLASSES
-from preprocess.encoding.encoder import Encoder, find_vae, load_vae
+from preprocess.encoding.encoder import Encoder, find_identity, find_vae, load_vae
 from preprocess.from_data import from_data, open_latents
 from preprocess.sources import open_source
 from preprocess.sources.expected_counts import expected_images
@@ -122,7 +122,8 @@ def compared(recipe: Recipe, images: int) -> int:
     """Images whose features are extracted beside the samples': of the reference and held out, these decoded too."""
     limit, held_out = recipe.evaluate.reference_samples, recipe.data.held_out is not None
     reference = images if limit is None else min(limit, images)
-    return reference * (recipe.evaluate.reference is None) + 2 * recipe.sample.num_samples * held_out
+    sets = held_out * (1 if recipe.vae.path is None else 2)
+    return reference * (recipe.evaluate.reference is None) + recipe.sample.num_samples * sets
 
 
 def _iterates(recipe: Recipe) -> float:
@@ -141,7 +142,7 @@ def measured(recipe: Recipe, stages: Sequence[str], seconds: float) -> Speeds:
     share_cores()
     found: dict[str, float] = {}
     images, folder = torch.zeros(IMAGES, 3, recipe.data.resolution, recipe.data.resolution), _like(recipe.vae)
-    encoder = Encoder(folder) if find_vae(folder) and {"encode", "sample"} & set(stages) else None
+    encoder = Encoder(folder) if find_identity(folder) and {"encode", "sample"} & set(stages) else None
     if "train" in stages:
         trial = try_training(recipe, seconds)
         found |= {"training": trial.samples_a_second, "memory": trial.memory}
@@ -191,6 +192,8 @@ def vae_flops(recipe: Recipe) -> tuple[float, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     vae, side = _like(recipe.vae), recipe.data.resolution
+    if vae.path is None:
+        return 0.0, 0.0
     folder = find_vae(vae)
     if folder is None:
         return SD_VAE_FLOPS[0] * side**2, SD_VAE_FLOPS[1] * side**2

@@ -68,7 +68,8 @@ def first_settings(
     chosen = {setting.field: setting.value for setting in own}
     resolution, classes = chosen.get("data.resolution", _resolution(found, machine)), len(found.class_names)
     processes = 2 ** int(math.log2(len(machine.gpus) or min(machine.cores, 8)))
-    small = resolution < 64
+    pixels = "vae.path" in chosen and chosen["vae.path"] is None
+    patch = 4 if pixels or resolution >= 64 else 2
     images = found.data.images.replace("$", "$$")  # which paths in recipes otherwise expand
     count = f"{found.usable:,} usable images in {counted(classes, 'class')}"
     settings = [
@@ -77,9 +78,9 @@ def first_settings(
         Setting("data.shards", f"data/{name}/shards", "the latents"),
         Setting("data.crop", *crop(found)),
         Setting("data.resolution", resolution, _why_resolution(found, machine)),
-        Setting("data.max_rejected", *_max_rejected(found)),
+        Setting("data.max_rejected", *max_rejected(len(found.unusable), len(found.seen), found.found)),
         *autoencoder,
-        Setting("model.patch_size", 2 if small else 4, f"{(resolution // (8 if small else 16)) ** 2} tokens an image"),
+        Setting("model.patch_size", patch, f"{(resolution // (patch * (1 if pixels else 4))) ** 2} tokens an image"),
         *_from_demo(machine),
         Setting("train.batch_size", 128 if machine.gpus else 32, "divided among the processes"),
         Setting("sample.guidance_scale", *((1.5, "towards the class") if classes > 1 else (1.0, "there is one class"))),
@@ -145,6 +146,14 @@ def autoencoder_settings(name: str, psnr: float | None, rate: float | None, budg
     ]
 
 
+def without_autoencoder() -> list[Setting]:
+    """What goes with `vae.path=null`."""
+    return [
+        Setting("vae.latent_channels", 3, "the network draws pixels: red, green and blue"),
+        Setting("vae.downsampling", 1, "as they are"),
+    ]
+
+
 def planned(recipe: Recipe, found: Look) -> Recipe:
     """The recipe before there are shards that say how many classes and images there are."""
     train = recipe.train
@@ -196,10 +205,17 @@ def _why_resolution(found: Look, machine: Machine) -> str:
     )
 
 
-def _max_rejected(found: Look) -> tuple[float, str]:
-    bad, seen = len(found.unusable), len(found.seen)
-    share = max(0.001, math.ceil(1e4 * bad / seen) / 1e4)
-    return share, f"{bad} of {seen:,} images are unusable; more of them stop the encoding"
+def max_rejected(bad: int, seen: int, found: int) -> tuple[float, str]:
+    """`data.max_rejected`, with its reason: of `found` images, `seen` were looked at, and `bad` of these are unusable.
+
+    As many as there are, where all were looked at; else a share that the whole exceeds once in 10,000 times.
+    """
+    partly = seen < found
+    most = bad + (4 * math.sqrt(bad) + 10 if partly else 0)
+    # One part in 10,000 more: 0.29 * 100 is below 29.
+    share = min(1.0, max(0.001, (math.ceil(1e4 * most / seen) + 1) / 1e4))
+    room = f", and up to {share:.2%} are allowed, since not all were looked at" if partly else ""
+    return share, f"{bad:,} of {seen:,} images are unusable{room}; more of them stop the encoding"
 
 
 def _from_demo(machine: Machine) -> list[Setting]:

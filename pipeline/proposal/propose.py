@@ -29,6 +29,7 @@ from pipeline.proposal.choose import (
     planned,
     run_name,
     with_classes,
+    without_autoencoder,
 )
 from pipeline.proposal.look import Look, look
 from pipeline.proposal.recipe_text import Setting, recipe_text
@@ -72,15 +73,14 @@ def propose(images: str, out: Path, budget: float, overrides: Sequence[str]) -> 
 def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting]) -> tuple[list[Setting], Speeds]:
     """All settings, `own` last, and the speeds that they were chosen by."""
     name = next((str(setting.value) for setting in own if setting.field == "name"), run_name(found.data.images))
-    theirs = any(setting.field == "vae.path" for setting in own)
-    autoencoder = [] if theirs else autoencoder_settings(name, None, None, budget)
+    theirs = [setting.value for setting in own if setting.field == "vae.path"]
+    given = without_autoencoder() if theirs == [None] else []
+    autoencoder = given if theirs else autoencoder_settings(name, None, None, budget)
     first = [*first_settings(name, found, machine, autoencoder, own), *own]
     recipe = with_classes(complete(first), found)
     images = load_images(recipe, at_most=MEASURED)
-    demo = Encoder(VAE(path=str(DEMO_VAE), downsampling=recipe.vae.downsampling))
-    psnr = _psnr(demo, torch.cat([images.held_out, images.statistics])[:MEASURED])
     rate = _autoencoder_rate(recipe, images) if recipe.vae.training else 1.0
-    trained = [] if theirs else autoencoder_settings(name, psnr, rate, budget)
+    trained = given if theirs else autoencoder_settings(name, _psnr_of_demo(images), rate, budget)
     settings = [*first_settings(name, found, machine, trained, own), *own]
     recipe = with_classes(complete(settings), found)
     speeds = measured(planned(recipe, found), MEASURED_STAGES, TRAINING_SECONDS)._replace(autoencoder=rate)
@@ -101,6 +101,12 @@ def _own(override: str) -> Setting:
     for part in field.split("."):
         value = value[part]
     return Setting(field, value, "as you chose")
+
+
+def _psnr_of_demo(images: Images) -> float:
+    """Of the demo's autoencoder on these images."""
+    demo = Encoder(VAE(path=str(DEMO_VAE), downsampling=4))
+    return _psnr(demo, torch.cat([images.held_out, images.statistics])[:MEASURED])
 
 
 def _psnr(encoder: Encoder, images: torch.Tensor) -> float:

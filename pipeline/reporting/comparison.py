@@ -32,7 +32,7 @@ from pipeline.sampling.generate import draw_images
 from pipeline.sampling.models import Models
 from pipeline.sampling.plans import blocks_an_image, labels_for, unmeasured
 from pipeline.training.cost import mean_flops
-from preprocess.from_data import from_data
+from preprocess.from_data import class_names, from_data
 
 NEAR = 0.05  # totals of computation that are called equal
 Curve = list[tuple[float, float]]
@@ -75,10 +75,15 @@ class Drawn:
 
     run: str
     images: NDArray[np.uint8]  # (N, H, W, 3)
-    labels: list[int]
+    classes: list[str]  # of each
     samples_seen: int
     pflop: float
     blocks: int
+
+    def of_class(self, name: str) -> NDArray[np.uint8] | None:
+        """Its images side by side (H, W, 3); None where there is none."""
+        images = [image for image, own in zip(self.images, self.classes, strict=True) if own == name]
+        return grid(images) if images else None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,11 @@ class Compared:
     drawn: list[Drawn]
     pflop: float  # which every run has spent
     blocks: int  # an image, at most
+
+    @property
+    def classes(self) -> list[str]:
+        """Of all images, in the order in which they come."""
+        return list(dict.fromkeys(name for drawn in self.drawn for name in drawn.classes))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -115,15 +125,14 @@ def page(compared: Compared, path: Path) -> None:
         rows=compared.rows,
         notes=compared.notes,
         drawn=drawn,
-        grids=[grid(list(picture.images)) for picture in drawn],
+        panels={name: [picture.of_class(name) for picture in drawn] for name in compared.classes},
         plot=comparison_plot(
             {run.name: run.losses for run in runs},
             {run.name: run.distances for run in runs},
             next((run.measured.name for run in runs if run.measured), "distance"),
         ),
         measured=any(run.distances for run in runs),
-        count=len(drawn[0].labels),
-        classes=[f"class {label}" for label in dict.fromkeys(drawn[0].labels)],
+        count=len(drawn[0].classes),
         pflop=compared.pflop,
         blocks=compared.blocks,
     )
@@ -194,9 +203,10 @@ def draw(run: Run, pflop: float, blocks: int, count: int) -> Drawn:
     way, parts = unmeasured(recipe), index.split(recipe.sample.batch_size)
     pixels = torch.cat([draw_images(recipe, way, model, vae, part) for part in parts])
     images = to_uint8(pixels, recipe.sample.rounding).permute(0, 2, 3, 1).cpu().numpy()
-    labels = labels_for(recipe, index).tolist()
+    labels, names = labels_for(recipe, index).tolist(), class_names(recipe)
+    classes = [names[label] if names else f"class {label}" for label in labels]
     spent = samples_seen * run.flops_a_sample / 1e15
-    return Drawn(run.name, images, labels, samples_seen, spent, blocks_an_image(recipe))
+    return Drawn(run.name, images, classes, samples_seen, spent, blocks_an_image(recipe))
 
 
 def at_blocks(recipe: Recipe, blocks: int) -> Recipe:
@@ -251,7 +261,12 @@ def rows(runs: Sequence[Run], drawn: Sequence[Drawn], pflop: float) -> list[dict
             "distance_name": run.measured.name if run.measured else None,
             "reference": run.measured.reference if run.measured else None,
             "distances_by_blocks": run.distances,
-            "drawn": {"samples_seen": picture.samples_seen, "pflop": picture.pflop, "blocks": picture.blocks},
+            "drawn": {
+                "samples_seen": picture.samples_seen,
+                "pflop": picture.pflop,
+                "blocks": picture.blocks,
+                "classes": picture.classes,
+            },
         }
         for run, picture in zip(runs, drawn, strict=True)
     ]

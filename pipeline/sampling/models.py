@@ -7,7 +7,7 @@ import torch
 from common.errors import UserError
 from common.recipe import VAE, Evaluate
 from pipeline.features.extractors import NamedExtractor
-from preprocess.encoding.encoder import Encoder, Identity, find_vae, identify
+from preprocess.encoding.encoder import Encoder, Identity, find_identity
 
 
 class Models:
@@ -19,10 +19,10 @@ class Models:
     @cached_property
     def vae(self) -> Identity:
         """Raises UserError where the autoencoder is not on this machine, or not as the recipe describes it."""
-        folder = find_vae(self._vae)
-        if folder is None:
+        identity = find_identity(self._vae)
+        if identity is None:
             raise UserError(f"vae.path: {self._vae.path} is not here; python preprocess/encode_latents.py downloads it")
-        return identify(folder, self._vae)
+        return identity
 
     @cached_property
     def extractor(self) -> NamedExtractor:

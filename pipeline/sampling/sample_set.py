@@ -97,7 +97,7 @@ def sample_set(recipe: Recipe, weights: Weights, vae: Identity | None = None) ->
     return SampleSet(target, folder, samples_seen, settings)
 
 
-def _check_scaling(identity: Mapping[str, Any], path: str, data: Data) -> None:
+def _check_scaling(identity: Mapping[str, Any], path: str | None, data: Data) -> None:
     """Decoders of one encoder may differ, as sd-vae-ft-mse and -ema do; the scaling of its latents may not."""
     shards = Path(data.shards)
     trained: Mapping[str, Any] = (

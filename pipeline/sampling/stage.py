@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.recipe import Recipe
+from common.run_folder import RunFolder
 from common.stage import Input, Stage
 from preprocess.encoding.stage import fetch
 
@@ -69,5 +70,6 @@ STAGE = Stage(
     all_processes=True,
     part=sample,
     fetch=fetch,
+    place=lambda recipe: RunFolder(recipe.folder).samples,
     inputs=(Input(look_for_vae, ("autoencoder",)), Input(plan, ("train",))),
 )

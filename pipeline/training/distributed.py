@@ -29,13 +29,16 @@ class Ranks:
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Joins the processes through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
-    import deepspeed
     import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import that it found no GPU
+    import deepspeed
 
     rank, world_size = rank_and_world_size()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # called by DeepSpeed
-    on_gpu = torch.cuda.is_available()
     if on_gpu:
         os.environ["LOCAL_RANK"] = str(own_device().index)  # DeepSpeed uses it as the GPU's number
     else:

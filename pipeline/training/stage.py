@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import Launch, Recipe
+from common.run_folder import RunFolder
 from common.stage import Input, Stage
 
 
@@ -127,6 +128,7 @@ STAGE = Stage(
     work=train,
     ranks_share=True,
     all_processes=True,
+    place=lambda recipe: RunFolder(recipe.folder).weights,
     check=check,
     inputs=(Input(look_for_shards, ("compose", "encode")), Input(look_for_initial_weights)),
 )

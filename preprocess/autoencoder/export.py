@@ -54,7 +54,7 @@ def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measu
     assert recipe.vae.training is not None
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     start = recipe.vae.training.start
-    with disk_errors_as_user_errors(recipe.vae.path), atomic_folder(recipe.vae.path) as folder:
+    with disk_errors_as_user_errors(recipe.vae.folder), atomic_folder(recipe.vae.folder) as folder:
         copy.deepcopy(vae).half().save_pretrained(folder)
         (folder / "README.md").write_text(
             NOTE.format(
@@ -84,7 +84,7 @@ def read_measured(folder: str | Path) -> Measured | None:
 
 def finished(vae: VAE, settings: dict[str, Any]) -> bool:
     """Raises UserError for a folder that was not made with these settings: nothing is overwritten."""
-    folder = Path(vae.path)
+    folder = vae.folder
     if not folder.exists():
         return False
     measured = read_measured(folder)

@@ -42,7 +42,7 @@ def finished(recipe: Recipe) -> bool:
 def train(recipe: Recipe) -> None:
     from common.files import disk_errors_as_user_errors, folder_lock
 
-    place = Path(recipe.vae.path)
+    place = recipe.vae.folder
     with disk_errors_as_user_errors(place.parent):
         place.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(place.parent, f".{place.name}.lock", place=str(place)):
@@ -60,7 +60,7 @@ def _train(recipe: Recipe) -> None:
 
     share_cores()
     images, settings = load_images(recipe), _settings(recipe)
-    progress = Progress(recipe.vae.path, settings)
+    progress = Progress(recipe.vae.folder, settings)
     for vae, seconds in steps(recipe, lambda step: images.batch(step, BATCH_SIZE), progress=progress):
         trained, taken = vae, seconds
     ready = finish(trained, images.statistics)
@@ -77,7 +77,7 @@ def low_psnr(vae: VAE) -> list[str]:
     """A warning where the autoencoder's measured PSNR is low; none for one that this project did not measure."""
     from preprocess.autoencoder.export import read_measured
 
-    measured = read_measured(vae.path)
+    measured = None if vae.path is None else read_measured(vae.path)
     if measured is None or measured["psnr"] >= LOWEST_PSNR:
         return []
     return [

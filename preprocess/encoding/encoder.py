@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ KINDS = {
 CPU_PIXELS = 2**16
 LARGEST = 1e30  # limit of scaling and shift factors
 MAX_STAGES = 16  # of an encoder
+NO_FILE = hashlib.sha256().hexdigest()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,11 +44,13 @@ class Identity:
 
 
 def find_vae(settings: VAE) -> Path | None:
-    """The local folder of a VAE: `vae.path`, or its copy in the hub's cache; None if it is in neither.
+    """The local folder of a VAE: `vae.path`, or its copy in the hub's cache; None if it is in neither, or null.
 
     A path that begins with a dot or a slash is never looked up on the hub, where anybody could own its name. Raises
     UserError if such a folder is missing, or if a folder has no config.json or no safetensors.
     """
+    if settings.path is None:
+        return None
     folder = Path(settings.path)
     if not folder.is_dir() and settings.training is None and settings.path.startswith((".", "/")):
         raise UserError(
@@ -62,10 +66,10 @@ def find_vae(settings: VAE) -> Path | None:
         return None
 
 
-def fetch_vae(settings: VAE) -> Path:
+def fetch_vae(settings: VAE) -> Path | None:
     """As `find_vae`, but downloads a missing VAE. Raises UserError if the download fails."""
     folder = find_vae(settings)
-    if folder is not None:
+    if folder is not None or settings.path is None:
         return folder
     if settings.training is not None:
         raise UserError(f"vae.path: {settings.path} is not trained yet; run python preprocess/train_vae.py first")
@@ -109,7 +113,7 @@ def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
     for weights in (WEIGHTS_NAME, f"{STEM}*.safetensors*"):
         try:
             folder = snapshot_download(
-                settings.path,
+                str(settings.path),
                 revision=settings.revision,
                 allow_patterns=[prefix + CONFIG_NAME, prefix + PIPELINE_NAME, prefix + weights],
                 local_files_only=local_files_only,
@@ -121,12 +125,20 @@ def _from_hub(settings: VAE, *, local_files_only: bool) -> Path:
     return Path(folder)
 
 
-def identify(folder: Path, settings: VAE) -> Identity:
-    """Checks a VAE's config.json against the recipe, without loading the network.
+def find_identity(settings: VAE, *, download: bool = False) -> Identity | None:
+    """`identify` of `find_vae`, or of `fetch_vae`; None where the VAE is not here."""
+    folder = fetch_vae(settings) if download else find_vae(settings)
+    return identify(folder, settings) if folder or settings.path is None else None
+
+
+def identify(folder: Path | None, settings: VAE) -> Identity:
+    """Checks a VAE's config.json against the recipe, without loading the network. None: that of `Pixels`.
 
     Raises UserError for an unsupported class, for other latent channels or downsampling than in the recipe, and for a
     missing, invalid or per-channel scaling.
     """
+    if folder is None:
+        return Identity(config_sha256=NO_FILE, weights_sha256=NO_FILE, scaling_factor=1.0, shift_factor=0.0)
     config = _configuration(folder)[1]
     for name, value in _sizes(folder, config).items():
         if value != getattr(settings, name):
@@ -183,10 +195,22 @@ def _sha256(files: list[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+class Pixels(torch.nn.Module):
+    """In an autoencoder's place where `vae.path` is null: a latent is the image itself."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor]:
+        """(B, 3, H, W) as they are."""
+        return (images,)
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        """(B, 3, H, W) as they are."""
+        return SimpleNamespace(sample=latents)
+
+
 class Encoder:
     """A frozen VAE in `vae.precision`, by default on a GPU if there is one. Moments and images are float32.
 
-    AutoencoderTiny and AutoencoderDC are deterministic: the standard deviation of their moments is 0.
+    AutoencoderTiny, AutoencoderDC and pixels are deterministic: the standard deviation of their moments is 0.
     """
 
     def __init__(
@@ -197,7 +221,7 @@ class Encoder:
         self.identity = identity or identify(folder, settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self._settings = PRECISIONS[settings.precision], settings
-        network: Any = load_vae(folder, self.dtype)
+        network: Any = load_vae(folder, self.dtype) if folder else Pixels()
         self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._spans: list[tuple[Any, Any]] = []
         self._busy = 0.0

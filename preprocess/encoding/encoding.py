@@ -18,7 +18,7 @@ from common.errors import UserError, printable
 from common.files import NOT_WRITTEN, disk_errors_as_user_errors, folder_lock
 from common.recipe import Recipe, latent_shape
 from preprocess.encoding.changed_images import check_images
-from preprocess.encoding.encoder import Identity, fetch_vae, find_vae, identify
+from preprocess.encoding.encoder import Identity, find_identity
 from preprocess.encoding.guards import at_work, memory_errors_as_user_errors
 from preprocess.encoding.loop import encode_images
 from preprocess.shards import (
@@ -119,7 +119,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
         raise UserError(f"data.shards: {data.shards} is remote; encode to a local folder, and upload it")
     source = open_source(data)
     _check_classes(recipe, source.class_names)
-    folder = fetch_vae(vae) if download else find_vae(vae)
+    identity = find_identity(vae, download=download)
     settings: Settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),
@@ -128,7 +128,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
         "flips": data.flips,
         "shard_samples": data.shard_samples,
         "precision": vae.precision,
-        "vae": _autoencoder(identify(folder, vae)) if folder else None,
+        "vae": _autoencoder(identity) if identity else None,
     }
     encoding = Encoding(recipe, source, settings)
     _check_settings(encoding)
@@ -213,7 +213,7 @@ def describe_plan(encoding: Encoding) -> list[str]:
         *encoding.warnings,
         f"images: {len(source.entries):,} in {_classes(source.class_names)} below {data.images}",
         *_left_out(source),
-        f"latents: {data.crop} to {data.resolution} px, each image{flips} as {shape} by {vae}",
+        f"latents: {data.crop} to {data.resolution} px, each image{flips} as {shape} by {vae or 'no autoencoder'}",
         f"shards: {len(slices)} of {data.shard_samples:,} samples in {data.shards}, "
         f"{len(records) - records.count(None)} finished",
         f"to do: {missing:,} images, {check_disk(encoding, missing)}",

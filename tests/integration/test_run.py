@@ -1,6 +1,7 @@
 """The chain: every stage a submitit job, finished stages skipped, faults told in one line, nothing left behind."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -12,13 +13,30 @@ import pytest
 from tests.integration.conftest import Experiment, started
 
 RUN = "pipeline/run.py"
+STAGES = ("encode", "train", "sample", "evaluate", "report")
 
 
 @pytest.fixture(scope="module")
-def finished_run(experiment: Experiment) -> Path:
+def said(experiment: Experiment) -> str:
+    """The output of a whole run."""
     done = experiment.run(RUN, "name=chain", "--cluster", "local", "launch.processes=2", "train.zero_stage=0")
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished_run(experiment: Experiment, said: str) -> Path:
     return experiment.folder / "runs/chain"
+
+
+def test_a_stage_is_a_line_and_libraries_say_nothing(said: str) -> None:
+    stages, _, closing = said.partition("\n\n")
+    titles = [f"[{number}/5] {stage}" for number, stage in enumerate(STAGES, 1)]
+    lines = [line for line in stages.splitlines() if ": done in" in line or ": finished before" in line]
+    assert [line.split(":")[0] for line in lines] == titles
+    assert all(line.startswith(tuple(titles)) for line in stages.splitlines())  # after a minute, a stage says more
+    assert re.fullmatch(r"\[2/5\] train: done in \d+ s, .*/runs/chain/weights", lines[1])
+    assert re.match(r"report: .*\nimages: .*\nnumbers: .*\n +FD \(EfficientNet-Lite0\) = [\d.]+: 12 samples", closing)
 
 
 def test_a_run_ends_with_report_images_and_numbers(finished_run: Path) -> None:
@@ -42,10 +60,10 @@ def test_the_same_command_again_skips_every_finished_stage(experiment: Experimen
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
-def test_the_debug_cluster_runs_everything_in_this_process(experiment: Experiment) -> None:
-    done = experiment.run(
-        RUN, "name=debug", "--cluster", "debug", "train.total_samples=32", "model.kind=dit", "model.depth=2"
-    )
+def test_the_debug_cluster_runs_everything_in_this_process_also_without_an_autoencoder(experiment: Experiment) -> None:
+    pixels = ("vae.path=null", "vae.latent_channels=3", "vae.downsampling=1", f"data.shards={experiment.folder}/pixels")
+    short = ("train.total_samples=32", "model.kind=dit", "model.depth=2", "model.patch_size=4")
+    done = experiment.run(RUN, "name=debug", "--cluster", "debug", *short, *pixels)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (experiment.folder / "runs/debug/report.html").exists()
 

@@ -33,8 +33,8 @@ def test_a_container_installs_extras_that_exist_with_a_python_that_they_allow(pa
     assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
     minor = re.search(r"python:3\.(\d+)-", text)
     assert minor is not None
-    assert project["requires-python"] == ">=3.11,<3.13"
-    assert 11 <= int(minor[1]) < 13
+    assert project["requires-python"] == ">=3.11,<3.14"
+    assert 11 <= int(minor[1]) < 14
 
 
 def test_both_start_from_the_same_image() -> None:

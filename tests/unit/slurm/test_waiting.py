@@ -30,6 +30,14 @@ class Ended:
         return Ended(self.results[rank : rank + 1])
 
 
+def test_lines_of_a_job_are_passed_on_whole_and_states_of_a_bar_are_lines() -> None:
+    shown: list[str] = []
+    lines = waiting.Lines(shown.append)
+    for new in (b"warning: a fi", b"le is damaged\n\rencode:  0%", b"\rencode: 50%\r", b"encode: 99%"):
+        lines(new)
+    assert shown == ["warning: a file is damaged", "encode:  0%", "encode: 50%"]
+
+
 def test_a_job_that_outlived_a_node_has_succeeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "UNSURE_SECONDS", 0)
     submitit.core.utils.cloudpickle_dump(("success", {"seconds": 1}), tmp_path / "0")

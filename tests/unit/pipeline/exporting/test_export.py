@@ -86,7 +86,7 @@ def test_classes_have_the_names_of_the_training_shards(
     (tmp_path / INDEX).touch()
     recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, shards=str(tmp_path)))
     index: dict[str, Any] = {"class_names": ["cat", "dog", "a | b"], "settings": {}}
-    for module in ("pipeline.exporting.export", "pipeline.sampling.sample_set"):
+    for module in ("preprocess.from_data", "pipeline.sampling.sample_set"):
         monkeypatch.setattr(f"{module}.read_local_index", lambda _: index)
     export(recipe)
     folder = RunFolder(recipe.folder).pipeline

@@ -15,7 +15,7 @@ from common.recipe import Data, Recipe
 from pipeline.planning.estimate import Speeds
 from pipeline.planning.machine import ROOT
 from pipeline.proposal import propose as proposing
-from pipeline.proposal.choose import DEMO, FROM_DEMO, crop
+from pipeline.proposal.choose import DEMO, FROM_DEMO, crop, max_rejected
 from pipeline.proposal.look import look
 from pipeline.proposal.propose import propose
 from pipeline.proposal.recipe_text import Setting, recipe_text
@@ -80,6 +80,27 @@ def test_the_recipe_says_why_for_every_line_and_fits_the_time(images: Path, tmp_
     assert recipe.train.epochs * 48 / 50 < 600
     assert recipe.train.log.every_samples <= 60 * 50
     assert recipe.vae.training is not None  # noise is not what the demo's autoencoder was trained on
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_recipe_without_an_autoencoder_draws_pixels(images: Path, tmp_path: Path) -> None:
+    recipe = propose(str(images), tmp_path / "recipe.yaml", 600.0, ["data.resolution=32", "vae.path=null"])
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert (recipe.vae.path, recipe.vae.latent_channels, recipe.vae.downsampling) == (None, 3, 1)
+    assert recipe.model.patch_size == 4
+
+
+def test_a_recipe_never_refuses_the_images_that_it_was_written_for() -> None:
+    for count in range(1, 130):
+        for bad in range(count):
+            share, _ = max_rejected(bad, count, count)
+            assert bad <= share * count < max(bad, 0.001 * count) + 1
+    draw = np.random.default_rng(0)  # of a larger set, a part is looked at
+    for share_of_bad in (0.0, 0.0002, 0.02, 0.4):
+        unusable = draw.random(40_000) < share_of_bad
+        for _ in range(50):
+            bad = int(unusable[draw.permutation(40_000)[:5000]].sum())
+            assert unusable.sum() <= max_rejected(bad, 5000, 40_000)[0] * 40_000
 
 
 def test_a_recipe_starts_from_the_demos_measured_settings() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from common.errors import UserError
 from common.log_lines import append_line
 from common.recipe import Recipe
 from common.run_recipe import write_recipe
+from pipeline.reporting import comparison
 from pipeline.reporting.comparison import Compared, at_blocks, compare, draw, loss_at, notes, page, read_run
 from pipeline.sampling.plans import blocks_an_image
 from tests.conftest import copied, generated, load_samples
@@ -44,7 +46,7 @@ def test_pictures_are_drawn_from_the_same_noise_at_the_blocks_of_the_cheapest(
     assert (compared.drawn[0].images == compared.drawn[1].images).all()  # equal weights, noise and blocks
     own, labels = load_samples(generated(runs[0]), 10)
     assert np.abs(own[:4].astype(int) - compared.drawn[0].images).max() <= 1
-    assert compared.drawn[0].labels == labels[:4].tolist()
+    assert compared.drawn[0].classes == [f"class {label}" for label in labels[:4]]  # no list of them is here
     assert [row["blocks"] for row in compared.rows] == [12, 24]
 
 
@@ -78,6 +80,20 @@ def test_what_does_not_compare_is_said(runs: list[Recipe]) -> None:
     assert "Their trainings differ in computation" in said
 
 
+def test_classes_have_their_names_on_the_page_and_in_the_table(
+    runs: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "class_names", lambda recipe: ["cat", "<b>dog</b>", "fox"])
+    compared = compare([recipe.folder for recipe in runs], None, 4)
+    names = compared.rows[0]["drawn"]["classes"]
+    assert set(names) <= {"cat", "<b>dog</b>", "fox"}
+    assert len(names) == 4
+    page(compared, tmp_path / "compare.html")
+    shown = re.findall(r"<h4>(.*?)</h4>", (tmp_path / "compare.html").read_text())
+    assert shown == [escape(name) for name in dict.fromkeys(names)]
+    assert compared.drawn[0].of_class("cow") is None
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser_the_page_shows_all_pictures_and_fits(
     compared: Compared, width: int, tmp_path: Path, chromium: list[str]
@@ -95,5 +111,5 @@ def test_in_a_browser_the_page_shows_all_pictures_and_fits(
     title = re.search(r"<title>(\{.*?\})</title>", shown.stdout)
     assert title, shown.stderr
     seen = json.loads(title[1])
-    assert (seen["broken"], seen["images"]) == (0, 3)
+    assert (seen["broken"], seen["images"]) == (0, 1 + 2 * len(compared.classes))
     assert seen["overflow"] <= 0
