@@ -18,7 +18,7 @@ from common.command import Parser, ended_by_signals, exit_status_of, path_argume
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.reproduction.experiments import Table
+    from pipeline.reproduction.claims import Table
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def chosen(only: str | None, scale: str) -> list["Table"]:
-    from pipeline.reproduction.experiments import tables_of
+    from pipeline.reproduction.claims import tables_of
 
     tables = tables_of(scale)
     keys = [table.key for table in tables]

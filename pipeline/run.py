@@ -104,7 +104,7 @@ def refuse_options(arguments: argparse.Namespace) -> None:
 
 
 def rendered(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace) -> str:
-    from pipeline.orchestration.rendering import render
+    from pipeline.orchestration.other_engines import render
     from slurm.site_file import load_site
 
     root = Path(__file__).resolve().parents[1]

@@ -17,8 +17,8 @@ from pipeline.planning.disk import portraits
 from pipeline.planning.machine import IMAGES, encoding_seconds, evaluation_seconds, sampling_seconds, try_training
 from pipeline.sampling.iterates import ITERATIONS, OF_THE_STEPS, SHOWN
 from pipeline.sampling.plans import passes
-from pipeline.training.cost import mean_flops
 from pipeline.training.identity import precision, total_samples
+from pipeline.training.operations import mean_flops
 from preprocess.demo.portraits import CLASSES
 from preprocess.encoding.encoder import Encoder, find_identity, find_vae, load_vae
 from preprocess.from_data import from_data, open_latents

@@ -26,7 +26,7 @@ from fpdm.denoiser import build_denoiser
 from pipeline.features.extractors import NamedExtractor
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.plans import unmeasured
-from pipeline.training.cost import mean_flops
+from pipeline.training.operations import mean_flops
 from pipeline.training.schedule import step_iterations
 from pipeline.training.throughput import step_flops
 from preprocess.encoding.encoder import Encoder

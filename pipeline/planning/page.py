@@ -11,8 +11,8 @@ from pipeline.planning.estimate import UTILISATION, Speeds, computed, count_imag
 from pipeline.planning.machine import Machine, this_machine
 from pipeline.planning.memory import on_a_gpu
 from pipeline.sampling.plans import blocks_an_image
-from pipeline.training.cost import describe_cost, with_end
 from pipeline.training.identity import total_samples
+from pipeline.training.operations import describe_cost, with_end
 
 TRAINING_SECONDS = 5.0  # of training, measured
 NAMES = ", ".join(GPUS)

@@ -14,8 +14,8 @@ from common.run_folder import RunFolder
 from common.stage import Stage
 from pipeline.planning.estimate import Speeds, count_images, measured, resolved, stage_times
 from pipeline.planning.page import TRAINING_SECONDS, duration
-from pipeline.training.cost import training_flops, with_end
 from pipeline.training.identity import total_samples
+from pipeline.training.operations import training_flops, with_end
 from preprocess.from_data import from_data
 from slurm.cluster import Resources, executor, run
 

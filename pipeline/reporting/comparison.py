@@ -31,7 +31,7 @@ from pipeline.reporting.page import render
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.models import Models
 from pipeline.sampling.plans import blocks_an_image, labels_for, unmeasured
-from pipeline.training.cost import mean_flops
+from pipeline.training.operations import mean_flops
 from preprocess.from_data import class_names, from_data
 
 NEAR = 0.05  # totals of computation that are called equal

@@ -24,9 +24,9 @@ from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.plots import loss_curve, sweep_plot
 from pipeline.evaluation.sweep import read_table, table
 from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
+from pipeline.reporting.cost import receipt
 from pipeline.reporting.fixed_point import FixedPoint, fixed_point
 from pipeline.reporting.nearest import nearest
-from pipeline.reporting.receipt import receipt
 from pipeline.sampling import iterates
 from pipeline.sampling.plans import blocks_an_image
 

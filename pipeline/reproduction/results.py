@@ -5,7 +5,7 @@ from statistics import fmean
 
 from common.provenance import provenance
 from pipeline.reproduction import counting
-from pipeline.reproduction.experiments import Row, Table
+from pipeline.reproduction.claims import Row, Table
 from pipeline.reproduction.intervals import judged, shown
 from pipeline.reproduction.running import Outcome, Scale, missing_judge, outcomes
 

@@ -21,12 +21,12 @@ from pipeline.evaluation.stage import fetch
 from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.features.efficientnet import PUBLISHED
-from pipeline.reproduction.experiments import RECIPES, SECOND_JUDGE, Arm, Row, Table
+from pipeline.reproduction.claims import RECIPES, SECOND_JUDGE, Arm, Row, Table
 from pipeline.stages import select
 from pipeline.training.checkpoint import MARKER
 from pipeline.training.checkpoint_form import MarkerForm
-from pipeline.training.cost import training_flops, with_end
 from pipeline.training.identity import total_samples
+from pipeline.training.operations import training_flops, with_end
 
 ROOT = Path(__file__).parents[2]
 MADE = ("compose", "autoencoder", "encode", "train")  # the stages before sampling

@@ -12,10 +12,10 @@ from common.recipe import Recipe, with_world_size
 from common.run_folder import RunFolder, counted, weights_folder
 from common.run_weights import describe
 from pipeline.training.checkpoint import MARKER
-from pipeline.training.cost import with_end
 from pipeline.training.data import open_shards, stage_in
 from pipeline.training.distributed import process_group, raise_on_all_ranks
 from pipeline.training.identity import changes, identity, total_samples
+from pipeline.training.operations import with_end
 from pipeline.training.schedule import has_ended
 from pipeline.training.signals import stop_requests
 from pipeline.training.trainer import Trainer

@@ -20,11 +20,11 @@ def plan(recipe: Recipe) -> Iterator[str]:
     from common.ranks import rank_and_world_size
     from common.recipe import denoiser_config, node_counts, with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
-    from pipeline.training.cost import describe_cost, with_end
     from pipeline.training.data import open_shards
     from pipeline.training.deepspeed_config import deepspeed_config
     from pipeline.training.identity import total_samples
     from pipeline.training.initial import check_initial_weights
+    from pipeline.training.operations import describe_cost, with_end
 
     recipe = with_end(recipe)
     settings = recipe.train

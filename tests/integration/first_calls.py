@@ -5,7 +5,7 @@ import tempfile
 import deepspeed
 
 from common.loading import load_recipe
-from pipeline.training.cost import mean_flops
+from pipeline.training.operations import mean_flops
 from tests.integration.conftest import RECIPE
 
 deepspeed.ops.__compatible_ops__  # noqa: B018 (found by running a compiler)

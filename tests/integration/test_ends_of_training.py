@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.loading import load_recipe
-from pipeline.training.cost import mean_flops
+from pipeline.training.operations import mean_flops
 from tests.integration.conftest import Experiment
 from tests.integration.ranks import run_ranks, started_ranks
 

@@ -11,7 +11,7 @@ from common.stage_checks import check_stages
 from pipeline.evaluation.sweep import points
 from pipeline.planning.page import plan_page
 from pipeline.stages import select
-from pipeline.training.cost import describe_cost, with_end
+from pipeline.training.operations import describe_cost, with_end
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes/paper").glob("*.yaml"))

@@ -9,7 +9,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.sealed import OPEN, read_sealed
-from pipeline.reproduction.experiments import TABLES
+from pipeline.reproduction.claims import TABLES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -29,9 +29,9 @@ from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.reporting import contact_sheet
+from pipeline.reporting.cost import as_dit, receipt
 from pipeline.reporting.nearest import nearest
 from pipeline.reporting.page import TEMPLATE, context, render
-from pipeline.reporting.receipt import as_dit, receipt
 from pipeline.reporting.stage import STAGE as REPORT
 from pipeline.sampling import iterates
 from pipeline.sampling.sample_set import Sampling, sample_set

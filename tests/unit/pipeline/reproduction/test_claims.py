@@ -9,12 +9,12 @@ from common.errors import UserError
 from common.recipe import denoiser_config
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation.sweep import points
+from pipeline.reproduction.claims import TABLES, Arm, Claim, Table, tables_of
 from pipeline.reproduction.counting import claims
-from pipeline.reproduction.experiments import TABLES, Arm, Claim, Table, tables_of
 from pipeline.reproduction.intervals import interval, judged, shown
 from pipeline.reproduction.results import _section
 from pipeline.reproduction.running import Scale, _row, check_images, missing_judge
-from pipeline.training.cost import training_flops
+from pipeline.training.operations import training_flops
 
 SCALES = [Scale(name, "runs/none", seeds=1, smoke=False) for name in ("small", "full")]
 

@@ -6,7 +6,7 @@ import pytest
 
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config
-from pipeline.training.cost import describe_cost, mean_flops, training_flops, with_end
+from pipeline.training.operations import describe_cost, mean_flops, training_flops, with_end
 from pipeline.training.schedule import step_iterations
 from pipeline.training.throughput import step_flops
 

@@ -19,7 +19,7 @@ from common.jobs import Job
 from common.loading import load_recipe
 from common.stage_jobs import plain_steps
 from pipeline import run
-from pipeline.orchestration.rendering import render
+from pipeline.orchestration.other_engines import render
 from pipeline.stages import select
 from slurm.site_file import Elsewhere, Site
 from tests.unit.pipeline.orchestration import engine_forms as forms

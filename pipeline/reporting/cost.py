@@ -12,7 +12,7 @@ from common.run_folder import RunFolder
 from common.stage_times import read_times
 from fpdm.denoiser import count_parameters
 from pipeline.sampling.plans import blocks_an_image
-from pipeline.training.cost import mean_flops
+from pipeline.training.operations import mean_flops
 
 
 def receipt(recipe: Recipe, samples_seen: int, device: str | None) -> Iterator[tuple[str, str]]:
