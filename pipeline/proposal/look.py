@@ -22,6 +22,7 @@ from preprocess.images.images import WHITE, Rejected, decode
 from preprocess.sources import Entry, Source, open_source
 from preprocess.sources.entries import ENCODED_AS, kind_of
 from preprocess.sources.folders import walk_visible
+from preprocess.sources.idx import IMAGES
 
 LOOKED_AT = 5000  # images of a larger data set that are decoded, evenly at random
 BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset"}
@@ -96,7 +97,7 @@ def _kind(data: Data) -> Any:
     """The source that reads the files, unless the user has named one."""
     path = Path(data.images)
     files = [path, *sorted(path.glob("*"))] if path.is_dir() else [path]
-    kinds = (BY_SUFFIX[one.suffix] for one in files if one.suffix in BY_SUFFIX)
+    kinds = filter(None, ("idx" if IMAGES.fullmatch(one.name) else BY_SUFFIX.get(one.suffix) for one in files))
     return next(kinds, data.source) if data.source == "folder" else data.source
 
 

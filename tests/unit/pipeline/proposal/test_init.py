@@ -19,6 +19,7 @@ from pipeline.proposal.choose import DEMO, FROM_DEMO, crop, max_rejected
 from pipeline.proposal.look import look
 from pipeline.proposal.propose import propose
 from pipeline.proposal.recipe_text import Setting, recipe_text
+from tests.photographs import idx_bytes
 
 
 @pytest.fixture
@@ -117,6 +118,15 @@ def test_of_two_settings_of_a_field_the_later_one_counts_and_text_is_quoted() ->
     text = recipe_text(settings, "heading")
     assert yaml.safe_load(text) == {"a": {"b": [0.9, 0.99]}, "c": "yes: # no"}
     assert text.startswith("# heading\n")
+
+
+def test_files_of_mnists_form_are_recognised_by_their_names(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for name, shape in (("images-idx3-ubyte", (6, 28, 28)), ("labels-idx1-ubyte", (6,))):
+        (tmp_path / f"train-{name}").write_bytes(idx_bytes(draw.integers(0, 3, shape, np.uint8)))
+    for named in (tmp_path, tmp_path / "train-images-idx3-ubyte"):
+        found = look(Data(images=str(named)))
+        assert (found.data.source, found.usable) == ("idx", 6)
 
 
 def test_a_folder_without_a_usable_image_and_a_field_without_a_value_are_refused(tmp_path: Path) -> None:
