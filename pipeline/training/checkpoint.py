@@ -2,7 +2,8 @@
 
 The tensors are complete fp32 ones by parameter name (parameters, Adam's moments, EMAs), gathered from the shards that
 DeepSpeed keeps. So one format resumes at any number of ranks and any ZeRO stage, opens anywhere, and holds no pickle;
-the networks of this project are small enough for that (XL/2: 1.4 GB).
+the networks of this project are small enough for that (XL/2: 1.4 GB). The numbers beside them are those of state.py;
+checkpoint_form.py says what is read back.
 """
 
 import platform

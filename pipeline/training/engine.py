@@ -10,8 +10,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.recipe import Train
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
-from pipeline.training.identity import precision
 from pipeline.training.muon import MuonAdamW, find_layouts
+from pipeline.training.optimizers import build_optimizer
 
 # The state of a loss scaler (only fp16 has one); its other fields are settings.
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -25,26 +25,13 @@ def build_engine(train: Train, model: Denoiser, config: dict[str, Any]) -> Any:
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()  # in place: parameters keep their names
-    optimizer = _build_optimizer(train, model)
+    optimizer = build_optimizer(train, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if isinstance(optimizer, MuonAdamW):
         find_layouts(engine, optimizer)
     if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # it would copy every gradient and add nothing
     return engine
-
-
-def _build_optimizer(train: Train, model: Denoiser) -> torch.optim.Optimizer:
-    # The rate of every step is set before it. Until then it is 0: in bf16 at stage 0 DeepSpeed makes the optimizer's
-    # state by a step, which would decay the weights.
-    settings, rate = train.optimizer, 0.0
-    betas, decay = settings.betas, settings.weight_decay
-    # What an optimizer keeps for each parameter is in zero.py (MOMENTS, start_moments) and in checkpoint_form.py.
-    if settings.name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay)
-    assert settings.name == "muon"
-    dtype = torch.float32 if precision(train) == "fp32" else torch.bfloat16
-    return MuonAdamW(model, lr=rate, betas=betas, weight_decay=decay, dtype=dtype)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
