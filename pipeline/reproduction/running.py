@@ -20,7 +20,6 @@ from fpdm.denoiser import count_parameters
 from pipeline.evaluation.stage import fetch
 from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
-from pipeline.features.efficientnet import PUBLISHED
 from pipeline.reproduction.claims import RECIPES, SECOND_JUDGE, Arm, Row, Table
 from pipeline.stages import select
 from pipeline.training.checkpoint import MARKER
@@ -53,7 +52,7 @@ class Scale:
 
     def judges(self, table: Table) -> tuple[str | None, ...]:
         """The extractors that a table's distances are taken with; None: each recipe's own."""
-        again = self.name == "small" and table.judged_again and PUBLISHED[SECOND_JUDGE].is_installed
+        again = self.name == "small" and table.judged_again
         return (None, SECOND_JUDGE) if again else (None,)
 
     def recipes(self, arm: Arm, judge: str | None = None) -> list[Recipe]:
@@ -113,14 +112,6 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
     with ProcessPoolExecutor(at_once, spawned, _leave_port, max_tasks_per_child=1) as pool:
         for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
             made.result()
-
-
-def missing_judge(tables: Sequence[Table], scale: Scale) -> str | None:
-    """What to say where SECOND_JUDGE is wanted and not installed."""
-    judge, wanted = PUBLISHED[SECOND_JUDGE], scale.name == "small" and any(table.judged_again for table in tables)
-    if not wanted or judge.is_installed:
-        return None
-    return f"Not judged by {judge.shown}, which is not installed: pip install {judge.package}, and the same command."
 
 
 def check_images(tables: Sequence[Table], scale: Scale, cluster: str) -> None:

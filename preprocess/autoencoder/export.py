@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL  # importing it takes seconds, and each training reads `measured.json`
 
 MEASURED = "measured.json"
+STANDARDISED = "; the posterior's mean has mean 0 and standard deviation 1 in each channel"
 
 NOTE = """# An autoencoder
 
 A `diffusers.AutoencoderKL`, {parameters:,} parameters, fp16: {resolution} px RGB to {channels} x {side} x {side}
-latents; the posterior's mean has mean 0 and standard deviation 1 in each channel.
+latents{standardised}.
 
 | | |
 |---|---|
@@ -48,12 +49,12 @@ class Measured(TypedDict):
 def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measured: dict[str, Any]) -> None:
     """Writes the autoencoder in fp16, its config.json, README.md and measured.json to `vae.path`, atomically.
 
-    `vae`: as `training.finish` returns it, whose latents need no scaling. `settings`: what decides the weights.
+    `vae`: with weights that fp16 holds. `settings`: what decides the weights.
     `measured`: the result of `training.measure` on held-out images, with the numbers of images and the minutes.
     """
     assert recipe.vae.training is not None
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    start = recipe.vae.training.start
+    training = recipe.vae.training
+    further = f"; then its decoder alone, {training.decoder_images:,} images" if training.decoder_images else ""
     with disk_errors_as_user_errors(recipe.vae.folder), atomic_folder(recipe.vae.folder) as folder:
         copy.deepcopy(vae).half().save_pretrained(folder)
         (folder / "README.md").write_text(
@@ -65,8 +66,9 @@ def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measu
                 side=recipe.data.resolution // recipe.vae.downsampling,
                 source=recipe.data.images,
                 crop=recipe.data.crop,
-                images=recipe.vae.training.images,
-                started=f"from the weights of {start}" if start else "from nothing",
+                images=training.images,
+                standardised=STANDARDISED if training.images else "",
+                started=(f"from the weights of {training.start}" if training.start else "from nothing") + further,
                 machine=f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
             ),
             encoding="utf-8",

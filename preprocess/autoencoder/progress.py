@@ -16,11 +16,13 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class Progress:
-    """The file of one training. `settings`: all that decides the weights; a file of others is not gone on with."""
+    """The file of one training, or of a part of it. `settings`: all that decides the weights; a file of others is not
+    gone on with.
+    """
 
-    def __init__(self, vae_path: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, vae_path: str | Path, settings: dict[str, Any], part: str = "") -> None:
         place = Path(vae_path)
-        self.path, self.settings = place.parent / f".{place.name}.progress", settings
+        self.path, self.settings = place.parent / f".{place.name}{part}.progress", settings
         self._written = time.monotonic()
 
     @property

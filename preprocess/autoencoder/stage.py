@@ -1,12 +1,18 @@
 """The stage `autoencoder`, of recipes with a section `vae.training`. Importing it takes no time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.recipe import VAE, Recipe, latent_shape
 from common.stage import Input, Stage, the_recipe
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL
+
+    from preprocess.autoencoder.images import Images
+    from preprocess.autoencoder.progress import Progress
 
 LOWEST_PSNR = 26.0  # dB; below it samples cannot be sharp, whatever the denoiser learns
 
@@ -26,6 +32,8 @@ def plan(recipe: Recipe) -> Iterator[str]:
     shape = " x ".join(map(str, latent_shape(recipe)))
     yield f"autoencoder: {parameters:,} parameters, {recipe.data.resolution} px to {shape}"
     yield f"to see: {recipe.vae.training.images:,} images of {recipe.data.images}"
+    if recipe.vae.training.decoder_images:
+        yield f"its decoder alone: {recipe.vae.training.decoder_images:,} images more"
     yield f"result: {recipe.vae.path}, {'trained' if finished(recipe) else 'to be trained'}"
 
 
@@ -55,22 +63,43 @@ def _train(recipe: Recipe) -> None:
     from preprocess.autoencoder.export import export
     from preprocess.autoencoder.images import load_images
     from preprocess.autoencoder.progress import Progress
-    from preprocess.autoencoder.training import BATCH_SIZE, finish, measure
-    from preprocess.autoencoder.training import train as steps
+    from preprocess.autoencoder.training import measure
 
     share_cores()
     images, settings = load_images(recipe), _settings(recipe)
-    progress = Progress(recipe.vae.folder, settings)
-    for vae, seconds in steps(recipe, lambda step: images.batch(step, BATCH_SIZE), progress=progress):
-        trained, taken = vae, seconds
-    ready = finish(trained, images.statistics)
-    measured: dict[str, Any] = measure(ready, images.held_out)
+    kept = Progress(recipe.vae.folder, settings), Progress(recipe.vae.folder, settings, ".decoder")
+    vae, seconds = trained(recipe, images, kept)
+    measured: dict[str, Any] = measure(vae, images.held_out)
     counts = {"training": len(images.training), "held_out": len(images.held_out)}
-    export(recipe, ready, settings, measured | counts | {"minutes": taken / 60})
-    progress.remove()
+    export(recipe, vae, settings, measured | counts | {"minutes": seconds / 60})
+    for progress in kept:
+        progress.remove()
     print(f"autoencoder: {measured['psnr']:.2f} dB PSNR on {counts['held_out']} held-out images, in {recipe.vae.path}")
     for line in low_psnr(recipe.vae):
         print(line, flush=True)
+
+
+def trained(recipe: Recipe, images: "Images", kept: Sequence["Progress"]) -> tuple["AutoencoderKL", float]:
+    """The autoencoder and the seconds that its training took: as a whole, then of its decoder, each if wanted.
+
+    kept: the progress of each.
+    """
+    from collections import deque
+
+    from preprocess.autoencoder import decoder, loop, training
+
+    def batch(step: int) -> Any:
+        return images.batch(step, loop.BATCH_SIZE)
+
+    assert recipe.vae.training is not None
+    vae, seconds, further = training.start(recipe), 0.0, 0.0
+    if recipe.vae.training.images:
+        ((average, seconds),) = deque(loop.run(training.whole(recipe, batch), progress=kept[0]), maxlen=1)
+        vae = training.finish(average, images.statistics)
+    if recipe.vae.training.decoder_images:
+        ((average, further),) = deque(loop.run(decoder.decoder(recipe, vae, batch), progress=kept[1]), maxlen=1)
+        vae = training.rounded(average)
+    return vae, seconds + further
 
 
 def low_psnr(vae: VAE) -> list[str]:
@@ -102,6 +131,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "vae.training.images": training.images,
         "vae.training.start": start,
         "vae.training.kl_weight": training.kl_weight,
+        **({"vae.training.decoder_images": training.decoder_images} if training.decoder_images else {}),
         "vae.latent_channels": vae.latent_channels,
         "vae.downsampling": vae.downsampling,
         "seed": recipe.seed,

@@ -1,31 +1,24 @@
-"""How an autoencoder is trained: network, loss, schedule, and what is measured on it."""
+"""How an autoencoder is trained as a whole: network, loss, schedule, and what is measured on it."""
 
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.models import AutoencoderKL
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.ranks import own_device
 from common.recipe import Recipe
 from fpdm.rng import normal
-from preprocess.autoencoder.progress import Progress
+from preprocess.autoencoder.loop import BATCH_SIZE, Phase, learning_rate
 from preprocess.encoding.encoder import load_vae
 
 # 1.45 M parameters where the latents have a quarter of the images' side; a wider first block costs most, at full
 # resolution.
 BLOCK_CHANNELS = (24, 48, 96, 96, 96)
-BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
-WARMUP_STEPS = 200
-EMA_DECAY = 0.998
 FIRST_KL_WEIGHT = 5e-4  # of the KL divergence, a mean over latents beside means over pixels
 MEASURE_BATCH = 64
 
@@ -59,32 +52,32 @@ def start(recipe: Recipe) -> AutoencoderKL:
     """`build`, or the autoencoder in `vae.training.start`. Raises UserError where that is another network."""
     vae = build(recipe)
     assert recipe.vae.training is not None
-    if (folder := recipe.vae.training.start) is not None:
-        given = load_vae(Path(folder)).state_dict()
-        if {name: value.shape for name, value in given.items()} != {n: v.shape for n, v in vae.state_dict().items()}:
-            raise UserError(
-                f"vae.training.start: {folder} holds another network than is trained here, of "
-                f"{recipe.vae.downsampling} x downsampling and {recipe.vae.latent_channels} channels; leave it out"
-            )
-        vae.load_state_dict(given)
-    return vae
+    if (folder := recipe.vae.training.start) is None:
+        return vae
+    given: Any = load_vae(Path(folder))
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (vae, given)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"vae.training.start: {folder} holds another network than is trained here, of "
+            f"{recipe.vae.downsampling} x downsampling and {recipe.vae.latent_channels} channels; leave it out"
+        )
+    return given.to(memory_format=torch.channels_last)
 
 
 def loss(vae: AutoencoderKL, images: torch.Tensor, seed: int, step: int, weight: float) -> torch.Tensor:
-    """L1 + MSE + L1 of the finite differences (edges) + `weight` x KL, means over everything."""
-
+    """`pixel_error` of decoded draws + `weight` x KL, a mean over latents."""
     posterior = vae.encode(images).latent_dist
     indices = torch.arange(step * len(images), (step + 1) * len(images), device=images.device)
     noise = normal(seed, "train_vae/posterior", indices, tuple(posterior.mean.shape[1:]))
-    error = vae.decode(posterior.mean + posterior.std * noise).sample - images
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    return pixel_error(decoded, images) + weight * posterior.kl().mean() / noise[0].numel()
+
+
+def pixel_error(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """L1 + MSE + L1 of the finite differences (edges), means over everything."""
+    error = decoded - images
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + error.square().mean() + edges + weight * posterior.kl().mean() / noise[0].numel()
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Rises over the first steps, a tenth of them at most, and falls to 0."""
-    warm_up = max(1, min(WARMUP_STEPS, steps // 10))
-    return LEARNING_RATE * min(1, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return error.abs().mean() + error.square().mean() + edges
 
 
 def kl_weight(step: int, steps: int, last: float) -> float:
@@ -97,50 +90,25 @@ def kl_weight(step: int, steps: int, last: float) -> float:
     return first * (last / first) ** min(1.0, step / (0.75 * steps)) if last else 0.0
 
 
-def train(
-    recipe: Recipe,
-    batch_of: Callable[[int], torch.Tensor],
-    *,
-    progress: Progress | None = None,
-    quiet: bool = False,
-) -> Iterator[tuple[AutoencoderKL, float]]:
-    """Yields the averaged autoencoder after every step, and the seconds that its steps took.
-
-    batch_of: a step's images (BATCH_SIZE, 3, H, W). progress: where a training goes on that was interrupted.
-    """
+def whole(recipe: Recipe, batch_of: Callable[[int], torch.Tensor]) -> Phase:
+    """The training of all its weights. batch_of: a step's images (BATCH_SIZE, 3, H, W)."""
     assert recipe.vae.training is not None
-    device = own_device()
-    vae: Any = start(recipe)
-    vae.to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
     settings = recipe.vae.training
+    vae: Any = start(recipe)
+    vae.to(device := own_device())
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
     steps = math.ceil(settings.images / BATCH_SIZE)
-    decay = min(EMA_DECAY, 1 - min(1.0, 10 / steps))  # averages over a tenth of a short training
-    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    first, before, began = 0, 0.0, time.monotonic()
-    parts = {"vae": vae, "optimizer": optimizer, "average": average}
-    if progress is not None and (kept := progress.read(device)) is not None:
-        first, before = kept["step"], kept["seconds"]
-        for name, part in parts.items():
-            part.load_state_dict(kept[name])
-    between = 0.5 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
-    bar = tqdm(total=steps, initial=first, unit="step", desc="autoencoder", mininterval=between, disable=quiet)
-    for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+
+    def one_step(step: int) -> float:
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate(step, steps)
         value = loss(vae, batch_of(step).to(device), recipe.seed, step, kl_weight(step, steps, settings.kl_weight))
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(vae)
-        bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
-        bar.update()
-        seconds = before + time.monotonic() - began
-        if progress is not None and progress.is_due and step + 1 < steps:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            progress.write({"step": step + 1, "seconds": seconds, **states})
-        yield cast(AutoencoderKL, average.module), seconds
-    bar.close()
+        return value.item()
+
+    return Phase("autoencoder", vae, steps, one_step, {"optimizer": optimizer})
 
 
 @torch.no_grad()
@@ -150,8 +118,8 @@ def finish(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
     The affine map goes into the 1 x 1 convolutions on either side of the latents, so the images stay the same; the
     noise of diffusion then hides every channel alike.
     """
-    finished = AutoencoderKL.from_config(vae.config)
-    finished.load_state_dict(vae.state_dict())  # on the CPU, wherever it was trained
+    finished = _copy(vae)
+    finished.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     statistics = measure(vae, images)
     mean, std = torch.tensor(statistics["channel_means"]), torch.tensor(statistics["channel_stds"])  # (C,)
     to_moments, from_latents = finished.quant_conv, finished.post_quant_conv
@@ -161,6 +129,18 @@ def finish(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
     from_latents.bias += from_latents.weight[:, :, 0, 0] @ mean
     from_latents.weight *= std[:, None, None]
     return finished.half().float()
+
+
+def rounded(vae: AutoencoderKL) -> AutoencoderKL:
+    """A copy, its weights rounded to fp16."""
+    return _copy(vae).half().float()
+
+
+def _copy(vae: AutoencoderKL) -> Any:
+    """On the CPU, wherever it was trained."""
+    copied = AutoencoderKL.from_config(vae.config)
+    copied.load_state_dict(vae.state_dict())
+    return copied
 
 
 @torch.no_grad()

