@@ -89,7 +89,7 @@ class VAETraining:
     learn, and a lower PSNR; the demo's autoencoder had 0.06 at last."""
     decoder_images: CountOrZero = 0
     """Images on which the decoder alone is trained after that, from latents with noise, by what an EfficientNet sees in
-    them and by a discriminator: sharp details, and a lower PSNR. The latents stay as they are."""
+    its images: sharp details, and a lower PSNR. The latents stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

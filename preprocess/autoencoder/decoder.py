@@ -2,8 +2,8 @@
 
 An autoencoder that is trained by the error of its pixels answers doubt with blur, and what a denoiser draws is never
 quite a latent of an image. So the decoder sees latents with noise, as that of RAE (Zheng et al., arXiv 2510.11690), and
-is judged by the maps of an EfficientNet, as by LPIPS (Zhang et al. 2018), and by a discriminator of patches, as that of
-latent diffusion (Rombach et al. 2022, appendix G). The encoder is left as it is, and with it all latents.
+is judged by the maps of an EfficientNet, as by LPIPS (Zhang et al. 2018). The encoder is left as it is, and with it all
+latents. A discriminator beside it made no difference that one could see (docs/speedrun.md).
 """
 
 import math
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.parametrizations import spectral_norm
 
 from common.efficientnet import PUBLISHED, load_efficientnet, normalised
 from common.errors import UserError
@@ -28,10 +27,8 @@ TEACHER = "efficientnet-lite2"  # Lite0 measures the demo
 SIDE = 128  # pixels of the images that the teacher sees
 STAGES = (0, 1, 2, 4)  # of the teacher, whose maps are compared: 1/2, 1/4, 1/8 and 1/16 of the side
 NOISE = 0.5  # the largest standard deviation of the noise; the latents' own is 1
-LEARNING_RATE, DISCRIMINATOR_RATE = 5e-4, 3e-4
-ADVERSARIAL_WEIGHT = 0.1
-COST = 1.2  # seconds of a step, in those of one that trains all weights
-ALONE = 100  # steps of the discriminator before the decoder hears of it
+LEARNING_RATE = 5e-4
+COST = 1.1  # seconds of a step, in those of one that trains all weights
 
 
 class Teacher(nn.Module):
@@ -64,16 +61,6 @@ class Teacher(nn.Module):
         return found
 
 
-def discriminator(seed: int) -> nn.Module:
-    """Images (B, 3, H, W) to a score of each patch (B, 1, H/4, W/4): above 0 for real ones."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for channels, wider, kernel, stride in ((3, 32, 4, 2), (32, 64, 4, 2), (64, 128, 3, 1), (128, 1, 3, 1)):
-            layers += [spectral_norm(nn.Conv2d(channels, wider, kernel, stride, padding=1)), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers[:-1]).to(memory_format=torch.channels_last)
-
-
 def noisy(latents: Tensor, seed: int, step: int) -> Tensor:
     """Latents (B, C, h, w) with noise of a standard deviation that is uniform in [0, NOISE] for each."""
     indices = torch.arange(step * len(latents), (step + 1) * len(latents), device=latents.device)
@@ -91,35 +78,22 @@ def decoder(recipe: Recipe, vae: Any, batch_of: Callable[[int], Tensor]) -> Phas
     device = own_device()
     vae.to(device, memory_format=torch.channels_last)
     teacher = Teacher().to(device).to(memory_format=torch.channels_last)
-    critic = discriminator(recipe.seed).to(device)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0)
-    critics = torch.optim.AdamW(critic.parameters(), betas=(0.5, 0.99), weight_decay=0)
     steps = math.ceil(recipe.vae.training.decoder_images / BATCH_SIZE)
     scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
     def one_step(step: int) -> float:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate(step, steps)
-        critics.param_groups[0]["lr"] = DISCRIMINATOR_RATE * learning_rate(step, steps)
         images = batch_of(step).to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             latents = (vae.encode(images).latent_dist.mean - shift) * scaling
         decoded = vae.decode(unscale_latents(noisy(latents, recipe.seed, step), scaling, shift)).sample
         loss = pixel_error(decoded, images) + teacher(decoded, images)
-        if step >= ALONE:
-            critic.requires_grad_(False)
-            loss = loss - ADVERSARIAL_WEIGHT * critic(decoded).mean()
-            critic.requires_grad_(True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        # The hinge loss: real patches above 1, decoded ones below -1.
-        hinge = functional.relu(1 - critic(images)).mean() + functional.relu(1 + critic(decoded.detach())).mean()
-        critics.zero_grad()
-        hinge.backward()
-        critics.step()
         return loss.item()
 
-    parts = {"optimizer": optimizer, "critic": critic, "critics": critics}
-    return Phase("decoder", vae, steps, one_step, parts)
+    return Phase("decoder", vae, steps, one_step, {"optimizer": optimizer})
