@@ -28,7 +28,7 @@ docs: setup
 test: check
 	@scripts/setup.sh --test
 	@# Worker processes with one thread each: two OpenMP threads beside another process stall one another.
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 3 --dist worksteal
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow

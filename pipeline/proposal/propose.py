@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -121,6 +122,9 @@ def _psnr(encoder: Encoder, images: torch.Tensor) -> float:
 def _autoencoder_rate(recipe: Recipe, images: Images) -> float:
     """Images a second of its training, with all cores."""
     share_cores()
+    assert recipe.vae.training is not None
+    trial = replace(recipe.vae.training, images=BATCH_SIZE * (WARM_UP + STEPS))
+    recipe = replace(recipe, vae=replace(recipe.vae, training=trial))
     steps = run(autoencoder.whole(recipe, lambda step: images.batch(step, BATCH_SIZE)), quiet=True)
     for _ in range(WARM_UP):
         next(steps)

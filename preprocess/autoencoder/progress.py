@@ -46,7 +46,7 @@ class Progress:
             if kept["settings"] == self.settings:
                 return cast(dict[str, Any], kept["state"])
             fault = "of other settings or images"
-        print(f"warning: {self.path}: {fault}; the autoencoder's training begins again", file=sys.stderr, flush=True)
+        print(f"warning: {self.path}: {fault}; its training begins again", file=sys.stderr, flush=True)
         return None
 
     def remove(self) -> None:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from preprocess.autoencoder.images import Images
     from preprocess.autoencoder.progress import Progress
 
+DECODER_IMAGES = "vae.training.decoder_images"
+TEACHER = "efficientnet-lite2"  # of the decoder alone; Lite0 measures the demo
+DECODER_COST = 1.1  # seconds of a step that trains the decoder alone, in those of one that trains all weights
+DECODER_LOSS = 1.5  # dB of PSNR that its sharpness may cost
 LOWEST_PSNR = 26.0  # dB; below it samples cannot be sharp, whatever the denoiser learns
 
 
@@ -31,9 +35,11 @@ def plan(recipe: Recipe) -> Iterator[str]:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     shape = " x ".join(map(str, latent_shape(recipe)))
     yield f"autoencoder: {parameters:,} parameters, {recipe.data.resolution} px to {shape}"
-    yield f"to see: {recipe.vae.training.images:,} images of {recipe.data.images}"
-    if recipe.vae.training.decoder_images:
-        yield f"its decoder alone: {recipe.vae.training.decoder_images:,} images more"
+    of, images, decoder_images = recipe.data.images, recipe.vae.training.images, recipe.vae.training.decoder_images
+    if images:
+        yield f"to see: {images:,} images of {of}"
+    if decoder_images:
+        yield f"its decoder alone{', after that' if images else ''}: {decoder_images:,} images of {of}"
     yield f"result: {recipe.vae.path}, {'trained' if finished(recipe) else 'to be trained'}"
 
 
@@ -67,7 +73,8 @@ def _train(recipe: Recipe) -> None:
 
     share_cores()
     images, settings = load_images(recipe), _settings(recipe)
-    kept = Progress(recipe.vae.folder, settings), Progress(recipe.vae.folder, settings, ".decoder")
+    as_whole = {name: value for name, value in settings.items() if name != DECODER_IMAGES}
+    kept = Progress(recipe.vae.folder, as_whole), Progress(recipe.vae.folder, settings, ".decoder")
     vae, seconds = trained(recipe, images, kept)
     measured: dict[str, Any] = measure(vae, images.held_out)
     counts = {"training": len(images.training), "held_out": len(images.held_out)}
@@ -92,14 +99,23 @@ def trained(recipe: Recipe, images: "Images", kept: Sequence["Progress"]) -> tup
         return images.batch(step, loop.BATCH_SIZE)
 
     assert recipe.vae.training is not None
-    vae, seconds, further = training.start(recipe), 0.0, 0.0
+    seconds = further = 0.0
     if recipe.vae.training.images:
         ((average, seconds),) = deque(loop.run(training.whole(recipe, batch), progress=kept[0]), maxlen=1)
         vae = training.finish(average, images.statistics)
+    else:
+        vae = training.start(recipe)
     if recipe.vae.training.decoder_images:
         ((average, further),) = deque(loop.run(decoder.decoder(recipe, vae, batch), progress=kept[1]), maxlen=1)
         vae = training.rounded(average)
     return vae, seconds + further
+
+
+def teacher_weights() -> Path:
+    """Raises UserError where they are not installed, or are others."""
+    from common.efficientnet import published_weights
+
+    return published_weights(TEACHER, DECODER_IMAGES)
 
 
 def low_psnr(vae: VAE) -> list[str]:
@@ -107,11 +123,14 @@ def low_psnr(vae: VAE) -> list[str]:
     from preprocess.autoencoder.export import read_measured
 
     measured = None if vae.path is None else read_measured(vae.path)
-    if measured is None or measured["psnr"] >= LOWEST_PSNR:
+    if measured is None:
+        return []
+    lowest = LOWEST_PSNR - DECODER_LOSS * bool(measured["settings"].get(DECODER_IMAGES))
+    if measured["psnr"] >= lowest:
         return []
     return [
         f"warning: vae.path: {vae.path} returns held-out images with a PSNR of {measured['psnr']:.1f} dB, below "
-        f"{LOWEST_PSNR:g}: no sample can be sharper; train it longer (vae.training.images)"
+        f"{lowest:g}: no sample can be sharper; train it longer (vae.training.images)"
     ]
 
 
@@ -123,6 +142,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
     training, data, vae = recipe.vae.training, recipe.data, recipe.vae
     assert training is not None
+    if training.decoder_images:
+        teacher_weights()
     try:
         start = [sha256_file(path) for path in weight_files(Path(training.start))[0]] if training.start else None
     except ValueError as error:
@@ -131,7 +152,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "vae.training.images": training.images,
         "vae.training.start": start,
         "vae.training.kl_weight": training.kl_weight,
-        **({"vae.training.decoder_images": training.decoder_images} if training.decoder_images else {}),
+        **({DECODER_IMAGES: training.decoder_images} if training.decoder_images else {}),
         "vae.latent_channels": vae.latent_channels,
         "vae.downsampling": vae.downsampling,
         "seed": recipe.seed,

