@@ -3,7 +3,7 @@
 An autoencoder that is trained by the error of its pixels answers doubt with blur, and what a denoiser draws is never
 quite a latent of an image. So the decoder sees latents with noise, as that of RAE (Zheng et al., arXiv 2510.11690), and
 is judged by the maps of an EfficientNet, as by LPIPS (Zhang et al. 2018). The encoder is left as it is, and with it all
-latents. A discriminator beside it made no difference that one could see (docs/own-images.md).
+latents. A discriminator beside it made no difference that one could see (docs/speedrun.md).
 """
 
 import math
