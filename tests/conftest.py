@@ -18,6 +18,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.name.startswith("test_slurm_"))
 
 
+@pytest.fixture(autouse=True)
+def _own_random_weights() -> None:
+    """A network that a test makes at random is the same in every run, and whatever ran before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def chromium(tmp_path: Path) -> list[str]:
     """A headless browser that reaches nothing. Where there is none the test does not run, which is a failure in CI."""
