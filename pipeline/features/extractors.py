@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from common.efficientnet import PUBLISHED
+from common.efficientnet import PUBLISHED, installed_weights
 from common.errors import UserError
 from common.files import sha256_file
 from common.ranks import float32_throughout, own_device
@@ -105,10 +105,7 @@ def find_extractor_weights(evaluate: Evaluate) -> ExtractorWeights:
     if named and not Path(named).is_file():
         raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {_advice(extractor, Path(named))}")
     if published := PUBLISHED.get(extractor):
-        path = Path(named) if named else published.path
-        if path is None:
-            advice = _advice(extractor, Path())
-            raise UserError(f"evaluate.feature_extractor: the package with {extractor}'s weights is not here; {advice}")
+        path = Path(named) if named else installed_weights(extractor, "evaluate.feature_extractor")
         return ExtractorWeights(extractor, path, published.sha256)
     if extractor in dinov2.ARCHITECTURES and not named:
         raise UserError(f"evaluate.feature_extractor_weights: {extractor} needs a file; {_advice(extractor, Path())}")
@@ -242,4 +239,4 @@ def _advice(extractor: str, path: Path) -> str:
         return f"fetch {URL_INCEPTION_V3} and put it at {path}"
     if extractor in dinov2.ARCHITECTURES:
         return "fetch the backbone of that size without registers that github.com/facebookresearch/dinov2 links to"
-    return f"pip install --force-reinstall {PUBLISHED[extractor].package}"
+    return PUBLISHED[extractor].advice

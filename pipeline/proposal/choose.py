@@ -138,15 +138,17 @@ def autoencoder_settings(name: str, psnr: float | None, rate: float | None, budg
         return [Setting("vae.path", shown, f"returns these images with a PSNR of {psnr:.1f} dB: good enough"), network]
     # A third of the time for its decoder alone: what the network draws is as sharp as that.
     counted = min(max(AUTOENCODER_SHARE * budget * (rate or 10), 2_000), 48_000)
-    taught = PUBLISHED[TEACHER].path is not None
     images, decoder_images = (8 * round(share * counted / 8) for share in (2 / 3, 1 / 3 / DECODER_COST))
+    further = [Setting("vae.training.decoder_images", decoder_images, "then its decoder alone: sharp details")]
+    if PUBLISHED[TEACHER].path is None:
+        further = []
     measured = f"alone it returns these images with {psnr:.1f} dB" if psnr is not None else "not measured yet"
     minutes = f", {duration(images / rate)} at {rate:.0f} a second" if rate else ""
     return [
         Setting("vae.path", f"data/{name}/vae", "is made by the first stage"),
         network,
         Setting("vae.training.images", images, f"counted each time{minutes}"),
-        *([Setting("vae.training.decoder_images", decoder_images, "then its decoder: sharp details")] * taught),
+        *further,
         Setting("vae.training.start", shown, f"the demo's weights are a start; {measured}"),
     ]
 

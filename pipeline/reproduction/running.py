@@ -74,11 +74,7 @@ class Scale:
                     f"data.held_out={self.runs}/{own.data.held_out}",
                 )
             if own.vae.training:
-                yield from (
-                    f"vae.path={self.runs}/{own.vae.path}",
-                    "vae.training.images=16",
-                    "vae.training.decoder_images=0",
-                )
+                yield from (f"vae.path={self.runs}/{own.vae.path}", "vae.training.images=16")
         yield from self.overrides
 
 

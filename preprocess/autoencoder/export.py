@@ -29,7 +29,7 @@ latents{standardised}.
 | | |
 |---|---|
 | trained on | {training:,} images of {source}, cropped by `{crop}` |
-| by | `preprocess/train_vae.py`, {images:,} images seen in {minutes:.1f} minutes, {started} |
+| by | `preprocess/train_vae.py`, {seen} in {minutes:.1f} minutes, {started} |
 | machine | {machine} |
 | PSNR | {psnr:.2f} dB, mean over {held_out} held-out images, from the posterior's mean |
 | latents | the posterior's own standard deviation is {posterior_std:.3f} |
@@ -54,7 +54,8 @@ def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measu
     """
     assert recipe.vae.training is not None
     training = recipe.vae.training
-    further = f"; then its decoder alone, {training.decoder_images:,} images" if training.decoder_images else ""
+    seen = f"{training.images:,} images seen" if training.images else ""
+    further = f"{training.decoder_images:,} by its decoder alone" if training.decoder_images else ""
     with disk_errors_as_user_errors(recipe.vae.folder), atomic_folder(recipe.vae.folder) as folder:
         copy.deepcopy(vae).half().save_pretrained(folder)
         (folder / "README.md").write_text(
@@ -66,9 +67,9 @@ def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measu
                 side=recipe.data.resolution // recipe.vae.downsampling,
                 source=recipe.data.images,
                 crop=recipe.data.crop,
-                images=training.images,
+                seen=" and ".join(filter(None, (seen, further))),
                 standardised=STANDARDISED if training.images else "",
-                started=(f"from the weights of {training.start}" if training.start else "from nothing") + further,
+                started=f"from the weights of {training.start}" if training.start else "from nothing",
                 machine=f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
             ),
             encoding="utf-8",

@@ -39,6 +39,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     if images:
         yield f"to see: {images:,} images of {of}"
     if decoder_images:
+        teacher_weights()
         yield f"its decoder alone{', after that' if images else ''}: {decoder_images:,} images of {of}"
     yield f"result: {recipe.vae.path}, {'trained' if finished(recipe) else 'to be trained'}"
 
@@ -136,6 +137,7 @@ def low_psnr(vae: VAE) -> list[str]:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """All that decides the weights, JSON-able. Raises UserError where the weights to start from are not there."""
+    from common.efficientnet import installed_weights
     from common.files import sha256_file
     from fpdm.diffusers_folders import weight_files
     from preprocess.sources import fingerprint, open_source
@@ -143,7 +145,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     training, data, vae = recipe.vae.training, recipe.data, recipe.vae
     assert training is not None
     if training.decoder_images:
-        teacher_weights()
+        installed_weights(TEACHER, DECODER_IMAGES)
     try:
         start = [sha256_file(path) for path in weight_files(Path(training.start))[0]] if training.start else None
     except ValueError as error:

@@ -155,7 +155,7 @@ def test_the_decoder_alone_is_trained_and_latents_stay(own: Recipe, tmp_path: Pa
     assert (made.config.scaling_factor, made.config.shift_factor) == (0.5, 0.25)
     changed = {n.split(".")[0] for n, v in made.state_dict().items() if not torch.equal(v, before.state_dict()[n])}
     assert changed == {"decoder", "post_quant_conv"}
-    assert "then its decoder alone, 24 images" in (Path(own.vae.path) / "README.md").read_text(encoding="utf-8")
+    assert "`, 24 by its decoder alone in " in (Path(own.vae.path) / "README.md").read_text(encoding="utf-8")
     assert not list(Path(own.vae.path).parent.glob(".*.progress"))
 
 
@@ -191,7 +191,7 @@ def test_a_missing_teacher_is_named_before_anything_is_trained(own: Recipe, monk
 
 
 def test_the_teacher_sees_what_pixels_hide() -> None:
-    """Blur is nearer than a shift by the mean square, and further by the teacher."""
+    """Blur is as far as a brighter picture by the mean square, and much further by the teacher."""
     picture = torch.from_numpy(np.array(ImageOps.fit(original("chelsea.png"), (64, 64)))).permute(2, 0, 1)
     sharp = picture[None].float() / 127.5 - 1
     blurred = torch.nn.functional.avg_pool2d(sharp, 3, stride=1, padding=1, count_include_pad=False)
