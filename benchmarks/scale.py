@@ -124,9 +124,9 @@ def first_batch(folder: Path, ranks: int, rank: int) -> dict[str, float]:
     stream = Stream(chosen, shards, diffusion(chosen))
     step = len(shards) * 3 // 2 // chosen.train.batch_size
     first = step * chosen.train.batch_size + rank * SHARE
-    batch = stream.batch(first, SHARE)
+    batch = stream.batch(torch.arange(first, first + SHARE))
     ready = time.perf_counter()
-    stream.batch(first + chosen.train.batch_size, SHARE)
+    stream.batch(chosen.train.batch_size + torch.arange(first, first + SHARE))
     second = time.perf_counter()
     assert batch.latents.shape == (SHARE, SHAPE[0] // 2, *SHAPE[1:])
     return {

@@ -179,12 +179,15 @@ def share_of_cores() -> int:
     return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def share_cores() -> None:
-    """Limits torch to this process's share of the cores: more threads than cores stall one another."""
+def share_cores(*, alone: bool = False) -> None:
+    """Limits torch to this process's share of the cores: more threads than cores stall one another.
+
+    alone: the other processes have ended, so all cores are this one's.
+    """
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(share_of_cores())
+        torch.set_num_threads(own_cores() if alone else share_of_cores())
 
 
 def own_device() -> "torch.device":

@@ -7,7 +7,7 @@ counter is (index, block): what index i draws depends neither on its batch nor o
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ _CHUNK = 1 << 20  # blocks drawn at a time: bounds the 64-bit temporaries
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Encrypt 128-bit counters: four int64 tensors, each holding unsigned 32-bit words, to four such tensors."""
+def philox(counter: Words, key: tuple[int, int | Tensor]) -> Words:
+    """Encrypt 128-bit counters: four int64 tensors, each holding unsigned 32-bit words, to four such tensors.
+
+    key: two such words; the second may be a tensor, which broadcasts to the counter's.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_PHILOX_ROUNDS):
@@ -34,17 +37,24 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def _key(seed: int, stream: str) -> tuple[int, int]:
+def _words(seed: int, stream: str | Tensor, index: Tensor, blocks: Tensor) -> Words:
+    """Words of the given blocks of every index: index (B,), blocks (N,) -> four (B, N).
+
+    stream: a name for all, or each index's own `_crcs` (B,).
+    """
     if not 0 <= seed <= _MASK:
         raise ValueError(f"seed: {seed} is outside 0..2**32-1; choose one inside")
-    return seed, zlib.crc32(stream.encode())
-
-
-def _words(seed: int, stream: str, index: Tensor, blocks: Tensor) -> Words:
-    """Words of the given blocks of every index: index (B,), blocks (N,) -> four (B, N)."""
     index = index.to(torch.int64)[:, None].expand(-1, len(blocks))
     blocks = blocks.expand_as(index)
-    return philox((index & _MASK, (index >> 32) & _MASK, blocks & _MASK, blocks >> 32), _key(seed, stream))
+    key = zlib.crc32(stream.encode()) if isinstance(stream, str) else stream[:, None]
+    return philox((index & _MASK, (index >> 32) & _MASK, blocks & _MASK, blocks >> 32), (seed, key))
+
+
+def _crcs(stream: str | Sequence[str], index: Tensor) -> Tensor:
+    """(B,) for index (B,), of one name or of B."""
+    if isinstance(stream, str):
+        return torch.full_like(index, zlib.crc32(stream.encode()))
+    return torch.tensor([zlib.crc32(name.encode()) for name in stream], dtype=torch.int64, device=index.device)
 
 
 def uniform(seed: int, stream: str, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -105,19 +115,19 @@ def integers(seed: int, stream: str, index: Tensor, high: int) -> Tensor:
     return (((words[0] << 31) | (words[1] >> 1)) % high)[:, 0]
 
 
-def permute(seed: int, stream: str, position: Tensor, size: int) -> Tensor:
+def permute(seed: int, stream: str | Sequence[str], position: Tensor, size: int) -> Tensor:
     """Where each position goes in a pseudo-random permutation of range(size), without ever holding the permutation.
 
     A Feistel network over pairs (left, right) of range(a) x range(b), with a * b barely above size, and cycle walking:
     what lands outside is sent through again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
     Args:
-        seed, stream: as in `uniform`.
+        seed, stream: as in `uniform`; or B names of streams, a permutation each.
         position: (B,) integers in [0, size).
         size: number of elements, at least 1.
 
     Returns:
-        (B,) int64 in [0, size); a bijection of range(size).
+        (B,) int64 in [0, size); a bijection of range(size) for each stream.
 
     Raises:
         ValueError: for a seed or position out of range, or size < 1.
@@ -128,13 +138,14 @@ def permute(seed: int, stream: str, position: Tensor, size: int) -> Tensor:
     if position.numel() and not 0 <= int(position.min()) <= int(position.max()) < size:
         raise ValueError(f"position: {int(position.min())}..{int(position.max())} is outside 0..{size - 1}")
     width = math.isqrt(size - 1) + 1
-    result = _feistel(seed, stream, position, -(-size // width), width)
+    crcs = _crcs(stream, position)
+    result = _feistel(seed, crcs, position, -(-size // width), width)
     while (outside := result >= size).any():
-        result[outside] = _feistel(seed, stream, result[outside], -(-size // width), width)
+        result[outside] = _feistel(seed, crcs[outside], result[outside], -(-size // width), width)
     return result
 
 
-def _feistel(seed: int, stream: str, value: Tensor, height: int, width: int) -> Tensor:
+def _feistel(seed: int, stream: Tensor, value: Tensor, height: int, width: int) -> Tensor:
     left, right = value // width, value % width
     for number in range(_PERMUTE_ROUNDS):
         block = torch.tensor([number], device=value.device)

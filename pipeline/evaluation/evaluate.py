@@ -24,6 +24,7 @@ def evaluate(evaluation: Evaluation) -> None:
             samples.extract(rank, world_size)
         if not all(samples.is_extracted for samples in asked):
             return
+        share_cores(alone=True)
     for images in missing:
         evaluation.measure(images)
     metrics = evaluation.metrics()

@@ -168,7 +168,8 @@ def _trained(recipe: Path, processes: int, output: Path) -> Iterator[subprocess.
     """The training in processes of their own, which end with the block."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "pipeline/train.py"), "--config", str(recipe)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, own_cores() // processes)))  # or the launcher sets it to 1
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with output.open("wb") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -95,7 +95,9 @@ def _costs(measured: dict[str, ByArm]) -> Iterator[str]:
     """What each run trained on."""
     yield "## What the runs cost"
     yield ""
-    yield _line(["recipe", "parameters", "samples", "TFLOP (counted)", "minutes of training", "residual at its end"])
+    yield "Residual: relative, of the last iteration, in those steps of the second half that drew the most iterations."
+    yield ""
+    yield _line(["recipe", "parameters", "samples", "TFLOP (counted)", "minutes of training", "residual"])
     yield _line(["---"] * 6)
     stems: dict[str, dict[str, Outcome]] = {}
     for run in (run for arms in measured.values() for runs in arms.values() for run in runs):

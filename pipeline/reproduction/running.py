@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from common.errors import UserError
 from common.loading import load_recipe
@@ -89,7 +90,7 @@ class Outcome:
     samples: int
     pflop: float  # of training
     seconds: float | None  # of training, if its last checkpoint is still there
-    residual: float | None  # relative, of the last iteration of the last step that was logged; None of DiT
+    residual: float | None  # see `_residual`; None of DiT
 
 
 def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) -> None:
@@ -217,8 +218,12 @@ def _seconds(recipe: Recipe) -> float | None:
 
 
 def _residual(folder: RunFolder) -> float | None:
-    lines = [line for line in read_log(folder.log) if "residual" in line]
-    return lines[-1]["residual"] if lines else None
+    """Relative, of the last iteration: the mean of those steps that drew most iterations, in the log's last half."""
+    lines = [line for line in read_log(folder.log) if line.get("residual") is not None]
+    by_count: dict[int, list[float]] = {}
+    for line in lines[len(lines) // 2 :]:
+        by_count.setdefault(line["no_grad_iterations"] + line["grad_iterations"], []).append(line["residual"])
+    return fmean(by_count[max(by_count)]) if by_count else None
 
 
 def _before_sampling(recipe: Recipe) -> list[Stage]:

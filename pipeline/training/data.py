@@ -5,7 +5,8 @@ contiguous part of each step's positions. `pipeline/training/order.py` decides w
 exactly once an epoch, and a step may span two epochs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.one_ahead import one_ahead
 from common.recipe import Data, Recipe, latent_shape, num_classes, timestep_density
 from fpdm import rng
 from fpdm.diffusion import Diffusion
@@ -22,6 +24,8 @@ from pipeline.training.order import BlockOrder, RandomOrder
 from preprocess.from_data import open_latents
 from preprocess.shards import LatentShards
 from preprocess.shards.storage import CachedFolder
+
+DRAWN_TOGETHER = 256  # samples of a rank, if a step has fewer
 
 
 def open_shards(recipe: Recipe) -> LatentShards:
@@ -64,6 +68,11 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
+    def split(self, size: int) -> "list[Batch]":
+        """Parts of `size` samples each, in order."""
+        parts = zip(*(tensor.split(size) for tensor in vars(self).values()), strict=True)
+        return [Batch(*part) for part in parts]
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -81,10 +90,9 @@ class Stream:
         block = self.shards.index["settings"].get("shard_samples", 1)
         return BlockOrder(self.recipe.seed, size, self.recipe.train.batch_size, block, data.mixed_blocks, data.lanes)
 
-    def batch(self, first: int, count: int) -> Batch:
-        """The samples at positions `first` to `first + count`. Raises UserError naming a damaged sample."""
-        recipe, seed = self.recipe, self.recipe.seed
-        positions = torch.arange(first, first + count)
+    def batch(self, positions: Tensor) -> Batch:
+        """The samples at these positions (B,). Raises UserError naming a damaged sample."""
+        recipe, seed, count = self.recipe, self.recipe.seed, len(positions)
         indices = self.order.indices(positions).numpy()
         moments = torch.from_numpy(self.shards.gather(indices, self._flips(positions))).float()  # (B, 2C, h, w)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
@@ -115,10 +123,8 @@ class Stream:
         u = rng.uniform(seed, "train/timestep", positions)
         if not self.recipe.train.timesteps.stratified:
             return u
-        places = torch.empty_like(positions)
-        for step in (positions // batch_size).unique().tolist():
-            here = positions // batch_size == step
-            places[here] = rng.permute(seed, f"train/timestep/{step}", positions[here] % batch_size, batch_size)
+        streams = [f"train/timestep/{step}" for step in (positions // batch_size).tolist()]
+        places = rng.permute(seed, streams, positions % batch_size, batch_size)
         return (places + u.double()) / batch_size
 
     def _flips(self, positions: Tensor) -> np.ndarray | None:
@@ -137,13 +143,28 @@ def rank_positions(batch_size: int, samples_seen: int, rank: int, world_size: in
     return range(samples_seen + rank * share, samples_seen + (rank + 1) * share)
 
 
-def step_batches(stream: Stream, samples_seen: int, total: int, rank: int, world_size: int) -> Iterator[list[Batch]]:
+def step_batches(
+    stream: Stream, samples_seen: int, total: int, rank: int, world_size: int
+) -> Generator[list[Batch], None, None]:
     """A rank's micro-batches of each step from `samples_seen` to `total`. Raises UserError naming a damaged sample.
 
-    `train.micro_batch_size` must be resolved.
+    While some steps' are used, a thread draws those of the next. `train.micro_batch_size` must be resolved.
     """
-    settings = stream.recipe.train
-    assert settings.micro_batch_size is not None
-    for start in range(samples_seen, total, settings.batch_size):
-        positions = rank_positions(settings.batch_size, start, rank, world_size)
-        yield [stream.batch(first, settings.micro_batch_size) for first in positions[:: settings.micro_batch_size]]
+    with closing(one_ahead(_drawn_together(stream, samples_seen, total, rank, world_size))) as ahead:
+        for steps in ahead:
+            yield from steps
+
+
+def _drawn_together(
+    stream: Stream, samples_seen: int, total: int, rank: int, world_size: int
+) -> Iterator[list[list[Batch]]]:
+    """`step_batches` of several steps at once, since the calls of torch cost more than few samples' numbers."""
+    batch_size, micro_batch_size = stream.recipe.train.batch_size, stream.recipe.train.micro_batch_size
+    assert micro_batch_size is not None
+    share = batch_size // world_size
+    starts = range(samples_seen, total, batch_size)
+    together = -(-DRAWN_TOGETHER // share)
+    for first in range(0, len(starts), together):
+        parts = [rank_positions(batch_size, start, rank, world_size) for start in starts[first : first + together]]
+        batch = stream.batch(torch.tensor([position for part in parts for position in part]))
+        yield [step.split(micro_batch_size) for step in batch.split(share)]

@@ -21,12 +21,8 @@ class RandomOrder:
 
     def indices(self, positions: Tensor) -> Tensor:
         """(B,) int64 stream positions -> (B,) sample indices."""
-        epochs, places = positions // self.size, positions % self.size
-        indices = torch.empty_like(positions)
-        for epoch in epochs.unique().tolist():
-            here = epochs == epoch
-            indices[here] = rng.permute(self.seed, f"train/order/{epoch}", places[here], self.size)
-        return indices
+        streams = [f"train/order/{epoch}" for epoch in (positions // self.size).tolist()]
+        return rng.permute(self.seed, streams, positions % self.size, self.size)
 
 
 @dataclass(frozen=True)

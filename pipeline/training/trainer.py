@@ -11,7 +11,6 @@ import torch.distributed
 
 from common.background import Background
 from common.errors import Interrupted
-from common.one_ahead import one_ahead
 from common.recipe import Recipe, denoiser_config, diffusion
 from fpdm.weights import assemble
 from pipeline.training import checkpoint
@@ -62,7 +61,7 @@ class Trainer:
             start_moments(self.engine, 0)
         self.stream = Stream(recipe, shards, diffusion(recipe))
         place = (ranks.rank, ranks.world_size)
-        self.batches = one_ahead(step_batches(self.stream, self.state.samples_seen, self.total, *place))
+        self.batches = step_batches(self.stream, self.state.samples_seen, self.total, *place)
         self.throughput = Throughput(recipe.train.log.peak_tflops, network, self.engine.device, ranks.world_size)
         self.writer = Background()
         self.log: TrainingLog | None = None  # on rank 0

@@ -9,7 +9,10 @@ import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def nan_in_sample(index: int) -> None:
@@ -18,11 +21,9 @@ def nan_in_sample(index: int) -> None:
 
     read = Stream.batch
 
-    def changed(self: Stream, first: int, count: int) -> Batch:
-        import torch
-
-        batch = read(self, first, count)
-        batch.latents[self.order.indices(torch.arange(first, first + count)) == index, 0, 0, 0] = torch.nan
+    def changed(self: Stream, positions: "Tensor") -> Batch:
+        batch = read(self, positions)
+        batch.latents[self.order.indices(positions) == index, 0, 0, 0] = float("nan")
         return batch
 
     Stream.batch = changed  # type: ignore[method-assign]
@@ -34,10 +35,9 @@ def loss_spike_at(samples_seen: int) -> None:
 
     read = Stream.batch
 
-    def changed(self: Stream, first: int, count: int) -> Batch:
-        batch = read(self, first, count)
-        if first == samples_seen:
-            batch.latents.mul_(100)
+    def changed(self: Stream, positions: "Tensor") -> Batch:
+        batch = read(self, positions)
+        batch.latents[positions // self.recipe.train.batch_size == samples_seen // self.recipe.train.batch_size] *= 100
         return batch
 
     Stream.batch = changed  # type: ignore[method-assign]
@@ -87,15 +87,13 @@ def recording(path: Path) -> None:
 
     read = Stream.batch
 
-    def changed(self: Stream, first: int, count: int) -> Batch:
-        import torch
-
-        batch = read(self, first, count)
-        ids = self.order.indices(torch.arange(first, first + count)).tolist()
+    def changed(self: Stream, positions: "Tensor") -> Batch:
+        batch = read(self, positions)
+        ids = self.order.indices(positions).tolist()
         with open(f"{path}.{os.environ['RANK']}", "a") as lines:
-            for number in range(count):
+            for number, position in enumerate(positions.tolist()):
                 drawn = b"".join(tensor[number].numpy().tobytes() for tensor in vars(batch).values())
-                lines.write(json.dumps([first + number, ids[number], zlib.crc32(drawn)]) + "\n")
+                lines.write(json.dumps([position, ids[number], zlib.crc32(drawn)]) + "\n")
         return batch
 
     Stream.batch = changed  # type: ignore[method-assign]

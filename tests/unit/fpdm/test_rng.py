@@ -90,6 +90,13 @@ def test_permute_needs_no_memory_of_its_size_and_answers_one_position_as_many():
     assert (together < size).all()
 
 
+def test_permute_answers_many_streams_as_each_alone():
+    position = torch.arange(40) % 10
+    streams = [f"epoch {number // 3}" for number in range(40)]
+    alone = [rng.permute(1, stream, p[None], 10) for stream, p in zip(streams, position, strict=True)]
+    assert torch.equal(rng.permute(1, streams, position, 10), torch.cat(alone))
+
+
 def test_permute_sends_each_position_everywhere_over_the_streams():
     landed = torch.stack([rng.permute(0, f"epoch {e}", torch.arange(10), 10) for e in range(400)])
     counts = torch.stack([column.bincount(minlength=10) for column in landed.T]).double()

@@ -1,0 +1,78 @@
+"""What a second training process brings on this machine: samples a second of two ranks over those of one.
+
+    python benchmarks/ranks.py [--seconds 20] [--rounds 2] [--set FIELD=VALUE ...] [--json FILE]
+
+pipeline/train.py itself, in fp32 on random latents, each rank on one thread: the demo's recipe (batch 32) and FPDM-S/2
+at 32 x 32 latents (batch 32). The two take turns; of each the fastest round counts. Ranks of one machine exchange
+their gradients through its loopback (gloo), and the copying takes the time of the cores that compute.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from benchmarks.machine import show_machine
+from common.loading import load_recipe, parse_recipe
+from common.ranks import own_cores
+from common.recipe import Recipe, with_world_size
+from pipeline.planning.machine import try_training
+
+DEMO = Path(__file__).parents[1] / "recipes/demo.yaml"
+SMALL = ("model.size=S", "model.num_classes=10", "train.batch_size=32", "train.max_no_grad_iterations=2")
+SMALL += ("train.max_grad_iterations=2", "train.precision=fp32", "train.zero_stage=0")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: samples a second of one rank and of two."""
+
+    network: str
+    one: float
+    two: float
+    ratio: float
+    aim: str
+
+    def __str__(self) -> str:
+        return f"{self.network:24} {self.one:10.2f} {self.two:10.2f} {self.ratio:8.3f}  {self.aim}"
+
+
+def measure(name: str, recipe: Recipe, seconds: float, rounds: int, aim: str) -> Row:
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for ranks, found in speeds.items():
+            launched = replace(recipe, launch=replace(recipe.launch, processes=ranks))
+            found.append(try_training(with_world_size(launched, ranks), seconds).samples_a_second)
+    one, two = max(speeds[1]), max(speeds[2])
+    return Row(name, one, two, two / one, aim)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--set", metavar="FIELD=VALUE", nargs="*", default=[], help="fields of both recipes")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    arguments = parser.parse_args()
+    if own_cores() < 2:
+        parser.error(f"two ranks need two cores; this process may use {own_cores()}")
+    machine = show_machine()
+    print(f"{'network':24} {'one rank':>10} {'two ranks':>10} {'ratio':>8}  aim")
+    small = parse_recipe("name: benchmark", (*SMALL, *arguments.set))
+    networks = [
+        ("the demo's, batch 32", load_recipe(DEMO, arguments.set), ">= 1.7"),
+        ("FPDM-S/2, batch 32", small, ">= 1.9"),
+    ]
+    rows = []
+    for name, recipe, aim in networks:
+        rows.append(measure(name, recipe, arguments.seconds, arguments.rounds, aim))
+        print(rows[-1], flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
