@@ -56,6 +56,7 @@ FROM_DEMO = {
     "sample.sampler": "deterministic, good in few steps",
     "sample.num_steps": "more change little",
     "sample.iterations": "of the fixed point, a step",
+    "sample.start_extrapolation": "each step starts where the last two point to; costs nothing",
     "sample.batch_size": "at once",
     "sample.chunk_samples": "samples in a file",
     "evaluate.batch_size": "at once",

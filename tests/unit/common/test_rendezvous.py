@@ -180,7 +180,7 @@ def test_variables_that_may_be_left_over_are_told_within_half_a_minute() -> None
     ("more", "expected"),
     [
         ({}, True),  # without SLURM_TASK_PID, or with another's
-        ({"SLURM_TASK_PID": "1"}, True),
+        ({"SLURM_TASK_PID": "4194305"}, True),  # above all of Linux
         ({"SLURM_TASK_PID": str(os.getpid())}, False),  # srun python
         ({"SLURM_TASK_PID": str(os.getppid())}, False),  # srun bash -c python
         ({"SUBMITIT_EXECUTOR": "slurm"}, False),
