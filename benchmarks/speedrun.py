@@ -30,6 +30,7 @@ from common.loading import load_recipe
 from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
+from common.run_recipe import read_recipe
 from pipeline.training.schedule import step_iterations
 from pipeline.training.stage import STAGE as TRAINING
 from pipeline.training.throughput import step_flops
@@ -124,6 +125,8 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> None:
     """Trains a variant as far as it is not trained yet, in a process of its own."""
     recipe, given = recipe_of(variant, seed, options)
     if TRAINING.is_finished(recipe):
+        if read_recipe(recipe.folder).sample != recipe.sample:
+            sys.exit(f"--runs: {recipe.folder} was measured with another section `sample`; choose another folder")
         return
     command = [sys.executable, ROOT / "pipeline/train.py", "--config", DEMO, *given]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}

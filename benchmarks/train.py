@@ -96,7 +96,7 @@ class BareLoop:
     def __init__(self, recipe: Recipe) -> None:
         self.batch, self.diffusion = recipe.train.batch_size, diffusion(recipe)
         self.model = build_denoiser(denoiser_config(recipe), seed=0)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         self.latents = torch.randn(64, MOMENTS[0] // 2, *MOMENTS[1:])
 
     def step(self) -> None:

@@ -12,7 +12,10 @@ from pipeline.evaluation.measurements import REMEDY, Evaluation, Measurement, Me
 
 
 def evaluate(evaluation: Evaluation) -> None:
-    """The stage. Each of several ranks extracts the features of its chunks; the one that ends last does the rest."""
+    """The stage. Each of several ranks extracts the features of its chunks; the one that ends last does the rest.
+
+    Where there were none to extract, the first rank does.
+    """
     rank, world_size = rank_and_world_size()
     share_cores()
     missing = [images for images in evaluation.compared if not is_measured(evaluation, images)]
@@ -20,9 +23,10 @@ def evaluate(evaluation: Evaluation) -> None:
     for samples in asked:
         samples.check()  # what is missing is named now, not after minutes of work on the others
     if world_size > 1:
+        nothing_to_extract = all(samples.is_extracted for samples in asked)
         for samples in asked:
             samples.extract(rank, world_size)
-        if not all(samples.is_extracted for samples in asked):
+        if not all(samples.is_extracted for samples in asked) or (nothing_to_extract and rank > 0):
             return
         share_cores(alone=True)
     for images in missing:

@@ -42,7 +42,7 @@ FROM_DEMO = {
     "model.injection": "a quarter fewer products an iteration",
     "objective.prediction": "learned faster in the demo",
     "objective.loss_weight": "goes with clean predictions",
-    "objective.learned_variance": "ddim has no use for it",
+    "objective.learned_variance": "multistep has no use for it",
     "train.max_no_grad_iterations": "few iterations: cheaper, and best for short training in the paper's own table",
     "train.max_grad_iterations": "as above",
     "train.zero_stage": "fastest for a network of this size",

@@ -95,7 +95,7 @@ def _costs(measured: dict[str, ByArm]) -> Iterator[str]:
     """What each run trained on."""
     yield "## What the runs cost"
     yield ""
-    yield "Residual: relative, of the last iteration, in those steps of the second half that drew the most iterations."
+    yield "Residual: relative, of the last iteration, in logged steps of the second half that drew most iterations."
     yield ""
     yield _line(["recipe", "parameters", "samples", "TFLOP (counted)", "minutes of training", "residual"])
     yield _line(["---"] * 6)

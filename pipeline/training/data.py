@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from preprocess.from_data import open_latents
 from preprocess.shards import LatentShards
 from preprocess.shards.storage import CachedFolder
 
-DRAWN_TOGETHER = 256  # samples of a rank, if a step has fewer
+DRAWN_TOGETHER = 256  # samples of a rank, or a few more: whole steps
 
 
 def open_shards(recipe: Recipe) -> LatentShards:
@@ -148,7 +149,8 @@ def step_batches(
 ) -> Generator[list[Batch], None, None]:
     """A rank's micro-batches of each step from `samples_seen` to `total`. Raises UserError naming a damaged sample.
 
-    While some steps' are used, a thread draws those of the next. `train.micro_batch_size` must be resolved.
+    While some steps' are used, a thread draws those of the next, so a damaged sample ends training a few steps early.
+    `train.micro_batch_size` must be resolved.
     """
     with closing(one_ahead(_drawn_together(stream, samples_seen, total, rank, world_size))) as ahead:
         for steps in ahead:
@@ -158,13 +160,17 @@ def step_batches(
 def _drawn_together(
     stream: Stream, samples_seen: int, total: int, rank: int, world_size: int
 ) -> Iterator[list[list[Batch]]]:
-    """`step_batches` of several steps at once, since the calls of torch cost more than few samples' numbers."""
+    """`step_batches` of several steps at once, since the calls of torch cost more than few samples' numbers.
+
+    The first comes alone: training begins.
+    """
     batch_size, micro_batch_size = stream.recipe.train.batch_size, stream.recipe.train.micro_batch_size
     assert micro_batch_size is not None
     share = batch_size // world_size
     starts = range(samples_seen, total, batch_size)
     together = -(-DRAWN_TOGETHER // share)
-    for first in range(0, len(starts), together):
-        parts = [rank_positions(batch_size, start, rank, world_size) for start in starts[first : first + together]]
+    edges = [0, *range(1, len(starts), together), len(starts)] if starts else []
+    for first, last in pairwise(edges):
+        parts = [rank_positions(batch_size, start, rank, world_size) for start in starts[first:last]]
         batch = stream.batch(torch.tensor([position for part in parts for position in part]))
         yield [step.split(micro_batch_size) for step in batch.split(share)]
