@@ -248,8 +248,10 @@ def _check_steps(recipe: Recipe) -> None:
         _check_iterations(settings)
     else:
         for name in ("start_extrapolation", "solver", "tolerance"):
-            if getattr(settings, name) != getattr(Sample, name):
-                raise ValueError(f"{name}: a DiT has no fixed point iteration; leave it out")
+            found, usual = getattr(settings, name), getattr(Sample, name)
+            if found != usual:
+                said = "null" if usual is None else usual
+                raise ValueError(f"{name}: found {found}, and a DiT has no fixed point iteration; set it to {said}")
     if settings.iterate_guidance:
         _check_iterate_guidance(recipe)
     if settings.start_extrapolation and settings.reuse == "none":
