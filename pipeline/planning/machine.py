@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 
+from common.command import ended_by_signals
 from common.errors import UserError, one_line
 from common.loading import dump_recipe
 from common.log_lines import read_log
@@ -111,7 +112,7 @@ def try_training(recipe: Recipe, seconds: float) -> Trial:
 
     Raises UserError with the command's own words where it does not train.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    with ended_by_signals(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         short = _endless(recipe, folder)
         _write_random_shards(folder / "shards", recipe)
