@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fpdm import autoencoders
 from fpdm.allocation import AllocationKind
 from fpdm.call_settings import CallSettings, setting_names
 from fpdm.class_names import ClassNames
@@ -81,17 +82,14 @@ class FPDMPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: "FPDMTransformer2DModel | ModelMixin",  # read when it is asked for: diffusers loads classes anew
-        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderRAE | None,
         scheduler: Any,
         id2label: Any = None,
         sampling: Any = None,
     ) -> None:
         super().__init__()
-        config = {} if vae is None else vae.config
-        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-            raise ValueError(
-                "vae: per-channel scaling (latents_mean, latents_std) is not supported; use a VAE with one factor"
-            )
+        if vae is not None:
+            autoencoders.scaling(type(vae).__name__, vae.config)  # raises here, not after minutes of sampling
         if scheduler is None:
             scheduler = FPDMScheduler(transformer.diffusion, "flow_euler" if transformer.diffusion.is_flow else "ddpm")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -301,6 +299,5 @@ class FPDMPipeline(DiffusionPipeline):
     def _decoded(self, latents: Tensor) -> Tensor:
         """By the autoencoder: (B, 3, H, W)."""
         vae = cast(AutoencoderKL, self.vae)
-        unscaled = unscale_latents(latents, vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0)
-        unscaled = unscaled.to(vae.dtype).contiguous(memory_format=torch.channels_last)
-        return vae.decode(unscaled).sample.float()
+        unscaled = unscale_latents(latents, *autoencoders.scaling(type(vae).__name__, vae.config)).to(vae.dtype)
+        return autoencoders.decode(vae, unscaled.contiguous(memory_format=torch.channels_last)).float()

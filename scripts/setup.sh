@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv from the pins in pyproject.toml; a second run finds it finished. With --ffcv also FFCV, which is built
 # against libraries from Debian; with --slurm the daemons of SLURM; with --play the playground's packages; with --docs
-# what builds the documents' site; with --test all four, and a browser. What is from Debian is installed where that is
-# allowed, and named with its command where it is not.
+# what builds the documents' site; with --test all four, transformers, and a browser. What is from Debian is installed
+# where that is allowed, and named with its command where it is not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -81,6 +81,7 @@ extra() {
 }
 
 case "${1:-}" in --test | --play) extra play nicegui "the playground's packages" ;; esac
+case "${1:-}" in --test) extra rae transformers "the encoders of an AutoencoderRAE (150 MB)" ;; esac
 case "${1:-}" in --test | --docs) extra docs "material, mkdocstrings_handlers.python" "what builds the documents' site (110 MB)" ;; esac
 
 if [ "${1:-}" = --test ]; then

@@ -19,14 +19,14 @@ from common.log_lines import Count
 from common.recipe import Recipe, check_together, denoiser_config, diffusion
 from common.recipe import Sweep as SweepSettings
 from common.recipe.sampling import SWEEP_AXES
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm.calibration import LIMIT_ITERATIONS, limit_way
 from pipeline.evaluation.measurements import Evaluation, Measurement
 from pipeline.evaluation.metrics import frechet_distance
 from pipeline.evaluation.plots import sweep_plot
 from pipeline.evaluation.yardstick import Yardstick
-from pipeline.sampling.generate import sample
+from pipeline.sampling.generate import UnsoundSamples, sample
 from pipeline.sampling.models import Models
 from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import Sampling
@@ -67,6 +67,11 @@ class RowForm(TypedDict):
 @with_config(STRICT)
 class TableForm(TypedDict):
     rows: Annotated[list[RowForm], Field(min_length=1)]
+
+
+@with_config(STRICT)
+class UnsoundForm(TypedDict):
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -141,17 +146,31 @@ class Sweep:
                 print(f"warning: {fault}", file=sys.stderr, flush=True)
         return self._measurements.get(point)
 
+    def unsound(self, point: Point) -> str | None:
+        """Why the samples of a point came out non-finite or constant, where they did; it then has no numbers."""
+        path = self._unsound_path(point)
+        return read_sealed(path, UnsoundForm, "delete it")["reason"] if path.exists() else None
+
+    def _unsound_path(self, point: Point) -> Path:
+        return SampleFolder(self.evaluations[point].samples[0].samples.folder).unsound
+
     def measure(self, point: Point) -> None:
-        """Draws and measures a point, where that is not done yet."""
+        """Draws and measures a point, where that is not done yet. `unsound` says where its samples are none."""
         evaluation = self.evaluations[point]
-        sample(evaluation.sampling)
+        if self.unsound(point):
+            return
+        try:
+            sample(evaluation.sampling)
+        except UnsoundSamples as fault:
+            write_sealed(self._unsound_path(point), {"reason": str(fault)})
+            return
         if self.measured(point) is None:
             evaluation.measure(evaluation.samples[0])
 
     @property
     def finished(self) -> bool:
         drawn = all(limit.samples[0].is_extracted for limit in self.limits.values())
-        return drawn and all(self.measured(point) for point in self.recipes)
+        return drawn and all(self.measured(point) or self.unsound(point) for point in self.recipes)
 
     def _row(self, point: Point, measurement: Measurement) -> dict[str, Any]:
         """A measured point, and its distance to the limit if the recipe asks for that."""
@@ -167,18 +186,19 @@ class Sweep:
             "numbers": row["numbers"] | {"limit": {"name": name, "value": self._to_limit[point], "spread": None}}
         }
 
-    def write_tables(self) -> None:
-        """Writes the points that are measured, as JSON, CSV, Markdown and a plot."""
+    def write_tables(self) -> bool:
+        """Writes the points that are measured, as JSON, CSV, Markdown and a plot; False where none is."""
         measured = ((point, self.measured(point)) for point in self.recipes)
         rows = [self._row(point, measurement) for point, measurement in measured if measurement is not None]
         if not rows:
-            return
+            return False
         rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
         write_sealed(self.folder.sweep_table, {"rows": rows})
         _write_text(self.folder.sweep_csv, _csv(rows))
         _write_text(self.folder.sweep_markdown, _markdown(rows))
         with atomic_write(self.folder.sweep_plot) as temporary:
             temporary.write_bytes(sweep_plot(rows))
+        return True
 
 
 def _limit(recipe: Recipe) -> Recipe:

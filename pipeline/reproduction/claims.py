@@ -28,19 +28,27 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """In these rows of a table (None: in all) one arm has the smaller distance."""
+    """In these rows of a table (None: in all) one arm has the smaller distance.
+
+    share: of the blocks that the other arm has, where the table's rows are budgets.
+    """
 
     words: str
     better: str
     worse: str
     rows: tuple[Row, ...] | None = None
+    share: float = 1.0
+
+    def compared(self, row: Row) -> Row:
+        """The better arm's row that is compared with this one of the worse arm."""
+        return row if self.share == 1 else (round(row[0] * self.share), *row[1:])
 
 
 @dataclass(frozen=True)
 class Table:
     """rows: the fields of `pipeline.evaluation.sweep.Point` by which rows are told apart.
 
-    published: by what the paper calls a row, the FID of each arm.
+    published: by what the paper calls a row, the FID of each arm; nothing where the claim is this project's.
     judged_again: the small scale, whose recipes were chosen by one extractor's distance, also has that of SECOND_JUDGE.
     """
 
@@ -65,7 +73,7 @@ def _rows(*budgets: int, samplers: tuple[str, ...] = ("ddpm", "ddim")) -> tuple[
     return tuple((budget, sampler) for budget in budgets for sampler in samplers)
 
 
-def _again(name: str, small: str, full: str) -> Arm:
+def _again(name: str, small: str, full: str | None) -> Arm:
     return Arm(name, small, full, AT_280)
 
 
@@ -91,6 +99,39 @@ def _other_data(key: str, name: str, stems: dict[str, str], published: dict[str,
         published=published,
         claims=(Claim("FPDM is better than DiT", "FPDM", "DiT"),),
         judged_again=True,
+    )
+
+
+def _sampling(key: str, guided: str, scale: float, budgets: tuple[int, ...]) -> Table:
+    """Multistep with moved starts against the paper's sampler with its better numbers of iterations."""
+
+    def arm(name: str, sampler: str, iterations: int, extrapolation: float, of: tuple[int, ...]) -> Arm:
+        overrides = (
+            f"sweep.sampler=[{sampler}]",
+            f"sweep.iterations=[{iterations}]",
+            f"sweep.start_extrapolation=[{extrapolation}]",
+            f"sweep.guidance_scale=[{scale}]",
+            f"sweep.budgets=[{','.join(map(str, of))}]",
+        )
+        return Arm(name, "fpdm", "imagenet_fpdm", overrides)
+
+    halves = tuple(budget // 2 for budget in budgets)
+    paper = ("DDIM, about 3 iterations", "DDIM, about 5")
+    return Table(
+        key=key,
+        title=f"Ours: multistep with starts moved on, {guided}, against the paper's sampler",
+        arms=(
+            arm(paper[0], "ddim", 3, 0.0, budgets),
+            arm(paper[1], "ddim", 5, 0.0, budgets),
+            arm("multistep, about 3", "multistep", 3, 0.5, tuple(sorted({*halves, *budgets}))),
+        ),
+        rows=("budget",),
+        published={},
+        claims=tuple(
+            Claim(f"multistep with {words} is nearer than {name}", "multistep, about 3", name, None, share)
+            for words, share in (("as many blocks", 1.0), ("half of the blocks", 0.5))
+            for name in paper
+        ),
     )
 
 
@@ -209,5 +250,25 @@ TABLES = (
             Claim("one block each is better than none", "1 and 1", "0 and 0"),
             Claim("one is better than two at 140 and 280", "1 and 1", "2 and 2", _rows(140, 280, samplers=("ddpm",))),
         ),
+    ),
+    _sampling("S", "without guidance", 1.0, (40, 80, 160)),
+    _sampling("SG", "guidance 1.5", 1.5, (80, 160, 320)),
+    Table(
+        key="E",
+        title="Ours: the training of recipes/demo.yaml against the paper's, at width 128",
+        arms=(
+            _again("paper's training", "paper_training", None),
+            _again("ours, of its network", "fpdm", None),
+            _again("all of ours", "ours", None),
+            _again("all of ours, half of the operations", "ours_half", None),
+        ),
+        rows=("budget", "sampler"),
+        published={},
+        claims=(
+            Claim("our objective and timesteps are better", "ours, of its network", "paper's training"),
+            Claim("our network is better", "all of ours", "ours, of its network"),
+            Claim("half of the operations are enough", "all of ours, half of the operations", "paper's training"),
+        ),
+        judged_again=True,
     ),
 )

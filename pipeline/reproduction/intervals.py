@@ -15,13 +15,19 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def shown(values: Sequence[float]) -> str:
-    """The mean, with its interval where there is one."""
+    """The mean, with its interval where there is one; how many diverged (inf) where some did."""
+    if diverged := sum(map(math.isinf, values)):
+        return "diverged" if diverged == len(values) else f"{diverged} of {len(values)} diverged"
     width = interval(values)
     return f"{fmean(values):.1f}" if width is None else f"{fmean(values):.1f} ± {width:.1f}"
 
 
 def judged(better: Sequence[float], worse: Sequence[float]) -> str:
-    """In words, whether the first distances are smaller, seed by seed."""
+    """In words, whether the first distances are smaller, seed by seed. inf: samples diverged."""
+    if any(map(math.isinf, worse)) and not any(map(math.isinf, better)):
+        return f"holds (the other diverged in {sum(map(math.isinf, worse))} of {len(worse)})"
+    if any(map(math.isinf, better)):
+        return f"does not hold (diverged in {sum(map(math.isinf, better))} of {len(better)})"
     differences = [b - a for a, b in zip(better, worse, strict=True)]
     mean, width = fmean(differences), interval(differences)
     if width is None:

@@ -52,7 +52,8 @@ def _section(table: Table, arms: ByArm) -> Iterator[str]:
     first = next(iter(arms.values()))[0]
     yield f"## {table.title}"
     yield ""
-    yield f"{first.distance}, {first.recipe.sample.num_samples:,} images; below it the published FID."
+    below = "; below it the published FID" if table.published else ""
+    yield f"{_distance(arms)}, {first.recipe.sample.num_samples:,} images{below}."
     yield ""
     yield from _distances(table, arms)
     for row_name, values in table.published.items():
@@ -63,7 +64,7 @@ def _section(table: Table, arms: ByArm) -> Iterator[str]:
 
 def _judged_again(table: Table, arms: ByArm) -> Iterator[str]:
     """The same samples by other features than those that the recipes were chosen by."""
-    yield f"The same samples, {next(iter(arms.values()))[0].distance}, which nothing was chosen by:"
+    yield f"The same samples, {_distance(arms)}, which nothing was chosen by:"
     yield ""
     yield from _distances(table, arms)
     yield ""
@@ -73,16 +74,23 @@ def _judged_again(table: Table, arms: ByArm) -> Iterator[str]:
 def _distances(table: Table, arms: ByArm) -> Iterator[str]:
     yield _line([", ".join(table.rows), *arms])
     yield _line(["---"] * (1 + len(arms)))
-    for row in next(iter(arms.values()))[0].distances:
-        yield _line([", ".join(map(str, row)), *(shown(_values(runs, row)) for runs in arms.values())])
+    for row in dict.fromkeys(row for runs in arms.values() for row in runs[0].distances):
+        cells = (shown(_values(runs, row)) if row in runs[0].distances else "" for runs in arms.values())
+        yield _line([", ".join(map(str, row)), *cells])
+
+
+def _distance(arms: ByArm) -> str:
+    return next((run.distance for runs in arms.values() for run in runs if run.distance), "no distance")
 
 
 def _verdicts(table: Table, arms: ByArm) -> Iterator[str]:
     """One line a claim and row that was measured."""
     for claim in table.claims:
-        for row in arms[claim.better][0].distances:
-            if claim.rows is None or row in claim.rows:
-                verdict = judged(_values(arms[claim.better], row), _values(arms[claim.worse], row))
+        for row in arms[claim.worse][0].distances:
+            asked = claim.rows is None or row in claim.rows
+            if asked and claim.compared(row) in arms[claim.better][0].distances:
+                better = _values(arms[claim.better], claim.compared(row))
+                verdict = judged(better, _values(arms[claim.worse], row))
                 yield f"- {claim.words}; at {', '.join(map(str, row))}: **{verdict}**"
     yield ""
 

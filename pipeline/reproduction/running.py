@@ -1,5 +1,6 @@
 """Trains and measures what is missing. Every run and every point is a file, so a killed reproduction goes on."""
 
+import math
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,8 +85,8 @@ class Outcome:
     """One run of an arm, trained and measured."""
 
     recipe: Recipe
-    distances: dict[Row, float]
-    distance: str  # its name
+    distances: dict[Row, float]  # inf: its samples diverged
+    distance: str  # its name; empty where all diverged
     parameters: int
     samples: int
     pflop: float  # of training
@@ -187,11 +188,14 @@ def outcomes(table: Table, scale: Scale, judge: str | None) -> dict[str, list[Ou
 def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
     sweep, distances, name = Sweep(recipe), {}, ""
     for point in sweep.recipes:
+        row = tuple(_row(getattr(point, field)) for field in rows)
         measurement = sweep.measured(point)
-        if measurement is None:
+        if measurement is not None:
+            distances[row], name = measurement["value"], measurement["distance"]
+        elif sweep.unsound(point):
+            distances[row] = math.inf
+        else:
             raise UserError(f"{recipe.folder}: a point is not measured; run python pipeline/reproduce.py again")
-        distances[tuple(_row(getattr(point, field)) for field in rows)] = measurement["value"]
-        name = measurement["distance"]
     return Outcome(
         recipe=recipe,
         distances=distances,

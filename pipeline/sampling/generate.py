@@ -74,6 +74,10 @@ def _load(weights: Path) -> Denoiser:
     return load_network(weights).to(own_device())
 
 
+class UnsoundSamples(UserError):
+    """Samples came out non-finite or constant: the way of sampling diverges, or the network is of no use."""
+
+
 def generate(
     sampling: Sampling,
     samples: SampleSet,
@@ -86,7 +90,7 @@ def generate(
     `network`: loads that of the set, if it is needed elsewhere too.
 
     While one batch is drawn, a thread rounds, checks, compresses and writes those before it: a GPU need not wait for
-    that. Raises UserError where latents or images come out non-finite or constant.
+    that. Raises UnsoundSamples.
     """
     missing = set(missing_chunks(sampling, samples))
     spans = [span for span in sampling.spans[rank::world_size] if span in missing]
@@ -120,7 +124,7 @@ def _batches_in_the_background() -> int:
 
 
 def draw_images(recipe: Recipe, way: Way, model: Denoiser, vae: Encoder, index: torch.Tensor) -> torch.Tensor:
-    """Samples `index` (B,) as (B, 3, H, W) in [-1, 1]. Raises UserError for unsound latents, with their count."""
+    """Samples `index` (B,) as (B, 3, H, W) in [-1, 1]. Raises UnsoundSamples, with their count."""
     draw = bind_sampler(recipe, model, "sample", index)
     try:
         latents = draw(**vars(way), tolerance=recipe.sample.tolerance)  # (B, C, h, w)
@@ -150,5 +154,5 @@ def _write_chunk(form: Chunks, span: Span, batches: Sequence[Chunk]) -> None:
     form.write(span, {name: np.concatenate([batch[name] for batch in batches]) for name in ("images", "labels")})
 
 
-def _unsound(index: torch.Tensor, error: ValueError) -> UserError:
-    return UserError(f"samples {int(index[0])} to {int(index[-1])}: {error}")
+def _unsound(index: torch.Tensor, error: ValueError) -> UnsoundSamples:
+    return UnsoundSamples(f"samples {int(index[0])} to {int(index[-1])}: {error}")

@@ -1,6 +1,7 @@
 """The autoencoder: images to posterior moments, latents back to images."""
 
 import hashlib
+import importlib.util
 import logging
 import math
 import time
@@ -16,19 +17,22 @@ from torch import Tensor
 from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.recipe import VAE
+from fpdm import autoencoders
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
 from fpdm.latents import unscale_latents
 
-# Supported classes, and their config's list of encoder stages. Each stage but the first halves the side.
+# Supported classes, and their config's list of encoder stages, each but the first of which halves the side; or none.
 KINDS = {
     "AutoencoderKL": "block_out_channels",
     "AutoencoderTiny": "encoder_block_out_channels",
     "AutoencoderDC": "encoder_block_out_channels",
+    autoencoders.SELF_SCALING: "",
 }
 # Pixels per forward pass on a CPU: beyond them the activations leave its caches and take up to 1.6 times as long.
 CPU_PIXELS = 2**16
 LARGEST = 1e30  # limit of scaling and shift factors
 MAX_STAGES = 16  # of an encoder
+LARGEST_SIDE = 2**16
 NO_FILE = hashlib.sha256().hexdigest()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,6 +45,7 @@ class Identity:
     weights_sha256: str
     scaling_factor: float
     shift_factor: float
+    image_side: int | None = None  # of the only images that it takes; None: any
 
 
 def find_vae(settings: VAE) -> Path | None:
@@ -139,37 +144,49 @@ def identify(folder: Path | None, settings: VAE) -> Identity:
     """
     if folder is None:
         return Identity(config_sha256=NO_FILE, weights_sha256=NO_FILE, scaling_factor=1.0, shift_factor=0.0)
-    config = _configuration(folder)[1]
-    for name, value in _sizes(folder, config).items():
+    kind, config = _configuration(folder)
+    for name, value in _sizes(folder, kind.__name__, config).items():
         if value != getattr(settings, name):
             raise UserError(
                 f"vae.{name}: {getattr(settings, name)} in the recipe, but {short(value)} in {folder}; set it to that"
             )
+    with errors_as(UserError, f"vae.path: {folder} cannot be used"):
+        scaling_factor, shift_factor = autoencoders.scaling(kind.__name__, config)
     return Identity(
         config_sha256=sha256_file(folder / CONFIG_NAME),
         weights_sha256=_sha256(_weights(folder)[0]),
-        scaling_factor=_number(folder, config, "scaling_factor"),
-        shift_factor=0.0 if config.get("shift_factor") is None else _number(folder, config, "shift_factor"),
+        scaling_factor=_number(folder, "scaling_factor", scaling_factor),
+        shift_factor=_number(folder, "shift_factor", shift_factor),
+        image_side=_image_side(config) if kind.__name__ == autoencoders.SELF_SCALING else None,
     )
 
 
 def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
     """A VAE's class in diffusers and its constructor arguments, defaults included."""
     try:
+        kind: Any
         kind, config = read_configuration(folder, tuple(KINDS))
     except ValueError as error:
         raise UserError(f"vae.path: {error}") from None
-    for name in ("latents_mean", "latents_std"):
-        if config.get(name) is not None:
-            raise UserError(
-                f"vae.path: {folder} has per-channel scaling ({name} in {CONFIG_NAME}), which is not supported; "
-                "choose a VAE with one scaling_factor"
-            )
+    if kind.__name__ == autoencoders.SELF_SCALING and not importlib.util.find_spec("transformers"):
+        raise UserError(
+            f"vae.path: {folder} is an {kind.__name__}, whose encoder is of the package transformers, which is not "
+            "installed; pip install -e '.[rae]'"
+        )
     return kind, config
 
 
-def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    stages = next(config[name] for name in KINDS.values() if name in config)
+def _sizes(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    if kind == autoencoders.SELF_SCALING:
+        sides = [config[name] for name in ("encoder_hidden_size", "patch_size", "encoder_patch_size")]
+        sides.append(config["encoder_input_size"])
+        if config["num_channels"] != 3 or any(type(side) is not int or not 0 < side < LARGEST_SIDE for side in sides):
+            raise UserError(
+                f"vae.path: {folder} is no {kind} of RGB images: see num_channels and sizes in {CONFIG_NAME}; choose "
+                "another"
+            )
+        return {"latent_channels": sides[0], "downsampling": sides[1]}
+    stages = config[KINDS[kind]]
     listed = isinstance(stages, list | tuple) and 0 < len(stages) <= MAX_STAGES
     if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not listed:
         raise UserError(
@@ -178,8 +195,12 @@ def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
 
 
-def _number(folder: Path, config: dict[str, Any], name: str) -> float:
-    value, where = config[name], f"in its {CONFIG_NAME}"
+def _image_side(config: dict[str, Any]) -> int:
+    return int(config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"]))
+
+
+def _number(folder: Path, name: str, value: Any) -> float:
+    where = f"in its {CONFIG_NAME}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         raise UserError(
             f"vae.path: {folder} has {name} {short(value)} {where}, which is not a finite number; correct it"
@@ -210,7 +231,7 @@ class Pixels(torch.nn.Module):
 class Encoder:
     """A frozen VAE in `vae.precision`, by default on a GPU if there is one. Moments and images are float32.
 
-    AutoencoderTiny, AutoencoderDC and pixels are deterministic: the standard deviation of their moments is 0.
+    All but AutoencoderKL, and pixels, are deterministic: the standard deviation of their moments is 0.
     """
 
     def __init__(
@@ -239,20 +260,14 @@ class Encoder:
         return moments
 
     def _moments(self, images: Tensor) -> Tensor:
-        output = self.network.encode(self._prepare(images))
-        if hasattr(output, "latent_dist"):
-            mean, std = output.latent_dist.mean, output.latent_dist.std
-        else:
-            mean = output[0]
-            std = torch.zeros_like(mean)
-        return torch.cat([mean, std], dim=1).float()  # (B, 2C, h, w)
+        return torch.cat(autoencoders.encode(self.network, self._prepare(images)), dim=1).float()  # (B, 2C, h, w)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) float32, clamped to [-1, 1]; they stay on the device."""
         latents = unscale_latents(latents, self.identity.scaling_factor, self.identity.shift_factor)
         parts = self._parts(latents, self._settings.downsampling)
-        images = torch.cat([self.network.decode(self._prepare(part)).sample for part in parts])
+        images = torch.cat([autoencoders.decode(self.network, self._prepare(part)) for part in parts])
         return images.float().clamp(-1, 1).contiguous()
 
     def _parts(self, values: Tensor, pixels_a_side: int) -> tuple[Tensor, ...]:

@@ -120,6 +120,11 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     source = open_source(data)
     _check_classes(recipe, source.class_names)
     identity = find_identity(vae, download=download)
+    if identity and identity.image_side not in (None, data.resolution):
+        raise UserError(
+            f"data.resolution: {data.resolution}, but the autoencoder in {vae.path} takes images of "
+            f"{identity.image_side} pixels alone; set it to that, or choose another autoencoder"
+        )
     settings: Settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),

@@ -21,7 +21,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from torch.testing import assert_close
 
 from common.recipe import Recipe
@@ -33,6 +33,7 @@ from fpdm.pipeline_hf import FPDMPipeline
 from fpdm.scheduler_hf import FPDMScheduler
 from fpdm.transformer_hf import FPDMTransformer2DModel
 from pipeline.exporting.export import export
+from preprocess.encoding.encoder import Encoder
 from tests.conftest import copied, generated, load_samples
 from tests.hub import hub
 from tests.seals import resealed
@@ -119,6 +120,23 @@ def test_a_run_of_another_kind_of_autoencoder_is_exported_too(tiny_recipe: Recip
     recipe = replace(tiny_recipe, vae=replace(tiny_recipe.vae, path=str(tmp_path / "vae")))
     images, labels = load_samples(generated(recipe, "latest"), 10)
     assert np.array_equal(pixels(exported(recipe)(labels, seed=recipe.seed)), images)
+
+
+def test_a_pipeline_decodes_a_representation_autoencoder_as_the_project_does(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    sizes = {"encoder_hidden_size": 64, "encoder_patch_size": 4, "encoder_input_size": 16, "patch_size": 8}
+    decoder = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+    layers = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
+    statistics = {"latents_mean": [[[0.1]]] * 64, "latents_std": [[[2.0]]] * 64, "scaling_factor": 0.5}
+    vae = AutoencoderRAE(**sizes, **decoder, **layers, **statistics).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    pipeline = FPDMPipeline(FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64)), vae, None)
+    latents = torch.randn(2, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    encoder = Encoder(replace(tiny_recipe.vae, path=str(tmp_path / "vae"), latent_channels=64, downsampling=8))
+    with torch.no_grad():
+        found = pipeline.decode_latents(latents, "pt", "half_away")
+    torch.testing.assert_close(found, encoder.decode(latents) / 2 + 0.5, rtol=1e-5, atol=1e-6)
 
 
 ALONE = """

@@ -4,9 +4,11 @@ import csv
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from common.errors import UserError
@@ -14,11 +16,13 @@ from common.recipe import Recipe
 from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
 from fpdm import calibration
+from fpdm.sampling import require_sound
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_plot
 from pipeline.evaluation.sweep import Sweep, points, read_table, table
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
+from pipeline.sampling import generate as generation
 from pipeline.sampling.plans import blocks_an_image
 from tests.conftest import copied, run_stage
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
@@ -60,7 +64,10 @@ def test_what_a_budget_does_not_pay_for_is_said(recipe: Recipe) -> None:
 
 def test_dit_takes_the_steps_that_a_budget_pays_for(recipe: Recipe) -> None:
     dit = replace(recipe, model=replace(recipe.model, kind="dit", depth=3))
-    assert [(point.num_steps, point.blocks) for point in points(dit)[0]] == [(2, 6), (5, 15)]
+    found, _ = points(dit)
+    assert [(point.num_steps, point.blocks) for point in found] == [(2, 6), (5, 15)]
+    sweep = SimpleNamespace(recipes=found, measured=lambda point: None, unsound=lambda point: None, left_out=())
+    assert next(sweep_stage.plan(sweep)) == "6 blocks: ddim, 2 steps, guidance 1: to be measured"  # type: ignore[arg-type]
 
 
 def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
@@ -81,6 +88,36 @@ def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
     more = swept(recipe, budgets=(8, 16, 32))
     Sweep(more).write_tables()
     assert len(read_table(RunFolder(recipe.folder))) == 2  # what an earlier sweep measured counts
+
+
+def test_a_way_whose_samples_diverge_has_no_numbers_and_the_others_have_theirs(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bind = generation.bind_sampler
+
+    def diverging(drawn: Recipe, *arguments: Any) -> Any:
+        draw = bind(drawn, *arguments)
+
+        def latents(**way: Any) -> torch.Tensor:
+            found = draw(**way) * (float("nan") if len(way["iterations"]) == 2 else 1.0)
+            require_sound(found)
+            return found
+
+        return latents
+
+    monkeypatch.setattr(generation, "bind_sampler", diverging)
+    sweep = Sweep(recipe)
+    sweep_stage.measure(sweep)
+    assert [row["budget"] for row in read_table(RunFolder(recipe.folder))] == [16]
+    assert "no numbers: 8 blocks: ddim, 2 steps x 2 iterations (constant, reuse always), guidance 1: samples 0 to " in (
+        capsys.readouterr().out
+    )
+    again = Sweep(recipe)
+    assert again.finished
+    assert "non-finite" in next(sweep_stage.plan(again))
+    alone = Sweep(swept(recipe, budgets=(8,)))
+    sweep_stage.measure(alone)  # nothing to tabulate
+    assert alone.finished
 
 
 def test_the_distance_to_the_limit_is_nothing_at_the_limit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

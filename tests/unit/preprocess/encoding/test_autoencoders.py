@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import importlib.util
 import json
 import shutil
 from dataclasses import asdict
@@ -125,7 +126,47 @@ def test_the_demos_autoencoder_is_known_as_before() -> None:
         "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         "scaling_factor": 0.99928,
         "shift_factor": -0.00601,
+        "image_side": None,
     }
+
+
+REPRESENTATION = {
+    "_class_name": "AutoencoderRAE",
+    **{"encoder_hidden_size": 64, "encoder_patch_size": 4, "encoder_num_hidden_layers": 1, "encoder_input_size": 16},
+    **{"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
+    **{"decoder_intermediate_size": 16, "patch_size": 8, "scaling_factor": 0.5},
+    **{"latents_mean": [[[0.1]]] * 64, "latents_std": [[[2.0]]] * 64},
+}
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "mae"])  # siglip2 diffusers 0.42.1 cannot build with transformers 5.24
+def test_a_representation_autoencoder_gets_images_as_it_was_trained_and_scales_by_itself(
+    tmp_path: Path, kind: str
+) -> None:
+    config = {**REPRESENTATION, "encoder_type": kind}
+    folder, network = written(tmp_path / "vae", config), network_of(config)
+    encoder = Encoder(settings(folder, 64))
+    assert (encoder.identity.scaling_factor, encoder.identity.shift_factor) == (1.0, 0.0)
+    assert encoder.identity.image_side == 32
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    moments = encoder.encode(images * 2 - 1)
+    with torch.no_grad():
+        latents = network.encode(images).latent
+        torch.testing.assert_close(moments, torch.cat([latents, torch.zeros_like(latents)], dim=1))
+        decoded = network.decode(latents).sample
+    torch.testing.assert_close(encoder.decode(moments[:, :64]), (decoded * 2 - 1).clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_representation_autoencoder_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path / "vae", REPRESENTATION)
+    with pytest.raises(UserError, match=r"vae\.latent_channels: 4 in the recipe, but 64 in"):
+        identify(folder, settings(folder))
+    (folder / "config.json").write_text(json.dumps({**REPRESENTATION, "encoder_patch_size": 0}))
+    with pytest.raises(UserError, match="no AutoencoderRAE of RGB images"):
+        identify(folder, settings(folder, 64))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"transformers, which is not installed; pip install -e '\.\[rae\]'$"):
+        identify(folder, settings(folder, 64))
 
 
 @pytest.mark.parametrize(
