@@ -74,6 +74,16 @@ def start_slow_training(
     return recipe.folder, submit(made, [training])[0].job_id
 
 
+def start_elastic_training(experiment: Experiment, name: str) -> tuple[Path, str]:
+    """A training on two nodes, a process each, that goes on with one: (run folder, job)."""
+    recipe = load_recipe(experiment.recipe, (f"name={name}", *LONG, "launch.nodes=2", "launch.elastic=true"))
+    (step,) = steps(recipe, STAGE, "slurm")
+    slow = {"module": WORK, "function": "train_slowly", "arguments": {"step_seconds": 0.3, "slow_starts": 1}}
+    training = replace(step.jobs[0], arguments={**step.jobs[0].arguments, "call": slow})
+    made = executor("slurm", recipe.folder / "logs/train", name, step.resources)
+    return recipe.folder, submit(made, [training])[0].job_id
+
+
 @pytest.mark.timeout(600)
 def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weights(
     experiment: Experiment, uninterrupted: Path, three_nodes: Cluster
@@ -101,12 +111,7 @@ def test_requeued_preempted_and_a_node_lost_a_training_ends_with_the_same_weight
 def test_an_elastic_training_goes_on_without_a_lost_node_and_with_another_when_it_is_requeued(
     experiment: Experiment, uninterrupted: Path, three_nodes: Cluster
 ) -> None:
-    recipe = load_recipe(experiment.recipe, ("name=elastic", *LONG, "launch.nodes=2", "launch.elastic=true"))
-    (step,) = steps(recipe, STAGE, "slurm")
-    slow = {"module": WORK, "function": "train_slowly", "arguments": {"step_seconds": 0.3, "slow_starts": 1}}
-    training = replace(step.jobs[0], arguments={**step.jobs[0].arguments, "call": slow})
-    folder = recipe.folder
-    job = submit(executor("slurm", folder / "logs/train", "elastic", step.resources), [training])[0].job_id
+    folder, job = start_elastic_training(experiment, "elastic")
     log = folder / f"logs/train/{job}_0_log.err"
     wait_until(lambda: len(losses(folder)) >= 5, "the first steps")
     os.kill(int((three_nodes.folder / "run/node2.pid").read_text()), signal.SIGKILL)
@@ -120,6 +125,23 @@ def test_an_elastic_training_goes_on_without_a_lost_node_and_with_another_when_i
     wait_until(lambda: state(job) == "COMPLETED", "the end")
     assert restarts(job) == 1
     assert squeue("%N", "--states=all", f"--jobs={job}") == ["node[1,3]"]
+    assert [line["samples"] for line in lines(folder)] == [line["samples"] for line in lines(uninterrupted)]
+    assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_elastic_training_whose_first_node_dies_is_queued_again_and_ends_the_same(
+    experiment: Experiment, uninterrupted: Path, three_nodes: Cluster
+) -> None:
+    folder, job = start_elastic_training(experiment, "first-lost")
+    wait_until(lambda: len(losses(folder)) >= 5, "the first steps")
+    assert squeue("%N", f"--jobs={job}") == ["node[1-2]"]
+    os.kill(int((three_nodes.folder / "run/node1.pid").read_text()), signal.SIGKILL)
+    subprocess.run(["scontrol", "update", "nodename=node1", "state=down", "reason=test"], check=True)
+    wait_until(lambda: state(job) == "COMPLETED", "the end", 240)
+    assert restarts(job) == 1
+    assert squeue("%N", "--states=all", f"--jobs={job}") == ["node[2-3]"]
     assert [line["samples"] for line in lines(folder)] == [line["samples"] for line in lines(uninterrupted)]
     assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-4)
 
