@@ -68,7 +68,8 @@ class FPDMPipeline(DiffusionPipeline):
 
     Args:
         transformer: an `FPDMTransformer2DModel`.
-        vae: an autoencoder with one scaling factor; others raise ValueError. None: latents are images in [-1, 1].
+        vae: an autoencoder with one scaling factor, or an AutoencoderRAE, which scales by itself; others raise
+            ValueError. None: latents are images in [-1, 1].
         scheduler: an `FPDMScheduler`, or one of diffusers' in its place. None: the sampler of the paper.
         id2label: dictionary of the classes' names by number; several of one class are separated by commas.
         sampling: dictionary of what a call does that says nothing else, of the fields of
@@ -89,7 +90,7 @@ class FPDMPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         if vae is not None:
-            autoencoders.scaling(type(vae).__name__, vae.config)  # raises here, not after minutes of sampling
+            self._check_autoencoder(vae.config)
         if scheduler is None:
             scheduler = FPDMScheduler(transformer.diffusion, "flow_euler" if transformer.diffusion.is_flow else "ddpm")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -98,6 +99,13 @@ class FPDMPipeline(DiffusionPipeline):
         self._classes = ClassNames(transformer.denoiser.config, id2label or {})
         self._defaults, self._interrupt = CallSettings.stored(sampling), False
         self.register_to_config(id2label=self._classes.by_number, sampling=asdict(self._defaults))
+
+    @staticmethod
+    def _check_autoencoder(config: Any) -> None:
+        try:
+            autoencoders.scaling(config)
+        except ValueError as error:
+            raise ValueError(f"vae: {error}") from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **arguments: Any) -> Any:  # type: ignore[override]
@@ -299,5 +307,5 @@ class FPDMPipeline(DiffusionPipeline):
     def _decoded(self, latents: Tensor) -> Tensor:
         """By the autoencoder: (B, 3, H, W)."""
         vae = cast(AutoencoderKL, self.vae)
-        unscaled = unscale_latents(latents, *autoencoders.scaling(type(vae).__name__, vae.config)).to(vae.dtype)
+        unscaled = unscale_latents(latents, *autoencoders.scaling(vae.config)).to(vae.dtype)
         return autoencoders.decode(vae, unscaled.contiguous(memory_format=torch.channels_last)).float()

@@ -208,13 +208,17 @@ def _fitted(solution: Tensor, batch: int) -> Tensor:
     return solution[:batch] if len(solution) > batch else torch.cat([solution, solution])
 
 
+class UnsoundError(ValueError):
+    """Samples came out non-finite or constant."""
+
+
 def require_sound(samples: Tensor) -> None:
-    """Raise a ValueError naming the samples (B, ...) that are non-finite or constant."""
+    """Raise an UnsoundError naming the samples (B, ...) that are non-finite or constant."""
     flat = samples.flatten(1)
     for problem, bad in (("non-finite", ~flat.isfinite().all(1)), ("constant", flat.amax(1) == flat.amin(1))):
         if bad.any():
             rows = bad.nonzero()[:, 0].tolist()
             shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-            raise ValueError(
+            raise UnsoundError(
                 f"samples: {len(rows)} of {len(samples)} are {problem} (rows {shown}); metrics of them mean nothing"
             )

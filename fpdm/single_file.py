@@ -11,7 +11,7 @@ from pathlib import Path
 
 ENTRY = "pipeline_hf"
 HEAD = """# Fixed Point Diffusion Models as a pipeline of diffusers: modules of the package fpdm in one file, written by
-# an export. It needs torch and diffusers. Apache License 2.0.
+# an export. It needs torch and diffusers, and transformers for an AutoencoderRAE. Apache License 2.0.
 """
 OWN_SOURCE = '''
 _SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: another export may take this file's place in the cache

@@ -26,9 +26,9 @@ from pipeline.evaluation.measurements import Evaluation, Measurement
 from pipeline.evaluation.metrics import frechet_distance
 from pipeline.evaluation.plots import sweep_plot
 from pipeline.evaluation.yardstick import Yardstick
-from pipeline.sampling.generate import UnsoundSamples, sample
+from pipeline.sampling.generate import sample
 from pipeline.sampling.models import Models
-from pipeline.sampling.plans import blocks_an_image
+from pipeline.sampling.plans import UnsoundSamples, blocks_an_image
 from pipeline.sampling.sample_set import Sampling
 
 COLUMNS = ("budget", "blocks", "sampler", "num_steps", "iterations", "allocation", "reuse", "guidance_scale")
@@ -67,6 +67,7 @@ class RowForm(TypedDict):
 @with_config(STRICT)
 class TableForm(TypedDict):
     rows: Annotated[list[RowForm], Field(min_length=1)]
+    unsound: list[str]  # as `Sweep.diverged`
 
 
 @with_config(STRICT)
@@ -131,7 +132,10 @@ class Sweep:
         """What all points need and several jobs would otherwise do at the same time."""
         self.yardstick.prepare_reference()
         for limit in self.limits.values():
-            sample(limit.sampling)
+            try:
+                sample(limit.sampling)
+            except UnsoundSamples as fault:
+                raise UserError(f"sweep.distance_to_limit: at the limit {fault}; set it to false") from None
             limit.samples[0].extract()
 
     def measured(self, point: Point) -> Measurement | None:
@@ -147,15 +151,31 @@ class Sweep:
         return self._measurements.get(point)
 
     def unsound(self, point: Point) -> str | None:
-        """Why the samples of a point came out non-finite or constant, where they did; it then has no numbers."""
+        """Why the samples of a point are non-finite or constant, where they are: it then has no numbers."""
         path = self._unsound_path(point)
-        return read_sealed(path, UnsoundForm, "delete it")["reason"] if path.exists() else None
+        if not path.exists() or self.measured(point):
+            return None
+        return f"{read_sealed(path, UnsoundForm, 'delete it')['reason']} (delete {path} to draw it again)"
 
     def _unsound_path(self, point: Point) -> Path:
         return SampleFolder(self.evaluations[point].samples[0].samples.folder).unsound
 
+    @property
+    def diverged(self) -> list[str]:
+        """A line for each point whose samples are unsound."""
+        reasons = ((point, self.unsound(point)) for point in self.recipes)
+        return [f"no numbers: {self.in_words(point)}: {reason}" for point, reason in reasons if reason]
+
+    def in_words(self, point: Point) -> str:
+        """What it costs, and how it is drawn."""
+        how = f"{point.sampler}, {point.num_steps} steps"
+        if point.iterations:  # of FPDM; DiT has none
+            how += f" x {point.iterations:g} iterations ({point.allocation}, reuse {point.reuse})"
+        others = "".join(f", {axis} {getattr(point, axis)}" for axis in varied_axes(map(asdict, self.recipes)))
+        return f"{point.blocks} blocks: {how}, guidance {point.guidance_scale:g}{others}"
+
     def measure(self, point: Point) -> None:
-        """Draws and measures a point, where that is not done yet. `unsound` says where its samples are none."""
+        """Draws and measures a point, where that is not done yet, or notes that its samples are `unsound`."""
         evaluation = self.evaluations[point]
         if self.unsound(point):
             return
@@ -191,11 +211,14 @@ class Sweep:
         measured = ((point, self.measured(point)) for point in self.recipes)
         rows = [self._row(point, measurement) for point, measurement in measured if measurement is not None]
         if not rows:
+            for path in (self.folder.sweep_table, self.folder.sweep_csv, self.folder.sweep_markdown):
+                path.unlink(missing_ok=True)  # of an earlier sweep
+            self.folder.sweep_plot.unlink(missing_ok=True)
             return False
         rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
-        write_sealed(self.folder.sweep_table, {"rows": rows})
+        write_sealed(self.folder.sweep_table, {"rows": rows, "unsound": self.diverged})
         _write_text(self.folder.sweep_csv, _csv(rows))
-        _write_text(self.folder.sweep_markdown, _markdown(rows))
+        _write_text(self.folder.sweep_markdown, _markdown(rows) + "".join(f"\n{line}\n" for line in self.diverged))
         with atomic_write(self.folder.sweep_plot) as temporary:
             temporary.write_bytes(sweep_plot(rows))
         return True
@@ -288,10 +311,9 @@ def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
     return row
 
 
-def read_table(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of the run's last sweep. Raises UserError where the file is not as it was written."""
-    rows = read_sealed(folder.sweep_table, TableForm, "delete it, or run python pipeline/sweep.py again")["rows"]
-    return [dict(row) for row in rows]
+def read_table(folder: RunFolder) -> TableForm:
+    """The run's last sweep. Raises UserError where the file is not as it was written."""
+    return read_sealed(folder.sweep_table, TableForm, "delete it, or run python pipeline/sweep.py again")
 
 
 def varied_axes(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,6 @@
 """`pipeline/sweep.py` as a stage: no part of a run, but shared among jobs as those are."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -10,7 +9,7 @@ from common.stage import Input, Stage
 from pipeline.evaluation.stage import fetch
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.sweep import Point, Sweep
+    from pipeline.evaluation.sweep import Sweep
 
 
 def resolve(recipe: Recipe) -> "Sweep":
@@ -22,24 +21,13 @@ def resolve(recipe: Recipe) -> "Sweep":
 
 def plan(sweep: "Sweep") -> Iterator[str]:
     """The points, which of them are measured, and which combinations are left out."""
-    from pipeline.evaluation.sweep import varied_axes
-
-    varied = varied_axes(map(asdict, sweep.recipes))
     for point in sweep.recipes:
         measurement = sweep.measured(point)
         state = sweep.unsound(point) or "to be measured"
         if measurement:
             state = f"{measurement['distance']} = {measurement['value']:.2f}"
-        yield f"{_words(point, varied)}: {state}"
+        yield f"{sweep.in_words(point)}: {state}"
     yield from (f"left out: {reason}" for reason in sweep.left_out)
-
-
-def _words(point: "Point", varied: Sequence[str]) -> str:
-    how = f"{point.sampler}, {point.num_steps} steps"
-    if point.iterations:  # of FPDM; DiT has none
-        how += f" x {point.iterations:g} iterations ({point.allocation}, reuse {point.reuse})"
-    others = "".join(f", {axis} {getattr(point, axis)}" for axis in varied)
-    return f"{point.blocks} blocks: {how}, guidance {point.guidance_scale:g}{others}"
 
 
 def finished(sweep: "Sweep") -> bool:
@@ -71,14 +59,9 @@ def prepare(sweep: "Sweep") -> None:
 
 
 def show(sweep: "Sweep") -> None:
-    """Prints the table, with what other jobs have measured; before it, which points have no numbers."""
-    from pipeline.evaluation.sweep import varied_axes
-
-    varied = varied_axes(map(asdict, sweep.recipes))
-    for point in sweep.recipes:
-        if reason := sweep.unsound(point):
-            print(f"no numbers: {_words(point, varied)}: {reason}")
+    """Writes the table once more, with what other jobs have measured, and prints it."""
     if not sweep.write_tables():
+        print("\n".join([*sweep.diverged, "nothing to tabulate"]))
         return
     folder = sweep.folder
     print(folder.sweep_markdown.read_text(encoding="utf-8"), end="")

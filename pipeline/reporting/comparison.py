@@ -174,7 +174,7 @@ def _distances(folder: Path, recipe: Recipe) -> tuple[Measured | None, Curve]:
     measured = Measured(own["distance"], own["value"], reference["label"], yardstick)
     curve = [(float(blocks_an_image(recipe)), own["value"])]
     if place.sweep_table.exists():
-        rows = [row for row in read_table(place) if row["distance"] == own["distance"]]
+        rows = [row for row in read_table(place)["rows"] if row["distance"] == own["distance"]]
         curve += [(float(row["blocks"]), row["numbers"]["frechet"]["value"]) for row in rows]
     return measured, sorted(set(curve))
 

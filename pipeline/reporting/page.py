@@ -173,5 +173,6 @@ def _sweep(folder: RunFolder) -> dict[str, Any] | None:
     """The table and the plot of the run's sweep, if there was one."""
     if not folder.sweep_table.exists():
         return None
-    rows = read_table(folder)
-    return {"table": table(rows), "plot": sweep_plot(rows)}
+    swept = read_table(folder)
+    rows = [dict(row) for row in swept["rows"]]
+    return {"table": table(rows), "plot": sweep_plot(rows), "unsound": swept["unsound"]}

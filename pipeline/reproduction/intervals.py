@@ -24,10 +24,12 @@ def shown(values: Sequence[float]) -> str:
 
 def judged(better: Sequence[float], worse: Sequence[float]) -> str:
     """In words, whether the first distances are smaller, seed by seed. inf: samples diverged."""
-    if any(map(math.isinf, worse)) and not any(map(math.isinf, better)):
-        return f"holds (the other diverged in {sum(map(math.isinf, worse))} of {len(worse)})"
-    if any(map(math.isinf, better)):
-        return f"does not hold (diverged in {sum(map(math.isinf, better))} of {len(better)})"
+    seeds = len(better)
+    lost, others = (sum(map(math.isinf, values)) for values in (better, worse))
+    if lost or others:
+        found = f"of {seeds} seeds {lost} diverged, {others} of the other"
+        decided = seeds > 1 and {lost, others} == {0, seeds}
+        return f"{'holds' if others else 'does not hold'} ({found})" if decided else f"not decided ({found})"
     differences = [b - a for a, b in zip(better, worse, strict=True)]
     mean, width = fmean(differences), interval(differences)
     if width is None:

@@ -74,7 +74,8 @@ def _judged_again(table: Table, arms: ByArm) -> Iterator[str]:
 def _distances(table: Table, arms: ByArm) -> Iterator[str]:
     yield _line([", ".join(table.rows), *arms])
     yield _line(["---"] * (1 + len(arms)))
-    for row in dict.fromkeys(row for runs in arms.values() for row in runs[0].distances):
+    fullest = max(arms.values(), key=lambda runs: len(runs[0].distances))[0]  # its rows hold those of the others
+    for row in fullest.distances:
         cells = (shown(_values(runs, row)) if row in runs[0].distances else "" for runs in arms.values())
         yield _line([", ".join(map(str, row)), *cells])
 

@@ -3,6 +3,8 @@
 import math
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -111,9 +113,15 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
         return
     # Each run in a process of its own: networks of this size leave most of a GPU, or of many cores, idle.
     spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, spawned, _leave_port, max_tasks_per_child=1) as pool:
-        for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
-            made.result()
+    with ProcessPoolExecutor(at_once, spawned, _begin, max_tasks_per_child=1) as pool:
+        try:
+            for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
+                made.result()
+        except BaseException:  # also SystemExit, by a signal: those that wait must not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def check_images(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
@@ -139,9 +147,10 @@ def _data_sets(recipes: Iterable[Recipe]) -> Iterable[Recipe]:
     return by_shards.values()
 
 
-def _leave_port() -> None:
-    """Each process finds a free port of its own."""
+def _begin() -> None:
+    """Each process finds a free port of its own, and ends what it started when it is ended."""
     os.environ.pop("MASTER_PORT", None)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def _make_run(arms: Sequence[Recipe], cluster: str) -> None:

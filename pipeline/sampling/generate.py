@@ -20,11 +20,11 @@ from common.sealed import write_sealed
 from fpdm.calibration import Way
 from fpdm.denoiser import Denoiser
 from fpdm.latents import to_uint8
-from fpdm.sampling import require_sound
+from fpdm.sampling import UnsoundError, require_sound
 from pipeline.sampling import iterates
 from pipeline.sampling.chunks import Chunk, Span
 from pipeline.sampling.outputs import Chunks, output
-from pipeline.sampling.plans import bind_sampler, labels_for, open_plan
+from pipeline.sampling.plans import UnsoundSamples, bind_sampler, labels_for, open_plan
 from pipeline.sampling.sample_set import SampleSet, Sampling
 from preprocess.encoding.encoder import Encoder, fetch_vae
 
@@ -72,10 +72,6 @@ def missing_chunks(sampling: Sampling, samples: SampleSet) -> list[Span]:
 
 def _load(weights: Path) -> Denoiser:
     return load_network(weights).to(own_device())
-
-
-class UnsoundSamples(UserError):
-    """Samples came out non-finite or constant: the way of sampling diverges, or the network is of no use."""
 
 
 def generate(
@@ -154,5 +150,6 @@ def _write_chunk(form: Chunks, span: Span, batches: Sequence[Chunk]) -> None:
     form.write(span, {name: np.concatenate([batch[name] for batch in batches]) for name in ("images", "labels")})
 
 
-def _unsound(index: torch.Tensor, error: ValueError) -> UnsoundSamples:
-    return UnsoundSamples(f"samples {int(index[0])} to {int(index[-1])}: {error}")
+def _unsound(index: torch.Tensor, error: ValueError) -> UserError:
+    kind = UnsoundSamples if isinstance(error, UnsoundError) else UserError
+    return kind(f"samples {int(index[0])} to {int(index[-1])}: {error}")

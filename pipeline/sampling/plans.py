@@ -26,7 +26,7 @@ from fpdm.allocation import MEASURED, count_blocks
 from fpdm.calibration import Draw, Way, allocate_adaptively, calibrate
 from fpdm.denoiser import Denoiser
 from fpdm.samplers import SamplerName, SamplerSettings, Spacing, Variance, adds_noise, build_sampler
-from fpdm.sampling import guided_steps, sample_noise, weak_iterates
+from fpdm.sampling import UnsoundError, guided_steps, sample_noise, weak_iterates
 from fpdm.sampling import sample as sample_latents
 
 REMEDY = "delete the folder and run python pipeline/sample.py"
@@ -51,6 +51,10 @@ class WayForm(TypedDict):
     iterations: list[Annotated[int, Field(ge=0)]] | None
     reuse: bool
     start_extrapolation: float
+
+
+class UnsoundSamples(UserError):
+    """Samples are non-finite or constant: this way of sampling diverges, or the network is of no use."""
 
 
 def unmeasured(recipe: Recipe) -> Way:
@@ -204,7 +208,8 @@ def _measure(recipe: Recipe, model: Denoiser) -> Way:
     try:
         return _measured(recipe, model)
     except ValueError as error:
-        raise UserError(
+        kind = UnsoundSamples if isinstance(error, UnsoundError) else UserError
+        raise kind(
             f"sample.allocation: {recipe.sample.allocation!r} cannot be measured on these weights: {error}; set it to "
             "'constant'"
         ) from None

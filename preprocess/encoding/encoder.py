@@ -21,12 +21,13 @@ from fpdm import autoencoders
 from fpdm.diffusers_folders import CONFIG_NAME, PIPELINE_NAME, STEM, WEIGHTS_NAME, read_configuration, weight_files
 from fpdm.latents import unscale_latents
 
+REPRESENTATION = "AutoencoderRAE"
 # Supported classes, and their config's list of encoder stages, each but the first of which halves the side; or none.
 KINDS = {
     "AutoencoderKL": "block_out_channels",
     "AutoencoderTiny": "encoder_block_out_channels",
     "AutoencoderDC": "encoder_block_out_channels",
-    autoencoders.SELF_SCALING: "",
+    REPRESENTATION: "",  # one size for all images
 }
 # Pixels per forward pass on a CPU: beyond them the activations leave its caches and take up to 1.6 times as long.
 CPU_PIXELS = 2**16
@@ -45,7 +46,6 @@ class Identity:
     weights_sha256: str
     scaling_factor: float
     shift_factor: float
-    image_side: int | None = None  # of the only images that it takes; None: any
 
 
 def find_vae(settings: VAE) -> Path | None:
@@ -139,64 +139,74 @@ def find_identity(settings: VAE, *, download: bool = False) -> Identity | None:
 def identify(folder: Path | None, settings: VAE) -> Identity:
     """Checks a VAE's config.json against the recipe, without loading the network. None: that of `Pixels`.
 
-    Raises UserError for an unsupported class, for other latent channels or downsampling than in the recipe, and for a
-    missing, invalid or per-channel scaling.
+    Raises UserError for an unsupported class, for other latent channels or downsampling than in the recipe, and for
+    scaling that is missing, invalid or by channel; an AutoencoderRAE scales by channel inside of the class.
     """
     if folder is None:
         return Identity(config_sha256=NO_FILE, weights_sha256=NO_FILE, scaling_factor=1.0, shift_factor=0.0)
-    kind, config = _configuration(folder)
-    for name, value in _sizes(folder, kind.__name__, config).items():
+    config = _configuration(folder)[1]
+    for name, value in _sizes(folder, config).items():
         if value != getattr(settings, name):
             raise UserError(
                 f"vae.{name}: {getattr(settings, name)} in the recipe, but {short(value)} in {folder}; set it to that"
             )
-    with errors_as(UserError, f"vae.path: {folder} cannot be used"):
-        scaling_factor, shift_factor = autoencoders.scaling(kind.__name__, config)
+    _number(folder, "scaling_factor", config["scaling_factor"])
+    with errors_as(UserError, f"vae.path: {folder / CONFIG_NAME} is of no use here"):
+        scaling_factor, shift_factor = autoencoders.scaling(config)
     return Identity(
         config_sha256=sha256_file(folder / CONFIG_NAME),
         weights_sha256=_sha256(_weights(folder)[0]),
         scaling_factor=_number(folder, "scaling_factor", scaling_factor),
         shift_factor=_number(folder, "shift_factor", shift_factor),
-        image_side=_image_side(config) if kind.__name__ == autoencoders.SELF_SCALING else None,
     )
+
+
+def check_side(settings: VAE, resolution: int) -> None:
+    """Raises UserError where the autoencoder takes images of another size alone. It must be there (`find_vae`)."""
+    folder = find_vae(settings)
+    config = _configuration(folder)[1] if folder else {}
+    if not autoencoders.scales_itself(config):
+        return
+    side = config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"])
+    if side != resolution:
+        raise UserError(
+            f"data.resolution: {resolution}, but the autoencoder in {folder} takes images of {side} pixels alone; set "
+            "it to that, or choose another autoencoder"
+        )
 
 
 def _configuration(folder: Path) -> tuple[Any, dict[str, Any]]:
     """A VAE's class in diffusers and its constructor arguments, defaults included."""
     try:
-        kind: Any
         kind, config = read_configuration(folder, tuple(KINDS))
     except ValueError as error:
         raise UserError(f"vae.path: {error}") from None
-    if kind.__name__ == autoencoders.SELF_SCALING and not importlib.util.find_spec("transformers"):
+    if autoencoders.scales_itself(config) and not importlib.util.find_spec("transformers"):
         raise UserError(
-            f"vae.path: {folder} is an {kind.__name__}, whose encoder is of the package transformers, which is not "
+            f"vae.path: {folder} is an {REPRESENTATION}, whose encoder is of the package transformers, which is not "
             "installed; pip install -e '.[rae]'"
         )
     return kind, config
 
 
-def _sizes(folder: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
-    if kind == autoencoders.SELF_SCALING:
-        sides = [config[name] for name in ("encoder_hidden_size", "patch_size", "encoder_patch_size")]
-        sides.append(config["encoder_input_size"])
-        if config["num_channels"] != 3 or any(type(side) is not int or not 0 < side < LARGEST_SIDE for side in sides):
+def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    if autoencoders.scales_itself(config):
+        names = ("encoder_hidden_size", "patch_size", "encoder_patch_size", "encoder_input_size")
+        sizes = [config[name] for name in names]
+        sound = all(type(size) is int and 0 < size < LARGEST_SIDE for size in sizes)
+        if config["num_channels"] != 3 or config["reshape_to_2d"] is not True or not sound:
             raise UserError(
-                f"vae.path: {folder} is no {kind} of RGB images: see num_channels and sizes in {CONFIG_NAME}; choose "
-                "another"
+                f"vae.path: {folder} is no {REPRESENTATION} of RGB images: see num_channels, reshape_to_2d and "
+                f"{', '.join(names)} in {CONFIG_NAME}; choose another"
             )
-        return {"latent_channels": sides[0], "downsampling": sides[1]}
-    stages = config[KINDS[kind]]
+        return {"latent_channels": sizes[0], "downsampling": sizes[1]}
+    stages = next(config[name] for name in KINDS.values() if name in config)
     listed = isinstance(stages, list | tuple) and 0 < len(stages) <= MAX_STAGES
     if config["in_channels"] != 3 or config.get("out_channels", 3) != 3 or not listed:
         raise UserError(
             f"vae.path: {folder} is no VAE of RGB images: see in_channels and stages in {CONFIG_NAME}; choose another"
         )
     return {"latent_channels": config["latent_channels"], "downsampling": 2 ** (len(stages) - 1)}
-
-
-def _image_side(config: dict[str, Any]) -> int:
-    return int(config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"]))
 
 
 def _number(folder: Path, name: str, value: Any) -> float:

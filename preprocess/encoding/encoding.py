@@ -18,7 +18,7 @@ from common.errors import UserError, printable
 from common.files import NOT_WRITTEN, disk_errors_as_user_errors, folder_lock
 from common.recipe import Recipe, latent_shape
 from preprocess.encoding.changed_images import check_images
-from preprocess.encoding.encoder import Identity, find_identity
+from preprocess.encoding.encoder import Identity, check_side, find_identity
 from preprocess.encoding.guards import at_work, memory_errors_as_user_errors
 from preprocess.encoding.loop import encode_images
 from preprocess.shards import (
@@ -120,11 +120,7 @@ def resolve(recipe: Recipe, *, download: bool) -> Encoding:
     source = open_source(data)
     _check_classes(recipe, source.class_names)
     identity = find_identity(vae, download=download)
-    if identity and identity.image_side not in (None, data.resolution):
-        raise UserError(
-            f"data.resolution: {data.resolution}, but the autoencoder in {vae.path} takes images of "
-            f"{identity.image_side} pixels alone; set it to that, or choose another autoencoder"
-        )
+    check_side(vae, data.resolution)
     settings: Settings = {
         "source": data.source,
         "source_fingerprint": fingerprint(source),

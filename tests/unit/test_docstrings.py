@@ -57,7 +57,7 @@ def test_what_is_not_said_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_module_that_follows_a_paper_names_it(path: Path) -> None:
     files = ("checkpoint_files", "diffusers_dit", "diffusers_folders", "importing", "latents", "single_file", "weights")
-    diffusers = ("call_settings", "class_names", "pipeline_hf", "scheduler_hf", "transformer_hf")
+    diffusers = ("autoencoders", "call_settings", "class_names", "pipeline_hf", "scheduler_hf", "transformer_hf")
     own = ("__init__", "calibration", "conversion", "flops", "linear", *files, *diffusers)  # this project's
     named = re.search(r"\b20\d\d\)", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     assert named or path.stem in own

@@ -477,7 +477,7 @@ def test_guidance_by_a_network_that_never_saw_the_null_label_is_refused_also_aft
 def test_an_autoencoder_that_scales_by_channel_is_refused(tiny_recipe: Recipe) -> None:
     transformer = FPDMTransformer2DModel.from_pretrained(weights_folder(tiny_recipe, 64))
     vae = AutoencoderKL.from_pretrained(tiny_recipe.vae.path, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    with pytest.raises(ValueError, match="vae: per-channel scaling"):
+    with pytest.raises(ValueError, match="vae: scaling by channel"):
         FPDMPipeline(transformer, vae, None)
 
 

@@ -66,15 +66,15 @@ def test_dit_takes_the_steps_that_a_budget_pays_for(recipe: Recipe) -> None:
     dit = replace(recipe, model=replace(recipe.model, kind="dit", depth=3))
     found, _ = points(dit)
     assert [(point.num_steps, point.blocks) for point in found] == [(2, 6), (5, 15)]
-    sweep = SimpleNamespace(recipes=found, measured=lambda point: None, unsound=lambda point: None, left_out=())
-    assert next(sweep_stage.plan(sweep)) == "6 blocks: ddim, 2 steps, guidance 1: to be measured"  # type: ignore[arg-type]
+    sweep = SimpleNamespace(recipes=found)
+    assert Sweep.in_words(sweep, next(iter(found))) == "6 blocks: ddim, 2 steps, guidance 1"  # type: ignore[arg-type]
 
 
 def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep_stage.measure_part(Sweep(recipe), 0, 2)  # the first job of two
-    assert len(read_table(RunFolder(recipe.folder))) == 1
+    assert len(read_table(RunFolder(recipe.folder))["rows"]) == 1
     run_stage(SWEEP, recipe)
     with open(recipe.folder / "sweep/table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -87,7 +87,7 @@ def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(
     run_stage(SWEEP, recipe)  # nothing left to do
     more = swept(recipe, budgets=(8, 16, 32))
     Sweep(more).write_tables()
-    assert len(read_table(RunFolder(recipe.folder))) == 2  # what an earlier sweep measured counts
+    assert len(read_table(RunFolder(recipe.folder))["rows"]) == 2  # what an earlier sweep measured counts
 
 
 def test_a_way_whose_samples_diverge_has_no_numbers_and_the_others_have_theirs(
@@ -108,7 +108,7 @@ def test_a_way_whose_samples_diverge_has_no_numbers_and_the_others_have_theirs(
     monkeypatch.setattr(generation, "bind_sampler", diverging)
     sweep = Sweep(recipe)
     sweep_stage.measure(sweep)
-    assert [row["budget"] for row in read_table(RunFolder(recipe.folder))] == [16]
+    assert [row["budget"] for row in read_table(RunFolder(recipe.folder))["rows"]] == [16]
     assert "no numbers: 8 blocks: ddim, 2 steps x 2 iterations (constant, reuse always), guidance 1: samples 0 to " in (
         capsys.readouterr().out
     )
@@ -116,15 +116,17 @@ def test_a_way_whose_samples_diverge_has_no_numbers_and_the_others_have_theirs(
     assert again.finished
     assert "non-finite" in next(sweep_stage.plan(again))
     alone = Sweep(swept(recipe, budgets=(8,)))
-    sweep_stage.measure(alone)  # nothing to tabulate
+    sweep_stage.measure(alone)
     assert alone.finished
+    assert not RunFolder(recipe.folder).sweep_table.exists()
+    assert capsys.readouterr().out.endswith("to draw it again)\nnothing to tabulate\n")
 
 
 def test_the_distance_to_the_limit_is_nothing_at_the_limit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "LIMIT_STEPS", 6)
     settings = {"sampler": ("ddim", "multistep"), "order": (2, 3), "spacing": ("trailing",), "spacing_power": (2.0,)}
     run_stage(SWEEP, swept(recipe, budgets=(60,), iterations=(8,), distance_to_limit=True, **settings))
-    rows = read_table(RunFolder(recipe.folder))
+    rows = [dict(row) for row in read_table(RunFolder(recipe.folder))["rows"]]
     found = {(row["sampler"], row["order"]): row["numbers"]["limit"]["value"] for row in rows}
     assert set(found) == {("ddim", 2), ("multistep", 2), ("multistep", 3)}
     assert found.pop(("multistep", 3)) == pytest.approx(0, abs=1e-6)

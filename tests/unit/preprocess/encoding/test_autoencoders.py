@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from common.recipe import VAE
 from fpdm.latents import draw_latents
-from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae, identify, load_vae
+from preprocess.encoding.encoder import Encoder, check_side, fetch_vae, find_vae, identify, load_vae
 
 PUBLISHED = Path(__file__).parents[3] / "published"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -126,7 +126,6 @@ def test_the_demos_autoencoder_is_known_as_before() -> None:
         "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         "scaling_factor": 0.99928,
         "shift_factor": -0.00601,
-        "image_side": None,
     }
 
 
@@ -147,7 +146,10 @@ def test_a_representation_autoencoder_gets_images_as_it_was_trained_and_scales_b
     folder, network = written(tmp_path / "vae", config), network_of(config)
     encoder = Encoder(settings(folder, 64))
     assert (encoder.identity.scaling_factor, encoder.identity.shift_factor) == (1.0, 0.0)
-    assert encoder.identity.image_side == 32
+    check_side(settings(folder, 64), 32)
+    told = r"^data\.resolution: 64, but the autoencoder in .* takes images of 32 pixels alone; set it to that, or"
+    with pytest.raises(UserError, match=told):
+        check_side(settings(folder, 64), 64)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     moments = encoder.encode(images * 2 - 1)
     with torch.no_grad():
@@ -161,8 +163,12 @@ def test_a_representation_autoencoder_is_refused_by_name(tmp_path: Path, monkeyp
     folder = written(tmp_path / "vae", REPRESENTATION)
     with pytest.raises(UserError, match=r"vae\.latent_channels: 4 in the recipe, but 64 in"):
         identify(folder, settings(folder))
-    (folder / "config.json").write_text(json.dumps({**REPRESENTATION, "encoder_patch_size": 0}))
-    with pytest.raises(UserError, match="no AutoencoderRAE of RGB images"):
+    for changed in ({"encoder_patch_size": 0}, {"reshape_to_2d": False}, {"num_channels": 1}, {"patch_size": "8"}):
+        (folder / "config.json").write_text(json.dumps({**REPRESENTATION, **changed}))
+        with pytest.raises(UserError, match="no AutoencoderRAE of RGB images"):
+            identify(folder, settings(folder, 64))
+    (folder / "config.json").write_text(json.dumps({**REPRESENTATION, "scaling_factor": 0}))
+    with pytest.raises(UserError, match=r"scaling_factor 0 .* above 0"):
         identify(folder, settings(folder, 64))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"transformers, which is not installed; pip install -e '\.\[rae\]'$"):
@@ -184,8 +190,8 @@ def test_a_representation_autoencoder_is_refused_by_name(tmp_path: Path, monkeyp
         ({"scaling_factor": 1e-400}, "scaling_factor 0.0 .* above 0"),
         ({"scaling_factor": [0.18215]}, "scaling_factor .0.18215. .* is not a finite number"),
         ({"shift_factor": "0"}, "shift_factor '0' .* is not a finite number"),
-        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, r"per-channel scaling \(latents_mean"),
-        ({"latents_std": [1.0] * 4}, r"per-channel scaling \(latents_std"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, r"scaling by channel \(latents_mean"),
+        ({"latents_std": [1.0] * 4}, r"scaling by channel \(latents_std"),
         ({"in_channels": 2}, "is no VAE of RGB images"),
         ({"block_out_channels": 128}, "is no VAE of RGB images"),
         ({"block_out_channels": [1] * 20_000}, "is no VAE of RGB images"),
