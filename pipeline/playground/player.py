@@ -46,6 +46,7 @@ class Player:
             raise UserError(f"{folder}: no export of pipeline/export.py: {error}") from None
         self.network = self.pipeline.transformer.denoiser.config
         self.settings = CallSettings.stored(self.pipeline.config["sampling"])
+        self.scheduler = self.pipeline.scheduler.changed(eta=0.0)  # so that both panels come to the same image
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -66,7 +67,7 @@ class Player:
         pipeline.check_guidance(settings)
         num_steps = settings.num_inference_steps
         counts = settings.counts(self.network, num_steps, None, given)
-        sampler = pipeline.scheduler.build(num_steps)
+        sampler = self.scheduler.build(num_steps)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         shape = (self.network.in_channels, self.network.input_size, self.network.input_size)
         last: Denoised
@@ -92,7 +93,7 @@ class Player:
             num_steps=num_steps,
             iterations=counts,
             sampler=Watched(sampler, process, show_step),
-            step_noise=(lambda step: sample_noise(seed, index, shape, step)) if pipeline.scheduler.adds_noise else None,
+            step_noise=(lambda step: sample_noise(seed, index, shape, step)) if self.scheduler.adds_noise else None,
             **settings.passed_on(),
             with_residuals=counts is not None,
             on_step=keep,

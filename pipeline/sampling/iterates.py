@@ -95,7 +95,9 @@ def step_counts(recipe: Recipe) -> list[int]:
 
 
 def even(recipe: Recipe, num_steps: int, iterations: float, reuse: bool) -> Recipe:
-    """The recipe with constant iterations a step, without guidance by iterates where there is no earlier one."""
+    """The recipe with constant iterations a step, without guidance by iterates where there is no earlier one, and without
+    noise where the sampler can do without: the same images then emerge in any number of steps.
+    """
     how = replace(
         recipe.sample,
         num_steps=num_steps,
@@ -104,6 +106,7 @@ def even(recipe: Recipe, num_steps: int, iterations: float, reuse: bool) -> Reci
         reuse="always" if reuse else "none",
         start_extrapolation=recipe.sample.start_extrapolation if reuse else 0.0,
         tolerance=None,
+        eta=0.0,
     )
     if iterations <= how.weak_iterate:
         how = replace(how, iterate_guidance=0.0, weak_iterate=1)
