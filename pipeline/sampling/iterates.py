@@ -95,8 +95,8 @@ def step_counts(recipe: Recipe) -> list[int]:
 
 
 def even(recipe: Recipe, num_steps: int, iterations: float, reuse: bool) -> Recipe:
-    """The recipe with constant iterations a step, without guidance by iterates where there is no earlier one, and without
-    noise where the sampler can do without: the same images then emerge in any number of steps.
+    """The recipe with constant iterations a step, and without noise where the sampler can do without: the same images
+    then emerge in any number of steps. Without guidance by iterates where there is no earlier one.
     """
     how = replace(
         recipe.sample,
