@@ -3,14 +3,16 @@
 import math
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from statistics import fmean
 
+from common.command import ended_by_signals, exit_status_of
 from common.errors import UserError
 from common.loading import load_recipe
 from common.log_lines import read_log
@@ -31,6 +33,7 @@ from pipeline.training.checkpoint_form import MarkerForm
 from pipeline.training.identity import total_samples
 from pipeline.training.operations import training_flops, with_end
 
+ENDING_SECONDS = 30.0  # for a run to end what it has started
 ROOT = Path(__file__).parents[2]
 MADE = ("compose", "autoencoder", "encode", "train")  # the stages before sampling
 # What --smoke makes of every recipe: everything happens, and nothing is learned.
@@ -111,17 +114,39 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
         for run in runs.values():
             _make_run(run, cluster)
         return
-    # Each run in a process of its own: networks of this size leave most of a GPU, or of many cores, idle.
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, spawned, _begin, max_tasks_per_child=1) as pool:
-        try:
-            for made in as_completed([pool.submit(_make_run, run, cluster) for run in runs.values()]):
-                made.result()
-        except BaseException:  # also SystemExit, by a signal: those that wait must not begin
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    _make_together(list(runs.values()), cluster, at_once)
+
+
+def _make_together(runs: list[list[Recipe]], cluster: str, at_once: int) -> None:
+    """Each run in a process of its own: networks of this size leave most of a GPU, or of many cores, idle.
+
+    Raises UserError where one does not finish; it and a signal end those that are running.
+    """
+    spawned, running = multiprocessing.get_context("spawn"), list[SpawnProcess]()
+    try:
+        while runs or running:
+            while runs and len(running) < at_once:
+                process = spawned.Process(target=_make_alone, args=(runs.pop(0), cluster))
+                process.start()
+                running.append(process)
+            wait([process.sentinel for process in running])
+            for process in [process for process in running if process.exitcode is not None]:
+                running.remove(process)
+                if process.exitcode:
+                    raise UserError(f"a run ended with status {process.exitcode}; what it said is above")
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(ENDING_SECONDS)
+            process.kill()
+
+
+def _make_alone(run: Sequence[Recipe], cluster: str) -> None:
+    """A process of `_make_together`."""
+    os.environ.pop("MASTER_PORT", None)  # each finds a free one
+    with ended_by_signals():
+        sys.exit(exit_status_of(partial(_make_run, run, cluster)))
 
 
 def check_images(tables: Sequence[Table], scale: Scale, cluster: str) -> None:
@@ -145,12 +170,6 @@ def _data_sets(recipes: Iterable[Recipe]) -> Iterable[Recipe]:
     for recipe in recipes:
         by_shards.setdefault(recipe.data.shards, recipe)
     return by_shards.values()
-
-
-def _begin() -> None:
-    """Each process finds a free port of its own, and ends what it started when it is ended."""
-    os.environ.pop("MASTER_PORT", None)
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def _make_run(arms: Sequence[Recipe], cluster: str) -> None:

@@ -1,10 +1,12 @@
 """The paper's tables are remade by one command, which goes on where it was killed."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from tests.forks import run_python
 from tests.integration.conftest import environment, started
@@ -37,6 +39,22 @@ def test_a_smoke_of_table_1_survives_a_kill_and_writes_its_page(tmp_path: Path) 
     assert "FPDM is better than DiT at small budgets (140 and 280 blocks); at 140, ddim: **not decided by one" in page
     assert "FD (EfficientNet-Lite0), 4 images" in page
     assert len(re.findall(r"^\| (?:dit|fpdm) \| [\d,]+ \| 16 \|", page, re.MULTILINE)) == 2
+
+
+def test_runs_that_train_together_end_when_the_command_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "pipeline/reproduce.py", "--scale", "small", "--smoke", "--only", "T5", "--at-once", "2"]
+    with started([*command, "--cluster", "debug", "--runs", str(tmp_path / "runs")]) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if ": train ..." in line:
+                break
+        theirs = psutil.Process(process.pid).children(recursive=True)
+        assert len(theirs) >= 2
+        process.terminate()
+        process.stdout.read()  # so that its pipe does not fill
+        assert process.wait(60) == 128 + signal.SIGTERM
+        _, alive = psutil.wait_procs(theirs, 10)
+        assert not alive
 
 
 def test_a_smoke_of_fashion_mnist_trains_its_autoencoder_and_says_how_to_get_what_is_missing(tmp_path: Path) -> None:
