@@ -77,7 +77,7 @@ def prepare(runs: str, count: int) -> Recipe:
     recipe = replace(
         recipe,
         runs=runs,
-        sample=replace(recipe.sample, num_samples=count, chunk_samples=count, batch_size=BATCH, guidance_scale=1.0),
+        sample=replace(recipe.sample, num_samples=count, chunk_samples=count, batch_size=BATCH, eta=0.0),
         evaluate=replace(recipe.evaluate, untrained_baseline=False),
     )
     parameters = build_denoiser(denoiser_config(recipe)).named_parameters()

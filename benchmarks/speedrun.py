@@ -62,7 +62,7 @@ INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"train.timesteps.kind": "uniform", "train.timesteps.stratified": "false"},
     ),
     "rate": (
-        {"train.optimizer.learning_rate": "2e-3", "train.optimizer.betas": "[0.9, 0.99]"},
+        {"train.optimizer.learning_rate": "4e-3", "train.optimizer.betas": "[0.9, 0.99]"},
         {"train.optimizer.learning_rate": "1e-3", "train.optimizer.betas": "[0.9, 0.999]"},
     ),
 }

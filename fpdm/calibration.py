@@ -137,7 +137,7 @@ def calibrate(
     if way.iterations is None:
         raise ValueError("way: of a DiT, which has no iterations to trade for steps")
     if adds_noise(way.sampler, way.sampler_settings):
-        raise ValueError(f"way: {way.sampler} adds noise in its steps, and so has no limit; use ddim with eta 0")
+        raise ValueError(f"way: {way.sampler} adds noise in its steps, and so has no limit; use one without, and eta 0")
     ways = fitting_ways(diffusion, choices or Choices(), count_blocks(way.iterations, outer_depth), outer_depth)
     if not ways:
         raise ValueError("choices: none fits the budget and the diffusion")

@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt  # after the backend is chosen
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs/pictures"
-STEPS, GUIDANCE = 20, 1.5  # the guidance is that of recipes/demo.yaml
+STEPS, GUIDANCE = 20, 1.5
 SAMPLES, MOST = 16, 26  # of the curves; MOST iterations a step
 SHOWN, ITERATIONS = 4, (1, 2, 3, 5, 8)  # of the images
 SOLVED = 0.01  # the residual at which a fixed point counts as reached

@@ -293,7 +293,7 @@ def _check_iterations(settings: Sample) -> None:
     if settings.sampler == "ddpm" or settings.eta > 0:
         raise ValueError(
             "allocation: 'calibrated' compares samples with those of more steps, and ddpm and eta above 0 draw others "
-            "with other steps; use ddim with eta 0"
+            "with other steps; set eta to 0, and take another sampler than ddpm"
         )
     if settings.guidance_scale != 1 and settings.guidance_interval != (0, 1):
         raise ValueError(

@@ -1,21 +1,18 @@
-"""Ways of sampling at given budgets of blocks, and the distance of each: points, and their table as files."""
+"""Ways of sampling at given budgets of blocks, and the distance of each: points, and what is measured of them."""
 
-import csv
-import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, with_config
+from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import atomic_write
-from common.log_lines import Count
 from common.recipe import Recipe, check_together, denoiser_config, diffusion
 from common.recipe import Sweep as SweepSettings
 from common.recipe.sampling import SWEEP_AXES
@@ -25,49 +22,12 @@ from fpdm.calibration import LIMIT_ITERATIONS, limit_way
 from pipeline.evaluation.measurements import Evaluation, Measurement
 from pipeline.evaluation.metrics import frechet_distance
 from pipeline.evaluation.plots import sweep_plot
+from pipeline.evaluation.sweep_table import csv_text, markdown, varied_axes
 from pipeline.evaluation.yardstick import Yardstick
 from pipeline.sampling.generate import sample
 from pipeline.sampling.models import Models
 from pipeline.sampling.plans import UnsoundSamples, blocks_an_image
 from pipeline.sampling.sample_set import Sampling
-
-COLUMNS = ("budget", "blocks", "sampler", "num_steps", "iterations", "allocation", "reuse", "guidance_scale")
-
-
-@with_config(STRICT)
-class RowNumber(TypedDict):
-    name: str
-    value: float
-    spread: float | None
-
-
-@with_config(STRICT)
-class RowForm(TypedDict):
-    """A measured `Point`."""
-
-    budget: Count
-    blocks: Count
-    sampler: str
-    num_steps: Count
-    iterations: Annotated[float, Field(ge=0)] | int | None
-    order: Count
-    spacing: str
-    spacing_power: float
-    allocation: str
-    reuse: str
-    start_extrapolation: float
-    guidance_scale: float
-    iterate_guidance: float
-    ema: str | None
-    distance: str
-    count: Count
-    numbers: dict[str, RowNumber]
-
-
-@with_config(STRICT)
-class TableForm(TypedDict):
-    rows: Annotated[list[RowForm], Field(min_length=1)]
-    unsound: list[str]  # as `Sweep.diverged`
 
 
 @with_config(STRICT)
@@ -172,6 +132,8 @@ class Sweep:
         if point.iterations:  # of FPDM; DiT has none
             how += f" x {point.iterations:g} iterations ({point.allocation}, reuse {point.reuse})"
         others = "".join(f", {axis} {getattr(point, axis)}" for axis in varied_axes(map(asdict, self.recipes)))
+        noise = self.recipes[point].sample.eta
+        how += f", eta {noise:g}" if noise else ""
         return f"{point.blocks} blocks: {how}, guidance {point.guidance_scale:g}{others}"
 
     def measure(self, point: Point) -> None:
@@ -217,8 +179,8 @@ class Sweep:
             return False
         rows.sort(key=lambda row: (row["sampler"], row["guidance_scale"], row["budget"], row["num_steps"]))
         write_sealed(self.folder.sweep_table, {"rows": rows, "unsound": self.diverged})
-        _write_text(self.folder.sweep_csv, _csv(rows))
-        _write_text(self.folder.sweep_markdown, _markdown(rows) + "".join(f"\n{line}\n" for line in self.diverged))
+        _write_text(self.folder.sweep_csv, csv_text(rows))
+        _write_text(self.folder.sweep_markdown, markdown(rows) + "".join(f"\n{line}\n" for line in self.diverged))
         with atomic_write(self.folder.sweep_plot) as temporary:
             temporary.write_bytes(sweep_plot(rows))
         return True
@@ -309,44 +271,6 @@ def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
         row |= {name: settings[name] for name in ("order", "spacing", "spacing_power")}
         row |= {"iterations": sum(way["iterations"]) / way["num_steps"], "reuse": "always" if way["reuse"] else "none"}
     return row
-
-
-def read_table(folder: RunFolder) -> TableForm:
-    """The run's last sweep. Raises UserError where the file is not as it was written."""
-    return read_sealed(folder.sweep_table, TableForm, "delete it, or run python pipeline/sweep.py again")
-
-
-def varied_axes(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The axes beside `COLUMNS` that have several values."""
-    rows = list(rows)
-    return [axis for axis in SWEEP_AXES if axis not in COLUMNS and len({row[axis] for row in rows}) > 1]
-
-
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and lines, as the CSV, the Markdown and the report show them: of other axes those with several values."""
-    names = {key: number["name"] for row in rows for key, number in row["numbers"].items()}
-    columns = [*COLUMNS, *varied_axes(rows)]
-    lines = [[*columns, "images", *names.values()]]
-    for row in rows:
-        numbers = [row["numbers"].get(key) for key in names]
-        values = ["" if number is None else f"{number['value']:.6g}" for number in numbers]
-        settings = [
-            "" if row[name] is None else f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
-            for name in columns
-        ]
-        lines.append([*settings, str(row["count"]), *values])
-    return lines
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table(rows))
-    return text.getvalue()
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    header, *lines = table(rows)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *lines])
 
 
 def _write_text(path: Path, text: str) -> None:

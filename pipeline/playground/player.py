@@ -33,7 +33,8 @@ class Progress:
 
 
 class Player:
-    """An export, loaded once.
+    """An export, loaded once. It draws without noise in the steps, so that any number of them comes to the same image;
+    ddpm alone has noise by nature.
 
     Raises UserError where the folder holds none.
     """
@@ -46,7 +47,7 @@ class Player:
             raise UserError(f"{folder}: no export of pipeline/export.py: {error}") from None
         self.network = self.pipeline.transformer.denoiser.config
         self.settings = CallSettings.stored(self.pipeline.config["sampling"])
-        self.scheduler = self.pipeline.scheduler.changed(eta=0.0)  # so that both panels come to the same image
+        self.scheduler = self.pipeline.scheduler.changed(eta=0.0)
 
     @property
     def class_names(self) -> dict[int, str]:

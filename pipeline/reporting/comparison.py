@@ -25,7 +25,8 @@ from fpdm.denoiser import count_parameters
 from fpdm.latents import to_uint8
 from pipeline.evaluation.evaluate import read_metrics
 from pipeline.evaluation.plots import comparison_plot
-from pipeline.evaluation.sweep import points, read_table
+from pipeline.evaluation.sweep import points
+from pipeline.evaluation.sweep_table import read_table
 from pipeline.reporting.contact_sheet import grid
 from pipeline.reporting.page import render
 from pipeline.sampling.generate import draw_images
@@ -200,6 +201,7 @@ def draw(run: Run, pflop: float, blocks: int, count: int) -> Drawn:
     device = own_device()
     model, vae = load_network(folder).to(device), Models(recipe.vae, recipe.evaluate).load_vae(device)
     index = torch.arange(count, device=device)
+    recipe = replace(recipe, sample=replace(recipe.sample, eta=0.0))  # other numbers of steps have other noise in them
     way, parts = unmeasured(recipe), index.split(recipe.sample.batch_size)
     pixels = torch.cat([draw_images(recipe, way, model, vae, part) for part in parts])
     images = to_uint8(pixels, recipe.sample.rounding).permute(0, 2, 3, 1).cpu().numpy()

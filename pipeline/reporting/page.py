@@ -22,7 +22,7 @@ from fpdm.denoiser import count_parameters
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.plots import loss_curve, sweep_plot
-from pipeline.evaluation.sweep import read_table, table
+from pipeline.evaluation.sweep_table import read_table, table
 from pipeline.reporting.contact_sheet import class_panels, contact_sheet, png_uri
 from pipeline.reporting.cost import receipt
 from pipeline.reporting.fixed_point import FixedPoint, fixed_point
@@ -175,4 +175,4 @@ def _sweep(folder: RunFolder) -> dict[str, Any] | None:
         return None
     swept = read_table(folder)
     rows = [dict(row) for row in swept["rows"]]
-    return {"table": table(rows), "plot": sweep_plot(rows), "unsound": swept["unsound"]}
+    return {"table": table(rows), "plot": sweep_plot(rows), "unsound": swept.get("unsound", [])}

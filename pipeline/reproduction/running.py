@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from common.command import ended_by_signals, exit_status_of
-from common.errors import UserError
+from common.errors import INTERRUPTED, Interrupted, UserError
 from common.loading import load_recipe
 from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config
@@ -120,20 +120,24 @@ def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) 
 def _make_together(runs: list[list[Recipe]], cluster: str, at_once: int) -> None:
     """Each run in a process of its own: networks of this size leave most of a GPU, or of many cores, idle.
 
-    Raises UserError where one does not finish; it and a signal end those that are running.
+    Raises UserError or Interrupted where one does not finish; this and a signal end those that are running.
     """
-    spawned, running = multiprocessing.get_context("spawn"), list[SpawnProcess]()
+    spawned, running = multiprocessing.get_context("spawn"), dict[SpawnProcess, Path]()
     try:
         while runs or running:
             while runs and len(running) < at_once:
-                process = spawned.Process(target=_make_alone, args=(runs.pop(0), cluster))
+                run = runs.pop(0)
+                process = spawned.Process(target=_make_alone, args=(run, cluster))
                 process.start()
-                running.append(process)
+                running[process] = run[0].folder
             wait([process.sentinel for process in running])
             for process in [process for process in running if process.exitcode is not None]:
-                running.remove(process)
-                if process.exitcode:
-                    raise UserError(f"a run ended with status {process.exitcode}; what it said is above")
+                folder, status = running.pop(process), process.exitcode
+                again = "the same command again goes on"
+                if status == INTERRUPTED:
+                    raise Interrupted(f"{folder}; {again}")
+                if status:
+                    raise UserError(f"{folder}: ended with status {status}; what it said is above, and {again}")
     finally:
         for process in running:
             process.terminate()

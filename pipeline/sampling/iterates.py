@@ -1,4 +1,4 @@
-"""The same few samples after 1 to 26 iterations a step, and in fewer and in more steps: what the report shows of a
+"""A few images after 1 to 26 iterations a step, and in fewer and in more steps: what the report shows of a
 fixed point. Drawn with the samples, since that is where the device is, and kept in one file beside them.
 """
 

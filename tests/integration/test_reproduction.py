@@ -51,7 +51,7 @@ def test_runs_that_train_together_end_when_the_command_is_ended(tmp_path: Path) 
         theirs = psutil.Process(process.pid).children(recursive=True)
         assert len(theirs) >= 2
         process.terminate()
-        process.stdout.read()  # so that its pipe does not fill
+        assert "fpdm-0: train ..." not in process.stdout.read()  # the third run: it does not begin
         assert process.wait(60) == 128 + signal.SIGTERM
         _, alive = psutil.wait_procs(theirs, 10)
         assert not alive

@@ -22,8 +22,8 @@ from pipeline.evaluation import evaluate
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.stage import STAGE as EVALUATE
 from pipeline.evaluation.statistics import read_summary
-from pipeline.evaluation.sweep import read_table
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
+from pipeline.evaluation.sweep_table import read_table
 from pipeline.orchestration.code_snapshot import take_snapshot
 from pipeline.reporting import page
 from pipeline.reporting.stage import STAGE as REPORT

@@ -20,8 +20,9 @@ from fpdm.sampling import require_sound
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
 from pipeline.evaluation.plots import sweep_plot
-from pipeline.evaluation.sweep import Sweep, points, read_table, table
+from pipeline.evaluation.sweep import Sweep, points
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
+from pipeline.evaluation.sweep_table import read_table, table
 from pipeline.sampling import generate as generation
 from pipeline.sampling.plans import blocks_an_image
 from tests.conftest import copied, run_stage

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.loading import dump_recipe
+from common.loading import dump_recipe, load_recipe
 from common.recipe import Recipe
 from common.run_folder import weights_folder
 from fpdm.diffusers_folders import WEIGHTS_NAME
 from fpdm.weights import load_pretrained
 from pipeline.sampling.chunks import read_chunk
+from pipeline.sampling.iterates import even
 from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
@@ -225,3 +226,9 @@ def test_blocks_an_image_counts_every_block_evaluation(recipe: Recipe) -> None:
     assert blocks_an_image(changed(recipe, guidance_scale=1.5)) == 2 * 3 * (1 + 2 + 1)
     uneven = changed(recipe, allocation="list", iterations=(3, 2, 1))
     assert blocks_an_image(changed(uneven, guidance_scale=1.5, guidance_interval=(0.3, 0.7))) == 5 + 2 * 4 + 3
+
+
+def test_what_is_shown_beside_other_numbers_of_steps_is_drawn_without_noise() -> None:
+    noisy = load_recipe("recipes/demo.yaml")
+    assert noisy.sample.eta == 1
+    assert even(noisy, 8, 2, reuse=True).sample.eta == 0
