@@ -177,5 +177,6 @@ def test_a_kind_of_autoencoder_that_is_not_read_is_named(tmp_path: Path, tiny_va
         vae=VAE(path=str(folder), downsampling=4),
         model=Model(num_classes=1),
     )
-    with pytest.raises(UserError, match=r"vae\.path: .* is an AutoencoderOobleck; .*KL, .*Tiny, .*DC and .*RAE can be read"):
+    told = r"vae\.path: .* is an AutoencoderOobleck; .*KL, .*Tiny, .*DC and .*RAE can be read"
+    with pytest.raises(UserError, match=told):
         plan(recipe)
