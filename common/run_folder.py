@@ -85,7 +85,7 @@ class SampleFolder:
     settings = _Place("settings.json")  # what the key is of
     plan = _Place("plan.json")  # iterations and reuse of each step
     unsound = _Place("unsound.json")  # why these samples are non-finite or constant: a sweep goes on without them
-    iterates = _Place("iterates.npz")  # a few of the samples after more and fewer iterations and steps, for the report
+    iterates = _Place("iterates.npz")  # a few images after more and fewer iterations and steps, for the report
 
     def features(self, key: str) -> Path:
         return self.path / f"features-{key}"

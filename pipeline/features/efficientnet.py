@@ -10,9 +10,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from common.efficientnet import PUBLISHED, load_efficientnet, normalised
 
 POOLED, WIDTH = "1280", 1280
-AT_ONCE = (
-    8  # images on a CPU: the maps of more leave its cache (an AMD EPYC's: 16 took up to a third more time an image)
-)
+AT_ONCE = 8  # images on a CPU: the maps of more leave its cache (16 took up to a third more time an image on an EPYC)
 
 
 class EfficientNetLite(FeatureExtractorBase):

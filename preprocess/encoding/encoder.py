@@ -156,7 +156,7 @@ def identify(folder: Path | None, settings: VAE) -> Identity:
     return Identity(
         config_sha256=sha256_file(folder / CONFIG_NAME),
         weights_sha256=_sha256(_weights(folder)[0]),
-        scaling_factor=_number(folder, "scaling_factor", scaling_factor),
+        scaling_factor=float(scaling_factor),
         shift_factor=_number(folder, "shift_factor", shift_factor),
     )
 

@@ -4,7 +4,6 @@ import csv
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +66,7 @@ def test_dit_takes_the_steps_that_a_budget_pays_for(recipe: Recipe) -> None:
     dit = replace(recipe, model=replace(recipe.model, kind="dit", depth=3))
     found, _ = points(dit)
     assert [(point.num_steps, point.blocks) for point in found] == [(2, 6), (5, 15)]
-    sweep = SimpleNamespace(recipes=found)
-    assert Sweep.in_words(sweep, next(iter(found))) == "6 blocks: ddim, 2 steps, guidance 1"  # type: ignore[arg-type]
+    assert Sweep(dit).in_words(next(iter(found))) == "6 blocks: ddim, 2 steps, guidance 1"
 
 
 def test_a_sweep_ends_in_a_table_and_an_image_and_keeps_finished_points(

@@ -9,11 +9,11 @@ from common.errors import UserError
 from common.recipe import denoiser_config
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation.sweep import points
-from pipeline.reproduction.claims import TABLES, Arm, Claim, Table, tables_of
+from pipeline.reproduction.claims import TABLES, Arm, Claim, Row, Table, tables_of
 from pipeline.reproduction.counting import claims
 from pipeline.reproduction.intervals import interval, judged, shown
 from pipeline.reproduction.results import _section
-from pipeline.reproduction.running import Scale, _row, check_images
+from pipeline.reproduction.running import Outcome, Scale, _row, check_images
 from pipeline.training.operations import training_flops
 
 SCALES = [Scale(name, "runs/none", seeds=1, smoke=False) for name in ("small", "full")]
@@ -46,14 +46,14 @@ def test_a_claim_of_half_of_the_blocks_compares_half_of_the_blocks() -> None:
     of_half = Claim("", "ours", "theirs", share=0.5)
     assert [of_half.compared(row) for row in ((40,), (160, "ddim"))] == [(20,), (80, "ddim")]
     table = Table("S", "", (Arm("ours", "", ""), Arm("theirs", "", "")), ("budget",), {}, (of_half,))
-    recipe = SimpleNamespace(sample=SimpleNamespace(num_samples=256))
+    recipe = SCALES[0].recipes(TABLES[0].arms[0])[0]
 
-    def run(**distances: float) -> list[SimpleNamespace]:
-        by_row = {(int(row[1:]),): value for row, value in distances.items()}
-        return [SimpleNamespace(recipe=recipe, distance="FD (x)", distances=by_row)]
+    def run(**distances: float) -> list[Outcome]:
+        by_row: dict[Row, float] = {(int(row[1:]),): value for row, value in distances.items()}
+        return [Outcome(recipe, by_row, "FD (x)", parameters=1, samples=1, pflop=0.0, seconds=None, residual=None)]
 
     arms = {"ours": run(b20=3.0, b40=2.0), "theirs": run(b40=5.0, b30=9.0)}
-    text = "\n".join(_section(table, arms))  # type: ignore[arg-type]
+    text = "\n".join(_section(table, arms))
     assert "| 20 | 3.0 |  |" in text
     assert "; at 40: **not decided by one seed (by 2.0 there)**" in text
     assert "; at 30" not in text  # 15 blocks were not measured
