@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from pipeline.planning import machine
-from tests.integration.conftest import ROOT, environment
+
+ROOT = Path(__file__).parents[4]
 
 RANK = """
 import os, sys, time
@@ -53,7 +54,7 @@ def test_a_terminated_command_leaves_no_trial_behind(tmp_path: Path) -> None:
     train = RANK.replace("Path(sys.argv[2]).with_name(", f"Path({str(pids)!r}).joinpath(")
     (tmp_path / "pipeline/train.py").write_text(train)
     command = [sys.executable, "-c", PLANNER, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as planner:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as planner:
         ranks = [pids / str(rank) for rank in range(2)]
         while not all(path.exists() and path.read_text() for path in ranks):
             assert planner.poll() is None, planner.stderr and planner.stderr.read()
