@@ -77,7 +77,7 @@ def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp
     places = [f"{field}={tmp_path / field}" for field in ("runs", "data.images", "data.held_out", "data.shards")]
     places.append("launch.gpu=h100")  # nothing is measured
     done = run_python(str(path), "--config", "recipes/demo.yaml", "--dry-run", *places)
-    assert "plan: network: fpdm on latents (4, 16, 16), 3,914,440 parameters" in done.stdout
+    assert "plan: network: fpdm on latents (4, 16, 16), 1,006,984 parameters" in done.stdout
     missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
     assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -255,7 +255,7 @@ def test_elastic_training_goes_on_with_nodes_that_share_the_batch_in_no_larger_m
 def test_what_differs_from_the_defaults_is_all_that_a_recipe_says() -> None:
     recipe = load_recipe(ROOT / "recipes/demo.yaml", ["seed=7", "train.optimizer.betas=[0.8, 0.9]"])
     lines = differences(recipe)
-    assert "train.batch_size: 32 (default 512)" in lines
+    assert "train.batch_size: 64 (default 512)" in lines
     assert "train.optimizer.betas: [0.8, 0.9] (default [0.9, 0.999])" in lines
     assert "demo.per_class: 1024" in lines
     overrides = [line.partition(" (default ")[0].replace(": ", "=", 1) for line in lines]
