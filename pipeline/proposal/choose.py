@@ -29,6 +29,7 @@ NEARLY_SQUARE = 1.1
 LINE_SECONDS, GRIDS, CHECKPOINT_SECONDS = 20, 8, 600
 AUTOENCODER_SHARE = 0.2  # of the time
 MOST_COMPARED = 2048
+WIDER_COST = 3.5  # seconds of training a network twice as wide, over the demo's, on CPUs
 
 # Fields of the demo's recipe that are taken over, and why.
 FROM_DEMO = {
@@ -62,9 +63,18 @@ FROM_DEMO = {
 
 
 def first_settings(
-    name: str, found: Look, machine: Machine, autoencoder: Sequence[Setting], own: Sequence[Setting]
+    name: str,
+    found: Look,
+    machine: Machine,
+    autoencoder: Sequence[Setting],
+    own: Sequence[Setting],
+    *,
+    wider: bool = False,
 ) -> list[Setting]:
-    """All but the lengths, which need the machine's speeds. `own`: what the user chose, which others follow."""
+    """All but the lengths, which need the machine's speeds. `own`: what the user chose, which others follow.
+
+    wider: a network twice as wide as the demo's, where there is no GPU.
+    """
     chosen = {setting.field: setting.value for setting in own}
     resolution, classes = chosen.get("data.resolution", _resolution(found, machine)), len(found.class_names)
     processes = 2 ** int(math.log2(len(machine.gpus) or min(machine.cores, 8)))
@@ -81,9 +91,13 @@ def first_settings(
         Setting("data.max_rejected", *max_rejected(len(found.unusable), len(found.seen), found.found)),
         *autoencoder,
         Setting("model.patch_size", patch, f"{(resolution // (patch * (1 if pixels else 4))) ** 2} tokens an image"),
-        *_from_demo(machine),
+        *_from_demo(machine, wider=wider),
         Setting("train.batch_size", 128 if machine.gpus else 64, "divided among the processes"),
-        Setting("train.optimizer.learning_rate", 4e-3, "for a small network; other rates were tried on the demo alone"),
+        Setting(
+            "train.optimizer.learning_rate",
+            2e-3 if wider or machine.gpus else 4e-3,
+            "for a network of this width; other rates were tried on the demo alone",
+        ),
         Setting("sample.num_steps", 12 if classes > 1 else 24, "as many blocks an image with guidance as without"),
         Setting("sample.guidance_scale", *((1.5, "towards the class") if classes > 1 else (1.0, "there is one class"))),
         Setting("launch.processes", processes, f"of {machine}"),
@@ -97,10 +111,8 @@ def first_settings(
 
 def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[Setting]:
     """How long to train, and what is counted in samples, for `budget` seconds in all."""
-    batch, images = recipe.train.batch_size, found.usable
-    others = sum(seconds for name, seconds in expected_times(recipe, found, speeds).items() if name != "train")
-    rate = speeds.training or 1.0
-    fitting = max(budget - others - START_SECONDS, 0.1 * budget) * rate / images
+    batch, images, rate = recipe.train.batch_size, found.usable, _rate(speeds)
+    fitting = _fitting(recipe, found, speeds, budget)
     epochs = recipe.train.epochs or max(1, min(round(fitting), MOST_EPOCHS))
     total = recipe.train.total_samples or epochs * images
     limit = f"; {fitting:,.0f} would fit, and above {MOST_EPOCHS:,} it learns the images by heart"
@@ -126,6 +138,21 @@ def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[
             f"{GRIDS} grids, in runs/{recipe.name}/grids",
         ),
     ]
+
+
+def has_room(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> bool:
+    """Whether as many epochs as make sense fit into `budget` seconds with a network twice as wide, too."""
+    return _fitting(recipe, found, speeds, budget) >= MOST_EPOCHS * WIDER_COST
+
+
+def _fitting(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> float:
+    """The epochs for which there is time beside the other stages."""
+    others = sum(seconds for name, seconds in expected_times(recipe, found, speeds).items() if name != "train")
+    return max(budget - others - START_SECONDS, 0.1 * budget) * _rate(speeds) / found.usable
+
+
+def _rate(speeds: Speeds) -> float:
+    return speeds.training or 1.0
 
 
 def autoencoder_settings(name: str, psnr: float | None, rate: float | None, budget: float) -> list[Setting]:
@@ -226,7 +253,7 @@ def max_rejected(bad: int, seen: int, found: int) -> tuple[float, str]:
     return share, f"{bad:,} of {seen:,} images are unusable{room}; more of them stop the encoding"
 
 
-def _from_demo(machine: Machine) -> list[Setting]:
+def _from_demo(machine: Machine, *, wider: bool) -> list[Setting]:
     demo, settings = load_recipe(DEMO), []
     for field, reason in FROM_DEMO.items():
         value: Any = demo
@@ -234,6 +261,8 @@ def _from_demo(machine: Machine) -> list[Setting]:
             value = getattr(value, part)
         if machine.gpus and field == "model.hidden_size":
             value, reason = 384, "wider than the demo's, since there is a GPU"
+        elif wider and field == "model.hidden_size":
+            value, reason = 2 * value, f"twice the demo's: there is time for {MOST_EPOCHS:,} epochs of it"
         settings.append(Setting(field, list(value) if isinstance(value, tuple) else value, reason))
     return settings
 

@@ -26,6 +26,7 @@ from pipeline.proposal.choose import (
     counted,
     expected_times,
     first_settings,
+    has_room,
     lengths,
     planned,
     run_name,
@@ -45,6 +46,12 @@ MEASURED = 64  # images on which an autoencoder is measured
 WARM_UP, STEPS = 1, 4
 MEASURED_STAGES = ("encode", "train", "sample", "evaluate")
 TRAINING_SECONDS = 12.0  # of training, measured
+OF_WIDTH = {
+    "model.size",
+    "model.hidden_size",
+    "train.epochs",
+    "train.total_samples",
+}  # a choice of these leaves the width
 
 HEADING = """Written by pipeline/init.py for {images}, with what differs from the defaults.
 
@@ -83,10 +90,13 @@ def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting])
     images = load_images(recipe, at_most=MEASURED)
     rate = _autoencoder_rate(recipe, images) if recipe.vae.training else 1.0
     trained = given if theirs else autoencoder_settings(name, _psnr_of_demo(images), rate, budget)
-    settings = [*first_settings(name, found, machine, trained, own), *own]
-    recipe = with_classes(complete(settings), found)
-    speeds = measured(planned(recipe, found), MEASURED_STAGES, TRAINING_SECONDS)._replace(autoencoder=rate)
     chosen = {setting.field for setting in own}
+    for wider in (False, True):
+        settings = [*first_settings(name, found, machine, trained, own, wider=wider), *own]
+        recipe = with_classes(complete(settings), found)
+        speeds = measured(planned(recipe, found), MEASURED_STAGES, TRAINING_SECONDS)._replace(autoencoder=rate)
+        if machine.gpus or chosen & OF_WIDTH or not has_room(recipe, found, speeds, budget):
+            break
     counted_in_samples = lengths(recipe, found, speeds, budget)
     if "train.total_samples" in chosen:
         chosen.add("train.epochs")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from common.errors import UserError
 from common.loading import load_recipe
 from common.recipe import Data, Recipe
 from pipeline.planning.estimate import Speeds
-from pipeline.planning.machine import ROOT
+from pipeline.planning.machine import ROOT, this_machine
 from pipeline.proposal import propose as proposing
 from pipeline.proposal.choose import DEMO, FROM_DEMO, crop, max_rejected
 from pipeline.proposal.look import look
@@ -81,6 +82,19 @@ def test_the_recipe_says_why_for_every_line_and_fits_the_time(images: Path, tmp_
     assert recipe.train.epochs * 48 / 50 < 600
     assert recipe.train.log.every_samples <= 60 * 50
     assert recipe.vae.training is not None  # noise is not what the demo's autoencoder was trained on
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("hours", "own", "width"), [(0.5, [], 128), (2.0, [], 256), (2.0, ["model.hidden_size=96"], 96)]
+)
+def test_where_there_is_time_for_more_than_makes_sense_the_network_is_wider(
+    images: Path, tmp_path: Path, hours: float, own: list[str], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposing, "this_machine", lambda folder: replace(this_machine(folder), gpus=[]))
+    recipe = propose(str(images), tmp_path / "recipe.yaml", 3600 * hours, own)
+    assert recipe.model.hidden_size == width
+    assert (recipe.train.optimizer.learning_rate == 2e-3) == (width == 256)
 
 
 @pytest.mark.usefixtures("quick")
