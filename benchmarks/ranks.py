@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [--seconds 20] [--rounds 2] [--set FIELD=VALUE ...] [--json FILE]
 
-pipeline/train.py itself, in fp32 on random latents, each rank on one thread: the demo's recipe (batch 32) and FPDM-S/2
+pipeline/train.py itself, in fp32 on random latents, each rank on one thread: the demo's recipe (batch 64) and FPDM-S/2
 at 32 x 32 latents (batch 32). The two take turns; of each the fastest round counts. Ranks of one machine exchange
 their gradients through its loopback (gloo), and the copying takes the time of the cores that compute.
 """
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"{'network':24} {'one rank':>10} {'two ranks':>10} {'ratio':>8}  aim")
     small = parse_recipe("name: benchmark", (*SMALL, *arguments.set))
     networks = [
-        ("the demo's, batch 32", load_recipe(DEMO, arguments.set), ">= 1.7"),
+        ("the demo's, batch 64", load_recipe(DEMO, arguments.set), ">= 1.7"),
         ("FPDM-S/2, batch 32", small, ">= 1.9"),
     ]
     rows = []

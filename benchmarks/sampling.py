@@ -1,6 +1,6 @@
 """How near to a network's limit its samples come, at equal blocks: the paper's way and the calibrated one.
 
-    python benchmarks/sampling.py runs/demo/weights/000000065536/0.995 [--budgets 40 80 160] [--guidance-scale 1]
+    python benchmarks/sampling.py runs/demo/weights/000000229376/0.995 [--budgets 40 80 160] [--guidance-scale 1]
 
 The limit is what the network itself draws from the same noise with many steps and iterations. An error is the distance
 of the latents to it, relative to its norm: the mean over the samples, by which ways are compared, and the root mean

@@ -63,7 +63,7 @@ INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "rate": (
         {"train.optimizer.learning_rate": "5.6e-3", "train.optimizer.betas": "[0.9, 0.99]"},
-        {"train.optimizer.learning_rate": "1.4e-3", "train.optimizer.betas": "[0.9, 0.999]"},
+        {"train.optimizer.learning_rate": "2e-3", "train.optimizer.betas": "[0.9, 0.999]"},
     ),
 }
 

@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """Opens the playground: a page on this machine that draws one image in two ways of sampling, side by side.
 
-  python pipeline/play.py                       # the demo's network, which comes with this project
+  python pipeline/play.py                       # the network that comes with this project
   python pipeline/play.py runs/demo/pipeline    # one of your own, as pipeline/export.py wrote it
 
 `make play` installs what it needs beside the pipeline's packages. It listens on 127.0.0.1, which no other machine

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/fixed-point.md with the demo's network, which comes with this project.
+"""Draws the pictures of docs/fixed-point.md with the network that comes with this project.
 
 python scripts/draw_fixed_point.py    # a minute on one core; writes docs/pictures/
 """

@@ -29,7 +29,8 @@ NEARLY_SQUARE = 1.1
 LINE_SECONDS, GRIDS, CHECKPOINT_SECONDS = 20, 8, 600
 AUTOENCODER_SHARE = 0.2  # of the time
 MOST_COMPARED = 2048
-WIDER_COST = 3.5  # seconds of training a network twice as wide, over the demo's, on CPUs
+WIDTH = 128  # of the demo's network
+WIDER_COST = 3.5  # times the seconds a sample, for a network twice as wide on CPUs
 
 # Fields of the demo's recipe that are taken over, and why.
 FROM_DEMO = {
@@ -82,6 +83,7 @@ def first_settings(
     patch = 4 if pixels or resolution >= 64 else 2
     images = found.data.images.replace("$", "$$")  # which paths in recipes otherwise expand
     count = f"{found.usable:,} usable images in {counted(classes, 'class')}"
+    width = chosen.get("model.hidden_size", _width(machine, wider=wider))
     settings = [
         Setting("name", name, f"results go to runs/{name}"),
         Setting("data.images", images, count),
@@ -91,12 +93,12 @@ def first_settings(
         Setting("data.max_rejected", *max_rejected(len(found.unusable), len(found.seen), found.found)),
         *autoencoder,
         Setting("model.patch_size", patch, f"{(resolution // (patch * (1 if pixels else 4))) ** 2} tokens an image"),
-        *_from_demo(machine, wider=wider),
+        *_from_demo(machine, wider=wider, sized="model.size" in chosen),
         Setting("train.batch_size", 128 if machine.gpus else 64, "divided among the processes"),
         Setting(
             "train.optimizer.learning_rate",
-            2e-3 if wider or machine.gpus else 4e-3,
-            "for a network of this width; other rates were tried on the demo alone",
+            4e-3 if width <= WIDTH and "model.size" not in chosen else 2e-3,
+            "lower than the demo's: rates were tried on it alone",
         ),
         Setting("sample.num_steps", 12 if classes > 1 else 24, "as many blocks an image with guidance as without"),
         Setting("sample.guidance_scale", *((1.5, "towards the class") if classes > 1 else (1.0, "there is one class"))),
@@ -112,12 +114,12 @@ def first_settings(
 def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[Setting]:
     """How long to train, and what is counted in samples, for `budget` seconds in all."""
     batch, images, rate = recipe.train.batch_size, found.usable, _rate(speeds)
-    fitting = _fitting(recipe, found, speeds, budget)
+    fitting = fitting_epochs(recipe, found, speeds, budget)
     epochs = recipe.train.epochs or max(1, min(round(fitting), MOST_EPOCHS))
     total = recipe.train.total_samples or epochs * images
     limit = f"; {fitting:,.0f} would fit, and above {MOST_EPOCHS:,} it learns the images by heart"
     reason = f"{total:,} samples at {rate:.0f} a second, {duration(total / rate)}"
-    decay = min(max(1 - 10 * batch / total, 0.99), 0.9999)
+    decay = min(max(1 - 10 * recipe.train.ema.reference_batch / total, 0.99), 0.9999)
     return [
         Setting("train.epochs", epochs, reason + (limit if fitting > MOST_EPOCHS else "")),
         Setting("train.optimizer.warmup_samples", _steps(min(3200, total / 10), batch), "at most a tenth of it"),
@@ -140,12 +142,7 @@ def lengths(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> list[
     ]
 
 
-def has_room(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> bool:
-    """Whether as many epochs as make sense fit into `budget` seconds with a network twice as wide, too."""
-    return _fitting(recipe, found, speeds, budget) >= MOST_EPOCHS * WIDER_COST
-
-
-def _fitting(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> float:
+def fitting_epochs(recipe: Recipe, found: Look, speeds: Speeds, budget: float) -> float:
     """The epochs for which there is time beside the other stages."""
     others = sum(seconds for name, seconds in expected_times(recipe, found, speeds).items() if name != "train")
     return max(budget - others - START_SECONDS, 0.1 * budget) * _rate(speeds) / found.usable
@@ -253,16 +250,21 @@ def max_rejected(bad: int, seen: int, found: int) -> tuple[float, str]:
     return share, f"{bad:,} of {seen:,} images are unusable{room}; more of them stop the encoding"
 
 
-def _from_demo(machine: Machine, *, wider: bool) -> list[Setting]:
+def _width(machine: Machine, *, wider: bool) -> int:
+    return 384 if machine.gpus else 2 * WIDTH if wider else WIDTH
+
+
+def _from_demo(machine: Machine, *, wider: bool, sized: bool) -> list[Setting]:
+    """sized: the user chose one of DiT's sizes, which says width and heads."""
     demo, settings = load_recipe(DEMO), []
     for field, reason in FROM_DEMO.items():
+        if sized and field in ("model.hidden_size", "model.num_heads"):
+            continue
         value: Any = demo
         for part in field.split("."):
             value = getattr(value, part)
-        if machine.gpus and field == "model.hidden_size":
-            value, reason = 384, "wider than the demo's, since there is a GPU"
-        elif wider and field == "model.hidden_size":
-            value, reason = 2 * value, f"twice the demo's: there is time for {MOST_EPOCHS:,} epochs of it"
+        if field == "model.hidden_size" and (value := _width(machine, wider=wider)) != WIDTH:
+            reason = "wider than the demo's, since there is " + ("a GPU" if machine.gpus else "time for it")
         settings.append(Setting(field, list(value) if isinstance(value, tuple) else value, reason))
     return settings
 

@@ -21,12 +21,13 @@ from pipeline.planning.machine import Machine, this_machine
 from pipeline.planning.page import disk_line, duration
 from pipeline.proposal.choose import (
     DEMO_VAE,
+    WIDER_COST,
     autoencoder_settings,
     complete,
     counted,
     expected_times,
     first_settings,
-    has_room,
+    fitting_epochs,
     lengths,
     planned,
     run_name,
@@ -35,6 +36,7 @@ from pipeline.proposal.choose import (
 )
 from pipeline.proposal.look import Look, look
 from pipeline.proposal.recipe_text import Setting, recipe_text
+from pipeline.training.warnings import MOST_EPOCHS
 from preprocess.autoencoder import training as autoencoder
 from preprocess.autoencoder.images import Images, load_images
 from preprocess.autoencoder.loop import BATCH_SIZE, run
@@ -46,12 +48,11 @@ MEASURED = 64  # images on which an autoencoder is measured
 WARM_UP, STEPS = 1, 4
 MEASURED_STAGES = ("encode", "train", "sample", "evaluate")
 TRAINING_SECONDS = 12.0  # of training, measured
-OF_WIDTH = {
-    "model.size",
-    "model.hidden_size",
-    "train.epochs",
-    "train.total_samples",
-}  # a choice of these leaves the width
+OF_NETWORK = ("train", "sample")  # stages whose speed is the network's
+# Where the user chose one of these, the width stays the demo's.
+OF_WIDTH = {"model.size", "model.hidden_size"} | {
+    f"train.{name}" for name in ("epochs", "total_samples", "max_hours", "max_pflops")
+}
 
 HEADING = """Written by pipeline/init.py for {images}, with what differs from the defaults.
 
@@ -67,7 +68,7 @@ def propose(images: str, out: Path, budget: float, overrides: Sequence[str]) -> 
     asked = complete([Setting("name", "init", ""), Setting("data.images", images, ""), *own], unfit=True)
     found, machine = look(asked.data), this_machine(Path.cwd())
     show_images(found)
-    print(f"machine: {machine}\nmeasuring it, for half a minute and more where it has other work ...", flush=True)
+    print(f"machine: {machine}\nmeasuring it, for half a minute and more ...", flush=True)
     settings, speeds = choose(found, machine, budget, own)
     recipe = complete(settings)
     expected = expected_times(recipe, found, speeds)
@@ -91,12 +92,17 @@ def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting])
     rate = _autoencoder_rate(recipe, images) if recipe.vae.training else 1.0
     trained = given if theirs else autoencoder_settings(name, _psnr_of_demo(images), rate, budget)
     chosen = {setting.field for setting in own}
-    for wider in (False, True):
-        settings = [*first_settings(name, found, machine, trained, own, wider=wider), *own]
-        recipe = with_classes(complete(settings), found)
-        speeds = measured(planned(recipe, found), MEASURED_STAGES, TRAINING_SECONDS)._replace(autoencoder=rate)
-        if machine.gpus or chosen & OF_WIDTH or not has_room(recipe, found, speeds, budget):
-            break
+    settings = [*first_settings(name, found, machine, trained, own), *own]
+    recipe = with_classes(complete(settings), found)
+    speeds = measured(planned(recipe, found), MEASURED_STAGES, TRAINING_SECONDS)._replace(autoencoder=rate)
+    room = fitting_epochs(recipe, found, speeds, budget) >= MOST_EPOCHS * WIDER_COST
+    if room and not machine.gpus and not chosen & OF_WIDTH:
+        wider = [*first_settings(name, found, machine, trained, own, wider=True), *own]
+        its_recipe = with_classes(complete(wider), found)
+        own_speeds = measured(planned(its_recipe, found), OF_NETWORK, TRAINING_SECONDS)
+        its_speeds = speeds._replace(training=own_speeds.training, sampling=own_speeds.sampling)
+        if fitting_epochs(its_recipe, found, its_speeds, budget) >= MOST_EPOCHS:
+            settings, recipe, speeds = wider, its_recipe, its_speeds
     counted_in_samples = lengths(recipe, found, speeds, budget)
     if "train.total_samples" in chosen:
         chosen.add("train.epochs")

@@ -256,7 +256,7 @@ TABLES = (
     _sampling("SG", "guidance 1.5", 1.5, (80, 160, 320)),
     Table(
         key="E",
-        title="Ours: the training of recipes/demo.yaml against the paper's, at width 128",
+        title="Ours: clean latents and what goes with them, against the paper's training",
         arms=(
             _again("paper's training", "paper_training", None),
             _again("ours, of its network", "fpdm", None),

@@ -31,7 +31,7 @@ RUNS = {
     "zero3-fp32-checkpointed": ("train.zero_stage=3", "train.activation_checkpointing=true"),
     "zero2-fp32-offloaded": ("train.zero_stage=2", "train.optimizer.offload=true"),
 }
-# The demo's network at half its width, on the experiment's smaller latents, with a warm-up and two kinds of EMA.
+# A network of the demo's width, on the experiment's smaller latents, with a warm-up and two kinds of EMA.
 SETTINGS = (
     *("model.hidden_size=128", "model.num_heads=2", "model.patch_size=4", "objective.learned_variance=false"),
     *("train.checkpoint.every_samples=16", "train.checkpoint.keep=20", "train.optimizer.warmup_samples=64"),

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_curve_has_the_logs_distances_with_seconds_and_flops_of_all_steps_before(tmp_path: Path) -> None:
-    recipe = load_recipe(ROOT / "recipes/demo.yaml", [f"runs={tmp_path}", "train.total_samples=128"])
+    recipe = load_recipe(
+        ROOT / "recipes/demo.yaml", [f"runs={tmp_path}", "train.total_samples=128", "train.batch_size=32"]
+    )
     lines = [
         {"samples": 64, "step_seconds": 3.0, "previews_seconds": 1.0},
         {"samples": 128, "step_seconds": 2.0, "previews_seconds": 0.5, "distance": 200.0},
@@ -26,8 +28,8 @@ def test_a_curve_has_the_logs_distances_with_seconds_and_flops_of_all_steps_befo
     path.parent.mkdir(parents=True)
     path.write_text("".join(log_line_of(line) for line in lines))
     (point,) = curve(recipe)
-    flops = [step_flops(denoiser_config(recipe), step_iterations(recipe.train, 0, start)) for start in (0, 64)]
-    assert point == Measured(128, 3.0 - 1.0 + 2.0 - 0.5, pytest.approx(64 * sum(flops)), 200.0)
+    flops = [step_flops(denoiser_config(recipe), step_iterations(recipe.train, 0, start)) for start in (0, 32, 64, 96)]
+    assert point == Measured(128, 2 * 2.0 + 2 * 1.5, pytest.approx(32 * sum(flops)), 200.0)
 
 
 def log_line_of(values: dict[str, float]) -> str:

@@ -136,7 +136,7 @@ def test_a_dry_run_of_three_ranks_ends_with_one_line(way: tuple[str, ...], tmp_p
     done = run_python(*command, *places, "launch.processes=3")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: train.batch_size: 32 is not divisible by the 3 ranks; use 30 or another number of processes"
+        "error: train.batch_size: 64 is not divisible by the 3 ranks; use 63 or another number of processes"
     ]
     assert list(tmp_path.iterdir()) == []
 

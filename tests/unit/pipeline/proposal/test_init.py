@@ -86,15 +86,43 @@ def test_the_recipe_says_why_for_every_line_and_fits_the_time(images: Path, tmp_
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("hours", "own", "width"), [(0.5, [], 128), (2.0, [], 256), (2.0, ["model.hidden_size=96"], 96)]
+    ("hours", "own", "wide_speed", "width", "rate"),
+    [
+        (0.5, [], 50.0, 128, 4e-3),
+        (2.0, [], 50.0, 256, 2e-3),
+        (2.0, [], 5.0, 128, 4e-3),  # of which, as measured, too few epochs fit
+        (2.0, ["model.hidden_size=192"], 50.0, 192, 2e-3),
+        (2.0, ["train.epochs=9"], 50.0, 128, 4e-3),
+        (2.0, ["model.size=S"], 50.0, None, 2e-3),
+    ],
 )
 def test_where_there_is_time_for_more_than_makes_sense_the_network_is_wider(
-    images: Path, tmp_path: Path, hours: float, own: list[str], width: int, monkeypatch: pytest.MonkeyPatch
+    images: Path,
+    tmp_path: Path,
+    hours: float,
+    own: list[str],
+    wide_speed: float,
+    width: int | None,
+    rate: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def speeds(recipe: Recipe, *_: object) -> Speeds:
+        training = wide_speed if recipe.model.hidden_size == 256 else 50.0
+        return Speeds(training=training, encoding=0.02, sampling=0.2, evaluation=0.05)
+
+    monkeypatch.setattr(proposing, "measured", speeds)
     monkeypatch.setattr(proposing, "this_machine", lambda folder: replace(this_machine(folder), gpus=[]))
     recipe = propose(str(images), tmp_path / "recipe.yaml", 3600 * hours, own)
-    assert recipe.model.hidden_size == width
-    assert (recipe.train.optimizer.learning_rate == 2e-3) == (width == 256)
+    assert (recipe.model.hidden_size, recipe.train.optimizer.learning_rate) == (width, rate)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("batch", [32, 64, 128])
+def test_the_average_reaches_over_a_tenth_of_the_steps_of_any_batch(images: Path, tmp_path: Path, batch: int) -> None:
+    train = propose(str(images), tmp_path / "recipe.yaml", 3600.0, [f"train.batch_size={batch}"]).train
+    assert train.epochs
+    steps, decay = train.epochs * 48 / batch, train.ema.decays[0] ** (batch / train.ema.reference_batch)
+    assert 1 / (1 - decay) == pytest.approx(steps / 10, rel=0.1)
 
 
 @pytest.mark.usefixtures("quick")
