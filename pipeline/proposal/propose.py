@@ -99,8 +99,8 @@ def choose(found: Look, machine: Machine, budget: float, own: Sequence[Setting])
     if room and not machine.gpus and not chosen & OF_WIDTH:
         wider = [*first_settings(name, found, machine, trained, own, wider=True), *own]
         its_recipe = with_classes(complete(wider), found)
-        own_speeds = measured(planned(its_recipe, found), OF_NETWORK, TRAINING_SECONDS)
-        its_speeds = speeds._replace(training=own_speeds.training, sampling=own_speeds.sampling)
+        its = measured(planned(its_recipe, found), OF_NETWORK, TRAINING_SECONDS)
+        its_speeds = speeds._replace(training=its.training, memory=its.memory, sampling=its.sampling)
         if fitting_epochs(its_recipe, found, its_speeds, budget) >= MOST_EPOCHS:
             settings, recipe, speeds = wider, its_recipe, its_speeds
     counted_in_samples = lengths(recipe, found, speeds, budget)
