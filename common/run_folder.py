@@ -32,6 +32,7 @@ class RunFolder:
     deepspeed = _Place("deepspeed.json")
     log = _Place("metrics.jsonl")  # of training
     events = _Place("events.jsonl")
+    diverged = _Place("diverged.json")  # why the training of a reproduction ended: its page goes on without it
     tensorboard = _Place("tensorboard")
     checkpoints = _Place("checkpoints")
     weights = _Place("weights")

@@ -18,7 +18,7 @@ from common.loading import load_recipe
 from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config
 from common.run_folder import RunFolder
-from common.sealed import read_sealed
+from common.sealed import read_sealed, write_sealed
 from common.stage import Stage
 from common.stage_checks import check_stages
 from common.stage_jobs import run_in_jobs
@@ -30,6 +30,7 @@ from pipeline.reproduction.claims import RECIPES, SECOND_JUDGE, Arm, Row, Table
 from pipeline.stages import select
 from pipeline.training.checkpoint import MARKER
 from pipeline.training.checkpoint_form import MarkerForm
+from pipeline.training.guards import through_samples
 from pipeline.training.identity import total_samples
 from pipeline.training.operations import training_flops, with_end
 
@@ -90,7 +91,7 @@ class Outcome:
     """One run of an arm, trained and measured."""
 
     recipe: Recipe
-    distances: dict[Row, float]  # inf: its samples diverged
+    distances: dict[Row, float]  # inf: its training or its samples diverged
     distance: str  # its name; empty where all diverged
     parameters: int
     samples: int
@@ -177,11 +178,28 @@ def _data_sets(recipes: Iterable[Recipe]) -> Iterable[Recipe]:
 
 
 def _make_run(arms: Sequence[Recipe], cluster: str) -> None:
-    """Trains a run, and measures it in the way of each of its arms."""
+    """Trains a run, and measures it in the way of each of its arms. A training that diverges is a result too."""
+    diverged = RunFolder(arms[0].folder).diverged
     for stage in _before_sampling(arms[0]):
-        _make(arms[0], stage, cluster)
+        if diverged.exists():
+            return
+        try:
+            _make(arms[0], stage, cluster)
+        except UserError:
+            if stage.name != "train" or not _ended_not_finite(arms[0]):
+                raise
+            write_sealed(diverged, {"reason": "the gradient or loss was not finite, through no single sample"})
+            print(f"{arms[0].name}: its training diverged, as the page will say; delete {diverged} to train it again")
+            return
     for recipe in arms:
         _make(recipe, SWEEP, cluster)
+
+
+def _ended_not_finite(recipe: Recipe) -> bool:
+    """Whether the last event of a training was a step that no single sample made infinite."""
+    events = list(read_log(RunFolder(recipe.folder).events))
+    last = events[-1] if events else {}
+    return last.get("event") == "not finite" and not through_samples(last, recipe.train.batch_size)
 
 
 def _make(recipe: Recipe, stage: Stage, cluster: str) -> None:
@@ -205,7 +223,9 @@ def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
     for recipe in jobs.values():
         samples = total_samples(with_end(recipe).train)
         state = (
-            "trained"
+            "diverged"
+            if RunFolder(recipe.folder).diverged.exists()
+            else "trained"
             if all(stage.is_finished(_for(recipe, stage)) for stage in _before_sampling(recipe))
             else "to be trained"
         )
@@ -219,12 +239,13 @@ def outcomes(table: Table, scale: Scale, judge: str | None) -> dict[str, list[Ou
 
 def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
     sweep, distances, name = Sweep(recipe), {}, ""
+    diverged = RunFolder(recipe.folder).diverged.exists()
     for point in sweep.recipes:
         row = tuple(_row(getattr(point, field)) for field in rows)
-        measurement = sweep.measured(point)
+        measurement = None if diverged else sweep.measured(point)
         if measurement is not None:
             distances[row], name = measurement["value"], measurement["distance"]
-        elif sweep.unsound(point):
+        elif diverged or sweep.unsound(point):
             distances[row] = math.inf
         else:
             raise UserError(f"{recipe.folder}: a point is not measured; run python pipeline/reproduce.py again")

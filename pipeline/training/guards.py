@@ -54,7 +54,7 @@ def not_finite_error(recipe: Recipe, event: Event, skipped: int) -> UserError:
     """Ends training after `skipped` consecutive steps that were not finite; `event` is the last one's."""
     what = "gradient" if event["loss"] is not None else "loss"
     ids = event["sample_ids"]
-    if 0 < len(ids) <= recipe.train.batch_size / 2:
+    if through_samples(event, recipe.train.batch_size):
         named = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         cause = f"samples {named} of {recipe.data.shards}; look at them"
     else:
@@ -64,6 +64,11 @@ def not_finite_error(recipe: Recipe, event: Event, skipped: int) -> UserError:
         f"{recipe.folder}: step {event['step']}: the {what} is not finite{before}, through {cause}; this step updated "
         "nothing and nothing was saved since (train.max_skipped_steps skips such steps)"
     )
+
+
+def through_samples(event: Event, batch_size: int) -> bool:
+    """Whether some samples of a step were not finite, and not the network."""
+    return 0 < len(event["sample_ids"]) <= batch_size / 2
 
 
 def loss_spike(recent_losses: Sequence[float], loss: float, allowed: float | None) -> float | None:
