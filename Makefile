@@ -1,6 +1,6 @@
 # make demo: the pipeline from end to end on this machine.  make test: checks, and all tests but the slow ones.  Both
 # set everything up first.
-# make play: a page on this machine that draws images of the network that comes with this project, or of EXPORT=runs/demo/pipeline.
+# make play: a page on this machine that draws images of assets/demo, or of EXPORT=runs/demo/pipeline.
 # make docs: docs/ as a site, build/site/index.html.
 # make demo-slurm: the same demo as jobs of a SLURM cluster that this machine plays.
 .PHONY: demo demo-slurm play docs test test-slow check format setup clean

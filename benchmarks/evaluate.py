@@ -6,7 +6,7 @@ In one run, the contenders taking turns:
   pipeline   draws, decodes, rounds, checks and writes images, extracts and writes their features, and fits them
   bare       the same calls of the network, of the autoencoder's decoder and of the extractor, on tensors in memory
 What every set costs once, such as loading networks, is left out: the time of a set of one batch is subtracted on both
-sides. The network is the demo's, small and 120 blocks an image of 64 pixels, so that what an image costs
+sides. The network is the demo's, small and with few blocks an image of 64 pixels, so that what an image costs
 apart from blocks weighs more than on any published network. Of each contender's rounds the fastest counts, and on the
 CPU time is this process's CPU time: the rest is the machine's other load.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [--seconds 20] [--rounds 2] [--set FIELD=VALUE ...] [--json FILE]
 
-pipeline/train.py itself, in fp32 on random latents, each rank on one thread: the demo's recipe (batch 64) and FPDM-S/2
+pipeline/train.py itself, in fp32 on random latents, each rank on one thread: the demo's recipe and FPDM-S/2
 at 32 x 32 latents (batch 32). The two take turns; of each the fastest round counts. Ranks of one machine exchange
 their gradients through its loopback (gloo), and the copying takes the time of the cores that compute.
 """
@@ -62,13 +62,12 @@ def main() -> None:
     machine = show_machine()
     print(f"{'network':24} {'one rank':>10} {'two ranks':>10} {'ratio':>8}  aim")
     small = parse_recipe("name: benchmark", (*SMALL, *arguments.set))
-    networks = [
-        ("the demo's, batch 64", load_recipe(DEMO, arguments.set), ">= 1.7"),
-        ("FPDM-S/2, batch 32", small, ">= 1.9"),
-    ]
+    networks = [("the demo's", load_recipe(DEMO, arguments.set), ">= 1.7"), ("FPDM-S/2", small, ">= 1.9")]
     rows = []
     for name, recipe, aim in networks:
-        rows.append(measure(name, recipe, arguments.seconds, arguments.rounds, aim))
+        rows.append(
+            measure(f"{name}, batch {recipe.train.batch_size}", recipe, arguments.seconds, arguments.rounds, aim)
+        )
         print(rows[-1], flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

@@ -137,7 +137,7 @@ def unless_forced(arguments: argparse.Namespace) -> Iterator[None]:
 
 def exit_status_of(work: Callable[[], None]) -> int:
     """Exit status of `work`: 0; 2 for a UserError and INTERRUPTED for an Interrupted, each with one line on stderr."""
-    spin_briefly()
+    _spin_briefly()
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape names that the locale cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -155,12 +155,12 @@ def exit_status_of(work: Callable[[], None]) -> int:
     return 0
 
 
-def spin_briefly() -> None:
-    """Limits for how long a thread that waits for the others of a loop keeps its core busy; they have no effect once
-    torch is imported.
+def _spin_briefly() -> None:
+    """Limits how long a thread that waits for the others of a loop keeps its core busy. To be called before torch is
+    imported.
 
-    By default OpenMP's threads spin for as long as another program's time slice: beside two other programs, a step of
-    convolutions on two cores took 2.0 s, and takes 0.5 s so (0.17 s alone, either way; AMD EPYC).
+    GNU's OpenMP spins 300,000 rounds by default, on a core that another program may want. Beside two others, a step of
+    convolutions on two cores took 2.0 s, and takes 0.5 s so (alone 0.17 s, either way; AMD EPYC).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

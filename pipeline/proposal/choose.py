@@ -29,7 +29,6 @@ NEARLY_SQUARE = 1.1
 LINE_SECONDS, GRIDS, CHECKPOINT_SECONDS = 20, 8, 600
 AUTOENCODER_SHARE = 0.2  # of the time
 MOST_COMPARED = 2048
-WIDTH = 128  # of the demo's network
 WIDER_COST = 3.5  # times the seconds a sample, for a network twice as wide on CPUs
 
 # Fields of the demo's recipe that are taken over, and why.
@@ -83,7 +82,11 @@ def first_settings(
     patch = 4 if pixels or resolution >= 64 else 2
     images = found.data.images.replace("$", "$$")  # which paths in recipes otherwise expand
     count = f"{found.usable:,} usable images in {counted(classes, 'class')}"
-    width = chosen.get("model.hidden_size", _width(machine, wider=wider))
+    demo = load_recipe(DEMO)
+    its_width = demo.model.hidden_size or 0
+    width = 384 if machine.gpus else 2 * its_width if wider else its_width
+    sized = "model.size" in chosen  # by one of DiT's sizes, which says width and heads
+    narrow = not sized and chosen.get("model.hidden_size", width) <= its_width
     settings = [
         Setting("name", name, f"results go to runs/{name}"),
         Setting("data.images", images, count),
@@ -93,11 +96,11 @@ def first_settings(
         Setting("data.max_rejected", *max_rejected(len(found.unusable), len(found.seen), found.found)),
         *autoencoder,
         Setting("model.patch_size", patch, f"{(resolution // (patch * (1 if pixels else 4))) ** 2} tokens an image"),
-        *_from_demo(machine, wider=wider, sized="model.size" in chosen),
+        *_from_demo(demo, None if sized else width, machine),
         Setting("train.batch_size", 128 if machine.gpus else 64, "divided among the processes"),
         Setting(
             "train.optimizer.learning_rate",
-            4e-3 if width <= WIDTH and "model.size" not in chosen else 2e-3,
+            4e-3 if narrow else 2e-3,
             "lower than the demo's: rates were tried on it alone",
         ),
         Setting("sample.num_steps", 12 if classes > 1 else 24, "as many blocks an image with guidance as without"),
@@ -250,21 +253,17 @@ def max_rejected(bad: int, seen: int, found: int) -> tuple[float, str]:
     return share, f"{bad:,} of {seen:,} images are unusable{room}; more of them stop the encoding"
 
 
-def _width(machine: Machine, *, wider: bool) -> int:
-    return 384 if machine.gpus else 2 * WIDTH if wider else WIDTH
-
-
-def _from_demo(machine: Machine, *, wider: bool, sized: bool) -> list[Setting]:
-    """sized: the user chose one of DiT's sizes, which says width and heads."""
-    demo, settings = load_recipe(DEMO), []
+def _from_demo(demo: Recipe, width: int | None, machine: Machine) -> list[Setting]:
+    """width: None leaves width and heads out."""
+    settings = []
     for field, reason in FROM_DEMO.items():
-        if sized and field in ("model.hidden_size", "model.num_heads"):
+        if width is None and field in ("model.hidden_size", "model.num_heads"):
             continue
         value: Any = demo
         for part in field.split("."):
             value = getattr(value, part)
-        if field == "model.hidden_size" and (value := _width(machine, wider=wider)) != WIDTH:
-            reason = "wider than the demo's, since there is " + ("a GPU" if machine.gpus else "time for it")
+        if field == "model.hidden_size" and value != width:
+            value, reason = width, f"wider than the demo's, since there is {'a GPU' if machine.gpus else 'time for it'}"
         settings.append(Setting(field, list(value) if isinstance(value, tuple) else value, reason))
     return settings
 

@@ -50,9 +50,8 @@ MEASURED_STAGES = ("encode", "train", "sample", "evaluate")
 TRAINING_SECONDS = 12.0  # of training, measured
 OF_NETWORK = ("train", "sample")  # stages whose speed is the network's
 # Where the user chose one of these, the width stays the demo's.
-OF_WIDTH = {"model.size", "model.hidden_size"} | {
-    f"train.{name}" for name in ("epochs", "total_samples", "max_hours", "max_pflops")
-}
+OF_WIDTH = {"model.size", "model.hidden_size", "train.epochs"}
+OF_WIDTH |= {"train.total_samples", "train.max_hours", "train.max_pflops"}
 
 HEADING = """Written by pipeline/init.py for {images}, with what differs from the defaults.
 

@@ -119,6 +119,10 @@ def _costs(measured: dict[str, ByArm]) -> Iterator[str]:
         residual = f"{fmean(residuals):.3g}" if residuals else ""
         one = runs[0]
         yield _line([stem, f"{one.parameters:,}", f"{one.samples:,}", f"{1000 * one.pflop:,.4g}", minutes, residual])
+    diverged = [name for by_name in stems.values() for name, run in by_name.items() if run.diverged]
+    if diverged:
+        yield ""
+        yield f"Diverged in training, before all of these samples: {', '.join(diverged)}."
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -98,6 +98,7 @@ class Outcome:
     pflop: float  # of training
     seconds: float | None  # of training, if its last checkpoint is still there
     residual: float | None  # see `_residual`; None of DiT
+    diverged: bool = False  # in training, which then ended early
 
 
 def make(tables: Sequence[Table], scale: Scale, cluster: str, at_once: int = 1) -> None:
@@ -222,14 +223,14 @@ def plan(tables: Sequence[Table], scale: Scale) -> Iterator[str]:
     jobs = {recipe.name: recipe for table in tables for arm in table.arms for recipe in scale.recipes(arm)}
     for recipe in jobs.values():
         samples = total_samples(with_end(recipe).train)
-        state = (
-            "diverged"
-            if RunFolder(recipe.folder).diverged.exists()
-            else "trained"
-            if all(stage.is_finished(_for(recipe, stage)) for stage in _before_sampling(recipe))
-            else "to be trained"
-        )
-        yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {state}"
+        yield f"{recipe.folder}: {training_flops(recipe) / 1e15:,.4g} PFLOP for {samples:,} samples, {_state(recipe)}"
+
+
+def _state(recipe: Recipe) -> str:
+    if RunFolder(recipe.folder).diverged.exists():
+        return "diverged"
+    trained = all(stage.is_finished(_for(recipe, stage)) for stage in _before_sampling(recipe))
+    return "trained" if trained else "to be trained"
 
 
 def outcomes(table: Table, scale: Scale, judge: str | None) -> dict[str, list[Outcome]]:
@@ -258,6 +259,7 @@ def _outcome(recipe: Recipe, rows: Sequence[str]) -> Outcome:
         pflop=training_flops(recipe) / 1e15,
         seconds=_seconds(recipe),
         residual=_residual(RunFolder(recipe.folder)),
+        diverged=diverged,
     )
 
 
