@@ -7,6 +7,7 @@ line for a command that was asked to stop and has saved its work.
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 import time
@@ -136,12 +137,19 @@ def unless_forced(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def exit_status_of(work: Callable[[], None]) -> int:
-    """Exit status of `work`: 0; 2 for a UserError and INTERRUPTED for an Interrupted, each with one line on stderr."""
+    """Exit status of `work`: 0; 2 for a UserError and INTERRUPTED for an Interrupted, each with one line on stderr; and
+    without one, as of any program that a shell's pipe ends, 128 + SIGPIPE where nobody reads stdout on, as in `| head`.
+    """
     _spin_briefly()
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape names that the locale cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 128 + signal.SIGPIPE
     except UserError as error:
         for fault in error.faults if isinstance(error, Refused) else [error]:
             _say(f"error: {fault}")
@@ -153,6 +161,16 @@ def exit_status_of(work: Callable[[], None]) -> int:
         _say("interrupted: by Ctrl-C; the same command again goes on from what is finished")
         return 128 + signal.SIGINT
     return 0
+
+
+def _reader_left() -> bool:
+    """Whether stdout can no longer be written; what is left in its buffer then goes nowhere."""
+    looked = select.poll()
+    looked.register(sys.stdout, 0)  # errors are reported without being asked for
+    if not looked.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _spin_briefly() -> None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 from zlib import crc32
 
 from common.errors import UserError
-from slurm.cluster import free_port
+from slurm.cluster import FIRST_PORT, PORTS
 
 if TYPE_CHECKING:
     import torch
 
 LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
 CGROUPS = Path("/sys/fs/cgroup")  # in a container: its own
-FIRST_PORT, PORTS = 10_000, 10_000  # below Linux's ephemeral ports
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -42,7 +41,8 @@ def export_environment() -> None:
     else:
         ranks, where = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}, {}
     os.environ.update({key: str(value) for key, value in ranks.items()})
-    for key, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | where).items():
+    # Port 0, of one rank, is whichever is free when it listens: a port that is looked for before may be taken by then.
+    for key, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | where).items():
         os.environ.setdefault(key, value)
 
 

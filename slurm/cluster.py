@@ -1,12 +1,13 @@
 """submitit executors for SLURM, for this machine and for this process."""
 
 import os
+import random
 import shlex
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from slurm.site_file import Site, left_out, load_site, sbatch_options, srun_opti
 from slurm.waiting import NEXT_LOOK_SECONDS, Batch, Show, Tail, tails_of
 
 CLUSTERS = ("local", "debug", "slurm", "auto")  # auto: SLURM where it answers, this machine elsewhere
+FIRST_PORT, PORTS = 10_000, 10_000  # where ranks meet: below Linux's ephemeral ports
 WITHOUT_LIMIT = 10 * 365 * 24 * 60  # minutes; after three time limits submitit would end a local job
 
 
@@ -289,7 +291,11 @@ def _on_this_machine() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A free TCP port on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free on the loopback interface, of those that the kernel gives to no connection meanwhile."""
+    first = random.SystemRandom().randrange(PORTS)  # runs that start together should not try the same
+    for number in range(PORTS):
+        port = FIRST_PORT + (first + number) % PORTS
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free")

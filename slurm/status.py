@@ -4,7 +4,6 @@
 python slurm/status.py runs/demo [--lines 5]
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -29,11 +28,7 @@ def main() -> int:
     parser.add_argument("run", type=path_argument, help="the run folder")
     parser.add_argument("--lines", type=int, default=5, help="how many lines of the newest log to show")
     arguments = parser.parse_args()
-    try:
-        return exit_status_of(lambda: print("\n".join(status(arguments.run, arguments.lines))))
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return exit_status_of(lambda: print("\n".join(status(arguments.run, arguments.lines))))
 
 
 def status(run: Path, lines: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Every command resolves, checks, prints and only then works; its help is instant; a user's mistake is status 2."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.command import argument_parser
+from common.command import argument_parser, exit_status_of
 from tests.forks import run_python
 
 ROOT = Path(__file__).parents[3]
@@ -81,6 +82,28 @@ def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp
     missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
     assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 10_000])  # in the buffer until the end, and beyond it
+def test_a_command_whose_reader_has_left_ends_without_a_word(lines: int, unbuffered: str) -> None:
+    """`| head`."""
+    work = f"lambda: print('a\\n' * {lines})"
+    program = f"import sys; from common.command import exit_status_of; sys.exit(exit_status_of({work}))"
+    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_broken_connection_is_no_reader_that_has_left() -> None:
+    def work() -> None:
+        raise BrokenPipeError(32, "a rank's connection")
+
+    with pytest.raises(BrokenPipeError, match="a rank's connection"):
+        exit_status_of(work)
 
 
 @pytest.mark.parametrize(

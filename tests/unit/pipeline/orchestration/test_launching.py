@@ -2,6 +2,7 @@
 
 import os
 import pty
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from common.ranks import export_environment, gpu_number, own_cores
 from common.stage_jobs import steps
 from pipeline.stages import STAGES
 from pipeline.training.stage import STAGE as TRAIN
+from slurm import cluster
 from slurm.cluster import Resources, executor, submission_script
 
 LAUNCHERS = {
@@ -125,7 +127,19 @@ def test_one_rank_needs_no_other_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is put before a command in a shell whose variables name more."""
     found = exported(LAUNCHERS["srun"][0] | {"RANK": "0", "WORLD_SIZE": "1"}, monkeypatch)
     assert (found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "127.0.0.1")
-    assert int(found["MASTER_PORT"])
+    assert found["MASTER_PORT"] == "0"  # whichever is free when it listens: runs that start together do not collide
+
+
+def test_a_port_of_several_ranks_is_free_and_below_those_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "PORTS", 2)
+    taken, other = cluster.FIRST_PORT, cluster.FIRST_PORT + 1
+    with socket.socket() as run:
+        run.bind(("127.0.0.1", taken))
+        assert {cluster.free_port() for _ in range(20)} == {other}
+        with socket.socket() as another:
+            another.bind(("127.0.0.1", other))
+            with pytest.raises(OSError, match=f"no port from {taken} to {other} is free"):
+                cluster.free_port()
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_was_given() -> None:
