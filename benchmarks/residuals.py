@@ -45,7 +45,7 @@ def rise(residuals: list[float]) -> float:
 @torch.no_grad()
 def steps_of(weights: str, num_steps: int, iterations: int, samples: int) -> list[Step]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_pretrained(weights).eval().to(device)
+    model = load_pretrained(weights).float().eval().to(device)
     config, diffusion = model.config, Diffusion(**read_extra(weights)["objective"])
     index = torch.arange(samples)
     noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
