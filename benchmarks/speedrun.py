@@ -178,7 +178,7 @@ def row(variant: str, curves: list[list[Measured]], target: float) -> Row:
 
 
 def table(rows: list[Row], target: float) -> str:
-    head = ["variant", "seeds", "distance at the end", f"samples to {target:g}", "seconds", "TFLOP"]
+    head = ["variant", "seeds", "distance at the end", *(f"{what} to {target:g}" for what in ("samples", "seconds", "TFLOP"))]
     lines = [head, ["---"] * len(head), *(each.cells() for each in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-NEEDED_GB=7 # what .venv takes; wheels that pip has to download lie beside it for a while, 3 GB more
+NEEDED_GB=10 # .venv takes 7, and wheels that pip has to download lie beside it for a while
 
 # gigabytes KILOBYTES: without decimals, rounded down
 gigabytes() { echo $(($1 * 1024 / 1000000000)); }
@@ -35,7 +35,7 @@ if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
         echo "setup: needs $NEEDED_GB GB of disk in $PWD, found $(free_gb) GB free; free some, or clone to a larger disk" >&2
         exit 2
     fi
-    echo "setup: installing the pinned requirements into .venv (a few minutes, $NEEDED_GB GB, once)"
+    echo "setup: installing the pinned requirements into .venv (a few minutes, once)"
     "$python" -m venv .venv
     if ! pip_install --editable '.[pipeline,demo,dev]'; then
         echo "setup: pip did not succeed (the reason is above); $(free_gb) GB are free now. The same command goes on" >&2

@@ -197,7 +197,7 @@ TABLES = (
     ),
     Table(
         key="F4",
-        title="Figures 4 and 6: iterations a step at 280 blocks, with and without reuse of solutions",
+        title="Figures 4 and 6: iterations a step at 280 blocks, DDPM, with and without reuse of solutions",
         arms=tuple(
             Arm(name, "fpdm", "imagenet_fpdm", (*SMOOTHING, f"sweep.reuse=[{reuse}]"))
             for name, reuse in (("with reuse", "always"), ("without", "none"))

@@ -41,7 +41,8 @@ def claims() -> Iterator[str]:
     yield f"**60 % less training memory: {_memory_verdict(saved)}.** Counted: what the backward pass needs of the"
     yield f"forward one in bfloat16, and {BYTES_A_PARAMETER} bytes a parameter (fp32 weights, Adam's moments, average;"
     yield "16-bit weights and gradients). Not counted: the framework, fragments, buffers. m: iterations with"
-    yield "gradient, at most M. The paper says neither what it recomputes nor in which precision."
+    yield "gradient, at most M. The paper says neither what it recomputes nor in which precision. Attention keeps its"
+    yield "scores here, as it was computed then; with fused attention a step takes less (docs/gpu.md)."
 
 
 def _memory_verdict(saved: list[float]) -> str:

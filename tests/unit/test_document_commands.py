@@ -28,7 +28,7 @@ COMMAND = re.compile(r"(?:\w+=\S* )*(?:python|torchrun|sbatch|bash|make|scripts/
 
 def texts_of(path: Path) -> Iterator[str]:
     """Code lines and code spans of a page, lines of a docstring, or of a header."""
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"\\\n +", "", path.read_text(encoding="utf-8"))
     if path.suffix == ".md":
         fences = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         yield from (line for block in fences for line in block.splitlines())
