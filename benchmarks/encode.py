@@ -11,7 +11,6 @@ where decoding has cores of its own. Images are JPEGs of 500 x 375 made of smoot
 process that lists a data set of so many images and encodes one shard.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -30,6 +29,7 @@ from PIL import Image
 
 import preprocess.encoding.loop
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.loading import dump_recipe
 from common.recipe import VAE, Data, Launch, Model, Recipe
 from preprocess.encoding.encoder import Encoder
@@ -118,14 +118,14 @@ def peak_memory(recipe: Recipe, count: int, scratch: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--vae", default=str(Path(__file__).parents[1] / "assets/vae-demo"))
-    parser.add_argument("--downsampling", type=int, default=4, help="of the VAE (4)")
-    parser.add_argument("--resolution", type=int, default=128, help="pixels (128)")
-    parser.add_argument("--images", type=int, default=256, help="(256)")
-    parser.add_argument("--batch-size", type=int, default=32, help="(32)")
-    parser.add_argument("--workers", type=int, default=1, help="decoding processes (1)")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds that count, after one to warm up (8)")
+    parser.add_argument("--downsampling", type=count_argument, default=4, help="of the VAE (4)")
+    parser.add_argument("--resolution", type=count_argument, default=128, help="pixels (128)")
+    parser.add_argument("--images", type=count_argument, default=256, help="(256)")
+    parser.add_argument("--batch-size", type=count_argument, default=32, help="(32)")
+    parser.add_argument("--workers", type=count_argument, default=1, help="decoding processes (1)")
+    parser.add_argument("--rounds", type=count_argument, default=8, help="rounds that count, after one to warm up (8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

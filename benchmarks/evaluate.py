@@ -11,10 +11,10 @@ apart from blocks weighs more than on any published network. Of each contender's
 CPU time is this process's CPU time: the rest is the machine's other load.
 """
 
-import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +30,7 @@ import scipy.linalg
 import torch
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.loading import load_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, latent_shape
 from fpdm import build_denoiser, rng
@@ -173,11 +174,13 @@ def measure_distance(dimensions: int, rounds: int) -> tuple[Row, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=96, help=f"of the larger set (96); the smaller has {BATCH}")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up (5)")
-    parser.add_argument("--dimensions", type=int, default=2048, help="of the Fréchet distance (2048)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--samples", type=count_argument, default=96, help=f"of the larger set (96); the smaller has {BATCH}"
+    )
+    parser.add_argument("--rounds", type=count_argument, default=5, help="rounds that count, after one to warm up (5)")
+    parser.add_argument("--dimensions", type=count_argument, default=2048, help="of the Fréchet distance (2048)")
+    parser.add_argument("--threads", type=count_argument, default=1, help="of the CPU (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     if arguments.samples <= BATCH:
@@ -196,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

@@ -15,7 +15,6 @@ After each part gpu.json and gpu.md are written again into the output folder, so
 finished. A part that fails is reported with its error, and the next one runs. `--smoke`: tiny sizes, for a CPU.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -34,6 +33,7 @@ os.environ.setdefault("DS_ACCELERATOR_QUIET", "1")
 import torch
 
 from benchmarks.gpu_parts import PARTS, Setting
+from common.command import Parser
 from common.errors import one_line
 from common.files import atomic_write, write_json
 from common.provenance import provenance
@@ -112,7 +112,7 @@ def write(output: Path, record: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no part begins or goes on (8)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a CPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")

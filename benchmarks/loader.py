@@ -15,7 +15,6 @@ fastest counts, and it is compared with npy at one worker. Opening is a process 
 synthetic latents.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.files import sha256_file
 from fpdm import rng
 from preprocess import beton
@@ -235,9 +235,9 @@ def opening(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=8, help="that count, after one to warm up (8)")
+    parser = Parser(__doc__)
+    parser.add_argument("--samples", type=count_argument, default=20_000)
+    parser.add_argument("--rounds", type=count_argument, default=8, help="that count, after one to warm up (8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -262,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

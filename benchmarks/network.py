@@ -15,9 +15,9 @@ fastest counts, and on the CPU time is this process's CPU time: the rest is the 
 Memory is the peak of the tensors allocated: of activations during the forward pass, of a step with the gradients too.
 """
 
-import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from fpdm import SIZES, Denoiser, DenoiserConfig, build_denoiser
 from fpdm.blocks import Attention, Block, unpatchify
 from fpdm.linear import linear
@@ -302,10 +303,10 @@ def measure(size: str, contenders: Contenders, rounds: int, device: str, *, comp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["S", "B", "XL"])
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up (5)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument("--rounds", type=count_argument, default=5, help="rounds that count, after one to warm up (5)")
+    parser.add_argument("--threads", type=count_argument, default=1, help="of the CPU (1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="also compare sampling under torch.compile (minutes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
@@ -327,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

@@ -7,15 +7,16 @@ at 32 x 32 latents (batch 32). The two take turns; of each the fastest round cou
 their gradients through its loopback (gloo), and the copying takes the time of the cores that compute.
 """
 
-import argparse
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.loading import load_recipe, parse_recipe
 from common.ranks import own_cores
 from common.recipe import Recipe, with_world_size
@@ -51,9 +52,9 @@ def measure(name: str, recipe: Recipe, seconds: float, rounds: int, aim: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=count_argument, default=2)
     parser.add_argument("--set", metavar="FIELD=VALUE", nargs="*", default=[], help="fields of both recipes")
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

@@ -7,8 +7,8 @@ or guidance, so that every step's iteration begins at its input. A step rises wh
 some iteration before, by more than what float32 leaves of it: from FLOOR down a residual is rounding.
 """
 
-import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
+from common.errors import UserError
 from fpdm import Diffusion, SamplerSettings, Way, build_sampler, load_pretrained, measure_residuals, read_extra, sample
 from fpdm.sampling import sample_noise
 
@@ -45,8 +47,11 @@ def rise(residuals: list[float]) -> float:
 @torch.no_grad()
 def steps_of(weights: str, num_steps: int, iterations: int, samples: int) -> list[Step]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_pretrained(weights).float().eval().to(device)
-    config, diffusion = model.config, Diffusion(**read_extra(weights)["objective"])
+    try:
+        model = load_pretrained(weights).float().eval().to(device)
+        config, diffusion = model.config, Diffusion(**read_extra(weights)["objective"])
+    except ValueError as error:
+        raise UserError(f"WEIGHTS: {error}") from None
     index = torch.arange(samples)
     noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
     draw = partial(sample, model, diffusion, noise.to(device), (index % config.num_classes).to(device))
@@ -78,11 +83,11 @@ def summary(steps: list[Step]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("weights", nargs="+", help="folder with config.json and the weights")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--iterations", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--steps", type=count_argument, default=50)
+    parser.add_argument("--iterations", type=count_argument, default=64)
+    parser.add_argument("--samples", type=count_argument, default=16)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     machine, found = show_machine(), {}
@@ -95,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

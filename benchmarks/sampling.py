@@ -13,13 +13,15 @@ equations, not how good the images are.
               near as the paper's best way
 """
 
-import argparse
+import sys
 import time
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from common.command import Parser, count_argument, exit_status_of
+from common.errors import UserError
 from fpdm import Choices, Diffusion, SamplerSettings, Way, allocate, calibrate, load_pretrained, read_extra, sample
 from fpdm.calibration import Draw, distances, fitting_ways, limit_way
 from fpdm.sampling import sample_noise
@@ -30,17 +32,20 @@ COLUMNS = ("blocks", "paper", "mean", "rms", "calibrated", "mean", "rms", "reach
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("weights", help="folder with config.json and the weights")
     parser.add_argument("--budgets", type=int, nargs="+", default=[40, 80, 160], help="blocks an image")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--samples", type=int, default=48, help="that judge; a third as many choose")
+    parser.add_argument("--samples", type=count_argument, default=48, help="that judge; a third as many choose")
     arguments = parser.parse_args()
     if arguments.samples < 3:
         parser.error(f"--samples: {arguments.samples}; 3 at least")
     torch.set_grad_enabled(False)
-    model = load_pretrained(arguments.weights).eval()
-    config, diffusion = model.config, Diffusion(**read_extra(arguments.weights)["objective"])
+    try:
+        model = load_pretrained(arguments.weights).float().eval()
+        config, diffusion = model.config, Diffusion(**read_extra(arguments.weights)["objective"])
+    except ValueError as error:
+        raise UserError(f"WEIGHTS: {error}") from None
 
     def drawing(index: Tensor) -> Draw:
         noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
@@ -113,4 +118,4 @@ def named(way: Way) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.loading import parse_recipe
 from common.recipe import Recipe, diffusion
 from pipeline.training.data import Stream
@@ -195,11 +196,13 @@ def exactly_once(order: BlockOrder, windows: int) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=5_000_000_000)
-    parser.add_argument("--ranks", type=int, default=4096)
-    parser.add_argument("--shard-samples", type=int, default=32_000, help="a divisor of --samples (32,000: 0.6 GB)")
-    parser.add_argument("--windows", type=int, default=16, help="looked at for exactly once (16)")
+    parser = Parser(__doc__)
+    parser.add_argument("--samples", type=count_argument, default=5_000_000_000)
+    parser.add_argument("--ranks", type=count_argument, default=4096)
+    parser.add_argument(
+        "--shard-samples", type=count_argument, default=32_000, help="a divisor of --samples (32,000: 0.6 GB)"
+    )
+    parser.add_argument("--windows", type=count_argument, default=16, help="looked at for exactly once (16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--one-rank", nargs=2, metavar=("RANK", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -259,4 +262,4 @@ def show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

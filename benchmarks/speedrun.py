@@ -26,6 +26,7 @@ from statistics import mean, stdev
 from scipy.stats import t as student
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.loading import load_recipe
 from common.log_lines import read_log
 from common.recipe import Recipe, denoiser_config
@@ -178,20 +179,25 @@ def row(variant: str, curves: list[list[Measured]], target: float) -> Row:
 
 
 def table(rows: list[Row], target: float) -> str:
-    head = ["variant", "seeds", "distance at the end", *(f"{what} to {target:g}" for what in ("samples", "seconds", "TFLOP"))]
+    head = [
+        "variant",
+        "seeds",
+        "distance at the end",
+        *(f"{what} to {target:g}" for what in ("samples", "seconds", "TFLOP")),
+    ]
     lines = [head, ["---"] * len(head), *(each.cells() for each in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=32_768)
-    parser.add_argument("--every", type=int, default=8_192, help="samples between two measurements")
-    parser.add_argument("--images", type=int, default=256, help="images of a measurement")
+    parser.add_argument("--seeds", type=count_argument, default=3)
+    parser.add_argument("--samples", type=count_argument, default=32_768)
+    parser.add_argument("--every", type=count_argument, default=8_192, help="samples between two measurements")
+    parser.add_argument("--images", type=count_argument, default=256, help="images of a measurement")
     parser.add_argument("--target", type=float, default=150.0)
-    parser.add_argument("--at-once", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--at-once", type=count_argument, default=1, help="runs at the same time")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of every run")
     parser.add_argument("--runs", default="runs/speedrun")
     parser.add_argument("--json", type=Path)
@@ -213,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

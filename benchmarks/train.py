@@ -15,9 +15,9 @@ step can be, so that all else weighs most.
 On one thread, in CPU time of this process: the rest is the machine's other load.
 """
 
-import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, closing
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import show_machine
+from common.command import Parser, count_argument, exit_status_of
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion, with_world_size
 from common.run_folder import RunFolder
@@ -152,10 +153,10 @@ def measure(size: str, batch: int, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--size", default="B", choices=["S", "B", "L", "XL"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--batch", type=count_argument, default=4)
+    parser.add_argument("--rounds", type=count_argument, default=6)
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status_of(main))

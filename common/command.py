@@ -5,8 +5,10 @@ line for a command that was asked to stop and has saved its work.
 """
 
 import argparse
+import difflib
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -18,6 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from common.errors import INTERRUPTED, Interrupted, Refused, UserError, printable
+from common.files import not_writable
 from common.recipe import Recipe
 from common.stage import Stage, the_recipe
 from slurm.paths import expanded
@@ -62,6 +65,25 @@ class Parser(argparse.ArgumentParser):
         self._answer_shell()
         return super().parse_known_intermixed_args(args, namespace)
 
+    def error(self, message: str) -> NoReturn:
+        """As of every other mistake: one line, and status 2."""
+        _say(f"error: {self._in_our_words(message)}")
+        sys.exit(2)
+
+    def _in_our_words(self, message: str) -> str:
+        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            optional = {action.metavar for action in self._actions if action.nargs == "*"}
+            missing = [name for name in found[1].split(", ") if name not in optional]
+            return f"{', '.join(missing)}: missing; --help shows how the command is written"
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
+            near = difflib.get_close_matches(found[1].partition("=")[0], self._option_string_actions, n=1)
+            takes = any(action.dest == "overrides" for action in self._actions)
+            fields = "; fields of a recipe are written section.field=value" if takes else ""
+            return f"{found[1]}: no such argument; " + (
+                f"did you mean {near[0]}?" if near else f"--help lists all{fields}"
+            )
+        return message.removeprefix("argument ")
+
     def _answer_shell(self) -> None:
         if self._asked_by_shell:
             from common.completion import complete
@@ -105,6 +127,23 @@ def path_argument(text: str) -> Path:
         return Path(expanded(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output_argument(text: str) -> Path:
+    """As `path_argument`, of a file that will be written: refused before the work where it cannot be."""
+    path = path_argument(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    if fault := not_writable(path.parent):
+        raise argparse.ArgumentTypeError(f"{path}: {fault}; name another")
+    return path
+
+
+def count_argument(text: str) -> int:
+    """The `type` of a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; a whole number, at least 1")
+    return int(text)
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +239,11 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# Sent by SLURM at a time limit or preemption, by submitit, by launchers, by Ctrl-C, and by a terminal that is closed.
+# Each asks training to save and to stop; `common.elastic` blocks them until its ranks can answer.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 def outlived(number: int) -> bool:

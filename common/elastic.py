@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import elastic_rank
+from common.command import STOP_SIGNALS
 from common.errors import Interrupted, UserError
 from common.loading import dump_recipe
 from common.ranks import rank_and_world_size
@@ -32,7 +33,6 @@ SILENT_SECONDS = 20.0  # without a beat: the machine is gone, or its network
 JOIN_SECONDS = 60.0  # for the supervisors to connect, after their rendezvous
 SETTLE_SECONDS = 3.0  # after a loss: to hear what else is lost, or why
 MOST_DEATHS = 3  # of ranks whose nodes are all there; then something is wrong that does not go away
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 FIRST_NODE_GONE = "the first node is gone: queued again, from the last checkpoint"
 

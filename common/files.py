@@ -26,51 +26,62 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; after the block, syncs it to disk and renames it to `path`.
 
     If the block raises, `path` is unchanged and the temporary file is deleted. A kill leaves at most a hidden file
-    `.<name>.<node>.<pid>.tmp`, which readers ignore.
+    `.<name>.<node>.<pid>.tmp`, which readers ignore. Raises UserError where the disk is full or not to be written.
     """
     path = Path(path)
-    _make(path.parent)
-    temporary = _beside(path)
-    _discard(temporary)
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path}: a folder, where a file is to be written; name another, or move it away")
+    with disk_errors_as_user_errors(path, NOT_WRITTEN):
+        _make(path.parent)
+        temporary = _beside(path)
+        _discard(temporary)
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """As `atomic_write`, for a folder, which replaces an existing one.
 
-    Both replace a symbolic link at `path` and leave its target unchanged.
+    Between the moments when the old folder has lost its name and the new one has it, a kill leaves both under hidden
+    names; `remove_leftovers` gives the old one its name back. Both functions replace a symbolic link at `path` and
+    leave its target unchanged.
     """
     path = Path(path)
-    _make(path.parent)
-    temporary = _beside(path)
-    aside = _beside(path, ".old")  # the replaced folder, until the new one has its name
-    _discard(temporary)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask)  # some libraries write files that only their owner can read
-            sync(file)
-        if path.exists() or path.is_symlink():
-            path.replace(aside)
-        temporary.replace(path)
-    finally:
+    with disk_errors_as_user_errors(path, NOT_WRITTEN):
+        _make(path.parent)
+        temporary = _beside(path)
+        aside = _beside(path, ".old")  # the replaced folder, until the new one has its name
         _discard(temporary)
-        _discard(aside)
-    sync(path.parent)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                if file.is_file():
+                    file.chmod(0o666 & ~_umask)  # some libraries write files that only their owner can read
+                sync(file)
+            if path.exists() or path.is_symlink():
+                path.replace(aside)
+            try:
+                temporary.replace(path)
+            except OSError:
+                if aside.exists():
+                    aside.replace(path)
+                raise
+        finally:
+            _discard(temporary)
+            _discard(aside)
+        sync(path.parent)
 
 
 def _beside(path: Path, ending: str = "") -> Path:
     """A hidden path beside `path` that is unique to this process; `remove_leftovers` recognises it."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{ending}.tmp")
+    return path.with_name(f".{path.name}{ending}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def _discard(path: Path) -> None:
@@ -106,13 +117,26 @@ def disk_errors_as_user_errors(place: str | Path, only: Container[int] | None = 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if only is not None and getattr(error, "errno", None) not in only:
+        reads = isinstance(error, SafetensorError) and not str(error).startswith("Error while serializing")
+        if only is not None and (reads or (isinstance(error, OSError) and error.errno not in only)):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{place}: not written ({reason}); finished work is kept: make room, let this user write there, or "
-            "choose another folder, and run this again"
-        ) from error
+        if getattr(error, "errno", None) in (errno.ENOTDIR, errno.EEXIST):
+            advice = "a file lies where a folder is needed: choose another folder"
+        else:
+            advice = (
+                "finished work is kept: make room, let this user write there, or choose another folder, and run again"
+            )
+        raise UserError(f"{place}: not written ({reason}); {advice}") from error
+
+
+def not_writable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which need not be there yet; None if something can."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        return f"{folder} is a file"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"this user cannot write into {folder}"
 
 
 @contextmanager
@@ -216,18 +240,23 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed atomic writes left in `folder`. No other process must be writing there."""
+    """Deletes what killed atomic writes left in `folder`, and gives a folder that was to be replaced, and was not, its
+    name back. No other process must be writing there.
+    """
     for path in folder.glob(".*.tmp"):
-        if _LEFTOVER.fullmatch(path.name):
+        if (old := _OLD.fullmatch(path.name)) and not (folder / old[1]).exists():
+            path.replace(folder / old[1])
+        elif _LEFTOVER.fullmatch(path.name):
             _discard(path)
 
 
-_LEFTOVER = re.compile(r"\..+\.[0-9]+(\.old)?\.tmp")
+_LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp")
+_OLD = re.compile(r"\.(.+)\.old\..+\.[0-9]+\.tmp")
 
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder; a kill in the middle leaves no part of it under its name."""
-    aside = _beside(folder, ".old")
+    aside = _beside(folder)
     folder.replace(aside)
     _discard(aside)
 

@@ -134,7 +134,11 @@ def _parse_yaml(text: str, path: str | Path, above: tuple[Path, ...] = ()) -> di
     base = Path(path).parent / expanded("extends", extended)
     if base.resolve() in chain:
         raise UserError(f"{path}: extends: {extended} extends this recipe in turn; leave one of the two out")
-    return _merged(_parse_yaml(_read_text(base), base, chain), settings)
+    try:
+        text = _read_text(base)
+    except UserError as error:
+        raise UserError(f"{path}: extends: {error}; it is looked for beside this recipe") from None
+    return _merged(_parse_yaml(text, base, chain), settings)
 
 
 def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +170,9 @@ def override_field(settings: dict[str, Any], override: str) -> None:
     try:
         target[field] = settle(hint, read_yaml(text))
     except ValueError:
-        raise UserError(f"{dotted}: {text!r} is not readable as a YAML value; quote it") from None
+        raise UserError(
+            f"{dotted}: {text!r} is not readable as a YAML value; quote it, and close its brackets"
+        ) from None
 
 
 def _places(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -221,9 +227,13 @@ def _near(path: Sequence[str]) -> str:
 
 
 def _in_decimal(found: Any) -> str:
-    """How to write a number in decimal notation."""
+    """How to write a number in decimal notation, or a list."""
     if isinstance(found, str) and re.fullmatch(r"[-+]?_*[0-9][0-9_]{0,40}", found):
         return f"; write {int(found.replace('_', ''))}"
+    if isinstance(found, float) and found.is_integer() and abs(found) < 1e15:
+        return f"; write {int(found)}"
+    if isinstance(found, str) and re.fullmatch(r"[^\[\]]+,[^\[\]]+", found):
+        return f"; write [{', '.join(part.strip() for part in found.split(','))}]"
     return "; write a decimal number" if isinstance(found, str) and re.match(r"[-+]?\.?[0-9]", found) else ""
 
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NotRequired
 
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from common.sealed import STRICT
+from common.sealed import OPEN, STRICT
 
 COMMAND_VARIABLE = "FPDM_COMMAND"  # in a job: what was typed, where the job's own command is submitit's
 COMMIT_FILE = "COMMIT"  # in a snapshot of the code, which is no checkout
@@ -29,6 +30,14 @@ class Provenance(TypedDict):
     machine: str
     device: str | None
     host: str
+
+
+@with_config(OPEN)
+class Started(TypedDict):
+    """A line of a run's `provenance.jsonl`, all of which the report shows."""
+
+    stage: str
+    ranks: NotRequired[int]  # not of runs before 2026-11-27, which count as one rank
 
 
 def provenance() -> Provenance:

@@ -27,9 +27,13 @@ def read_recipe(folder: Path) -> Recipe:
     Raises UserError where it was changed after training wrote it.
     """
     path = RunFolder(folder).recipe
+    if not path.is_file():
+        raise UserError(f"{folder}: no run's folder, such as runs/demo: it holds no {path.name}")
     text, sealed, key = read_bytes(path).rpartition(_SEAL.encode())
     if sealed and sha256(text).hexdigest().encode() != key.strip():
         raise UserError(f"{path}: changed after it was written; put it back as it was, or name another run")
     with errors_as(UserError, f"{path}: not a text file"):
         settings = (text if sealed else key).decode()
-    return replace(parse_recipe(settings, (), path), name=folder.name, runs=str(folder.parent))
+    recipe = parse_recipe(settings, (), path)
+    with errors_as(UserError, f"{folder}: no name of a run; rename the folder to letters, digits, '.', '_' and '-'"):
+        return replace(recipe, name=folder.name, runs=str(folder.parent))

@@ -39,11 +39,6 @@ def read_bytes(path: str | Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json(path: str | Path, remedy: str = REMEDY) -> Any:
-    """The value of a JSON file. Raises UserError if the file is missing or not JSON."""
-    return parse_json(read_bytes(path), path, remedy)
-
-
 def write_sealed(path: str | Path, value: Any) -> None:
     """Writes a JSON-able dict with its seal, atomically."""
     write_json(path, {**value, KEY: content_key(value)})

@@ -3,16 +3,24 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from subprocess import SubprocessError
 from typing import Any
 
 from common.errors import NoDataYet, Refused, UserError
+from common.files import not_writable
 from common.recipe import Recipe
 from common.run_folder import RunFolder
 from common.stage import Stage
 from common.stage_jobs import steps
 from slurm import controller
 from slurm.cluster import refuse
+
+PLACES = {
+    "compose": "data.images",
+    "autoencoder": "vae.path",
+    "encode": "data.shards",
+}  # of others: in the run's folder
 
 
 def check_stages(
@@ -45,6 +53,8 @@ def _check(
     if stage.finished(resolved):
         return
     to_do.add(stage.name)
+    if fault := not_writable(Path(str(stage.place(recipe)))):
+        found.append(f"{PLACES.get(stage.name, 'runs')}: {fault}; name another folder")
     for step in steps(recipe, stage, cluster, jobs):
         with _noting(found):
             refuse(cluster, RunFolder(recipe.folder).step_logs(step.name), step.resources)

@@ -7,7 +7,6 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import disk_errors_as_user_errors
 from common.run_folder import RunFolder
 from common.sealed import STRICT, read_sealed, write_sealed
 
@@ -25,8 +24,7 @@ def write_time(folder: RunFolder, stage: str, seconds: float) -> None:
     """Into the run folder. What cannot be written is a warning and fails no stage, whose own work is done."""
     times = read_times(folder) | {stage: seconds}
     try:
-        with disk_errors_as_user_errors(folder.times):
-            write_sealed(folder.times, {"seconds": times})
+        write_sealed(folder.times, {"seconds": times})
     except UserError as fault:
         print(f"warning: {fault}", file=sys.stderr, flush=True)
 

@@ -85,7 +85,7 @@ def _total(
             )
         return total
     if not isinstance(iterations, int | float):
-        raise ValueError(f"iterations: {iterations!r} is a list; only kind 'list' takes one")
+        raise ValueError(f"iterations: {iterations!r}: only allocation 'list' takes a list; name one number")
     total = round(iterations * num_steps)
     if abs(iterations * num_steps - total) > 1e-6:
         raise ValueError(

@@ -81,7 +81,7 @@ class Diffusion:
             raise ValueError(f"num_timesteps: {self.num_timesteps} is too few; choose 2 or more")
         if (self.schedule == "flow") != (self.prediction == "flow"):
             raise ValueError(
-                f"prediction: {self.prediction!r} does not fit schedule {self.schedule!r}; flow goes with flow"
+                f"prediction: {self.prediction!r} does not fit schedule {self.schedule!r}; set both to 'flow' or none"
             )
         if self.is_flow and self.learned_variance:
             raise ValueError("learned_variance: flow matching has no variance to learn; set it to False")

@@ -54,9 +54,9 @@ class _Followed:
         x = sampler.step(i, output, x, noise)
         self._bar.update()
         if self._callback is not None:
-            given = sampler.latents
-            returned = self._callback(self._pipeline, i, torch.tensor(self.timesteps[i]), {"latents": given}) or {}
-            if returned.get("latents", given) is not given:
+            state = {"latents": sampler.latents}
+            returned = self._callback(self._pipeline, i, torch.tensor(self.timesteps[i]), state) or {}
+            if "latents" in returned:  # perhaps the same tensor, changed in place
                 x = sampler.resume(i, returned["latents"])
         if self._pipeline.interrupt:
             raise _Interrupted

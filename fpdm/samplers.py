@@ -203,8 +203,8 @@ def _check_sampler(diffusion: Diffusion, name: SamplerName, num_steps: int, sett
         raise ValueError(f"sampler: {name!r} is unknown; choose one of {', '.join(get_args(SamplerName))}")
     if name != "multistep" and (name == "flow_euler") != diffusion.is_flow:
         raise ValueError(
-            f"sampler: {name!r} does not fit prediction {diffusion.prediction!r}; flow goes with flow_euler and with "
-            "multistep"
+            f"sampler: {name!r} does not fit prediction {diffusion.prediction!r}; "
+            + ("choose 'flow_euler' or 'multistep'" if diffusion.is_flow else "'flow_euler' is of prediction 'flow'")
         )
     if not 1 <= num_steps <= diffusion.num_timesteps:
         raise ValueError(f"num_steps: {num_steps} is outside 1..{diffusion.num_timesteps}, the timesteps of training")

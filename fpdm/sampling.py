@@ -154,7 +154,9 @@ def check_guidance(in_channels: int, channels: int, interval: tuple[float, float
     if not 1 <= channels <= in_channels:
         raise ValueError(f"guidance_channels: {channels} is outside 1..{in_channels}")
     if interval[0] > interval[1]:
-        raise ValueError("guidance_interval: its lower bound is above its upper one; give (low, high)")
+        raise ValueError(
+            f"guidance_interval: its first bound, {interval[0]:g}, is above its second, {interval[1]:g}; swap them"
+        )
 
 
 def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor) -> None:

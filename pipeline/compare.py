@@ -13,22 +13,22 @@ import json
 import sys
 from pathlib import Path
 
-from common.command import Parser, exit_status_of, path_argument
+from common.command import Parser, count_argument, exit_status_of, output_argument, path_argument
 from common.errors import UserError
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, such as runs/demo")
-    parser.add_argument("--blocks", type=int, metavar="N", help="an image (the least of the runs' own)")
-    parser.add_argument("--count", type=int, default=16, metavar="N", help="pictures of each run (16)")
-    parser.add_argument("--out", type=path_argument, default=Path("compare.html"), metavar="FILE", help="compare.html")
+    parser.add_argument("--blocks", type=count_argument, metavar="N", help="an image (the least of the runs' own)")
+    parser.add_argument("--count", type=count_argument, default=16, metavar="N", help="pictures of each run (16)")
+    parser.add_argument(
+        "--out", type=output_argument, default=Path("compare.html"), metavar="FILE", help="compare.html"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON; no page is written")
     arguments = parser.parse_args()
     if len(arguments.runs) < 2:
         raise UserError("RUN: one run, and comparing takes two or more")
-    if arguments.count < 1:
-        raise UserError(f"--count: {arguments.count}; at least 1")
 
     from pipeline.reporting.comparison import compare, page
 

@@ -39,7 +39,7 @@ def main() -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Raises UserError where the weights cannot be read or converted, or the folder exists."""
-    from common.files import atomic_folder, disk_errors_as_user_errors
+    from common.files import atomic_folder
     from fpdm.conversion import fpdm_from_dit
     from fpdm.importing import import_checkpoint
     from fpdm.weights import save_pretrained
@@ -56,10 +56,10 @@ def convert(arguments: argparse.Namespace) -> None:
             injection=arguments.injection,
             block=arguments.block,
         )
+        extra = {**known_of(source), "converted_from": source.name}
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
-    extra = {**known_of(source), "converted_from": source.name}
-    with disk_errors_as_user_errors(out), atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         save_pretrained(model.state_dict(), model.config, folder, extra)
     config = model.config
     print(f"{report}")

@@ -16,7 +16,6 @@ from typing import Any
 
 from common.command import argument_parser, exit_status_of, path_argument
 from common.errors import UserError
-from common.files import disk_errors_as_user_errors
 from common.recipe import Recipe, denoiser_config, describe_network, wanted_samples
 
 
@@ -71,9 +70,8 @@ def take(recipe: Recipe, path: Path, weights: str) -> None:
         imported, value = getattr(model.config, field), getattr(wanted, field)
         raise UserError(f"--checkpoint: {path} has {field} {imported}, the recipe makes it {value}; change the recipe")
     config = replace(wanted, self_conditioned=model.config.self_conditioned)
-    with disk_errors_as_user_errors(recipe.folder):
-        parameters = {name: value.detach() for name, value in model.named_parameters()}
-        export_weights(recipe, parameters, wanted_samples(recipe.train), config=config, imported_from=path.name)
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    export_weights(recipe, parameters, wanted_samples(recipe.train), config=config, imported_from=path.name)
     print(f"{report}; next: python pipeline/sample.py with the same recipe and overrides")
 
 

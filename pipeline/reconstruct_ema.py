@@ -12,7 +12,6 @@ from pathlib import Path
 
 from common.command import argument_parser, exit_status_of
 from common.errors import UserError
-from common.files import disk_errors_as_user_errors
 from common.recipe import Recipe
 
 
@@ -100,9 +99,8 @@ def write(
     assert total is not None
     notes = [{"samples": samples, "width": one, "factor": factor} for (samples, one), factor in factors.items()]
     run = describe(stored[max(factors)]).extra["run"]
-    with disk_errors_as_user_errors(recipe.folder):
-        weights = {name: value.detach().float() for name, value in total.items()}
-        export_weights(recipe, weights, end, run, power_name(width), reconstructed_from=notes)
+    weights = {name: value.detach().float() for name, value in total.items()}
+    export_weights(recipe, weights, end, run, power_name(width), reconstructed_from=notes)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import Parser, ended_by_signals, exit_status_of, path_argument
+from common.command import Parser, count_argument, ended_by_signals, exit_status_of, path_argument
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.reproduction.claims import Table
 
 ROOT = Path(__file__).parents[1]
+OWN = {  # fields that tell the runs apart
+    "name": "each run is named by its recipe and seed; leave it out",
+    "seed": "each recipe has a run of every seed from 0 on; say how many with --seeds",
+    "runs": "say it with --runs",
+}
 
 
 def main() -> None:
@@ -33,7 +38,7 @@ def main() -> None:
         "--runs", type=path_argument, metavar="FOLDER", help="of all runs; runs/reproduction/ and the scale otherwise"
     )
     parser.add_argument("--cluster", default="local", metavar="local|debug|slurm|auto", help="where jobs run")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at the same time (1)")
+    parser.add_argument("--at-once", type=count_argument, default=1, metavar="N", help="runs at the same time (1)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what they cost; touch nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace a field of all recipes")
     arguments = parser.parse_intermixed_args()
@@ -55,8 +60,9 @@ def main() -> None:
         if arguments.runs
         else f"runs/reproduction/{'smoke' if arguments.smoke else arguments.scale}"
     )
-    if arguments.at_once < 1:
-        raise UserError(f"--at-once: {arguments.at_once}; at least 1")
+    for override in arguments.overrides:
+        if (own := OWN.get(override.partition("=")[0])) is not None:
+            raise UserError(f"{override}: {own}")
     scale = Scale(arguments.scale, runs, seeds, arguments.smoke, tuple(arguments.overrides))
     if arguments.dry_run:
         print("\n".join(plan(tables, scale)))

@@ -171,7 +171,8 @@ def detach(recipe: Recipe, stages: list["Stage"], arguments: argparse.Namespace)
 
     if arguments.dry_run:
         code = Path("<snapshot>") if arguments.snapshot else None
-        print("\n".join(submission_scripts(recipe, stages, code)))
+        scripts = list(submission_scripts(recipe, stages, code))
+        print("\n".join(scripts or describe(RunFolder(recipe.folder), [])))
         return
     folder = RunFolder(recipe.folder)
     code = take_snapshot(folder.code) if arguments.snapshot else None

@@ -76,7 +76,7 @@ def convert(folder: Path, processes: int = 1) -> None:
         remove_leftovers(target)
         needed, free = _bytes(shards), shutil.disk_usage(target).free
         if needed > free:
-            raise UserError(f"data.format: ffcv needs {needed / 1e9:.2f} GB, {target} has {free / 1e9:.2f}; make room")
+            raise UserError(f"data.format: ffcv needs {needed / 1e9:.3g} GB, {target} has {free / 1e9:.3g}; make room")
         (target / INDEX).unlink(missing_ok=True)
         _convert(shards, target, processes)
 

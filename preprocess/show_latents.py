@@ -10,17 +10,14 @@ Each pair shows the cropped image, the decoded mean of its latents in `data.shar
 import sys
 from pathlib import Path
 
-from common.command import argument_parser, exit_status_of, path_argument
-from common.errors import UserError
+from common.command import argument_parser, count_argument, exit_status_of, output_argument
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--count", type=int, default=16, help="images, evenly spaced over the shards (16)")
-    parser.add_argument("--out", type=path_argument, metavar="FILE.png", help="where to write it")
+    parser.add_argument("--count", type=count_argument, default=16, help="images, evenly spaced over the shards (16)")
+    parser.add_argument("--out", type=output_argument, metavar="FILE.png", help="where to write it")
     arguments = parser.parse_intermixed_args()
-    if arguments.count < 1:
-        raise UserError(f"--count: {arguments.count}; at least 1")
 
     from common.loading import load_recipe
 

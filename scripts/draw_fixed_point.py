@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from common.command import Parser
 from fpdm import Denoised, allocate, build_sampler, sample
 from fpdm.pipeline_hf import FPDMPipeline
 from fpdm.sampling import sample_noise
@@ -120,6 +121,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def main() -> None:
+    Parser(__doc__).parse_args()
     torch.set_num_threads(1)  # sums in one order
     PICTURES.mkdir(exist_ok=True)
     network = Network()

@@ -109,6 +109,8 @@ def vae(recipe: Recipe) -> Finding:
     """Whether a node without internet finds the autoencoder."""
     from preprocess.encoding.encoder import find_vae
 
+    if recipe.vae.path is None:
+        return Finding("autoencoder", "none: the network draws pixels")
     try:
         folder = find_vae(recipe.vae)
     except UserError as error:

@@ -146,6 +146,13 @@ def check_data(data: Data) -> None:
     if data.cache is None and (data.stage_in or "://" in data.shards):
         needs = "stage_in" if data.stage_in else f"shards: {data.shards}"
         raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
+    shards = Path(data.shards)
+    for name in ("images", "held_out"):
+        found = getattr(data, name)
+        if found is not None and (Path(found) == shards or Path(found) in shards.parents):
+            raise ValueError(
+                f"data.shards: {data.shards} is data.{name}, or in it, and would be read as images; name another"
+            )
     # A folder has no fields either, but its images can be said to have no labels.
     for field, value in (("image_field", data.image_field), ("label_field", data.label_field)):
         alone = data.source == "folder" and field == "label_field"

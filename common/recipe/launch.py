@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
 from common.gpus import Model
@@ -74,7 +75,7 @@ class Launch:
     """Time limit of a job, in minutes."""
     signal_seconds: Count = 120
     """Seconds before the time limit at which training saves; every job that is not finished is queued again."""
-    elastic: bool = False
+    elastic: StrictBool = False
     """On SLURM, training goes on with the nodes that are left when one dies, and with all when its job is requeued."""
     jobs: Count = 1
     """Jobs, of one process each, into which encoding, sampling, evaluation and sweeps are divided by `--cluster`;

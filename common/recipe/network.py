@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import StrictBool
+from pydantic import Field, StrictBool
 from pydantic.dataclasses import dataclass
 
-from common.recipe.fields import STRICT, Count, CountOrZero, Positive, TwoOrMore
+from common.recipe.fields import STRICT, Count, Depth, DepthOrZero, Part, Positive, Timesteps
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from common.recipe import Recipe
@@ -24,23 +24,23 @@ class Model:
     """`fpdm`: fixed point diffusion model. `dit`: diffusion transformer, the paper's baseline."""
     size: Literal["S", "B", "L", "XL"] | None = "XL"
     """Sets hidden_size, num_heads and depth to DiT's values of this size; each of them can be set alone instead."""
-    hidden_size: Count | None = None
+    hidden_size: Part | None = None
     """Width of a token. null: that of `size`."""
-    num_heads: Count | None = None
+    num_heads: Part | None = None
     """Attention heads; divides hidden_size. null: that of `size`."""
-    depth: Count | None = None
+    depth: Depth | None = None
     """Blocks of DiT. null: that of `size`."""
-    patch_size: Count = 2
+    patch_size: Part = 2
     """Side of the square of the latent that becomes one token; divides the latent's side."""
-    mlp_ratio: Positive = 4.0
+    mlp_ratio: Annotated[Positive, Field(le=1_000)] = 4.0
     """Width of a block's MLP, in units of hidden_size."""
-    pre_depth: CountOrZero = 1
+    pre_depth: DepthOrZero = 1
     """Explicit blocks before the fixed point."""
-    post_depth: CountOrZero = 1
+    post_depth: DepthOrZero = 1
     """Explicit blocks after the fixed point."""
     pre_post_timestep_conditioning: StrictBool = False
     """Whether the explicit blocks see the timestep. In the paper they do not."""
-    num_classes: Count | None = None
+    num_classes: Annotated[Count, Field(le=10_000_000)] | None = None
     """Classes of the data. 1: unconditional. null: as many as the shards have."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalisation before attention, MLP and last layer. `rms`: RMSNorm, which leaves the mean in."""
@@ -63,7 +63,7 @@ class Objective:
 
     schedule: Literal["linear", "cosine", "flow"] = "linear"
     """Noise schedule. `flow`: straight lines between data and noise, together with prediction flow."""
-    num_timesteps: TwoOrMore = 1000
+    num_timesteps: Timesteps = 1000
     """Timesteps of the diffusion process."""
     zero_terminal_snr: StrictBool = True
     """Rescale the schedule so that the last timestep is pure noise (Lin et al., WACV 2024)."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import StrictBool
+from pydantic import Field, StrictBool
 from pydantic.dataclasses import dataclass
 
 from common.recipe.fields import (
@@ -16,6 +16,7 @@ from common.recipe.fields import (
     Place,
     Positive,
     SamplesSeen,
+    Some,
     TwoOrMore,
 )
 from common.recipe.network import diffusion
@@ -35,7 +36,7 @@ SWEEP_AXES = (
 class Sample:
     """How images are generated."""
 
-    num_samples: Count = 50_000
+    num_samples: Annotated[Count, Field(le=1_000_000_000)] = 50_000
     """Images that are generated."""
     batch_size: Count = 32
     """Images that one process generates at once. Image i does not depend on it."""
@@ -142,7 +143,8 @@ class Evaluate:
     """Sets of `num_samples` that are generated and measured apart. 3: EDM2's protocol, samples 0..N-1, N..2N-1 and
     2N..3N-1."""
     bootstrap: Literal[0] | TwoOrMore = 0
-    """Bootstrap replicates for the standard error of the Fréchet distance. 0: no standard error."""
+    """Bootstrap replicates for the standard error of the Fréchet distance, that of at most 50,000 samples. 0: no
+    standard error."""
     untrained_baseline: StrictBool = False
     """Also sample and measure the network before its first training step: twice the work."""
 
@@ -155,33 +157,31 @@ class Sweep:
     that the budget pays for. Guidance computes a block twice, and pays for both.
     """
 
-    budgets: tuple[Count, ...] = (140, 280, 560)
+    budgets: Some[Count] = (140, 280, 560)
     """Transformer blocks for one image. The default is the paper's Table 1."""
-    iterations: tuple[Count, ...] = (8,)
+    iterations: Some[Count] = (8,)
     """About this many iterations a step: the number of steps follows from the budget."""
-    num_steps: tuple[Count, ...] | None = None
+    num_steps: Some[Count] | None = None
     """Numbers of steps, instead of `iterations`: the iterations follow from the budget."""
-    allocation: tuple[Literal["constant", "more_at_noise", "more_at_data", "adaptive", "calibrated"], ...] = (
-        "constant",
-    )
+    allocation: Some[Literal["constant", "more_at_noise", "more_at_data", "adaptive", "calibrated"]] = ("constant",)
     """As sample.allocation."""
-    reuse: tuple[Literal["always", "none"], ...] = ("always",)
+    reuse: Some[Literal["always", "none"]] = ("always",)
     """As sample.reuse."""
-    sampler: tuple[Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"], ...] = ("ddpm", "ddim")
+    sampler: Some[Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"]] = ("ddpm", "ddim")
     """As sample.sampler."""
-    order: tuple[Literal[1, 2, 3], ...] = (2,)
+    order: Some[Literal[1, 2, 3]] = (2,)
     """As sample.order."""
-    spacing: tuple[Literal["linspace", "trailing", "leading", "log_snr"], ...] = ("linspace",)
+    spacing: Some[Literal["linspace", "trailing", "leading", "log_snr"]] = ("linspace",)
     """As sample.spacing."""
-    spacing_power: tuple[Positive, ...] = (1.0,)
+    spacing_power: Some[Positive] = (1.0,)
     """As sample.spacing_power."""
-    start_extrapolation: tuple[Fraction, ...] = (0.0,)
+    start_extrapolation: Some[Fraction] = (0.0,)
     """As sample.start_extrapolation."""
-    guidance_scale: tuple[AtLeastZero, ...] = (1.0,)
+    guidance_scale: Some[AtLeastZero] = (1.0,)
     """As sample.guidance_scale."""
-    iterate_guidance: tuple[AtLeastZero, ...] = (0.0,)
+    iterate_guidance: Some[AtLeastZero] = (0.0,)
     """As sample.iterate_guidance."""
-    ema: tuple[str | None, ...] = (None,)
+    ema: Some[str | None] = (None,)
     """As sample.ema."""
     distance_to_limit: StrictBool = False
     """Also the distance from the samples of many steps and iterations of the same network and guidance_scale, which
@@ -242,7 +242,9 @@ def _check_steps(recipe: Recipe) -> None:
     from fpdm.samplers import build_sampler
     from fpdm.sampling import check_guidance, guided_steps
 
-    settings, latent_channels = recipe.sample, recipe.vae.latent_channels
+    settings, latent_channels, most = recipe.sample, recipe.vae.latent_channels, recipe.objective.num_timesteps
+    if settings.num_steps > most:  # before anything is allocated for so many
+        raise ValueError(f"num_steps: {settings.num_steps} is outside 1..{most}, the timesteps of training")
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
     if recipe.model.kind == "fpdm":
         _check_iterations(settings)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import StrictBool
+from pydantic import Field, StrictBool
 from pydantic.dataclasses import dataclass
 
 from common.recipe.fields import (
@@ -26,6 +26,7 @@ from common.recipe.fields import (
 from common.recipe.launch import launch_of
 
 PAPER_SAMPLES = 204_800_000
+POWER = "power-"  # begins the name of a power-function average
 
 if TYPE_CHECKING:
     from common.recipe import Recipe
@@ -88,11 +89,11 @@ class EMA:
     @property
     def names(self) -> list[str]:
         """Of the averages, and of their folders: constant decays as `0.9999`, power functions as `power-0.05`."""
-        return [*(f"{decay:g}" for decay in self.decays), *map(power_name, self.widths)]
+        return [*map(repr, self.decays), *map(power_name, self.widths)]
 
 
 def power_name(width: float) -> str:
-    return f"power-{width:g}"
+    return f"{POWER}{width!r}"  # all its digits: `pipeline.training.ema.ema_decay` reads it again
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -154,7 +155,7 @@ class Train:
     max_hours: Positive | None = None
     """Length of the training in hours, without the start of processes and what a kill undid. Where the learning rate
     falls, it follows the clock, and two runs differ. null: no limit."""
-    batch_size: Count = 512
+    batch_size: Annotated[Count, Field(le=10_000_000)] = 512
     """Samples of one step, over all ranks."""
     micro_batch_size: Count | None = None
     """Samples that one rank computes at once. Less than its share of the batch means gradient accumulation. null: all

@@ -14,13 +14,13 @@ from PIL import Image
 
 from common.errors import UserError, printable
 from common.log_lines import read_log
+from common.provenance import Started
 from common.recipe import Recipe, denoiser_config, latent_shape
 from common.run_folder import RunFolder
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.reporting.contact_sheet import grid
-from pipeline.reporting.page import Started
 from pipeline.sampling.chunks import cover_gap, iterate
 from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import SampleSet

@@ -4,7 +4,6 @@ Importing this module takes seconds (torch): commands do so inside the functions
 again, is imported where a network of it is built.
 """
 
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from common.efficientnet import PUBLISHED, installed_weights
-from common.errors import UserError
+from common.errors import UserError, errors_as
 from common.files import sha256_file
 from common.ranks import float32_throughout, own_device
 from common.recipe import Evaluate
@@ -103,7 +102,7 @@ def find_extractor_weights(evaluate: Evaluate) -> ExtractorWeights:
     """The weights that the recipe means; nothing is downloaded yet. Raises UserError where a named file is missing."""
     extractor, named = evaluate.feature_extractor, evaluate.feature_extractor_weights
     if named and not Path(named).is_file():
-        raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {_advice(extractor, Path(named))}")
+        raise UserError(f"evaluate.feature_extractor_weights: no file {named}; correct the path, or leave it out")
     if published := PUBLISHED.get(extractor):
         path = Path(named) if named else installed_weights(extractor, "evaluate.feature_extractor")
         return ExtractorWeights(extractor, path, published.sha256)
@@ -129,7 +128,7 @@ def wanted_metrics(evaluate: Evaluate) -> tuple[str, ...]:
             raise UserError(
                 f"evaluate.metrics: {evaluate.feature_extractor} does not give {metric}; it gives {', '.join(given)}"
             )
-    return evaluate.metrics or tuple(given)
+    return tuple(given) if evaluate.metrics is None else evaluate.metrics
 
 
 def wanted_layers(evaluate: Evaluate) -> list[str]:
@@ -175,7 +174,9 @@ def load_extractor(
         raise UserError(f"{weights.path}: sha256 is {sha256}, should be {weights.sha256}; {advice}")
     wanted = [layer for layer in layers_of(weights.extractor) if layer in layers]
     names = LAYERS[weights.extractor]
-    try:
+    with errors_as(
+        UserError, f"{weights.path}: no weights of {weights.extractor}; {_advice(weights.extractor, weights.path)}"
+    ):
         # torch-fidelity unpickles Inception's file without limits; a file that passes this load holds tensors only.
         torch.load(weights.path, map_location="cpu", weights_only=True)
         network = create_feature_extractor(
@@ -185,9 +186,6 @@ def load_extractor(
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
         )
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError, AttributeError) as error:
-        reason, advice = str(error).splitlines()[0], _advice(weights.extractor, weights.path)
-        raise UserError(f"{weights.path}: no weights of {weights.extractor} ({reason}); {advice}") from None
     float32_throughout()
     network.to(device or own_device(), memory_format=torch.channels_last)  # half the time on CPUs
     return Extractor(network, wanted)

@@ -66,6 +66,8 @@ def open_judged(path: Path, field: str, extractor: str, crop: tuple[str, int] | 
     is said when it is read.
     """
     if path.suffix in (".yaml", ".yml"):
+        if field == "SAMPLES":
+            raise UserError(f"SAMPLES: {path} is a recipe, which stands for its training images; name {FORMS}")
         return _of_images(path, training_images(load_recipe(path)))
     if RunFolder(path).recipe.is_file():
         return _of_images(path, run_samples(path, None))

@@ -117,7 +117,7 @@ def _compare(samples: Scan, other: Scan, reference: Reference) -> AgainstForm:
     return against_set(other.images.path, other, relation, distance(other.pooled), found)
 
 
-def extractor(named: str | None, batch_size: int = 64) -> Measuring:
+def extractor(named: str | None) -> Measuring:
     """The extractor `NAME`, or `NAME=WEIGHTS`; by default Inception if its weights are here, else EfficientNet-Lite0.
 
     Raises UserError for another name, and for weights that are missing.
@@ -127,7 +127,7 @@ def extractor(named: str | None, batch_size: int = 64) -> Measuring:
         raise UserError(f"--features: {name}; one of {', '.join(LAYERS)}, or NAME=FILE with weights of its own")
     try:
         chosen = NamedExtractor(
-            Evaluate(feature_extractor=name, feature_extractor_weights=weights or None, batch_size=batch_size)  # type: ignore[arg-type]
+            Evaluate(feature_extractor=name, feature_extractor_weights=weights or None)  # type: ignore[arg-type]
         )
     except UserError as error:
         raise UserError(f"--features: {str(error).partition(': ')[2]}") from None

@@ -39,7 +39,8 @@ class Submitted:
 
 
 def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> list[Submitted]:
-    """Submits the steps that are neither finished nor on their way, each after the one before it.
+    """Submits the steps that are neither finished nor on their way, each after the one before it, and the first after
+    this run's jobs of other stages.
 
     Returns all jobs that are now on their way. Raises UserError where SLURM refuses one (those before it stay, and the
     same call goes on from there), and where jobs of another recipe are at work in the run folder.
@@ -51,9 +52,11 @@ def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> 
         key = content_key(dump_recipe(recipe))
         _refuse_another_recipe(folder, alive, key)
         on_their_way: list[Submitted] = []
+        asked = {step.name for stage in stages for step in steps(recipe, stage, "slurm")}
+        others = [one.job for one in listed if one.step not in asked and alive.get(one.step) == one]
         for step in _to_do(recipe, stages, alive):
             if step.name not in alive:
-                after = on_their_way[-1].job if on_their_way else None
+                after = next((job for job in (*others, *(one.job for one in on_their_way))[::-1]), None)
                 alive[step.name] = _submit(recipe, step, after, code, key)
                 listed.append(alive[step.name])
                 write_sealed(folder.jobs, {"jobs": [asdict(one) for one in listed]})
@@ -101,8 +104,9 @@ def describe(folder: RunFolder, jobs: Sequence[Submitted]) -> list[str]:
 def _to_do(recipe: Recipe, stages: Sequence[Stage], alive: dict[str, Submitted]) -> list[Step]:
     """The steps from the first that is on its way, or else from the first that is not finished."""
     planned = [(step, stage) for stage in stages for step in steps(recipe, stage, "slurm")]
+    here = {step.name for step, _ in planned} & alive.keys()
     for number, (step, stage) in enumerate(planned):
-        if step.name in alive or (not alive and not stage.is_finished(recipe)):
+        if step.name in here or (not here and not stage.is_finished(recipe)):
             return [step for step, _ in planned[number:]]
     return []
 

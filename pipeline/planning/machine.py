@@ -33,7 +33,7 @@ from pipeline.training.throughput import step_flops
 from preprocess.encoding.encoder import Encoder
 from preprocess.shards import Sample, write_index, write_shard
 
-STEPS = 4  # of the autoencoder's training, and of sampling
+SAMPLING_STEPS = 4
 IMAGES = 16
 STARTING_SECONDS = 300.0  # for processes to start on a machine that does other work too
 SAMPLES = 256
@@ -87,14 +87,14 @@ def sampling_seconds(recipe: Recipe, vae: Encoder) -> float:
     """Of one image, decoded, in one of the recipe's processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // recipe.launch.processes))
-    device, few = own_device(), replace(recipe, sample=replace(recipe.sample, num_steps=STEPS))
+    device, few = own_device(), replace(recipe, sample=replace(recipe.sample, num_steps=SAMPLING_STEPS))
     model = build_denoiser(denoiser_config(few), seed=0).to(device).eval()
     index = torch.arange(IMAGES, device=device)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)  # an untrained network draws nothing, which is an error
     seconds = seconds_of(lambda: draw_images(few, unmeasured(few), model, vae, index).cpu())
     torch.set_num_threads(threads)
-    return seconds / IMAGES * recipe.sample.num_steps / STEPS
+    return seconds / IMAGES * recipe.sample.num_steps / SAMPLING_STEPS
 
 
 def evaluation_seconds(evaluate: Evaluate, resolution: int) -> float | None:

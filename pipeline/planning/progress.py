@@ -96,8 +96,10 @@ def training_left(recipe: Recipe, seconds: float) -> float | None:
     log = RunFolder(recipe.folder).log
     if recipe.train.max_hours or not log.exists() or time.time() - log.stat().st_mtime > seconds:
         return None
-    last = read_log(log)[-1]
-    rate = last.get("samples_per_second")
+    lines = read_log(log)
+    if not lines:  # of a training that was killed before its first checkpoint, and has begun again
+        return None
+    last, rate = lines[-1], lines[-1].get("samples_per_second")
     return (total_samples(with_end(from_data(recipe)).train) - last["samples"]) / rate if rate else None
 
 

@@ -44,7 +44,7 @@ class Player:
         try:
             self.pipeline = FPDMPipeline.from_pretrained(folder).to(own_device(), torch.float32)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no export of pipeline/export.py: {error}") from None
+            raise UserError(f"{folder}: not as pipeline/export.py writes it: {error}; run that again") from None
         self.network = self.pipeline.transformer.denoiser.config
         self.settings = CallSettings.stored(self.pipeline.config["sampling"])
         self.scheduler = self.pipeline.scheduler.changed(eta=0.0)

@@ -1,12 +1,11 @@
 """What a run has cost: hours of its devices, operations, energy, and what the DiT of its size would have taken."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from common import gpus
 from common.log_lines import read_log
+from common.provenance import Started
 from common.recipe import Launch, Recipe, denoiser_config, launch_of
 from common.run_folder import RunFolder
 from common.stage_times import read_times
@@ -76,12 +75,9 @@ def _sharing(launch: Launch, stage: str) -> int:
 
 
 def _ranks(folder: RunFolder) -> int:
-    if not folder.deepspeed.exists():
-        return 1
-    settings: dict[str, Any] = json.loads(folder.deepspeed.read_text(encoding="utf-8"))
-    return settings["train_batch_size"] // (
-        settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
-    )
+    """Of the last start."""
+    started = [line for line in read_log(folder.provenance, Started) if line["stage"] == "train"]
+    return started[-1].get("ranks", 1) if started else 1
 
 
 def _step_seconds(folder: RunFolder) -> float:

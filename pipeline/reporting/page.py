@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from pydantic import with_config
-from typing_extensions import TypedDict
 
 from common.errors import UserError, printable
 from common.files import atomic_write, content_key, sha256_file
 from common.loading import dump_recipe
 from common.log_lines import read_log
+from common.provenance import Started
 from common.recipe import Recipe, denoiser_config, latent_shape
 from common.run_folder import RunFolder, SampleFolder
-from common.sealed import OPEN
 from common.stage_times import read_times
 from fpdm.denoiser import count_parameters
 from pipeline.evaluation import evaluate
@@ -38,13 +36,6 @@ ROLES = {
 }
 TEMPLATE = "report.html.j2"
 SEAL = b"\n<!-- sha256 of the page above and samples.png:"
-
-
-@with_config(OPEN)
-class Started(TypedDict):
-    """A line of `provenance.jsonl`; all of it is shown."""
-
-    stage: str
 
 
 class Report:
@@ -71,6 +62,8 @@ class Report:
         """
         folder = self.folder
         if not evaluate.finished(self.evaluation):
+            if folder.metrics.exists():
+                evaluate.read_metrics(folder)  # says what is wrong with a damaged one
             raise UserError(
                 f"{folder.metrics}: not there, or of other settings than this recipe's; "
                 "run python pipeline/eval_fid.py with this recipe first"

@@ -40,7 +40,8 @@ def open_shards(recipe: Recipe) -> LatentShards:
         )
     if shards.num_classes != recipe.model.num_classes:
         raise UserError(
-            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}"
+            f"model.num_classes: found {recipe.model.num_classes}, {recipe.data.shards} has {shards.num_classes}; set "
+            "it to that, or leave it out"
         )
     return shards
 

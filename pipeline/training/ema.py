@@ -5,16 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.recipe.training import EMA
+from common.recipe.training import EMA, POWER
 from fpdm.ema import constant_decay, power_decay
 from pipeline.training.zero import parameter_shards
 
 
 def ema_decay(name: str, reference_batch: int, before: int, after: int) -> float:
     """The decay of the average called `name` (`EMA.names`) over a step from `before` to `after` samples seen."""
-    kind, _, width = name.rpartition("-")
-    if kind:
-        return power_decay(float(width), before, after)
+    if name.startswith(POWER):
+        return power_decay(float(name.removeprefix(POWER)), before, after)
     return constant_decay(float(name), reference_batch, before, after)
 
 

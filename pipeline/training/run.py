@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import disk_errors_as_user_errors, folder_lock
+from common.files import folder_lock
 from common.ranks import rank_and_world_size
 from common.recipe import Recipe, with_world_size
 from common.run_folder import RunFolder, counted, weights_folder
@@ -41,8 +41,7 @@ def train(recipe: Recipe) -> None:
     with stop_requests() as stop, process_group() as ranks, ExitStack() as lock:
         with raise_on_all_ranks(ranks):
             if rank == 0:
-                with disk_errors_as_user_errors(recipe.folder):
-                    lock.enter_context(folder_lock(recipe.folder))
+                lock.enter_context(folder_lock(recipe.folder))
             shards = open_shards(recipe)
             stage_in(recipe.data, shards)
             shards.prove_places(rank, world_size)

@@ -5,6 +5,7 @@ from typing import Any
 from common.files import disk_errors_as_user_errors, remove_leftovers, write_json
 from common.log_lines import append_line
 from common.provenance import provenance
+from common.ranks import rank_and_world_size
 from common.recipe import Recipe
 from common.run_folder import RunFolder, counted
 from common.run_recipe import write_recipe
@@ -34,7 +35,8 @@ def open_run_folder(
             remove_leftovers(written)
         write_recipe(recipe)
         write_json(folder.deepspeed, config)
-        append_line(folder.provenance, {"stage": "train", "from_samples": samples_seen, **provenance()})
+        started = {"stage": "train", "from_samples": samples_seen, "ranks": rank_and_world_size()[1]}
+        append_line(folder.provenance, {**started, **provenance()})
         log = TrainingLog(recipe, samples_seen, identity)
         if samples_seen == 0:
             export_ema_weights(recipe, dict.fromkeys(recipe.train.ema.names, weights), TrainState(), identity)

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from common.command import outlived
+from common.command import STOP_SIGNALS, outlived
 
-# Sent by SLURM at a time limit or preemption, by submitit, by launchers, by Ctrl-C, and by a terminal that is closed.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0  # a launcher often passes on a signal that the process group has received too
 
 

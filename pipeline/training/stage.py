@@ -54,6 +54,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     if settings.initial_weights is not None:
         check_initial_weights(Path(settings.initial_weights), denoiser_config(recipe), recipe.objective)
         yield f"initial weights: {settings.initial_weights}"
+    look_for_checkpoint(recipe)
     samples = len(open_shards(recipe))
     yield f"data: {samples:,} samples in {recipe.data.shards}, {total_samples(settings) / samples:.2f} epochs"
 
@@ -99,6 +100,17 @@ def look_for_initial_weights(recipe: Recipe) -> None:
         check_initial_weights(Path(recipe.train.initial_weights), denoiser_config(recipe), recipe.objective)
 
 
+def look_for_checkpoint(recipe: Recipe) -> None:
+    """That of `train.resume_from`, where a run has none of its own."""
+    from pathlib import Path
+
+    from pipeline.training.checkpoint import MARKER, complete_checkpoints
+
+    named = recipe.train.resume_from
+    if named is not None and not complete_checkpoints(recipe.folder) and not (Path(named) / MARKER).is_file():
+        raise UserError(f"train.resume_from: {named} is no checkpoint; give a folder below a run's checkpoints/")
+
+
 def _has_gpus(launch: Launch, cluster: str) -> bool:
     """Whether training will see GPUs. Raises ValueError where this machine has fewer than the recipe asks for."""
     import torch
@@ -130,5 +142,9 @@ STAGE = Stage(
     all_processes=True,
     place=lambda recipe: RunFolder(recipe.folder).weights,
     check=check,
-    inputs=(Input(look_for_shards, ("compose", "encode")), Input(look_for_initial_weights)),
+    inputs=(
+        Input(look_for_shards, ("compose", "encode")),
+        Input(look_for_initial_weights),
+        Input(look_for_checkpoint),
+    ),
 )

@@ -11,7 +11,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.files import atomic_folder, disk_errors_as_user_errors
+from common.files import atomic_folder
 from common.recipe import VAE, Recipe
 from common.sealed import STRICT, read_sealed, write_sealed
 
@@ -56,7 +56,7 @@ def export(recipe: Recipe, vae: "AutoencoderKL", settings: dict[str, Any], measu
     training = recipe.vae.training
     seen = f"{training.images:,} images seen" if training.images else ""
     further = f"{training.decoder_images:,} by its decoder alone" if training.decoder_images else ""
-    with disk_errors_as_user_errors(recipe.vae.folder), atomic_folder(recipe.vae.folder) as folder:
+    with atomic_folder(recipe.vae.folder) as folder:
         copy.deepcopy(vae).half().save_pretrained(folder)
         (folder / "README.md").write_text(
             NOTE.format(

@@ -11,6 +11,7 @@ from diffusers.models import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.ranks import own_device
 from preprocess.autoencoder.progress import Progress
 
@@ -55,7 +56,13 @@ def run(
     between = 0.5 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
     bar = tqdm(total=steps, initial=first, unit="step", desc=phase.name, mininterval=between, disable=quiet)
     for step in range(first, steps):
-        bar.set_postfix(loss=f"{phase.one_step(step):.4f}", refresh=False)
+        loss = phase.one_step(step)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"vae.training: the loss of the {phase.name}'s step {step} is not finite; nothing was written; choose "
+                "another seed, or other images"
+            )
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         average.update_parameters(phase.vae)
         bar.update()
         seconds = before + time.monotonic() - began

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from common.files import atomic_write, disk_errors_as_user_errors
+from common.files import atomic_write
 
 SECONDS = 60.0  # between two writes: the most that a kill costs
 DIGEST = hashlib.sha256().digest_size
@@ -32,7 +32,7 @@ class Progress:
     def write(self, state: dict[str, Any]) -> None:
         content = io.BytesIO()
         torch.save({"settings": self.settings, "state": state}, content)
-        with disk_errors_as_user_errors(self.path), atomic_write(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_bytes(hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
         self._written = time.monotonic()
 

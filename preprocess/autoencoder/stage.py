@@ -55,11 +55,9 @@ def finished(recipe: Recipe) -> bool:
 
 
 def train(recipe: Recipe) -> None:
-    from common.files import disk_errors_as_user_errors, folder_lock
+    from common.files import folder_lock
 
     place = recipe.vae.folder
-    with disk_errors_as_user_errors(place.parent):
-        place.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(place.parent, f".{place.name}.lock", place=str(place)):
         if not finished(recipe):
             _train(recipe)

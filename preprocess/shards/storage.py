@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import atomic_write, disk_errors_as_user_errors, folder_lock
+from common.errors import UserError, one_line
+from common.files import atomic_write, folder_lock
 from preprocess.shards.format import INDEX, REMEDY, rows_name, rows_size
 from preprocess.shards.forms import Index, Shard, read_index, read_local_index
 
@@ -64,9 +65,25 @@ class LocalFolder:
 
 
 def check_size(path: Path, size: int) -> None:
+    if fault := size_fault(path, size):
+        raise UserError(fault)
+
+
+def size_fault(path: Path, size: int) -> str | None:
     actual = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-    if actual != f"{size} bytes":
-        raise UserError(f"{path}: {actual}, the index says {size} bytes; {REMEDY}")
+    return None if actual == f"{size} bytes" else f"{path}: {actual}, the index says {size} bytes; {REMEDY}"
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether there is no such file. fsspec's http raises FileNotFoundError for all faults; its cause says which."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    return not type(cause).__module__.startswith("aiohttp") or getattr(cause, "status", None) == HTTPStatus.NOT_FOUND
+
+
+def reason(error: Exception) -> str:
+    return one_line(str(error.__cause__ or error) or type(error).__name__, 200)
 
 
 class CachedFolder:
@@ -83,10 +100,12 @@ class CachedFolder:
         where = f"{self.address}/{INDEX}"
         try:
             data = self.filesystem.cat_file(f"{self.root}/{INDEX}")
-        except FileNotFoundError:
-            raise UserError(f"data.shards: {self.address} has no {INDEX}; finish it, and upload {INDEX} last") from None
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error}); check the address and the credentials") from None
+        except Exception as error:  # noqa: BLE001 # each file system has errors of its own, aiohttp's are no OSError
+            if is_missing(error):
+                words = f"data.shards: {self.address} has no {INDEX}; finish it, and upload {INDEX} last"
+            else:
+                words = f"{where}: cannot be read ({reason(error)}); check the address and the credentials"
+            raise UserError(words) from None
         return read_index(data, where)
 
     def open(self, name: str, size: int, sha256: str) -> int:
@@ -140,7 +159,7 @@ class CachedFolder:
             needed, free = sum(size for _, size, _ in missing), shutil.disk_usage(self.cache.folder).free
             if needed > free:
                 raise UserError(
-                    f"data.stage_in: needs {needed / 1e9:.2f} GB more, {self.cache.folder} has {free / 1e9:.2f} GB free"
+                    f"data.stage_in: needs {needed / 1e9:.3g} GB more, {self.cache.folder} has {free / 1e9:.3g} GB free"
                 )
             with tqdm(total=needed, unit="B", unit_scale=True, desc="stage in", disable=not missing) as bar:
                 for path in self.fetch(missing):
@@ -160,10 +179,7 @@ class CachedFolder:
         if not self.is_here(name, size, sha256):
             with self._lock(str(zlib.crc32(path.name.encode()) % LOCKS)):
                 if not self.is_here(name, size, sha256):  # else another process has just fetched it
-                    with (
-                        disk_errors_as_user_errors(f"data.cache: {self.cache.folder}"),
-                        atomic_write(path) as temporary,
-                    ):
+                    with atomic_write(path) as temporary:
                         self._reserve(temporary, size)
                         self._download(name, temporary, size, sha256)
         return path
@@ -177,12 +193,12 @@ class CachedFolder:
                 if self._copy_hashed(name, path, size) == sha256:
                     return
                 fault = "not the bytes that its index describes"
-            except FileNotFoundError:
-                raise UserError(f"{where}: missing; {REMEDY}, and upload it again") from None
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
+            except Exception as error:  # noqa: BLE001 # see `read_index`
+                if is_missing(error):
+                    raise UserError(f"{where}: missing; {REMEDY}, and upload it again") from None
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     raise UserError(f"data.cache: no room in {self.cache.folder}; set data.cache_gb") from None
-                fault = f"cannot be read ({error})"
+                fault = f"cannot be read ({reason(error)})"
         raise UserError(f"{where}: {fault}, {ATTEMPTS} times; check the address, or upload it again")
 
     def _copy_hashed(self, name: str, path: Path, size: int) -> str:

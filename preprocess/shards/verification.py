@@ -26,6 +26,7 @@ from preprocess.shards.format import (
     rows_size,
 )
 from preprocess.shards.forms import Index, Shard, read_local_index
+from preprocess.shards.storage import size_fault
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,10 @@ def _index_faults(folder: Path, index: Index) -> Iterator[str]:
             f"{folder / INDEX}: {images} found, {index['accepted']} accepted, {len(index['rejected'])} rejected and "
             f"{accepted} in shards do not add up; {REMEDY}"
         )
-    if fault := _file_fault(folder / SAMPLES, rows_size(index["accepted"])):
+    if fault := size_fault(folder / SAMPLES, rows_size(index["accepted"])):
         yield fault
     elif sha256_file(folder / SAMPLES) != index["samples_sha256"]:
         yield _other_bytes(folder / SAMPLES)
-
-
-def _file_fault(path: Path, size: int) -> str | None:
-    actual = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-    return None if actual == f"{size} bytes" else f"{path}: {actual}, the index says {size} bytes; {REMEDY}"
 
 
 def _other_bytes(path: Path) -> str:
@@ -104,13 +100,13 @@ def shard_faults(check: ShardCheck) -> list[str]:
     path = check.folder / check.shard["url"]
     own_rows = path.with_name(rows_name(path.name))
     faults = []
-    if fault := _file_fault(own_rows, rows_size(check.shard["nsamples"])):
+    if fault := size_fault(own_rows, rows_size(check.shard["nsamples"])):
         faults.append(fault)
     elif sha256_file(own_rows) != check.shard["samples_sha256"]:
         faults.append(_other_bytes(own_rows))
-    if fault := _file_fault(path, check.shard["filesize"]):
+    if fault := size_fault(path, check.shard["filesize"]):
         return [*faults, fault]
-    if _file_fault(check.folder / SAMPLES, rows_size(check.accepted)) or not check.shard["filesize"]:
+    if size_fault(check.folder / SAMPLES, rows_size(check.accepted)) or not check.shard["filesize"]:
         return faults  # already reported; without rows the samples cannot be located
     in_samples = _sample_faults(check)
     if not in_samples and sha256_file(path) != check.shard["sha256"]:

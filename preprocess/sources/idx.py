@@ -76,7 +76,11 @@ def _find(path: Path, field: str, left_out: Counter[str]) -> Path:
         files += [parent / name for name in names]
     found = [file for file in files if IMAGES.fullmatch(file.name) and not is_hidden(file.name)]
     if len(found) != 1:
-        what = f"holds several files of images ({some(list(map(str, found)))}); name one" if found else "holds none"
+        what = (
+            f"holds several files of images ({some(list(map(str, found)))}); name one"
+            if found
+            else "holds no IDX file of images"
+        )
         raise UserError(f"{field}: {path} {what}, such as train-images-idx3-ubyte.gz")
     own = {found[0], _labels_beside(found[0], field)}
     left_out.update(kind_of(file.name) for file in files if file not in own)

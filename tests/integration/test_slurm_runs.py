@@ -15,13 +15,13 @@ import pytest
 
 from common.jobs import Job
 from common.loading import load_recipe
-from common.sealed import read_json
 from common.stage_jobs import steps
 from pipeline.training.stage import STAGE
 from slurm.cluster import Resources, executor, submit
 from slurm.controller import OVER
 from tests.integration.conftest import ROOT, Experiment, environment
 from tests.integration.ranks import run_ranks
+from tests.json_files import read_json
 from tests.slurm_cluster.configuration import Cluster
 from tests.slurm_cluster.fixtures import squeue, state, wait_until
 from tests.slurm_cluster.work import __name__ as WORK

@@ -1,9 +1,10 @@
 """Artefacts appear whole or not at all."""
 
-import json
+import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from common.errors import UserError
 from common.files import (
@@ -16,7 +17,7 @@ from common.files import (
     write_json,
 )
 from common.log_lines import append_line
-from common.sealed import read_json
+from common.sealed import parse_json, read_bytes
 
 
 def test_a_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:
@@ -43,6 +44,60 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_the_disk_does_not_take_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path, words in (
+        (tmp_path / "file/below/new", "a file lies where a folder is needed"),
+        (tmp_path / "folder", "a folder, where a file is to be written"),
+        (Path("/proc/none/new"), None),
+    ):
+        with pytest.raises(UserError if words else OSError, match=words), atomic_write(path):
+            pass
+
+    def full() -> None:
+        with atomic_folder(tmp_path / "weights"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match=r"weights: not written \(.*No space left.*make room"):
+        full()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_replaced_folder_comes_back_if_the_new_one_does_not_get_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    def replace(count: int) -> None:
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / str(count)).touch()
+            refused.append(str(temporary))
+
+    refused: list[str] = []
+    replace(1)
+    rename = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if str(self) in refused:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="not empty"):
+        replace(2)
+    assert names() == ["folder"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["1"]
+    # A kill at the same moment: neither has the name.
+    monkeypatch.undo()
+    (tmp_path / "folder").replace(tmp_path / ".folder.old.node.12.tmp")
+    (tmp_path / ".folder.node.12.tmp").mkdir()
+    remove_leftovers(tmp_path)
+    assert names() == ["folder"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["1"]
+
+
 def test_a_folder_is_for_all_to_read_whoever_wrote_in_it(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     with atomic_folder(tmp_path / "folder") as temporary:
@@ -64,7 +119,7 @@ def test_targets_of_links_are_never_written_locked_or_deleted(tmp_path: Path) ->
     theirs.mkdir()
     ours.mkdir()
     (theirs / "file").write_text("theirs")
-    for name in ("folder", ".folder.12.tmp", ".folder.12.old.tmp"):
+    for name in ("folder", ".folder.node.12.tmp", ".folder.old.node.12.tmp"):
         (ours / name).symlink_to(theirs)
     for name in ("file", ".lock", "log", ".file.node.12.tmp"):
         (ours / name).symlink_to(theirs / "file")
@@ -96,12 +151,11 @@ def test_leftovers_go_when_nobody_is_at_work_and_nothing_else_goes(tmp_path: Pat
 
 def test_unreadable_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.json: no such file"):
-        read_json(tmp_path / "gone.json")
-    (tmp_path / "half.json").write_text('{"a": ')
+        read_bytes(tmp_path / "gone.json")
     with pytest.raises(UserError, match=r"half\.json: not readable as JSON"):
-        read_json(tmp_path / "half.json")
+        parse_json('{"a": ', tmp_path / "half.json")
     write_json(tmp_path / "whole.json", {"b": 1, "a": [2]})
-    assert json.loads((tmp_path / "whole.json").read_text()) == read_json(tmp_path / "whole.json")
+    assert parse_json(read_bytes(tmp_path / "whole.json"), "whole.json") == {"a": [2], "b": 1}
 
 
 def test_a_content_key_depends_on_content_not_on_order() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from common.errors import UserError
 from common.log_lines import LogLine, append_line, read_log
+from common.provenance import Started
 from common.recipe import Recipe
 from common.run_folder import RunFolder, counted, weights_folder
 from common.run_recipe import read_recipe, write_recipe
 from common.run_weights import describe, find_weights, load_network
-from common.sealed import read_json
 from common.stage_times import read_times, write_time
 from fpdm.diffusers_folders import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.evaluation import evaluate
@@ -31,6 +31,7 @@ from pipeline.sampling import chunks, plans
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from tests.conftest import copied, features_folder, generated, load_samples, run_stage
+from tests.json_files import read_json
 from tests.seals import WRONG, edits, flips, resealed
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
 from tests.watching_files import only_below
@@ -242,7 +243,7 @@ def test_a_damaged_summary_of_the_reference_is_made_again(recipe: Recipe, capsys
 def test_a_damaged_or_cut_line_of_a_log_is_left_out_with_a_warning(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], name: str, count: int
 ) -> None:
-    path, form = recipe.folder / name, page.Started if name == "provenance.jsonl" else LogLine
+    path, form = recipe.folder / name, Started if name == "provenance.jsonl" else LogLine
     lines = read_log(path, form)
     assert len(lines) == 2
     for _ in flips(path, np.random.default_rng(0), count):
@@ -280,7 +281,7 @@ def test_damaged_times_are_told_and_fail_no_stage(recipe: Recipe, capsys: pytest
     (recipe.folder / "stages.json").unlink()
     (recipe.folder / "stages.json").mkdir()
     write_time(RunFolder(recipe.folder), "evaluate", 1.0)
-    assert f"warning: {RunFolder(recipe.folder).times}: not written" in capsys.readouterr().err
+    assert f"warning: {RunFolder(recipe.folder).times}: a folder, where a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", FLIPS)

@@ -16,7 +16,6 @@ from common.efficientnet import PUBLISHED
 from common.errors import UserError
 from common.loading import dump_recipe
 from common.recipe import Recipe
-from common.sealed import read_json
 from common.stage_jobs import run_in_jobs
 from pipeline.evaluation import image_sets, references
 from pipeline.evaluation.evaluate import extract_part
@@ -30,6 +29,7 @@ from pipeline.sampling.chunks import find_chunks, write_chunk
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from tests.conftest import copied, features_folder, load_samples, run_stage
+from tests.json_files import read_json
 
 WIDTH = 1280
 INDEFINITE = np.eye(WIDTH)

@@ -214,9 +214,11 @@ def test_dinov2_is_read_from_a_file_of_the_published_structure_and_named_by_it(t
     without = Evaluate(feature_extractor="dinov2-vit-s-14-local")
     with pytest.raises(UserError, match=r"feature_extractor_weights: dinov2-vit-s-14-local needs a file; fetch"):
         features.find_extractor_weights(without)
-    torch.save({"pos_embed": state["pos_embed"]}, path)
-    with pytest.raises(UserError, match=r"no weights of dinov2-vit-s-14-local"):
-        features.load_extractor(features.find_extractor_weights(settings))
+    flat = {"pos_embed": torch.zeros(3)}
+    for other in ({"pos_embed": state["pos_embed"]}, {"weight": torch.zeros(1)}, flat, None):
+        path.write_bytes(b"") if other is None else torch.save(other, path)
+        with pytest.raises(UserError, match=r"^.*no weights of dinov2-vit-s-14-local; fetch the backbone.*$"):
+            features.load_extractor(features.find_extractor_weights(settings))
 
 
 def test_position_embeddings_keep_their_order_when_they_are_resized() -> None:

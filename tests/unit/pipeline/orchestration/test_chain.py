@@ -2,17 +2,20 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.files import folder_lock
+from common.files import content_key, folder_lock
+from common.loading import dump_recipe
 from common.recipe import Recipe
 from common.run_folder import RunFolder
 from common.sealed import write_sealed
+from common.stage_jobs import Step
+from pipeline.orchestration import slurm_chain
 from pipeline.orchestration.slurm_chain import Submitted, _alive, listed_jobs, submit_chain
 from pipeline.stages import STAGES
 from tests.seals import edits, flips, resealed
@@ -81,6 +84,29 @@ def test_a_job_whose_predecessor_failed_is_not_on_its_way(tmp_path: Path, monkey
     squeue_says("printf '1|COMPLETED\\n2|FAILED\\n3|PENDING\\n4|PENDING\\n'", tmp_path, monkeypatch)
     jobs = chain(("encode", "1", None), ("train", "2", "1"), ("sample", "3", "2"), ("report", "4", "3"))
     assert _alive(jobs) == {}
+
+
+def test_later_stages_are_submitted_behind_earlier_ones_that_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, submitted = Recipe(name="a", runs=str(tmp_path)), []
+    key = content_key(dump_recipe(recipe))
+    jobs = [replace(one, recipe=key) for one in chain(("encode", "1", None), ("train", "2", "1"))]
+    (tmp_path / "a").mkdir()
+    write_sealed(tmp_path / "a/jobs.json", {"jobs": [asdict(one) for one in jobs]})
+    squeue_says("printf '1|COMPLETED\\n2|RUNNING\\n'", tmp_path, monkeypatch)
+
+    def submit(_recipe: Recipe, step: Step, after: str | None, _code: Path | None, _key: str) -> Submitted:
+        submitted.append((step.name, after))
+        return Submitted(step.name, str(10 + len(submitted)), 1, after, "", key, 0.0)
+
+    monkeypatch.setattr(slurm_chain, "_submit", submit)
+    later = [stage for stage in STAGES if stage.name in ("sample", "evaluate", "report")]
+    found = submit_chain(recipe, later, None)
+    assert submitted[0] == ("sample", "2")
+    assert [after for _, after in submitted[1:]] == [str(10 + number) for number in range(1, len(submitted))]
+    assert [one.step for one in found] == [step for step, _ in submitted]
+    assert submitted[-1][0] == "report"
 
 
 def test_an_array_that_has_lost_a_part_and_is_still_at_work_is_told(

@@ -13,12 +13,12 @@ from PIL import Image
 from common.loading import parse_recipe
 from common.recipe import VAE, Data, Model, Recipe
 from common.run_folder import RunFolder
-from common.sealed import read_json
 from common.stage_jobs import steps
 from common.stage_times import ORDER, read_times
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.stages import STAGES
 from tests.conftest import copied, run_stage
+from tests.json_files import read_json
 
 PARTS = 2
 LAUNCHES = {

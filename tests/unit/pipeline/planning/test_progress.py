@@ -62,6 +62,9 @@ def test_time_is_not_said_where_a_later_stage_is_unknown_or_the_own_one_takes_lo
 def test_the_time_of_a_training_is_that_of_its_own_log_since_it_began(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(tiny_recipe, train=replace(tiny_recipe.train, total_samples=1024, epochs=None))
     assert training_left(recipe, 60.0) is None
+    RunFolder(recipe.folder).log.parent.mkdir(parents=True, exist_ok=True)
+    RunFolder(recipe.folder).log.touch()  # begun again after a kill before the first checkpoint
+    assert training_left(recipe, 60.0) is None
     append_line(RunFolder(recipe.folder).log, {"samples": 224, "samples_per_second": 4.0})
     assert training_left(recipe, 60.0) == 200.0
     time.sleep(0.05)

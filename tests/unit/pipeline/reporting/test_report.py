@@ -17,11 +17,10 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from common.files import write_json
+from common.log_lines import append_line
 from common.provenance import provenance
 from common.recipe import Recipe
 from common.run_folder import RunFolder, SampleFolder
-from common.sealed import read_json
 from common.stage_jobs import run_job, steps
 from common.stage_times import write_time
 from pipeline.evaluation import references
@@ -37,6 +36,7 @@ from pipeline.sampling import iterates
 from pipeline.sampling.sample_set import Sampling, sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
 from tests.conftest import copied, load_samples, run_stage
+from tests.json_files import read_json
 
 HOSTILE = '<img src="http://host/x" onerror=alert(1)>&$x_{'.replace("/", "\N{DIVISION SLASH}")
 
@@ -166,8 +166,7 @@ def test_the_training_image_nearest_to_each_sample_is_found_unless_one_may_be_mi
 
 def test_the_receipt_counts_devices_operations_and_the_dit(recipe: Recipe) -> None:
     trained = replace(recipe, train=replace(recipe.train, total_samples=64, batch_size=16))
-    ranks = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
-    write_json(recipe.folder / "deepspeed.json", ranks)
+    append_line(recipe.folder / "provenance.jsonl", {"stage": "train", "ranks": 4})
     write_time(RunFolder(recipe.folder), "train", 1800.0)
     lines = dict(receipt(trained, 64, "NVIDIA H100 80GB HBM3"))
     assert lines["GPU-hours"] == "2: train 2"  # of four

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.recipe import VAE, Data, Model, Recipe
-from common.sealed import read_json, write_sealed
+from common.sealed import write_sealed
 from fpdm.latents import draw_latents, unscale_latents
 from preprocess.encoding import encoder as encoder_module
 from preprocess.encoding.encoder import Encoder, fetch_vae, find_vae
@@ -19,6 +19,7 @@ from preprocess.encoding.encoding import sample_bytes
 from preprocess.images.images import to_tensor
 from preprocess.shards import INDEX, SAMPLES, LatentShards, shard_name, verify
 from tests.encoding_stage import encode, finished, plan
+from tests.json_files import read_json
 
 CLASSES, PER_CLASS, SHARD, SIDE = ("cat", "dog"), 9, 5, 16
 COUNT = len(CLASSES) * PER_CLASS

@@ -1,6 +1,7 @@
 """Shards past one disk: what arrives in the cache is proved first, whole or absent, and kept within its limit."""
 
 import errno
+import http.server
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from common.recipe import diffusion
 from pipeline.training.data import Stream, stage_in
 from preprocess.from_data import open_latents
 from preprocess.shards import Cache, LatentShards, Sample, shard_name, storage, write_index, write_shard
+from preprocess.shards.format import INDEX
 from preprocess.shards.storage import CachedFolder
 
 SHAPE, COUNT, SHARD = (4, 2, 2), 60, 10
@@ -331,6 +335,67 @@ def test_a_far_side_that_sends_more_than_its_index_says_is_stopped(
         with pytest.raises(UserError, match=r"latents-000001\.tar: not the bytes that its index describes, 3 times"):
             LatentShards(ADDRESS, Cache(tmp_path)).gather(EVERYTHING)
     assert max(written) < 10**6
+
+
+class Faulty(http.server.SimpleHTTPRequestHandler):
+    """A server of shards whose file `broken` is answered by a status, cut short or not at all, so many times."""
+
+    broken, how, times = INDEX, "404", 0
+
+    def do_GET(self) -> None:
+        if self.path.rpartition("/")[2] != self.broken or not self.times:
+            super().do_GET()
+            return
+        type(self).times -= 1
+        self.close_connection = True
+        if self.how.isdigit():
+            self.send_error(int(self.how))
+        elif self.how == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(storage, "PAUSE", 0.0)
+    fsspec.filesystem("http").invalidate_cache()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Faulty, directory=str(local))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("broken", "how", "words"),
+    [
+        (INDEX, "404", f"has no {INDEX}"),
+        (INDEX, "403", f"{INDEX}: cannot be read \\(403.*credentials"),
+        (INDEX, "cut", f"{INDEX}: cannot be read"),
+        (INDEX, "drop", f"{INDEX}: cannot be read"),
+        (shard_name(1), "404", "missing; "),
+        (shard_name(1), "503", r"cannot be read \(503.*\), 3 times"),
+        (shard_name(1), "cut", r"cannot be read \(.*\), 3 times"),
+        (shard_name(1), "drop", r"cannot be read \(.*\), 3 times"),
+    ],
+)
+def test_faults_of_a_web_server_are_named_and_shards_asked_for_again(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, how: str, words: str
+) -> None:
+    monkeypatch.setattr(Faulty, "broken", broken)
+    monkeypatch.setattr(Faulty, "how", how)
+    monkeypatch.setattr(Faulty, "times", 100)
+    with pytest.raises(UserError, match=words) as raised:
+        LatentShards(address, Cache(tmp_path)).gather(EVERYTHING)
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr(Faulty, "times", 1 if how != "404" and broken != INDEX else 0)  # a fault that passes
+    assert len(LatentShards(address, Cache(tmp_path)).gather(EVERYTHING)) == COUNT
 
 
 READING = """
