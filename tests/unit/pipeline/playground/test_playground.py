@@ -51,7 +51,7 @@ def test_guided_blocks_are_counted_twice_and_a_drawing_can_be_stopped(exported: 
 
 
 def test_a_folder_that_is_no_export_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not as pipeline/export):
+    with pytest.raises(UserError, match="not as pipeline/export"):
         Player(tmp_path)
     command = [sys.executable, "pipeline/play.py", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
