@@ -122,12 +122,11 @@ def disk_errors_as_user_errors(place: str | Path, only: Container[int] | None = 
             raise
         reason = getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) in (errno.ENOTDIR, errno.EEXIST):
-            advice = "a file lies where a folder is needed: choose another folder"
-        else:
-            advice = (
-                "finished work is kept: make room, let this user write there, or choose another folder, and run again"
-            )
-        raise UserError(f"{place}: not written ({reason}); {advice}") from error
+            raise UserError(f"{place}: a file lies where a folder is needed; choose another folder") from error
+        raise UserError(
+            f"{place}: not written ({reason}); finished work is kept: make room, let this user write there, or "
+            "choose another folder, and run this again"
+        ) from error
 
 
 def not_writable(folder: Path) -> str | None:

@@ -67,7 +67,7 @@ class DenoiserConfig:
             raise ValueError("self_conditioned: supported for a DiT with class labels only; leave it False")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size: {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if int(self.hidden_size * self.mlp_ratio) < 1:
+        if self.hidden_size * self.mlp_ratio < 1:
             raise ValueError(
                 f"mlp_ratio: {self.mlp_ratio:g} of {self.hidden_size} channels leaves none; choose a larger one"
             )

@@ -4,6 +4,7 @@ python scripts/draw_fixed_point.py    # a minute on one core; writes docs/pictur
 """
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def save(figure: plt.Figure, name: str) -> None:
     figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
 
 
-def main() -> None:
-    Parser(__doc__).parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    Parser(__doc__).parse_args(argv)
     torch.set_num_threads(1)  # sums in one order
     PICTURES.mkdir(exist_ok=True)
     network = Network()

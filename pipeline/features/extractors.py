@@ -102,7 +102,9 @@ def find_extractor_weights(evaluate: Evaluate) -> ExtractorWeights:
     """The weights that the recipe means; nothing is downloaded yet. Raises UserError where a named file is missing."""
     extractor, named = evaluate.feature_extractor, evaluate.feature_extractor_weights
     if named and not Path(named).is_file():
-        raise UserError(f"evaluate.feature_extractor_weights: no file {named}; correct the path, or leave it out")
+        installed = extractor in PUBLISHED
+        advice = "correct the path, or leave it out" if installed else _advice(extractor, Path(named))
+        raise UserError(f"evaluate.feature_extractor_weights: no file {named}; {advice}")
     if published := PUBLISHED.get(extractor):
         path = Path(named) if named else installed_weights(extractor, "evaluate.feature_extractor")
         return ExtractorWeights(extractor, path, published.sha256)

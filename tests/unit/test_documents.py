@@ -90,6 +90,6 @@ def test_the_pictures_of_how_it_works_are_drawn_by_their_script(
     for name, value in {**few, "PICTURES": tmp_path}.items():
         monkeypatch.setattr(drawing, name, value)
     monkeypatch.setattr(drawing.torch, "set_num_threads", lambda _: None)
-    drawing.main()
+    drawing.main([])
     drawn = {path.name for path in tmp_path.iterdir() if path.stat().st_size}
     assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}

@@ -56,7 +56,7 @@ def test_a_path_on_the_command_line_is_expanded_as_in_a_recipe(
     assert read == [Path("/home/me/a.yaml"), Path("/disk/a.yaml"), Path("a$b.yaml")]
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["--config=$NOT_SET/a.yaml"])
-    assert "argument --config: $NOT_SET/a.yaml names a variable that is not set, NOT_SET" in capsys.readouterr().err
+    assert "error: --config: $NOT_SET/a.yaml names a variable that is not set, NOT_SET" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "slurm/status.py"], ids=lambda path: path.name)
@@ -82,6 +82,45 @@ def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp
     missing = done.stderr.splitlines()  # what the command needs of the ones before it, if anything
     assert (done.returncode, len(missing)) in ((0, 0), (2, 1)), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("pipeline/train.py recipes/demo.yaml", "--config: missing; --help shows how the command is written"),
+        (
+            "pipeline/train.py --config recipes/demo.yaml --dryrun",
+            "--dryrun: no such argument; did you mean --dry-run?",
+        ),
+        (
+            "pipeline/train.py --config recipes/demo.yaml --batch-size 3",
+            "--batch-size: no such argument; --help lists all; fields of a recipe are written section.field=value",
+        ),
+        ("pipeline/init.py", "IMAGES: missing; --help shows how the command is written"),
+        ("pipeline/compare.py a b --count 0", "--count: 0; a whole number, at least 1"),
+        ("pipeline/compare.py a b --out docs", "--out: docs is a folder; name a file"),
+        (
+            "pipeline/compare.py a b --out /dev/null/a.html",
+            "--out: /dev/null/a.html: /dev/null is a file; name another",
+        ),
+        ("pipeline/compare.py a b", "a: no run's folder, such as runs/demo: it holds no recipe.yaml"),
+        (
+            "pipeline/reproduce.py --scale small --only T1 --dry-run name=x",
+            "name=x: each run is named by its recipe and seed; leave it out",
+        ),
+        (
+            "preprocess/verify_shards.py s3://a/b",
+            "s3://a/b: only a local folder is verified; training verifies what it fetches",
+        ),
+        (
+            "preprocess/verify_shards.py data --deep /nope",
+            "/nope: No such file or directory; recipes/ holds the ones that come with the project",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(arguments: str, words: str) -> None:
+    done = run(*arguments.split())
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {words}\n")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

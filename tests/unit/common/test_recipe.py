@@ -7,6 +7,7 @@ import pytest
 from common.errors import UserError
 from common.loading import differences, dump_recipe, load_recipe, parse_recipe
 from common.recipe import denoiser_config, node_counts, with_world_size
+from pipeline.training.ema import ema_decay
 
 ROOT = Path(__file__).parents[3]
 
@@ -81,7 +82,10 @@ ROOT = Path(__file__).parents[3]
             "train.dense_end: with train.sparse_tokens 1 all of the training is",
         ),
         ("name: a\nsample: {guidance_channels: 5}", "sample.guidance_channels: 5 is outside 1..4"),
-        ("name: a\nsample: {guidance_interval: [0.9, 0.1]}", "sample.guidance_interval: its lower bound is above"),
+        (
+            "name: a\nsample: {guidance_interval: [0.9, 0.1]}",
+            "sample.guidance_interval: its first bound, 0.9, is above",
+        ),
         (
             "name: a\nevaluate: {bootstrap: 1}",
             "evaluate.bootstrap: should be 0 or should be greater than",
@@ -145,6 +149,23 @@ def test_overrides_replace_single_fields_in_order() -> None:
         ("name.first=3", "name is a value, not a section"),
         ("train.batch_size={", "not readable as a YAML value"),
         ("train.optimizer.learning_rate=fast", "train.optimizer.learning_rate: should be a valid number"),
+        ("train.optimizer.betas=0.9,0.99", r"betas: should be a list.*; write \[0.9, 0.99\]"),
+        ("train.batch_size=64.0", "train.batch_size: should be a valid integer; found 64.0; write 64"),
+        ("sweep.budgets=[]", "sweep.budgets: is empty; name at least one value"),
+        ("sample.iterations=[1, 2]", "sample.iterations: .* only allocation 'list' takes a list"),
+        ("sample.guidance_interval=[1, 0]", "guidance_interval: its first bound, 1, is above its second, 0; swap them"),
+        ("launch.elastic=1", "launch.elastic: should be a valid boolean"),
+        ("data.shards=data/images", "data.shards: data/images is data.images, or in it"),
+        ("data.shards=data/images/a/b", "data.shards: data/images/a/b is data.images, or in it"),
+        ("model.mlp_ratio=0.0001", "model.mlp_ratio: 0.0001 of 1152 channels leaves none"),
+        # What would hang, or fill the memory, while the recipe is read.
+        ("sample.num_steps=10000000000", "sample.num_steps: 10000000000 is outside 1..1000"),
+        ("objective.num_timesteps=10000000000000", "objective.num_timesteps: should be less than or equal to 100000"),
+        ("model.hidden_size=1000000000000", "model.hidden_size: should be less than or equal to 65536"),
+        ("model.mlp_ratio=1e300", "model.mlp_ratio: should be less than or equal to 1000"),
+        ("model.num_classes=1000000000000", "model.num_classes: should be less than or equal to 10000000"),
+        ("sample.num_samples=1000000000000", "sample.num_samples: should be less than or equal to 1000000000"),
+        ("train.batch_size=1000000000000", "train.batch_size: should be less than or equal to 10000000"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, expected: str) -> None:
@@ -189,6 +210,14 @@ def test_a_recipe_has_what_it_says_over_what_the_one_says_that_it_extends(tmp_pa
     recipe = load_recipe(tmp_path / "two.yaml", ["seed=5"])
     assert (recipe.name, recipe.seed, recipe.train.batch_size) == ("two", 5, 4)
     assert (recipe.train.ema.decays, recipe.train.ema.widths) == ((0.9,), (0.1,))
+
+
+def test_an_average_is_named_by_all_digits_of_its_number() -> None:
+    """Training reads the number from the name again, and rounded to 1 an average would never move."""
+    train = parse_recipe("name: a", ["train.ema.decays=[0.9999, 0.9999998, 1.0e-5]", "train.ema.widths=[0.05]"]).train
+    assert train.ema.names == ["0.9999", "0.9999998", "1e-05", "power-0.05"]
+    decays = [ema_decay(name, 512, 0, 512) for name in train.ema.names[:3]]
+    assert decays == pytest.approx([0.9999, 0.9999998, 1e-5], rel=1e-9)
 
 
 def test_a_recipe_that_extends_itself_or_no_file_is_refused(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_adaptive_allocation_stops_every_step_at_one_threshold():
         (("increasing", 5, 3), "kind: 'increasing' is unknown; choose one of constant"),
         (("constant", 0, 3), "num_steps: 0"),
         (("constant", 5), "iterations, block_budget: give exactly one"),
-        (("constant", 5, [1] * 5), r"iterations: \[1, 1, 1, 1, 1\] is a list"),
+        (("constant", 5, [1] * 5), r"iterations: \[1, 1, 1, 1, 1\]: only allocation 'list' takes a list"),
         (
             ("constant", 3, 2.5),
             "iterations: a mean of 2.5 over 3 steps is 7.5, not a whole number; 2.66667 is the nearest",

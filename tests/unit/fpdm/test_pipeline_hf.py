@@ -304,6 +304,23 @@ def test_a_callback_sees_and_changes_every_step_and_may_stop(pipeline: FPDMPipel
     assert pipeline([0], seed=0).images  # and is asked anew in the next call
 
 
+def test_a_callback_may_change_the_latents_in_place_whichever_scheduler_there_is(pipeline: FPDMPipeline) -> None:
+    def wipe(_: Any, step: int, _timestep: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+        given["latents"].mul_(0 if step == 0 else 1)
+        return given
+
+    def give(_: Any, step: int, _timestep: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"latents": given["latents"] * (0 if step == 0 else 1)}
+
+    for scheduler in (pipeline.scheduler, EulerDiscreteScheduler.from_config(pipeline.scheduler.config)):
+        own = quiet(FPDMPipeline(**{**pipeline.components, "scheduler": scheduler}))
+        in_place, anew = (
+            own([0], seed=0, num_inference_steps=3, callback_on_step_end=callback, output_type="latent").images
+            for callback in (wipe, give)
+        )
+        assert torch.equal(in_place, anew)
+
+
 def test_another_scheduler_is_taken_and_is_told_of_the_process(pipeline: FPDMPipeline) -> None:
     own = FPDMPipeline.from_pipe(pipeline)
     quiet(own)

@@ -1,5 +1,7 @@
 """The command that converts a DiT, and what training does with its weights."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,16 @@ def test_a_published_file_is_converted(command, tmp_path: Path, capsys: pytest.C
     (line,) = capsys.readouterr().err.splitlines()
     assert "DiT.pt: block: 7 is not one of the inner blocks, 1 to 1" in line
     assert not (tmp_path / "other").exists()
+
+
+def test_a_config_of_another_form_is_named(command, dit_run: Recipe, tmp_path: Path, capsys) -> None:
+    source = shutil.copytree(weights_folder(dit_run, 64), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({"_class_name": config["_class_name"], "extra": [1]}))
+    assert command(source, "--out", tmp_path / "converted") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {source}: ")
+    assert not (tmp_path / "converted").exists()
 
 
 def test_weights_that_do_not_fit_the_recipe_are_refused(command, dit_run: Recipe, tmp_path: Path) -> None:

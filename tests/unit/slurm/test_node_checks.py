@@ -41,6 +41,11 @@ def test_on_this_machine_nothing_must_change_and_nothing_is_left_behind(node: No
     assert list(node.folder.iterdir()) == []
 
 
+def test_a_recipe_without_an_autoencoder_needs_none() -> None:
+    recipe = parse_recipe("name: a", ["vae.path=null", "vae.latent_channels=3", "vae.downsampling=1"])
+    assert preflight.vae(recipe) == Finding("autoencoder", "none: the network draws pixels")
+
+
 def fewer_gpus(_: pytest.MonkeyPatch, node: Node) -> Node:
     return replace(node, gpus=8)
 

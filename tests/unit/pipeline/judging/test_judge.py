@@ -314,6 +314,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: npz(folder, arr_0=np.array([{}] * 3)),
         r"SAMPLES: .*arr_0 is object \(3,\); images",
     ),
+    "a recipe": (lambda folder: folder / "a.yaml", r"SAMPLES: .*a.yaml is a recipe, which stands for its training"),
     "one image": (lambda folder: write(folder, small(large(1))), r"SAMPLES: .* has 1 images; a distance needs two"),
     "another resolution": (
         lambda folder: write(folder, [np.zeros((32, 32, 3), np.uint8)] * 3),

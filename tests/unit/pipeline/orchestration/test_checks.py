@@ -38,6 +38,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["runs=/dev/null/runs"], r"runs: /dev/null is a file; name another folder"),
+        (["data.shards=/dev/null"], r"data\.shards: /dev/null is a file; name another folder"),
         (["launch.processes=3"], r"train\.batch_size: 512 is not divisible by the 3 ranks; use 510"),
         (["launch.processes=2", "train.micro_batch_size=100"], r"train\.micro_batch_size: 100 does not divide .* 256"),
         (["train.batch_size=4", "launch.processes=8"], r"train\.batch_size: 4 is not divisible by the 8 ranks; use 8"),

@@ -207,6 +207,14 @@ def test_the_report_needs_the_evaluation(recipe: Recipe) -> None:
     assert not REPORT.is_finished(recipe)
 
 
+def test_a_damaged_measurement_is_said_to_be_damaged(recipe: Recipe) -> None:
+    run_stage(EVALUATE, recipe)
+    path = recipe.folder / "metrics.json"
+    path.write_text(path.read_text().replace("frechet", "frechat", 1))
+    with pytest.raises(UserError, match=r"metrics\.json: changed after it was written"):
+        run_stage(REPORT, recipe)
+
+
 def test_the_report_stands_alone_and_escapes_every_name(recipe: Recipe) -> None:
     run_stage(REPORT, recipe)
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """An autoencoder is trained on images of any source that are not held out, and finished without changing an image."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from preprocess.autoencoder import progress
 from preprocess.autoencoder.decoder import Teacher, decoder, noisy
 from preprocess.autoencoder.export import MEASURED, read_measured
 from preprocess.autoencoder.images import load_images
-from preprocess.autoencoder.loop import learning_rate, run
+from preprocess.autoencoder.loop import Phase, learning_rate, run
 from preprocess.autoencoder.progress import Progress
 from preprocess.autoencoder.stage import STAGE, low_psnr
 from preprocess.autoencoder.training import (
@@ -54,6 +55,13 @@ def own(tmp_path: Path) -> Recipe:
     training = VAETraining(images=8)
     vae = VAE(path=str(tmp_path / "vae"), downsampling=4, training=training)
     return Recipe(name="own", data=Data(images=str(tmp_path / "images"), resolution=16, crop="resize"), vae=vae)
+
+
+def test_a_training_that_diverges_ends_at_that_step() -> None:
+    losses = [0.5, math.nan, 0.5]
+    phase = Phase("autoencoder", build(RECIPE), 3, losses.__getitem__, {})
+    with pytest.raises(UserError, match=r"vae\.training: the loss of the autoencoder's step 1 is not finite"):
+        list(run(phase, quiet=True))
 
 
 def test_weights_are_a_function_of_the_seed() -> None:

@@ -189,7 +189,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes(recipe: Recipe, tmp_path: P
     arguments = [sys.executable, "-c", FULL_DISK, dump_recipe(chosen), str(limit)]
     process = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 2, process.stderr
-    assert "error: data.shards: " in process.stderr
+    assert f"error: {chosen.data.shards}/" in process.stderr
     assert "make room" in process.stderr
     assert contents(chosen) == before
     encode(chosen)

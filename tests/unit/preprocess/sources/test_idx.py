@@ -96,7 +96,10 @@ def without(name: str) -> Callable[[Path], Path]:
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing": (lambda f: f / "fashion-mnist", "is not there; .*apt-get install dataset-fashion-mnist"),
-    "a folder without images": (lambda f: write_folder(f, {"x": b""}), "holds none, such as train-images-idx3-ubyte"),
+    "a folder without images": (
+        lambda f: write_folder(f, {"x": b""}),
+        "holds no IDX file of images, such as train-images-idx3-ubyte",
+    ),
     "two splits": (splits, r"several files of images \(.*/t10k-images-idx3-ubyte, .*\.gz\); name one"),
     "labels as images": (lambda f: split(f).with_name(FORMS["gzip"][1]), "is not named as IDX images are"),
     "no labels": (without("train-labels-idx1-ubyte.gz"), "has no labels beside it, in train-labels-idx1-ubyte.gz"),
