@@ -16,11 +16,8 @@ from common.stage_jobs import steps
 from slurm import controller
 from slurm.cluster import refuse
 
-PLACES = {
-    "compose": "data.images",
-    "autoencoder": "vae.path",
-    "encode": "data.shards",
-}  # of others: in the run's folder
+# The fields that say where stages write; the others write into the run's folder.
+PLACES = {"compose": "data.images", "autoencoder": "vae.path", "encode": "data.shards"}
 
 
 def check_stages(

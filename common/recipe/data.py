@@ -147,9 +147,9 @@ def check_data(data: Data) -> None:
         needs = "stage_in" if data.stage_in else f"shards: {data.shards}"
         raise ValueError(f"data.{needs} needs data.cache, a folder on a local disk")
     shards = Path(data.shards)
+    places = [shards, *(shards.parents if data.source == "folder" else ())]
     for name in ("images", "held_out"):
-        found = getattr(data, name)
-        if found is not None and (Path(found) == shards or Path(found) in shards.parents):
+        if (found := getattr(data, name)) and Path(found) in places:
             raise ValueError(
                 f"data.shards: {data.shards} is data.{name}, or in it, and would be read as images; name another"
             )

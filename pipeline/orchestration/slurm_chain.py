@@ -56,7 +56,8 @@ def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> 
         others = [one.job for one in listed if one.step not in asked and alive.get(one.step) == one]
         for step in _to_do(recipe, stages, alive):
             if step.name not in alive:
-                after = next((job for job in (*others, *(one.job for one in on_their_way))[::-1]), None)
+                before = [*others, *(one.job for one in on_their_way)]
+                after = before[-1] if before else None
                 alive[step.name] = _submit(recipe, step, after, code, key)
                 listed.append(alive[step.name])
                 write_sealed(folder.jobs, {"jobs": [asdict(one) for one in listed]})

@@ -78,8 +78,10 @@ def _load(recipe: Recipe, source: Source, at_most: int, which: Which = "images")
     starts = tqdm(range(0, len(chosen), LOADED_AT_ONCE), desc="read images", unit="batch", delay=2, leave=False)
     batches = (loader[chosen[start : start + LOADED_AT_ONCE]].images for start in starts)
     images = [batch for batch in batches if batch is not None]
-    if (usable := sum(map(len, images))) < (FEWEST if which == "images" else 1):
+    usable, fewest = sum(map(len, images)), FEWEST if which == "images" else 1
+    if usable < fewest:
         raise UserError(
-            f"data.{which}: {getattr(recipe.data, which)} has {usable} usable images; an autoencoder needs {FEWEST}"
+            f"data.{which}: {getattr(recipe.data, which)} has {usable} usable image{'s' * (usable != 1)}, and an "
+            f"autoencoder's training needs {fewest}: add some, or name a finished one in vae.path"
         )
     return torch.cat(images)

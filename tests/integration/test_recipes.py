@@ -44,7 +44,7 @@ def less(recipe: str, folder: Path, images: Path, vae: Path, inception: Path, st
     """Where the stand-ins lie, and few steps and samples."""
     source = settings_of(recipe)["data"]["source"]
     return [
-        *(f"data.images={images}", f"data.shards={folder / source}", f"runs={folder / 'runs'}", f"vae.path={vae}"),
+        *(f"data.images={images}", f"data.shards={folder / 'shards'}", f"runs={folder / 'runs'}", f"vae.path={vae}"),
         *([f"model.num_classes={len(stand_ins.WNIDS)}"] if source == "imagenet" else []),  # of ImageNet's thousand
         *(f"train.total_samples={steps * batch}", f"train.batch_size={batch}", f"train.log.every_samples={batch}"),
         *("sample.num_samples=4", "sample.num_steps=2", "sample.iterations=2", "sample.save_images=4"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -141,7 +142,7 @@ def test_resume_from_begins_a_run_which_then_resumes_from_its_own_checkpoints(
     assert newest_state(fork) == newest_state(finished_run)
     refused = run_ranks(experiment, "name=nowhere", "train.resume_from=nowhere")
     assert refused.statuses == [2]
-    assert refused.errors[0].startswith("error: train.resume_from: nowhere/complete.json: no such file; give a folder")
+    assert refused.errors[0].startswith("error: train.resume_from: nowhere is no checkpoint; give a folder")
 
 
 def test_sparse_steps_from_initial_weights_do_not_depend_on_ranks_and_interruptions(
@@ -292,7 +293,7 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before_it(experiment: E
     done = run_ranks(experiment, "name=full", ranks=2, before=fault)
     assert done.statuses == [2, 2], done.output
     (line,) = done.errors
-    assert line.startswith(f"error: {run}/checkpoints/000000000096: not written (")
+    assert re.match(rf"error: {run}/(weights|checkpoints)/000000000096\S*: not written \(", line)
     assert checkpoints(run) == [48]
     assert not list(run.glob("*/.*.tmp"))
     done = run_ranks(experiment, "name=full", ranks=2)
