@@ -128,7 +128,7 @@ def assert_honest(said: str, inception: Path) -> None:
 
 def check(folder: Path, recipe: str, count: int, steps: int, batch: int) -> None:
     settings = settings_of(recipe)
-    index = json.loads((folder / settings["data"]["source"] / "index.json").read_text(encoding="utf-8"))
+    index = json.loads((folder / "shards/index.json").read_text(encoding="utf-8"))
     assert (index["accepted"], index["rejected"]) == (count, [])
     assert index["settings"]["vae"]["scaling_factor"] == 0.18215
     assert index["settings"]["crop"] == settings["data"].get("crop", "center")
