@@ -59,8 +59,8 @@ def run(
         loss = phase.one_step(step)
         if not math.isfinite(loss):
             raise UserError(
-                f"vae.training: the loss of the {phase.name}'s step {step} is not finite; nothing was written; choose "
-                "another seed, or other images"
+                f"vae.training: the loss of the {phase.name}'s step {step} is not finite, and nothing is "
+                "exported; choose another seed, or other images"
             )
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         average.update_parameters(phase.vae)

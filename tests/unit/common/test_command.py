@@ -97,6 +97,8 @@ def test_a_dry_run_counts_parameters_exactly_and_touches_nothing(path: Path, tmp
             "--batch-size: no such argument; --help lists all; fields of a recipe are written section.field=value",
         ),
         ("pipeline/init.py", "IMAGES: missing; --help shows how the command is written"),
+        ("pipeline/init.py pics --time 0s", "--time: '0s' is no time; write 90s, 30m, 2h or 1d"),
+        ("pipeline/init.py pics data.images=x", "data.images=x: the images are pics; name them once, as IMAGES"),
         ("pipeline/compare.py a b --count 0", "--count: 0; a whole number, at least 1"),
         ("pipeline/compare.py a b --out docs", "--out: docs is a folder; name a file"),
         (
