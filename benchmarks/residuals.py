@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import show_machine
+from benchmarks.sampling import loaded
 from common.command import Parser, count_argument, exit_status_of
-from common.errors import UserError
-from fpdm import Diffusion, SamplerSettings, Way, build_sampler, load_pretrained, measure_residuals, read_extra, sample
+from fpdm import SamplerSettings, Way, build_sampler, measure_residuals, sample
 from fpdm.sampling import sample_noise
 
 FLOOR = 1e-5  # a hundred of float32's relative steps
@@ -27,31 +27,27 @@ SHOWN = (1, 2, 4, 8, 16, 32, 64)  # iterations with a column
 
 @dataclass(frozen=True)
 class Step:
-    """One timestep: residuals by iteration, and the largest of them relative to the least before it, above FLOOR."""
+    """One timestep: residuals by iteration."""
 
     timestep: float
     residuals: list[float]
-    rise: float
 
-
-def rise(residuals: list[float]) -> float:
-    """1 where the residual never rises, 1.1 where some iteration's is a tenth above the least before it."""
-    least, most = residuals[0], 1.0
-    for residual in residuals[1:]:
-        if residual > FLOOR:
-            most = max(most, residual / max(least, FLOOR))
-        least = min(least, residual)
-    return most
+    @property
+    def rise(self) -> float:
+        """1 where the residual never rises, 1.1 where some iteration's is a tenth above the least before it."""
+        least, most = self.residuals[0], 1.0
+        for residual in self.residuals[1:]:
+            if residual > FLOOR:
+                most = max(most, residual / max(least, FLOOR))
+            least = min(least, residual)
+        return most
 
 
 @torch.no_grad()
 def steps_of(weights: str, num_steps: int, iterations: int, samples: int) -> list[Step]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = load_pretrained(weights).float().eval().to(device)
-        config, diffusion = model.config, Diffusion(**read_extra(weights)["objective"])
-    except ValueError as error:
-        raise UserError(f"WEIGHTS: {error}") from None
+    model, diffusion = loaded(weights)
+    model, config = model.to(device), model.config
     index = torch.arange(samples)
     noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
     draw = partial(sample, model, diffusion, noise.to(device), (index % config.num_classes).to(device))
@@ -60,7 +56,7 @@ def steps_of(weights: str, num_steps: int, iterations: int, samples: int) -> lis
     way = Way(sampler="ddim", sampler_settings=settings, num_steps=num_steps, iterations=counts, reuse=False)
     timesteps = build_sampler(diffusion, "ddim", num_steps, settings).timesteps
     curves = [curve.tolist() for curve in measure_residuals(draw, way)]
-    return [Step(float(time), curve, rise(curve)) for time, curve in zip(timesteps, curves, strict=True)]
+    return [Step(float(time), curve) for time, curve in zip(timesteps, curves, strict=True)]
 
 
 def table(steps: list[Step]) -> str:

@@ -22,7 +22,18 @@ from torch import Tensor
 
 from common.command import Parser, count_argument, exit_status_of
 from common.errors import UserError
-from fpdm import Choices, Diffusion, SamplerSettings, Way, allocate, calibrate, load_pretrained, read_extra, sample
+from fpdm import (
+    Choices,
+    Denoiser,
+    Diffusion,
+    SamplerSettings,
+    Way,
+    allocate,
+    calibrate,
+    load_pretrained,
+    read_extra,
+    sample,
+)
 from fpdm.calibration import Draw, distances, fitting_ways, limit_way
 from fpdm.sampling import sample_noise
 
@@ -34,18 +45,15 @@ COLUMNS = ("blocks", "paper", "mean", "rms", "calibrated", "mean", "rms", "reach
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("weights", help="folder with config.json and the weights")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[40, 80, 160], help="blocks an image")
+    parser.add_argument("--budgets", type=count_argument, nargs="+", default=[40, 80, 160], help="blocks an image")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--samples", type=count_argument, default=48, help="that judge; a third as many choose")
     arguments = parser.parse_args()
     if arguments.samples < 3:
         parser.error(f"--samples: {arguments.samples}; 3 at least")
     torch.set_grad_enabled(False)
-    try:
-        model = load_pretrained(arguments.weights).float().eval()
-        config, diffusion = model.config, Diffusion(**read_extra(arguments.weights)["objective"])
-    except ValueError as error:
-        raise UserError(f"WEIGHTS: {error}") from None
+    model, diffusion = loaded(arguments.weights)
+    config = model.config
 
     def drawing(index: Tensor) -> Draw:
         noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
@@ -79,6 +87,14 @@ def main() -> None:
         numbers = [f"{value:.3f}" for way in (paper, found.way) for value in errors(way)]
         cells = [str(blocks), named(paper), *numbers[:2], named(found.way), *numbers[2:], str(reached)]
         print(f"| {' | '.join(cells)} | {found.tried} | {time.monotonic() - began:.0f} |", flush=True)
+
+
+def loaded(weights: str) -> tuple[Denoiser, Diffusion]:
+    """In float32. Raises UserError where the folder holds none."""
+    try:
+        return load_pretrained(weights).float().eval(), Diffusion(**read_extra(weights)["objective"])
+    except ValueError as error:
+        raise UserError(f"WEIGHTS: {error}") from None
 
 
 def paper_ways(kind: str, budget: int, outer: int) -> list[Way]:

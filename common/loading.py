@@ -204,7 +204,7 @@ def _explain(error: ValidationError) -> str:
     words = [fault["msg"].removeprefix("Input ").removeprefix("Value error, ") for fault in same]
     reasons = [word.replace("a valid tuple", "a list, as [1, 2]").replace("tuple", "a list") for word in words]
     wanted = " or ".join(reason[0].lower() + reason[1:] for reason in reasons)
-    return f"{name}: {wanted}; found {found}{_in_decimal(first['input'])}{others}"
+    return f"{name}: {wanted}; found {found}{_as_wanted(first)}{others}"
 
 
 def _near(path: Sequence[str]) -> str:
@@ -226,13 +226,14 @@ def _near(path: Sequence[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
 
 
-def _in_decimal(found: Any) -> str:
-    """How to write a number in decimal notation, or a list."""
+def _as_wanted(fault: ErrorDetails) -> str:
+    """How to write the number, or the list, that was meant."""
+    found, wanted = fault["input"], fault["type"]
     if isinstance(found, str) and re.fullmatch(r"[-+]?_*[0-9][0-9_]{0,40}", found):
         return f"; write {int(found.replace('_', ''))}"
-    if isinstance(found, float) and found.is_integer() and abs(found) < 1e15:
+    if wanted == "int_type" and isinstance(found, float) and found.is_integer() and abs(found) < 1e15:
         return f"; write {int(found)}"
-    if isinstance(found, str) and re.fullmatch(r"[^\[\]]+,[^\[\]]+", found):
+    if wanted == "tuple_type" and isinstance(found, str) and re.fullmatch(r"[^\[\]]+,[^\[\]]+", found):
         return f"; write [{', '.join(part.strip() for part in found.split(','))}]"
     return "; write a decimal number" if isinstance(found, str) and re.match(r"[-+]?\.?[0-9]", found) else ""
 

@@ -29,8 +29,6 @@ CountOrZero = Annotated[StrictInt, Field(ge=0)]
 TwoOrMore = Annotated[StrictInt, Field(ge=2)]
 # Bounds of what is counted or allocated while a recipe is read, so that a mistyped number is refused at once.
 Part = Annotated[StrictInt, Field(ge=1, le=65_536)]  # width, heads or patch of a network
-Depth = Annotated[StrictInt, Field(ge=1, le=1_000)]  # blocks
-DepthOrZero = Annotated[StrictInt, Field(ge=0, le=1_000)]
 Timesteps = Annotated[StrictInt, Field(ge=2, le=100_000)]
 Number = Annotated[float, Strict()]  # no true, and no "0.1"
 Fraction = Annotated[Number, Field(ge=0, le=1)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, StrictBool
 from pydantic.dataclasses import dataclass
 
-from common.recipe.fields import STRICT, Count, Depth, DepthOrZero, Part, Positive, Timesteps
+from common.recipe.fields import STRICT, Count, CountOrZero, Part, Positive, Timesteps
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from common.recipe import Recipe
@@ -28,15 +28,15 @@ class Model:
     """Width of a token. null: that of `size`."""
     num_heads: Part | None = None
     """Attention heads; divides hidden_size. null: that of `size`."""
-    depth: Depth | None = None
+    depth: Count | None = None
     """Blocks of DiT. null: that of `size`."""
     patch_size: Part = 2
     """Side of the square of the latent that becomes one token; divides the latent's side."""
     mlp_ratio: Annotated[Positive, Field(le=1_000)] = 4.0
     """Width of a block's MLP, in units of hidden_size."""
-    pre_depth: DepthOrZero = 1
+    pre_depth: CountOrZero = 1
     """Explicit blocks before the fixed point."""
-    post_depth: DepthOrZero = 1
+    post_depth: CountOrZero = 1
     """Explicit blocks after the fixed point."""
     pre_post_timestep_conditioning: StrictBool = False
     """Whether the explicit blocks see the timestep. In the paper they do not."""

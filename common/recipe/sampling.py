@@ -242,9 +242,9 @@ def _check_steps(recipe: Recipe) -> None:
     from fpdm.samplers import build_sampler
     from fpdm.sampling import check_guidance, guided_steps
 
-    settings, latent_channels, most = recipe.sample, recipe.vae.latent_channels, recipe.objective.num_timesteps
-    if settings.num_steps > most:  # before anything is allocated for so many
-        raise ValueError(f"num_steps: {settings.num_steps} is outside 1..{most}, the timesteps of training")
+    settings, latent_channels, process = recipe.sample, recipe.vae.latent_channels, diffusion(recipe)
+    # First, because it refuses more steps than there are timesteps, and the next checks make a list of them.
+    sampler = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings))
     check_guidance(latent_channels, settings.guidance_channels or latent_channels, settings.guidance_interval)
     if recipe.model.kind == "fpdm":
         _check_iterations(settings)
@@ -260,8 +260,7 @@ def _check_steps(recipe: Recipe) -> None:
         raise ValueError("start_extrapolation: moves on starts that reuse gives, and reuse is 'none'; set it to 0")
     if settings.guidance_rescale and settings.guidance_scale == 1:
         raise ValueError("guidance_rescale: there is no guidance to rescale with guidance_scale 1; set it to 0")
-    process, scale, interval = diffusion(recipe), settings.guidance_scale, settings.guidance_interval
-    sampler = build_sampler(process, settings.sampler, settings.num_steps, sampler_settings(settings))
+    scale, interval = settings.guidance_scale, settings.guidance_interval
     if scale != 1 and not any(guided_steps(sampler.timesteps, process.num_timesteps, scale, interval)):
         raise ValueError(f"guidance_interval: {list(interval)} holds none of the {settings.num_steps} steps; widen it")
 

@@ -54,14 +54,14 @@ def submit_chain(recipe: Recipe, stages: Sequence[Stage], code: Path | None) -> 
         on_their_way: list[Submitted] = []
         asked = {step.name for stage in stages for step in steps(recipe, stage, "slurm")}
         others = [one.job for one in listed if one.step not in asked and alive.get(one.step) == one]
+        previous = others[-1] if others else None
         for step in _to_do(recipe, stages, alive):
             if step.name not in alive:
-                before = [*others, *(one.job for one in on_their_way)]
-                after = before[-1] if before else None
-                alive[step.name] = _submit(recipe, step, after, code, key)
+                alive[step.name] = _submit(recipe, step, previous, code, key)
                 listed.append(alive[step.name])
                 write_sealed(folder.jobs, {"jobs": [asdict(one) for one in listed]})
             on_their_way.append(alive[step.name])
+            previous = alive[step.name].job
         return on_their_way
 
 

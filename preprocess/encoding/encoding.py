@@ -197,10 +197,7 @@ def check_disk(encoding: Encoding, missing: int) -> str:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     needed, free = missing * sample_bytes(encoding.recipe), shutil.disk_usage(existing).free
     if needed > free:
-        raise UserError(
-            f"data.shards: needs {needed / 1e9:.3g} GB, {existing} has {free / 1e9:.3g} GB free; free some, or name "
-            "another"
-        )
+        raise UserError(f"data.shards: needs {needed / 1e9:.3g} GB, {existing} has {free / 1e9:.3g} GB free; make room")
     return f"{needed / 1e9:.2f} GB of {free / 1e9:.0f} GB free"
 
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from benchmarks import residuals
-from benchmarks.residuals import FLOOR, Step, rise, steps_of, summary
+from benchmarks.residuals import FLOOR, Step, steps_of, summary
 from fpdm import Denoiser, DenoiserConfig, save_pretrained
 
 
 def test_a_curve_rises_where_an_iteration_is_above_the_least_before_it() -> None:
-    assert rise([1.0, 0.1, 0.01, 0.01]) == 1
-    assert rise([1.0, 0.1, 0.2, 0.05, 0.08]) == pytest.approx(2)  # 0.08 is 1.6 times 0.05
-    assert rise([1.0, FLOOR / 100, FLOOR / 2]) == 1  # rounding
-    assert rise([1.0, FLOOR / 100, 3 * FLOOR]) == pytest.approx(3)
+    assert Step(0.0, [1.0, 0.1, 0.01, 0.01]).rise == 1
+    assert Step(0.0, [1.0, 0.1, 0.2, 0.05, 0.08]).rise == pytest.approx(2)  # 0.08 is 1.6 times 0.05
+    assert Step(0.0, [1.0, FLOOR / 100, FLOOR / 2]).rise == 1  # rounding
+    assert Step(0.0, [1.0, FLOOR / 100, 3 * FLOOR]).rise == pytest.approx(3)
 
 
 def test_a_summary_says_how_many_timesteps_rise_and_by_how_much() -> None:
-    falls, rises = Step(999.0, [1.0, 1e-3], 1.0), Step(0.0, [1.0, 2e-2], 1.25)
+    falls, rises = Step(999.0, [1.0, 1e-3]), Step(0.0, [0.016, 0.02])
     assert summary([falls]) == "1 timesteps: at most 1.0e-03 after 2 iterations; rises at none"
     assert summary([falls, rises]).endswith("at most 2.0e-02 after 2 iterations; rises at 1, by 25.0 % at most")
 

@@ -151,6 +151,8 @@ def test_overrides_replace_single_fields_in_order() -> None:
         ("train.optimizer.learning_rate=fast", "train.optimizer.learning_rate: should be a valid number"),
         ("train.optimizer.betas=0.9,0.99", r"betas: should be a list.*; write \[0.9, 0.99\]"),
         ("train.batch_size=64.0", "train.batch_size: should be a valid integer; found 64.0; write 64"),
+        ("train.label_dropout=2.0", "train.label_dropout: should be less than 1; found 2.0$"),
+        ("name=a,b", "name: should be at most .*; found 'a,b'$"),
         ("sweep.budgets=[]", "sweep.budgets: is empty; name at least one value"),
         ("sample.iterations=[1, 2]", "sample.iterations: .* only allocation 'list' takes a list"),
         ("sample.guidance_interval=[1, 0]", "guidance_interval: its first bound, 1, is above its second, 0; swap them"),
