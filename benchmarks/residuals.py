@@ -45,9 +45,8 @@ class Step:
 
 @torch.no_grad()
 def steps_of(weights: str, num_steps: int, iterations: int, samples: int) -> list[Step]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, diffusion = loaded(weights)
-    model, config = model.to(device), model.config
+    config, device = model.config, model.pos_embed.device
     index = torch.arange(samples)
     noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
     draw = partial(sample, model, diffusion, noise.to(device), (index % config.num_classes).to(device))

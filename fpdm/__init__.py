@@ -1,7 +1,7 @@
 """Fixed Point Diffusion Models: the network, its gradient, objectives, samplers and allocation."""
 
 from fpdm.allocation import allocate, count_blocks
-from fpdm.calibration import Calibration, Choices, Way, allocate_adaptively, calibrate, measure_residuals
+from fpdm.calibration import Calibration, Way, allocate_adaptively, calibrate, measure_residuals
 from fpdm.config import SIZES, DenoiserConfig
 from fpdm.conversion import fpdm_from_dit
 from fpdm.denoiser import Denoised, Denoiser, build_denoiser, count_parameters
@@ -15,7 +15,6 @@ from fpdm.weights import assemble, load_pretrained, read_config, read_extra, sav
 __all__ = [
     "SIZES",
     "Calibration",
-    "Choices",
     "Denoised",
     "Denoiser",
     "DenoiserConfig",

@@ -1,32 +1,37 @@
-"""Measured on a few samples: residual curves, and the way of sampling at a budget that comes nearest to the limit.
+"""Measured on a few samples: residual curves, and numbers of a sampler that bring its latents near to their limit.
 
 The limit is what the same network draws from the same noise with many steps and iterations. Everything here takes
-`draw`, which is `sample` with all but the fields of a `Way` bound:
+`draw`, which is `sample` with all but the fields of a `Way` bound, or `bind`, which makes one of sample numbers (B,):
 
-    draw = functools.partial(sample, model, diffusion, noise, labels, guidance_scale=4.0)
+    def bind(index):
+        return functools.partial(sample, model, diffusion, noise_of(index), labels_of(index), guidance_scale=4.0)
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 
+from fpdm import rng
 from fpdm.allocation import allocate, count_blocks
 from fpdm.denoiser import Denoised
 from fpdm.diffusion import Diffusion
-from fpdm.samplers import SamplerName, SamplerSettings, Spacing, adds_noise, build_sampler
+from fpdm.fitted import Coefficients, Numbers, linear_form
+from fpdm.samplers import SamplerName, SamplerSettings, adds_noise, build_sampler
 
 Draw = Callable[..., Tensor]
-Point = tuple[float, int, tuple[Spacing, float], float | None]  # of each of `Choices` one value
+Bind = Callable[[Tensor], Draw]
 CURVE_REACH = 4  # curves are measured up to this many times the mean number of iterations
 LIMIT_STEPS = 128  # of the limit, and at least LIMIT_REACH times those of the way that has most
 LIMIT_REACH = 2
 LIMIT_ITERATIONS = 8  # in each of them, from the last one's solution
-TOGETHER = ((0,), (1, 2), (3,))  # positions in a `Point` that are varied at once: a spacing suits an order
+FIT_ITERATIONS = (1, 2, 3)  # means of a step that are tried beside those of the way to beat
+FIT_BATCH = 16
+FIT_RATE = 1e-2  # Adam's, of all numbers alike: kept and weights, starts, relaxations, and timesteps as shares of T
+FIT_START = 0.5  # what starts are moved on by before they are fitted
+FIT_CLIP = 1.0  # of the gradient's norm: a few samples' paths part, and their gradients are huge
 STANDARD_ERRORS = 2.0  # a gain below this many of them is noise,
 LEAST_GAIN = 0.01  # and one below this share of the error is not worth another way
 
@@ -40,42 +45,19 @@ class Way:
     num_steps: int
     iterations: tuple[int, ...] | None  # one number a step; None of a DiT
     reuse: bool
-    start_extrapolation: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What `calibrate` combines, each with each.
-
-    Args:
-        iterations: means of a step; the number of steps follows from the budget. Below 1 some steps have none.
-        orders: of the multistep sampler; 1 is DDIM.
-        spacings: with their power.
-        starts: start_extrapolation of reused solutions; None is no reuse.
-    """
-
-    iterations: tuple[float, ...] = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
-    orders: tuple[int, ...] = (1, 2, 3)
-    spacings: tuple[tuple[Spacing, float], ...] = (
-        ("linspace", 1.0),
-        ("trailing", 1.0),
-        ("trailing", 1.3),
-        ("trailing", 1.6),
-        ("trailing", 2.0),
-    )
-    starts: tuple[float | None, ...] = (None, 0.0, 0.25, 0.5, 0.75, 1.0)
+    start_extrapolation: float | Numbers = 0.0
+    relaxation: Numbers | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The way that `calibrate` chose, and errors relative to the limit, on the samples that judge: of that way, of the
-    one that was to beat, and how many were tried.
+    """The way that `calibrate` chose, and errors relative to the limit, on the samples that judge: of that way, and of
+    the one that was to beat.
     """
 
     way: Way
     error: float
     error_before: float
-    tried: int
 
 
 def measure_residuals(draw: Draw, way: Way) -> list[Tensor]:
@@ -107,51 +89,62 @@ def allocate_adaptively(draw: Draw, way: Way) -> Way:
 
 
 def calibrate(
-    draw: Draw,
-    judge: Draw,
+    bind: Bind,
     diffusion: Diffusion,
     way: Way,
     *,
     outer_depth: int,
-    choices: Choices | None = None,
+    samples: int = 128,
+    updates: int = 150,
+    batch_size: int = 32,
     limit: Way | None = None,
 ) -> Calibration:
-    """Among ways of as many blocks, the one whose latents lie nearest to the limit; `way` itself where none is nearer.
+    """A sampler fitted to the network, of as many blocks as `way`; `way` itself where that is no nearer to the limit.
 
-    Steps with iterations, order with spacing, and start: each is varied with the best of the others, until none of
-    them changes. What is found is compared with `way` on other samples, and taken only if there too it is nearer to
-    the limit, by more than chance would make it.
+    The blocks are spread evenly over steps of about as many iterations as `way` has, and of `FIT_ITERATIONS`. Each is
+    fitted (see `fit`) for a third of the updates, and the nearest one for all. Other samples then compare it with
+    `way`: it is taken only if there too it is nearer to the limit, by more than chance would make it.
 
     Args:
-        draw: as above, of the samples that choose.
-        judge: the same of other samples.
-        diffusion: that of both.
+        bind: as above.
+        diffusion: that of the network.
         way: the way to beat; it says what is spent.
         outer_depth: pre + post.
-        choices: what is tried. Of it is left out what does not fit the budget or the diffusion.
+        samples: those numbered from 0 on choose, as many after them judge.
+        updates: of the fit.
+        batch_size: of all that is drawn but in the fit, whose batches are of `FIT_BATCH`.
         limit: how the limit is drawn; by default `limit_way`.
 
     Raises:
-        ValueError: as `sample`; for a way whose sampler adds noise, which has no limit; and if nothing fits.
+        ValueError: as `sample`; and for a way whose sampler adds noise, which has no limit.
     """
     if way.iterations is None:
         raise ValueError("way: of a DiT, which has no iterations to trade for steps")
     if adds_noise(way.sampler, way.sampler_settings):
         raise ValueError(f"way: {way.sampler} adds noise in its steps, and so has no limit; use one without, and eta 0")
-    ways = fitting_ways(diffusion, choices or Choices(), count_blocks(way.iterations, outer_depth), outer_depth)
-    if not ways:
-        raise ValueError("choices: none fits the budget and the diffusion")
-    most = max(each.num_steps for each in (way, *ways.values()))
-    limit = limit or limit_way(diffusion, most)
-    chosen_by, judged_by = (each(**vars(limit)) for each in (draw, judge))  # (B, C, H, W)
+    budget = count_blocks(way.iterations, outer_depth)
+    means = dict.fromkeys((sum(way.iterations) / way.num_steps, *FIT_ITERATIONS))
+    ways = {start.num_steps: start for mean in means if (start := fit_start(diffusion, budget, mean, outer_depth))}
+    limit = limit or limit_way(diffusion, max(way.num_steps, *ways))
 
-    @cache
-    def error(way: Way) -> float:  # several points may be one way
-        return float(_distances(draw, way, chosen_by).mean())
+    def drawn(way: Way, first: int) -> Tensor:  # (samples, C, H, W)
+        index = torch.arange(first, first + samples)
+        return torch.cat([bind(part)(**vars(way)) for part in index.split(batch_size)])
 
-    found = ways[_descend(list(ways), lambda point: error(ways[point]))]
-    before, after = (_distances(judge, each, judged_by) for each in (way, found))
-    gains = before - after  # (B,)
+    chosen_by, judged_by = (drawn(limit, first) for first in (0, samples))
+
+    def error(way: Way, first: int, limit: Tensor) -> Tensor:
+        """(samples,), infinite where latents are not finite."""
+        try:
+            return distances(drawn(way, first), limit)
+        except ValueError:  # all else that `sample` refuses, it refused of the limit
+            return limit.new_full((samples,), math.inf)
+
+    tried = [fit(bind, diffusion, start, chosen_by, -(-updates // 3)) for start in ways.values()]
+    best = min(tried, key=lambda way: float(error(way, 0, chosen_by).mean()))
+    found = fit(bind, diffusion, ways[best.num_steps], chosen_by, updates)
+    before, after = (error(each, samples, judged_by) for each in (way, found))
+    gains = before - after
     noise = STANDARD_ERRORS * gains.std() / len(gains) ** 0.5
     nearer = bool(gains.mean() > noise and gains.mean() > LEAST_GAIN * before.mean())
     nearer |= bool(after.isfinite().all() and not before.isfinite().all())
@@ -159,33 +152,104 @@ def calibrate(
         way=found if nearer else way,
         error=float((after if nearer else before).mean()),
         error_before=float(before.mean()),
-        tried=error.cache_info().currsize,
     )
 
 
-def fitting_ways(diffusion: Diffusion, choices: Choices, block_budget: int, outer_depth: int) -> dict[Point, Way]:
-    """The ways among `choices` that spend the budget exactly and suit the diffusion, by their values in `choices`."""
-    ways = {}
-    for point in product(choices.iterations, choices.orders, choices.spacings, choices.starts):
-        mean, order, (spacing, power), start = point
-        num_steps = max(1, round(block_budget / (outer_depth + mean)))
-        settings = SamplerSettings(order=order, spacing=spacing, spacing_power=power)
+def fit_start(diffusion: Diffusion, block_budget: int, iterations: float, outer_depth: int) -> Way | None:
+    """Where a fit begins: multistep of second order, of about so many iterations a step, exactly at the budget.
+
+    None where the budget does not pay for one step's.
+    """
+    steps = max(1, round(block_budget / (outer_depth + iterations)))
+    try:
+        counts = allocate("constant", steps, block_budget=block_budget, outer_depth=outer_depth)
+        settings = SamplerSettings(spacing="trailing" if diffusion.is_flow else "linspace")
+        coefficients = linear_form(build_sampler(diffusion, "multistep", steps, settings))
+    except ValueError:
+        return None
+    return Way(
+        sampler="fitted",
+        sampler_settings=SamplerSettings(coefficients=coefficients),
+        num_steps=steps,
+        iterations=tuple(counts),
+        reuse=True,
+        start_extrapolation=(FIT_START,) * steps,
+        relaxation=(1.0,) * steps,
+    )
+
+
+def fit(bind: Bind, diffusion: Diffusion, way: Way, limit: Tensor, updates: int) -> Way:
+    """A way of sampler "fitted" whose numbers are fitted to bring the latents near to their limit.
+
+    They are the sampler's coefficients and timesteps, and what each step's start is moved on by and its iteration
+    relaxed by; gradients pass through all steps. Batches are a function of the update's number.
+
+    Args:
+        bind: as above.
+        diffusion: that of the network.
+        way: where the fit begins, see `fit_start`.
+        limit: (samples, C, H, W) latents of the samples from 0 on.
+        updates: of Adam, its rate falling to 0 by a cosine.
+
+    Raises:
+        ValueError: as `sample`, of the way where the fit begins.
+    """
+    numbers = _Fitted(way, diffusion, limit.device)
+    optimizer = torch.optim.Adam(numbers.all, lr=FIT_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, updates))
+    for update in range(updates):
+        places = torch.arange(FIT_BATCH) + update * FIT_BATCH
+        rows = rng.integers(0, "calibrate/batch", places, len(limit))
         try:
-            counts = allocate("constant", num_steps, block_budget=block_budget, outer_depth=outer_depth)
-            build_sampler(diffusion, "multistep", num_steps, settings)
+            latents = bind(rows)(**vars(numbers.way()), with_graph=True)
         except ValueError:
-            continue
-        if start is None and 0 in counts:
-            continue
-        ways[point] = Way(
-            sampler="multistep",
-            sampler_settings=settings,
-            num_steps=num_steps,
-            iterations=tuple(counts),
-            reuse=start is not None,
-            start_extrapolation=start or 0.0,
+            if not update:
+                raise
+            break  # the numbers went where samples are not finite; whoever compares will not take them
+        distances(latents, limit[rows.to(limit.device)]).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(numbers.all, FIT_CLIP)
+        if norm.isfinite():  # else some sample's path is too steep for float32
+            optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return numbers.way(fixed=True)
+
+
+class _Fitted:
+    """The numbers of a way, as tensors that are fitted."""
+
+    def __init__(self, way: Way, diffusion: Diffusion, device: torch.device) -> None:
+        coefficients = way.sampler_settings.coefficients
+        assert coefficients is not None
+        assert way.relaxation is not None
+        self._way, self._scale = way, diffusion.num_timesteps
+        self._last = diffusion.num_timesteps - (not diffusion.is_flow)
+
+        def fitted(values: float | Numbers) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.float32, device=device).clone().requires_grad_()
+
+        self._times = fitted([t / self._scale for t in coefficients.timesteps])
+        self._kept, self._weights = fitted(coefficients.kept), [fitted(row) for row in coefficients.weights]
+        self._starts, self._relaxation = fitted(way.start_extrapolation), fitted(way.relaxation)
+        self.all = [self._times, self._kept, *self._weights, self._starts, self._relaxation]
+
+    def way(self, *, fixed: bool = False) -> Way:
+        """With the numbers as they are now; `fixed`: as plain ones."""
+
+        def number(values: Tensor) -> Numbers:
+            return tuple(values.tolist()) if fixed else values
+
+        coefficients = Coefficients(
+            timesteps=number((self._times * self._scale).clamp(0, self._last)),
+            kept=number(self._kept),
+            weights=tuple(number(row) for row in self._weights),
         )
-    return ways
+        return replace(
+            self._way,
+            sampler_settings=SamplerSettings(coefficients=coefficients),
+            start_extrapolation=number(self._starts),
+            relaxation=number(self._relaxation),
+        )
 
 
 def limit_way(diffusion: Diffusion, most_steps: int = 0) -> Way:
@@ -203,31 +267,9 @@ def limit_way(diffusion: Diffusion, most_steps: int = 0) -> Way:
     )
 
 
-def distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
-    """Of each sample (B,): how far its latents are from the limit's (B, C, H, W), relative to their norm.
+def distances(latents: Tensor, limit: Tensor) -> Tensor:
+    """Of each sample (B,): how far its latents are from the limit's, both (B, C, H, W), relative to their norm.
 
-    Their mean is what `calibrate` compares: squares would make it a matter of the few samples whose paths part.
+    Their mean is what is fitted and compared: squares would make it a matter of the few samples whose paths part.
     """
-    return (draw(**vars(way)) - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)
-
-
-def _distances(draw: Draw, way: Way, limit: Tensor) -> Tensor:
-    """As `distances`; infinite for a way whose latents are not finite."""
-    try:
-        return distances(draw, way, limit)
-    except ValueError:  # all else that `sample` refuses, it refused of the limit
-        return limit.new_full((len(limit),), math.inf)
-
-
-def _descend(points: list[Point], error: Callable[[Point], float]) -> Point:
-    """From the middle of the points along some axes at a time, to where none leads to a smaller error."""
-    axes = range(len(points[0]))
-    values = (list(dict.fromkeys(point[axis] for point in points)) for axis in axes)
-    middle = tuple(each[len(each) // 2] for each in values)
-    best, before = middle if middle in points else points[0], None
-    while best != before:
-        before = best
-        for varied in TOGETHER:
-            near = (point for point in points if all(point[axis] == best[axis] for axis in axes if axis not in varied))
-            best = min(near, key=error)
-    return best
+    return (latents - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)

@@ -10,13 +10,11 @@ from fpdm.fixed_point import Solver
 from fpdm.latents import Rounding
 
 FIXED_POINT = (
-    *("iterations", "allocation", "block_budget", "reuse", "start_extrapolation", "solver", "tolerance"),
-    *("iterate_guidance", "weak_iterate"),
+    *("iterations", "allocation", "block_budget", "reuse", "start_extrapolation", "relaxation", "solver"),
+    *("tolerance", "iterate_guidance", "weak_iterate"),
 )
-
-
 PASSED_ON = (
-    *("reuse", "start_extrapolation", "iterate_guidance", "weak_iterate", "solver", "tolerance"),
+    *("reuse", "start_extrapolation", "relaxation", "iterate_guidance", "weak_iterate", "solver", "tolerance"),
     *("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_channels"),
 )
 
@@ -35,7 +33,8 @@ class CallSettings:
     iterations: int | float | list[int] = 8
     allocation: AllocationKind = "constant"
     reuse: bool = True
-    start_extrapolation: float = 0.0
+    start_extrapolation: float | list[float] = 0.0
+    relaxation: list[float] | None = None
     solver: Solver = "picard"
     tolerance: float | None = None
     guidance_scale: float = 1.0
@@ -53,6 +52,11 @@ class CallSettings:
             return cls(**(values or {}))
         except TypeError as error:
             raise ValueError(f"sampling: {error}; the export is of another version, or was changed") from None
+
+    def unfitted(self) -> "CallSettings":
+        """For another sampler than the fitted one: without the numbers that were fitted to its steps."""
+        moved_on = self.start_extrapolation
+        return replace(self, start_extrapolation=0.0 if isinstance(moved_on, list) else moved_on, relaxation=None)
 
     def changed(self, network: DenoiserConfig, given: Mapping[str, Any], block_budget: int | None) -> "CallSettings":
         """With what a call gives. Raises ValueError for an argument that would act on nothing."""

@@ -138,6 +138,7 @@ class Denoiser(nn.Module):
         iterations: Iterations | None = None,
         start: Tensor | None = None,
         solver: Solver = "picard",
+        relaxation: float | Tensor | None = None,
         tolerance: float | None = None,
         with_residuals: bool = False,
         activation_checkpointing: bool = False,
@@ -151,8 +152,9 @@ class Denoiser(nn.Module):
             t: (B,) timesteps of the process, 0 to num_timesteps, integer or continuous.
             y: (B,) class labels in 0..num_classes (the last is the null label), or (B, condition_dim) vectors.
             iterations: FPDM: (n, m) for n iterations without and m with graph, or k for (0, k). DiT ignores it.
-            start: FPDM: (B, T, D) iterate to start from; by default the tokens after the pre-layers.
-            solver, tolerance, with_residuals: see `fixed_point.solve_implicit`.
+            start: FPDM: (B, T, D) iterate to start from; by default the tokens after the pre-layers, which then are a
+                constant of the gradient.
+            solver, relaxation, tolerance, with_residuals: see `fixed_point.solve_implicit`.
             activation_checkpointing: recompute each block, and each iteration, in the backward pass.
             intermediate: FPDM: also read out the iterate after this many of the m iterations; 0: none.
             seen: FPDM: (B, K) numbers, each once, of the tokens that the implicit layer sees and changes, as training
@@ -179,12 +181,14 @@ class Denoiser(nn.Module):
             raise ValueError("iterations: an FPDM needs a count, k or (n, m)")
         if start is not None and start.shape != tokens.shape:
             raise ValueError(f"start: shape {tuple(start.shape)} does not fit this batch, {tuple(tokens.shape)}")
-        start = tokens if start is None else start.to(tokens.dtype)
+        begin = tokens.detach() if start is None else start.to(tokens.dtype)  # a constant in training: Algorithm 1
+        start = tokens if start is None else begin
         solution = solve_implicit(
             self._map(_rows(tokens, seen), timed, None if value is None else _rows(value, seen), seen, call),
-            _rows(start, seen),
+            _rows(begin, seen),
             iterations,
             solver=solver,
+            relaxation=relaxation,
             tolerance=tolerance,
             with_residuals=with_residuals,
             intermediate=intermediate,

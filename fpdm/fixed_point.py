@@ -6,6 +6,7 @@ a constant (n, m) is multi-step JFB.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -59,49 +60,60 @@ def solve_implicit(
     iterations: Iterations,
     *,
     solver: Solver = "picard",
+    relaxation: float | Tensor | None = None,
     tolerance: float | None = None,
     with_residuals: bool = False,
     intermediate: int = 0,
 ) -> Solution:
     """Iterate from `start`, first n times without a graph, then m times with one; an int k means (0, k).
 
-    The start is a constant of the gradient (Algorithm 1); `step` may itself depend on parameters and inputs.
+    `step` and `start` may depend on parameters and inputs; in training the start is a constant (Algorithm 1).
 
     Args:
         step: the map, see `Step`.
         start: (B, T, D).
         iterations: k or (n, m).
         solver: "picard", the plain iteration of the paper, or "anderson" (Walker and Ni, 2011).
+        relaxation: of picard: x moves to x + relaxation (f(x) - x), a number; None is 1, the iteration as it is.
         tolerance: a sample whose relative residual falls to this is finished and leaves the batch; for an int only.
         with_residuals: return ||f(x) - x|| / ||f(x)|| of every iteration and sample.
         intermediate: also return the iterate after this many of the m iterations, with its graph; 0: none.
 
     Raises:
-        ValueError: for a negative count, an unknown solver, a tolerance with a pair of counts, or an `intermediate`
-            outside 1..m - 1, or together with Anderson or a tolerance.
+        ValueError: for a negative count, an unknown solver, a relaxation of Anderson, a tolerance with a pair of
+            counts, or an `intermediate` outside 1..m - 1, or together with Anderson or a tolerance.
     """
     n, m = (0, iterations) if isinstance(iterations, int) else iterations
     if min(n, m) < 0:
         raise ValueError(f"iterations: {iterations} holds a negative count; choose 0 or more")
     if solver not in ("picard", "anderson"):
         raise ValueError(f"solver: {solver!r} is unknown; choose 'picard' or 'anderson'")
+    if relaxation is not None and solver != "picard":
+        raise ValueError(f"relaxation: is of solver picard, not {solver}; leave it out")
     if tolerance is not None and not isinstance(iterations, int):
         raise ValueError(
             f"tolerance: {tolerance} stops samples early, but iterations {iterations} fixes the counts; pass an int"
         )
     if intermediate and not (0 < intermediate < m and solver == "picard" and tolerance is None):
         raise ValueError(f"intermediate: {intermediate} is not in 1..{m - 1} of fixed counts of picard")
+    iterate = partial(_iterate, step, solver=solver, relaxation=relaxation, with_residuals=with_residuals)
     with torch.no_grad():
-        value, first = _iterate(step, start, n, solver, None, with_residuals)
-    value = value.detach()
-    early, between = _iterate(step, value, intermediate, solver, None, with_residuals)
-    value, second = _iterate(step, early, m - intermediate, solver, tolerance, with_residuals)
+        value, first = iterate(start, n)
+    early, between = iterate(value if n else start, intermediate)
+    value, second = iterate(early, m - intermediate, tolerance=tolerance)
     residuals = torch.cat([first, between, second], dim=1) if with_residuals else None
     return Solution(value, residuals, early if intermediate else None)
 
 
 def _iterate(
-    step: Step, start: Tensor, count: int, solver: Solver, tolerance: float | None, with_residuals: bool
+    step: Step,
+    start: Tensor,
+    count: int,
+    *,
+    solver: Solver,
+    relaxation: float | Tensor | None,
+    with_residuals: bool,
+    tolerance: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The last iterate (B, T, D) and the residuals (B, count), NaN where they were not needed."""
     value, rows = start, None
@@ -110,7 +122,9 @@ def _iterate(
     for k in range(count):
         x = value if rows is None else value[rows]
         image = step(x, rows)
-        update = image if mixer is None else mixer.mix(x, image)
+        update = image if relaxation is None else torch.lerp(x, image, relaxation)
+        if mixer is not None:
+            update = mixer.mix(x, image)
         value = update if rows is None else value.index_copy(0, rows, update)
         if tolerance is None and not with_residuals:
             continue

@@ -180,7 +180,8 @@ class FPDMPipeline(DiffusionPipeline):
         block_budget: int | None = None,
         allocation: AllocationKind | None = None,
         reuse: bool | None = None,
-        start_extrapolation: float | None = None,
+        start_extrapolation: float | Sequence[float] | None = None,
+        relaxation: Sequence[float] | None = None,
         solver: Solver | None = None,
         tolerance: float | None = None,
         guidance_rescale: float | None = None,
@@ -209,8 +210,8 @@ class FPDMPipeline(DiffusionPipeline):
             sampler, spacing, spacing_power, eta, order, variance: see `fpdm.SamplerSettings`; another sampler begins
                 with the usual settings. Of a scheduler of diffusers, eta alone, where it has one.
             iterations, allocation, block_budget: fixed point iterations, as in `fpdm.allocate`.
-            reuse, start_extrapolation, solver, guidance_rescale, guidance_interval: as in `fpdm.sample`.
-            guidance_channels, iterate_guidance, weak_iterate: as in `fpdm.sample`.
+            reuse, start_extrapolation, relaxation, solver: as in `fpdm.sample`.
+            guidance_rescale, guidance_interval, guidance_channels, iterate_guidance, weak_iterate: as in `fpdm.sample`.
             tolerance: as in `fpdm.sample`; 0 for none.
             rounding: of "pil", to 8 bits.
 
@@ -221,7 +222,9 @@ class FPDMPipeline(DiffusionPipeline):
         arguments = dict(locals())
         given = {name: arguments[name] for name in setting_names() if arguments[name] is not None}
         network = CalledByModule(cast(FPDMTransformer2DModel, self.transformer))
-        settings = self._defaults.changed(network.config, given, block_budget)
+        fitted = getattr(self.scheduler, "sampler", None) == "fitted" and sampler in (None, "fitted")
+        defaults = self._defaults if fitted else self._defaults.unfitted()
+        settings = defaults.changed(network.config, given, block_budget)
         self.check_guidance(settings)
         self._check(output_type, callback_on_step_end_tensor_inputs)
         labels = self._classes.tensor(class_labels).to(self._execution_device)

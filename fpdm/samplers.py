@@ -5,6 +5,7 @@ table 2; Karras et al. (2022), eq. 5.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import Any, Literal, Protocol, get_args
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fpdm.diffusion import Diffusion, GaussianSchedule, interpolate_log_variance, split_prediction
+from fpdm.fitted import Coefficients, FittedSampler
 from fpdm.multistep import MultistepSampler
 
-# A recipe's section sample lists these too.
-SamplerName = Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler"]
+# A recipe's section sample lists these too, but for "fitted", whose numbers `calibration.calibrate` finds.
+SamplerName = Literal["ddpm", "ddim", "multistep", "dpm++", "unipc", "flow_euler", "fitted"]
 Spacing = Literal["linspace", "trailing", "leading", "log_snr"]
 Variance = Literal["small", "large"]
 KARRAS_RHO = 7
@@ -36,6 +38,7 @@ class SamplerSettings:
         order: of "multistep": 1 is ddim without noise, 2 and 3 also use one and two earlier predictions.
         variance: of "ddpm" where none is learned: the "large" or the "small" of Ho et al., section 3.2, beta or the
             posterior's. With few steps the one is much too wide, the other too narrow.
+        coefficients: of "fitted", which has no other settings.
     """
 
     spacing: Spacing = "linspace"
@@ -43,6 +46,16 @@ class SamplerSettings:
     eta: float = 0.0
     order: int = 2
     variance: Variance = "small"
+    coefficients: Coefficients | None = None
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> "SamplerSettings":
+        """Of JSON values, as `dataclasses.asdict` gives them. Raises TypeError or ValueError for others."""
+        stored = values.get("coefficients")
+        if stored is not None:
+            rows = tuple(tuple(row) for row in stored["weights"])
+            stored = Coefficients(timesteps=tuple(stored["timesteps"]), kept=tuple(stored["kept"]), weights=rows)
+        return cls(**{**values, "coefficients": stored})
 
 
 class Sampler(Protocol):
@@ -175,8 +188,8 @@ def _diffusers_scheduler(diffusion: Diffusion, name: SamplerName) -> Any:
 def build_sampler(
     diffusion: Diffusion, name: SamplerName, num_steps: int, settings: SamplerSettings | None = None
 ) -> Sampler:
-    """A sampler by name: "ddpm", "ddim", "multistep", diffusers' "dpm++" and "unipc", and its "flow_euler" for flow
-    matching, which "multistep" suits too.
+    """A sampler by name: "ddpm", "ddim", "multistep", diffusers' "dpm++" and "unipc", its "flow_euler" for flow
+    matching, which "multistep" suits too, and "fitted", by its coefficients.
 
     Raises:
         ValueError: for an unknown name, one that does not fit the prediction, an impossible number of steps, or a
@@ -184,6 +197,9 @@ def build_sampler(
     """
     settings = settings or SamplerSettings()
     _check_sampler(diffusion, name, num_steps, settings)
+    if name == "fitted":
+        assert settings.coefficients is not None
+        return FittedSampler(settings.coefficients)
     if name in ("dpm++", "unipc", "flow_euler"):
         return DiffusersSampler(diffusion, num_steps, name)
     if diffusion.is_flow:
@@ -201,7 +217,8 @@ def build_sampler(
 def _check_sampler(diffusion: Diffusion, name: SamplerName, num_steps: int, settings: SamplerSettings) -> None:
     if name not in get_args(SamplerName):
         raise ValueError(f"sampler: {name!r} is unknown; choose one of {', '.join(get_args(SamplerName))}")
-    if name != "multistep" and (name == "flow_euler") != diffusion.is_flow:
+    _check_coefficients(name, num_steps, settings)
+    if name not in ("multistep", "fitted") and (name == "flow_euler") != diffusion.is_flow:
         raise ValueError(
             f"sampler: {name!r} does not fit prediction {diffusion.prediction!r}; "
             + ("choose 'flow_euler' or 'multistep'" if diffusion.is_flow else "'flow_euler' is of prediction 'flow'")
@@ -232,6 +249,20 @@ def _check_sampler(diffusion: Diffusion, name: SamplerName, num_steps: int, sett
         raise ValueError(f"spacing: {name!r} has one of its own; leave it out, or use the sampler multistep")
     if settings.eta and name not in ("ddim", "multistep"):
         raise ValueError(f"eta: {settings.eta:g} is of samplers ddim and multistep, not {name}; leave it at 0")
+
+
+def _check_coefficients(name: SamplerName, num_steps: int, settings: SamplerSettings) -> None:
+    if (name == "fitted") != (settings.coefficients is not None):
+        raise ValueError(
+            "sampler: 'fitted' needs the coefficients that calibrate finds; name another, such as 'multistep'"
+            if name == "fitted"
+            else f"coefficients: are of sampler fitted, not {name}; leave them out"
+        )
+    if settings.coefficients is not None and len(settings.coefficients.timesteps) != num_steps:
+        raise ValueError(
+            f"num_steps: {num_steps}, and the sampler was fitted for {len(settings.coefficients.timesteps)}; take "
+            "those, or another sampler, such as 'multistep'"
+        )
 
 
 def adds_noise(name: SamplerName, settings: SamplerSettings | None = None) -> bool:

@@ -14,6 +14,7 @@ from fpdm import rng
 from fpdm.config import DenoiserConfig
 from fpdm.denoiser import Denoised, Denoiser
 from fpdm.diffusion import Diffusion
+from fpdm.fitted import Numbers
 from fpdm.fixed_point import Solver
 from fpdm.samplers import Sampler, SamplerName, SamplerSettings, adds_noise, build_sampler
 
@@ -46,7 +47,6 @@ def sample_noise(
     return rng.normal(seed, f"{stream}/noise" if step is None else f"{stream}/step/{step}", index, shape)
 
 
-@torch.no_grad()
 def sample(
     model: Denoiser,
     diffusion: Diffusion,
@@ -59,7 +59,8 @@ def sample(
     sampler_settings: SamplerSettings | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     reuse: bool | Sequence[bool] = False,
-    start_extrapolation: float = 0.0,
+    start_extrapolation: float | Numbers = 0.0,
+    relaxation: Numbers | None = None,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
     iterate_guidance: float = 0.0,
@@ -69,6 +70,7 @@ def sample(
     solver: Solver = "picard",
     tolerance: float | None = None,
     with_residuals: bool = False,
+    with_graph: bool = False,
     on_step: Callable[[int, Denoised], None] | None = None,
 ) -> Tensor:
     """Draw latents. Sample i is a function of its own noise, label and step noise, whatever batch it is in.
@@ -83,8 +85,9 @@ def sample(
         step_noise: i -> (B, C, H, W) standard normal noise of step i; needed by "ddpm", and with eta > 0.
             The last step adds none.
         reuse: start each step's iteration at the solution of the step before: always, never, or step by step.
-        start_extrapolation: move such a start on by this times the change from the solution before it. It costs no
-            block.
+        start_extrapolation: move such a start on by this times the change from the solution before it; one number, or
+            one a step. It costs no block.
+        relaxation: one number a step, see `fixed_point.solve_implicit`; None: 1 in all.
         guidance_scale: 1 is no guidance, and costs no second half of the batch.
         guidance_rescale: see `guide`.
         iterate_guidance: FPDM: move a prediction on by this times its difference from the one that the iterate after
@@ -93,6 +96,8 @@ def sample(
         guidance_channels: channels that are guided: None for all C; 3 is what DiT and FPDM published.
         guidance_interval: guide only where t / num_timesteps lies within, 1 being pure noise.
         solver, tolerance, with_residuals: see `fixed_point.solve_implicit`.
+        with_graph: for gradients of the latents by numbers of the sampler, the starts and the relaxation; the network's
+            blocks are then computed twice, for the sake of memory.
         on_step: called with each step's number and the network's output (with guidance: conditional half first).
 
     Returns:
@@ -114,32 +119,40 @@ def sample(
             f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step number"
         )
     weak = weak_iterates(counts, weak_iterate if iterate_guidance else 0)
+    moved_on = (
+        [start_extrapolation] * num_steps if isinstance(start_extrapolation, float | int) else start_extrapolation
+    )
+    moved_on = _one_a_step("start_extrapolation", moved_on, num_steps, True)
+    relaxations = _one_a_step("relaxation", relaxation, num_steps, relaxation is not None)
     x, solution, older = noise.float(), None, None  # the last solution, and the one before it
-    for i, t in enumerate(steps.timesteps):
-        y = torch.cat([labels, model.config.null_condition(labels)]) if guided[i] else labels
-        inputs = torch.cat([x, x]) if guided[i] else x
-        denoised = model(
-            inputs,
-            torch.full((len(inputs),), t, device=x.device),
-            y,
-            iterations=counts[i],
-            start=_start(solution, older, start_extrapolation, len(inputs)) if reused[i] else None,
-            solver=solver,
-            tolerance=tolerance,
-            with_residuals=with_residuals,
-            intermediate=weak[i],
-        )
-        solution, older = denoised.solution, solution
-        if on_step is not None:
-            on_step(i, denoised)
-        output = denoised.output.float()
-        if denoised.intermediate is not None:
-            output = guide(output, denoised.intermediate.float(), 1 + iterate_guidance, model.config.in_channels)
-        if guided[i]:
-            conditional, unconditional = output.chunk(2)
-            output = guide(conditional, unconditional, guidance_scale, channels, guidance_rescale)
-        last = i == num_steps - 1
-        x = steps.step(i, output, x, None if last or step_noise is None else step_noise(i))
+    with torch.set_grad_enabled(with_graph):
+        for i, t in enumerate(steps.timesteps):
+            y = torch.cat([labels, model.config.null_condition(labels)]) if guided[i] else labels
+            inputs = torch.cat([x, x]) if guided[i] else x
+            denoised = model(
+                inputs,
+                torch.as_tensor(t, device=x.device).expand(len(inputs)),
+                y,
+                iterations=counts[i],
+                start=_start(solution, older, moved_on[i], len(inputs)) if reused[i] else None,
+                solver=solver,
+                relaxation=relaxations[i],
+                tolerance=tolerance,
+                with_residuals=with_residuals,
+                activation_checkpointing=with_graph,
+                intermediate=weak[i],
+            )
+            solution, older = denoised.solution, solution
+            if on_step is not None:
+                on_step(i, denoised)
+            output = denoised.output.float()
+            if denoised.intermediate is not None:
+                output = guide(output, denoised.intermediate.float(), 1 + iterate_guidance, model.config.in_channels)
+            if guided[i]:
+                conditional, unconditional = output.chunk(2)
+                output = guide(conditional, unconditional, guidance_scale, channels, guidance_rescale)
+            last = i == num_steps - 1
+            x = steps.step(i, output, x, None if last or step_noise is None else step_noise(i))
     require_sound(x)
     return x
 
@@ -171,7 +184,7 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor) -> None
         raise ValueError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{config.num_classes}")
 
 
-def _one_a_step(name: str, values: Sequence[Any] | None, num_steps: int, needed: bool) -> Sequence[Any]:
+def _one_a_step(name: str, values: Any, num_steps: int, needed: bool) -> Any:
     if not needed:
         return [None] * num_steps
     if values is None or len(values) != num_steps:
@@ -187,7 +200,7 @@ def _check_steps_without_iterations(counts: Sequence[int | None], reused: Sequen
             raise ValueError(f"iterations: step {i} of {list(counts)} has none and {why}; give it at least 1")
 
 
-def _start(solution: Tensor | None, older: Tensor | None, extrapolation: float, batch: int) -> Tensor | None:
+def _start(solution: Tensor | None, older: Tensor | None, extrapolation: float | Tensor, batch: int) -> Tensor | None:
     """Where a step starts: the last solution, moved on by a part of its last change.
 
     Both fit a batch of this size; where guidance has just added a null half there is no earlier one to move on from.
@@ -195,7 +208,8 @@ def _start(solution: Tensor | None, older: Tensor | None, extrapolation: float, 
     if solution is None:
         return None
     start = _fitted(solution, batch)
-    if older is None or not extrapolation or len(older) < batch:
+    moves = isinstance(extrapolation, Tensor) or extrapolation != 0
+    if older is None or not moves or len(older) < batch:
         return start
     return start + extrapolation * (start - _fitted(older, batch))
 

@@ -49,7 +49,7 @@ class FPDMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("config: of another scheduler; it does not say for what process the network was trained")
         own = config[OWN]
         try:
-            scheduler = cls(Diffusion(**own["objective"]), own["sampler"], SamplerSettings(**own["settings"]))
+            scheduler = cls(Diffusion(**own["objective"]), own["sampler"], SamplerSettings.stored(own["settings"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"config: {OWN}: {error}; export the weights again") from None
         scheduler = scheduler.changed(**changes) if changes else scheduler

@@ -113,8 +113,10 @@ class FPDMTransformer2DModel(ModelMixin, ConfigMixin):
         iterations: int | None = None,
         start: Tensor | None = None,
         solver: Solver = "picard",
+        relaxation: float | Tensor | None = None,
         tolerance: float | None = None,
         with_residuals: bool = False,
+        activation_checkpointing: bool = False,
         intermediate: int = 0,
         return_dict: bool = True,
     ) -> FPDMTransformer2DModelOutput | tuple[Tensor | None, ...]:
@@ -125,7 +127,8 @@ class FPDMTransformer2DModel(ModelMixin, ConfigMixin):
             timestep: (B,) timesteps.
             class_labels: (B,) classes, num_classes being the null label; or vectors (B, condition_dim).
             iterations: FPDM: 8 by default.
-            start, solver, tolerance, with_residuals, intermediate: as in `fpdm.denoiser.Denoiser.forward`.
+            start, solver, relaxation, tolerance, with_residuals, activation_checkpointing, intermediate: as in
+                `fpdm.denoiser.Denoiser.forward`.
             return_dict: False for a tuple of the same.
         """
         denoised: Denoised = self.denoiser(
@@ -135,8 +138,10 @@ class FPDMTransformer2DModel(ModelMixin, ConfigMixin):
             iterations=ITERATIONS if iterations is None else iterations,
             start=start,
             solver=solver,
+            relaxation=relaxation,
             tolerance=tolerance,
             with_residuals=with_residuals,
+            activation_checkpointing=activation_checkpointing,
             intermediate=intermediate,
         )
         return FPDMTransformer2DModelOutput(*denoised) if return_dict else tuple(denoised)

@@ -86,7 +86,7 @@ class Sample:
     tolerance: Positive | None = None
     """A sample stops iterating in a step once its relative residual falls to this; `iterations` is then a maximum.
     null: every sample takes all iterations."""
-    calibration_samples: Count = 32
+    calibration_samples: Count = 128
     """Samples on which `adaptive` and `calibrated` are measured; `calibrated` judges on as many others."""
     guidance_scale: AtLeastZero = 1.0
     """Scale of classifier-free guidance. 1: no guidance."""

@@ -189,15 +189,16 @@ class Sweep:
 def _limit(recipe: Recipe) -> Recipe:
     """The same weights, guidance_scale and noise, at the limit of many steps and iterations."""
     way = limit_way(diffusion(recipe))
+    own = {name: value for name, value in asdict(way.sampler_settings).items() if name != "coefficients"}
     limit = replace(
         recipe.sample,
-        sampler=way.sampler,
-        **asdict(way.sampler_settings),
+        sampler="multistep",
+        **own,
         num_steps=way.num_steps,
         allocation="constant",
         iterations=LIMIT_ITERATIONS,
         reuse="always",
-        start_extrapolation=way.start_extrapolation,
+        start_extrapolation=0.0,
         solver="picard",
         iterate_guidance=0.0,
     )
@@ -262,14 +263,14 @@ def _spend(recipe: Recipe, budget: int, number: int, *, guided: bool) -> tuple[i
 
 
 def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
-    """A measured point; in place of its own settings are those that calibration has chosen."""
+    """A measured point; in place of its own settings are calibration's, None where it fitted a sampler."""
     row = asdict(point) | {name: dict(measurement)[name] for name in ("distance", "count", "numbers")}
     way = measurement["plan"]
     if point.allocation == "calibrated" and way is not None and way["iterations"] is not None:
-        settings = way["sampler_settings"]
-        row |= {name: way[name] for name in ("sampler", "num_steps", "start_extrapolation")}
-        row |= {name: settings[name] for name in ("order", "spacing", "spacing_power")}
+        row |= {"sampler": way["sampler"], "num_steps": way["num_steps"]}
         row |= {"iterations": sum(way["iterations"]) / way["num_steps"], "reuse": "always" if way["reuse"] else "none"}
+        if way["sampler"] == "fitted":
+            row |= dict.fromkeys(("order", "spacing", "spacing_power", "start_extrapolation"))
     return row
 
 

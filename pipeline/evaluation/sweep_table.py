@@ -32,12 +32,12 @@ class RowForm(TypedDict):
     sampler: str
     num_steps: Count
     iterations: Annotated[float, Field(ge=0)] | int | None
-    order: Count
-    spacing: str
-    spacing_power: float
+    order: Count | None  # these three and start_extrapolation: None where a sampler is fitted
+    spacing: str | None
+    spacing_power: float | None
     allocation: str
     reuse: str
-    start_extrapolation: float
+    start_extrapolation: float | None
     guidance_scale: float
     iterate_guidance: float
     ema: str | None

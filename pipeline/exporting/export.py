@@ -90,7 +90,7 @@ def call_settings(settings: Sample, way: Way) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(settings, name) for name in names}
     values["num_inference_steps"] = way.num_steps
     if way.iterations is not None:
-        values |= {"reuse": way.reuse, "start_extrapolation": way.start_extrapolation}
+        values |= {name: getattr(way, name) for name in ("reuse", "start_extrapolation", "relaxation")}
         if settings.allocation in MEASURED:
             values |= {"allocation": "list", "iterations": way.iterations}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

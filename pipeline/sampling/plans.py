@@ -6,11 +6,11 @@ later run draws by it.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import Field, with_config
@@ -33,12 +33,20 @@ REMEDY = "delete the folder and run python pipeline/sample.py"
 
 
 @with_config(STRICT)
+class CoefficientsForm(TypedDict):
+    timesteps: list[float]
+    kept: list[float]
+    weights: list[list[float]]
+
+
+@with_config(STRICT)
 class SettingsForm(TypedDict):
     spacing: Spacing
     spacing_power: float
     eta: float
     order: int
     variance: Variance
+    coefficients: NotRequired[CoefficientsForm | None]  # older files have none
 
 
 @with_config(STRICT)
@@ -50,7 +58,8 @@ class WayForm(TypedDict):
     num_steps: int
     iterations: list[Annotated[int, Field(ge=0)]] | None
     reuse: bool
-    start_extrapolation: float
+    start_extrapolation: float | list[float]
+    relaxation: NotRequired[list[float] | None]
 
 
 class UnsoundSamples(UserError):
@@ -121,16 +130,13 @@ def read_plan(recipe: Recipe, folder: Path) -> Way:
 
 
 def _read(path: Path) -> Way:
-    form = read_sealed(path, WayForm, REMEDY)
-    counts = form["iterations"]
-    return Way(
-        sampler=form["sampler"],
-        sampler_settings=SamplerSettings(**form["sampler_settings"]),
-        num_steps=form["num_steps"],
-        iterations=None if counts is None else tuple(counts),
-        reuse=form["reuse"],
-        start_extrapolation=form["start_extrapolation"],
-    )
+    form: Mapping[str, Any] = read_sealed(path, WayForm, REMEDY)
+    try:
+        settings = SamplerSettings.stored(form["sampler_settings"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {REMEDY}") from None
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in form.items()}
+    return Way(**{**fields, "sampler_settings": settings})
 
 
 def by_recipe(recipe: Recipe) -> Way | None:
@@ -216,28 +222,29 @@ def _measure(recipe: Recipe, model: Denoiser) -> Way:
 
 
 def _measured(recipe: Recipe, model: Denoiser) -> Way:
-    count, way = recipe.sample.calibration_samples, unmeasured(recipe)
-    index = torch.arange(2 * count, device=model.pos_embed.device)
-    draw, judge = (bind_sampler(recipe, model, "calibrate", half) for half in index.split(count))
-    if recipe.sample.allocation == "adaptive":
-        return allocate_adaptively(draw, way)
-    found = calibrate(draw, judge, diffusion(recipe), way, outer_depth=model.config.blocks(0))
+    settings, way, device = recipe.sample, unmeasured(recipe), model.pos_embed.device
+
+    def bind(index: torch.Tensor) -> Draw:
+        return bind_sampler(recipe, model, "calibrate", index.to(device))
+
+    if settings.allocation == "adaptive":
+        return allocate_adaptively(bind(torch.arange(settings.calibration_samples)), way)
+    print(f"calibrating: fits a sampler to {settings.calibration_samples} samples", flush=True)
+    found = calibrate(
+        bind,
+        diffusion(recipe),
+        way,
+        outer_depth=model.config.blocks(0),
+        samples=settings.calibration_samples,
+        batch_size=settings.batch_size,
+    )
     print(
-        f"calibrated: {_described(found.way)}: error {found.error:.4f}, by the recipe's own way "
-        f"{found.error_before:.4f}, on {count} samples that had no part in choosing it of {found.tried} ways",
+        f"calibrated: {found.way.sampler}, {found.way.num_steps} steps of iterations {list(found.way.iterations or ())}"
+        f": error {found.error:.4f}, by the recipe's own way {found.error_before:.4f}, on "
+        f"{settings.calibration_samples} samples that had no part in choosing it",
         flush=True,
     )
     return found.way
-
-
-def _described(way: Way) -> str:
-    settings, start = way.sampler_settings, "no reuse"
-    if way.reuse:
-        start = f"starts moved on by {way.start_extrapolation:g}" if way.start_extrapolation else "reuse"
-    return (
-        f"{way.sampler} of order {settings.order}, spacing {settings.spacing} ** {settings.spacing_power:g}, "
-        f"iterations {list(way.iterations or ())}, {start}"
-    )
 
 
 def _write_once(path: Path, value: Any) -> None:

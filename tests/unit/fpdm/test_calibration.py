@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fpdm import (
-    Choices,
     DenoiserConfig,
     Diffusion,
     SamplerSettings,
@@ -20,20 +19,18 @@ from fpdm import (
     rng,
     sample,
 )
-from fpdm.calibration import distances, fitting_ways, limit_way
+from fpdm.calibration import FIT_START, distances, fit, fit_start, limit_way
 
 V = Diffusion(prediction="v")
 FLOW = Diffusion(schedule="flow", prediction="flow", learned_variance=False)
 WAY = Way(sampler="ddim", sampler_settings=SamplerSettings(), num_steps=6, iterations=(2,) * 6, reuse=True)
-LIMIT = replace(limit_way(V), num_steps=40, iterations=(6,) * 40)
-FEW = Choices(
-    iterations=(0.5, 1, 2, 4), orders=(1, 2), spacings=(("linspace", 1.0), ("trailing", 1.0)), starts=(None, 0.0, 0.5)
-)
+LIMIT = replace(limit_way(V), num_steps=24, iterations=(4,) * 24)
 
 
 def drawing(index, diffusion=V, kind="fpdm", seed=1, **options):
     """`sample` bound to a small network whose iteration converges but slowly."""
-    config = DenoiserConfig(kind=kind, depth=1, input_size=4, hidden_size=16, num_heads=2, num_classes=3)
+    sizes = {"depth": 1, "input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+    config = DenoiserConfig(kind=kind, learned_variance=diffusion.learned_variance, **sizes)
     model = build_denoiser(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,11 +42,6 @@ def drawing(index, diffusion=V, kind="fpdm", seed=1, **options):
 @pytest.fixture
 def draw():
     return drawing(torch.arange(6))
-
-
-@pytest.fixture
-def judge():
-    return drawing(torch.arange(6, 12))
 
 
 def test_residual_curves_have_one_number_an_iteration_and_fall(draw):
@@ -70,56 +62,76 @@ def test_a_dit_has_nothing_to_calibrate():
     with pytest.raises(ValueError, match="DiT"):
         measure_residuals(draw, way)
     with pytest.raises(ValueError, match="DiT"):
-        calibrate(draw, draw, V, way, outer_depth=2)
+        calibrate(partial(drawing, kind="dit"), V, way, outer_depth=2)
 
 
 @pytest.mark.parametrize("budget", [3, 7, 24, 41, 160])
 @pytest.mark.parametrize("diffusion", [V, FLOW])
-def test_every_way_costs_the_budget_exactly_and_none_begins_without_an_iteration(budget, diffusion):
-    ways = fitting_ways(diffusion, Choices(), budget, 2)
-    assert ways
-    for way in ways.values():
-        assert count_blocks(way.iterations, 2) == budget
-        assert way.iterations[0] >= 1
-        assert way.reuse or 0 not in way.iterations
+@pytest.mark.parametrize("iterations", [1, 2.5, 8])
+def test_a_fit_begins_at_the_budget_exactly_with_what_multistep_draws(budget, diffusion, iterations):
+    way = fit_start(diffusion, budget, iterations, 2)
+    assert count_blocks(way.iterations, 2) == budget
+    spacing = "trailing" if diffusion.is_flow else "linspace"
+    usual = replace(way, sampler="multistep", sampler_settings=SamplerSettings(spacing=spacing), relaxation=None)
+    usual = replace(usual, start_extrapolation=FIT_START)
+    draw = drawing(torch.arange(3), diffusion)
+    torch.testing.assert_close(draw(**vars(way)), draw(**vars(usual)), rtol=0, atol=1e-4)
 
 
-def test_calibration_finds_what_trying_all_ways_finds(draw, judge):
-    ways = fitting_ways(V, FEW, 24, 2)
-    limit = draw(**vars(LIMIT))
-    errors = {point: float(distances(draw, way, limit).mean()) for point, way in ways.items()}
-    found = calibrate(draw, judge, V, WAY, outer_depth=2, choices=FEW, limit=LIMIT)
-    assert found.way == ways[min(errors, key=errors.get)]
-    assert found.tried < len(ways)
-    assert found.error < found.error_before
+def test_a_budget_below_one_step_has_no_fit():
+    assert fit_start(V, 2, 1, 2) is None
 
 
-def test_a_way_that_is_no_nearer_to_the_limit_on_other_samples_is_not_taken(draw, judge):
-    best = fitting_ways(V, FEW, 24, 2)[1, 2, ("linspace", 1.0), 0.5]
-    worse = Choices(iterations=(4,), orders=(1,), spacings=(("linspace", 1),), starts=(None,))
-    again = calibrate(draw, judge, V, best, outer_depth=2, choices=worse, limit=LIMIT)
-    assert again.way == best
-    assert again.error == again.error_before
-    equal = Choices(iterations=(2,), orders=(1,), spacings=(("linspace", 1),), starts=(0.0,))  # DDIM, but for rounding
-    assert calibrate(draw, judge, V, WAY, outer_depth=2, choices=equal, limit=LIMIT).way == WAY
+def test_a_fit_comes_nearer_to_the_limit_and_is_a_function_of_its_arguments():
+    bind = partial(drawing, diffusion=V)
+    limit = bind(torch.arange(24))(**vars(LIMIT))
+    start = fit_start(V, 20, 2, 2)
+    first, again = (fit(bind, V, start, limit, 30) for _ in range(2))
+    assert first == again
+    before, after = (distances(bind(torch.arange(24))(**vars(way)), limit).mean() for way in (start, first))
+    assert after < 0.8 * before
 
 
-@pytest.mark.parametrize("seed", range(3))
+def test_each_of_the_fitted_numbers_has_a_gradient():
+    """Of starts those from the third step on: before there are no two solutions to move on from."""
+    bind = partial(drawing, diffusion=V)
+    limit = bind(torch.arange(8))(**vars(LIMIT))
+    start = fit_start(V, 20, 2, 2)
+    moved = fit(bind, V, start, limit, 1)
+    coefficients, before = (way.sampler_settings.coefficients for way in (moved, start))
+    for new, old in (
+        (coefficients.timesteps[1:-1], before.timesteps[1:-1]),  # the first and the last may be held at the ends
+        (coefficients.kept, before.kept),
+        *zip(coefficients.weights, before.weights, strict=True),
+        (moved.start_extrapolation[2:], start.start_extrapolation[2:]),
+        (moved.relaxation, start.relaxation),
+    ):
+        assert all(abs(one - other) > 1e-4 for one, other in zip(new, old, strict=True))
+    assert all(0 <= t <= 999 for t in coefficients.timesteps)
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_what_is_chosen_is_never_further_from_the_limit_than_constant_beyond_noise(seed):
     """For networks, budgets and guidance at random, on samples that neither chose nor judged."""
-    steps, iterations, guided = (int(rng.integers(seed, name, torch.tensor([0]), 5)) for name in ("s", "i", "g"))
-    options = {"seed": seed, "guidance_scale": 1 + guided / 4}
-    draw, judge, other = (drawing(index, **options) for index in torch.arange(36).split(12))
+    steps, iterations, guided = (int(rng.integers(seed, name, torch.tensor([0]), 4)) for name in ("s", "i", "g"))
+    bind = partial(drawing, seed=seed, guidance_scale=1 + guided / 4)
     way = replace(WAY, num_steps=3 + steps, iterations=(1 + iterations,) * (3 + steps))
-    found = calibrate(draw, judge, V, way, outer_depth=2, choices=FEW, limit=LIMIT)
+    found = calibrate(bind, V, way, outer_depth=2, samples=12, updates=6, limit=LIMIT)
+    other = bind(torch.arange(24, 36))
     limit = other(**vars(LIMIT))
-    loss = distances(other, found.way, limit) - distances(other, way, limit)
+    errors = (distances(other(**vars(each)), limit) for each in (found.way, way))
+    loss = next(errors) - next(errors)
     assert loss.mean() <= 2 * loss.std() / len(loss) ** 0.5
     assert count_blocks(found.way.iterations, 2) == count_blocks(way.iterations, 2)
 
 
-def test_a_way_that_adds_noise_has_no_limit(draw, judge):
+def test_a_fit_that_is_no_nearer_to_the_limit_on_other_samples_is_not_taken():
+    """The way to beat is the limit itself."""
+    found = calibrate(drawing, V, LIMIT, outer_depth=2, samples=2, updates=1, limit=LIMIT)
+    assert found.way == LIMIT
+    assert found.error == found.error_before == 0
+
+
+def test_a_way_that_adds_noise_has_no_limit():
     with pytest.raises(ValueError, match="ddpm adds noise"):
-        calibrate(draw, judge, V, replace(WAY, sampler="ddpm"), outer_depth=2)
-    with pytest.raises(ValueError, match="choices: none fits"):
-        calibrate(draw, judge, V, WAY, outer_depth=2, choices=Choices(spacings=()))
+        calibrate(drawing, V, replace(WAY, sampler="ddpm"), outer_depth=2)
