@@ -1,6 +1,7 @@
 """How near to a network's limit its samples come with few blocks: by a fitted sampler, and the paper's way with more.
 
-    python benchmarks/sampling.py runs/demo/weights/000000229376/0.995 [--budgets 40 80 160] [--shares 0.5 0.4 0.3]
+    python benchmarks/sampling.py runs/demo/weights/000000229376/0.995 [--budgets 40 80 160] [--shares 0.5 0.4 0.3] \
+        [--guidance-scale 1] [--samples 128] [--json FILE]
 
 The limit is what the network itself draws from the same noise with many steps and iterations. An error is the distance
 of the latents to it, relative to its norm: the mean over the samples, by which ways are compared, and the median. It
@@ -8,17 +9,25 @@ says how well the sampler solves the network's equations, not how good the image
   paper   DDIM, evenly spaced, reuse: the best of several iterations a step, constant or a ramp, chosen on the samples
           that judge, in its favour
   fitted  what `sample.allocation: calibrated` finds at this share of those blocks, fitted to other samples
+  time    of the fitted way, of DDIM's in as many steps and iterations: what the fitted numbers cost
+  seconds of the fit, its limit included
 """
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import product
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from common.command import Parser, count_argument, exit_status_of
+from benchmarks.machine import show_machine
+from benchmarks.network import take_turns
+from common.command import Parser, count_argument, exit_status_of, output_argument
 from common.errors import UserError
 from fpdm import (
     Denoiser,
@@ -35,7 +44,26 @@ from fpdm.calibration import Draw, distances, limit_way
 from fpdm.sampling import sample_noise
 
 ITERATIONS = (1, 2, 3, 5, 8)  # a step, of the paper's way
-COLUMNS = ("blocks", "paper", "mean", "median", "blocks", "fitted", "mean", "median", "seconds")
+COLUMNS = ("blocks", "paper", "mean", "median", "blocks", "fitted", "mean", "median", "time", "seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget at one share. `time`: of the fitted way, of ddim's with as many steps and iterations."""
+
+    blocks: int
+    paper: str
+    paper_errors: tuple[float, float]
+    fitted_blocks: int
+    fitted: str
+    fitted_errors: tuple[float, float]
+    time: float
+    seconds: float  # of the fit
+
+    def __str__(self) -> str:
+        one, other = ([f"{error:.3f}" for error in errors] for errors in (self.paper_errors, self.fitted_errors))
+        cells = [str(self.blocks), self.paper, *one, str(self.fitted_blocks), self.fitted, *other, f"{self.time:.3f}"]
+        return f"| {' | '.join(cells)} | {self.seconds:.0f} |"
 
 
 def main() -> None:
@@ -45,24 +73,43 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.4, 0.3], help="of them, of the fitted one")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--samples", type=count_argument, default=128, help="that judge; as many are fitted to")
+    parser.add_argument("--json", type=output_argument, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.samples < 2:
         parser.error(f"--samples: {arguments.samples}; 2 at least")
     if bad := [share for share in arguments.shares if not 0 < share <= 1]:
         parser.error(f"--shares: {bad[0]:g} is not above 0 and at most 1")
-    model, diffusion = loaded(arguments.weights)
-    config, device = model.config, model.pos_embed.device
-    samples, guided = arguments.samples, arguments.guidance_scale != 1
+    machine, rows = show_machine(), []
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for row in measured(
+        arguments.weights, arguments.budgets, arguments.shares, arguments.guidance_scale, arguments.samples
+    ):
+        print(row, flush=True)
+        rows.append(asdict(row))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+def measured(
+    weights: str, budgets: list[int], shares: list[float], guidance_scale: float, samples: int
+) -> Iterator[Row]:
+    model, diffusion = loaded(weights)
+    config, device, outer, halves = (
+        model.config,
+        model.pos_embed.device,
+        model.config.blocks(0),
+        1 + (guidance_scale != 1),
+    )
 
     def bind(index: Tensor) -> Draw:
         index = index.to(device)
         noise = sample_noise(0, index, (config.in_channels, config.input_size, config.input_size), stream="benchmark")
-        labels = index % config.num_classes
-        return partial(sample, model, diffusion, noise, labels, guidance_scale=arguments.guidance_scale)
+        return partial(sample, model, diffusion, noise, index % config.num_classes, guidance_scale=guidance_scale)
 
-    def drawn(way: Way) -> Tensor:  # of the samples that judge
-        index = torch.arange(2 * samples, 3 * samples)
-        return torch.cat([bind(part)(**vars(way)) for part in index.split(32)])
+    judges = torch.arange(2 * samples, 3 * samples).split(32)
+
+    def drawn(way: Way) -> Tensor:
+        return torch.cat([bind(part)(**vars(way)) for part in judges])
 
     limit = limit_way(diffusion)
     reference = drawn(limit)
@@ -72,17 +119,19 @@ def main() -> None:
         each = distances(drawn(way), reference)  # (samples,)
         return float(each.mean()), float(each.median())
 
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for blocks in arguments.budgets:
-        outer = config.blocks(0)
-        paper = best_of_paper(blocks // (1 + guided), outer, errors)
-        for share in arguments.shares:
-            began, budget = time.monotonic(), round(blocks * share) // (1 + guided)
-            start = paper_way("constant", max(1, budget // (outer + 2)), budget, outer)
-            found = calibrate(bind, diffusion, start, outer_depth=outer, samples=samples, limit=limit).way
-            numbers = [[f"{value:.3f}" for value in errors(way)] for way in (paper, found)]
-            cells = [str(blocks), named(paper), *numbers[0], str(budget * (1 + guided)), named(found), *numbers[1]]
-            print(f"| {' | '.join(cells)} | {time.monotonic() - began:.0f} |", flush=True)
+    for blocks, share in product(budgets, shares):
+        began, budget = time.monotonic(), round(blocks * share) // halves
+        start = paper_way("constant", max(1, budget // (outer + 2)), budget, outer)
+        found = calibrate(bind, diffusion, start, outer_depth=outer, samples=samples, limit=limit).way
+        seconds = time.monotonic() - began
+        alike = replace(
+            found, sampler="ddim", sampler_settings=SamplerSettings(), start_extrapolation=0.0, relaxation=None
+        )
+        calls = {name: partial(bind(judges[0]), **vars(way)) for name, way in (("fitted", found), ("ddim", alike))}
+        times = {name: median(each) for name, each in take_turns(calls, 5, device.type).items()}
+        paper = best_of_paper(blocks // halves, outer, errors)
+        ratio = times["fitted"] / times["ddim"]
+        yield Row(blocks, named(paper), errors(paper), budget * halves, named(found), errors(found), ratio, seconds)
 
 
 def loaded(weights: str) -> tuple[Denoiser, Diffusion]:

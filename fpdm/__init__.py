@@ -6,6 +6,7 @@ from fpdm.config import SIZES, DenoiserConfig
 from fpdm.conversion import fpdm_from_dit
 from fpdm.denoiser import Denoised, Denoiser, build_denoiser, count_parameters
 from fpdm.diffusion import Diffusion
+from fpdm.fitted import Coefficients
 from fpdm.fixed_point import sjfb_counts
 from fpdm.importing import ImportReport, import_checkpoint, infer_config
 from fpdm.samplers import SamplerSettings, build_sampler, spaced_timesteps
@@ -15,6 +16,7 @@ from fpdm.weights import assemble, load_pretrained, read_config, read_extra, sav
 __all__ = [
     "SIZES",
     "Calibration",
+    "Coefficients",
     "Denoised",
     "Denoiser",
     "DenoiserConfig",

@@ -26,11 +26,12 @@ Bind = Callable[[Tensor], Draw]
 CURVE_REACH = 4  # curves are measured up to this many times the mean number of iterations
 LIMIT_STEPS = 128  # of the limit, and at least LIMIT_REACH times those of the way that has most
 LIMIT_REACH = 2
-LIMIT_ITERATIONS = 8  # in each of them, from the last one's solution
+LIMIT_ITERATIONS = 4  # in each of them, from the last one's solution
+MOVED_ON = 0.5  # by this times its last change: in the limit, and where a fit begins
 FIT_ITERATIONS = (1, 2, 3)  # means of a step that are tried beside those of the way to beat
+SCREENING = 5  # they are fitted for this part of the updates
 FIT_BATCH = 16
 FIT_RATE = 1e-2  # Adam's, of all numbers alike: kept and weights, starts, relaxations, and timesteps as shares of T
-FIT_START = 0.5  # what starts are moved on by before they are fitted
 FIT_CLIP = 1.0  # of the gradient's norm: a few samples' paths part, and their gradients are huge
 STANDARD_ERRORS = 2.0  # a gain below this many of them is noise,
 LEAST_GAIN = 0.01  # and one below this share of the error is not worth another way
@@ -102,8 +103,8 @@ def calibrate(
     """A sampler fitted to the network, of as many blocks as `way`; `way` itself where that is no nearer to the limit.
 
     The blocks are spread evenly over steps of about as many iterations as `way` has, and of `FIT_ITERATIONS`. Each is
-    fitted (see `fit`) for a third of the updates, and the nearest one for all. Other samples then compare it with
-    `way`: it is taken only if there too it is nearer to the limit, by more than chance would make it.
+    fitted (see `fit`) for a part of the updates, and the nearest one for all. Other samples then compare it with `way`:
+    it is taken only if there too it is nearer to the limit, by more than chance would make it.
 
     Args:
         bind: as above.
@@ -140,7 +141,7 @@ def calibrate(
         except ValueError:  # all else that `sample` refuses, it refused of the limit
             return limit.new_full((samples,), math.inf)
 
-    tried = [fit(bind, diffusion, start, chosen_by, -(-updates // 3)) for start in ways.values()]
+    tried = [fit(bind, diffusion, start, chosen_by, -(-updates // SCREENING)) for start in ways.values()]
     best = min(tried, key=lambda way: float(error(way, 0, chosen_by).mean()))
     found = fit(bind, diffusion, ways[best.num_steps], chosen_by, updates)
     before, after = (error(each, samples, judged_by) for each in (way, found))
@@ -173,7 +174,7 @@ def fit_start(diffusion: Diffusion, block_budget: int, iterations: float, outer_
         num_steps=steps,
         iterations=tuple(counts),
         reuse=True,
-        start_extrapolation=(FIT_START,) * steps,
+        start_extrapolation=(MOVED_ON,) * steps,
         relaxation=(1.0,) * steps,
     )
 
@@ -264,6 +265,7 @@ def limit_way(diffusion: Diffusion, most_steps: int = 0) -> Way:
         num_steps=num_steps,
         iterations=(LIMIT_ITERATIONS,) * num_steps,
         reuse=True,
+        start_extrapolation=MOVED_ON,
     )
 
 

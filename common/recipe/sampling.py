@@ -75,8 +75,9 @@ class Sample:
     and cannot be the first, reads out what the steps before found."""
     allocation: Literal["constant", "more_at_noise", "more_at_data", "list", "adaptive", "calibrated"] = "constant"
     """How iterations are distributed over the steps. `adaptive` (one threshold of the residual) is measured on the
-    weights, and so is `calibrated`: steps, iterations, sampler, spacing and start are chosen anew, at as many blocks,
-    by the distance of the latents to those of many steps and iterations."""
+    weights. `calibrated`: a sampler is fitted to them, at as many blocks: its timesteps, what it multiplies the
+    predictions by, where each step's iteration starts and how it is relaxed, so that latents come near to those of
+    many steps and iterations. It takes minutes, once for a set of samples."""
     reuse: Literal["always", "none"] = "always"
     """Whether a step starts from the previous step's solution."""
     start_extrapolation: Fraction = 0.0
@@ -87,7 +88,7 @@ class Sample:
     """A sample stops iterating in a step once its relative residual falls to this; `iterations` is then a maximum.
     null: every sample takes all iterations."""
     calibration_samples: Count = 128
-    """Samples on which `adaptive` and `calibrated` are measured; `calibrated` judges on as many others."""
+    """Samples on which `adaptive` is measured, and to which `calibrated` fits; it judges on as many others."""
     guidance_scale: AtLeastZero = 1.0
     """Scale of classifier-free guidance. 1: no guidance."""
     guidance_rescale: Fraction = 0.0
@@ -185,7 +186,7 @@ class Sweep:
     """As sample.ema."""
     distance_to_limit: StrictBool = False
     """Also the distance from the samples of many steps and iterations of the same network and guidance_scale, which
-    every way of sampling approximates. They cost ten times the blocks of 128 steps, for each value of guidance_scale
+    every way of sampling approximates. They cost six times the blocks of 128 steps, for each value of guidance_scale
     and ema."""
 
 

@@ -18,7 +18,7 @@ from common.recipe import Sweep as SweepSettings
 from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder, SampleFolder
 from common.sealed import STRICT, read_sealed, write_sealed
-from fpdm.calibration import LIMIT_ITERATIONS, limit_way
+from fpdm.calibration import LIMIT_ITERATIONS, MOVED_ON, limit_way
 from pipeline.evaluation.measurements import Evaluation, Measurement
 from pipeline.evaluation.metrics import frechet_distance
 from pipeline.evaluation.plots import sweep_plot
@@ -198,7 +198,7 @@ def _limit(recipe: Recipe) -> Recipe:
         allocation="constant",
         iterations=LIMIT_ITERATIONS,
         reuse="always",
-        start_extrapolation=0.0,
+        start_extrapolation=MOVED_ON,
         solver="picard",
         iterate_guidance=0.0,
     )

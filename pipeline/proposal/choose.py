@@ -56,6 +56,7 @@ FROM_DEMO = {
     "sample.sampler": "good in few steps",
     "sample.iterations": "of the fixed point, a step",
     "sample.start_extrapolation": "each step starts where the last two point to; costs nothing",
+    "sample.eta": "noise in the steps: in the demo more images were like the real ones",
     "sample.batch_size": "at once",
     "sample.chunk_samples": "samples in a file",
     "evaluate.batch_size": "at once",
@@ -104,7 +105,7 @@ def first_settings(
             "lower than the demo's: rates were tried on it alone",
         ),
         Setting("sample.num_steps", 12 if classes > 1 else 24, "as many blocks an image with guidance as without"),
-        Setting("sample.guidance_scale", *((1.5, "towards the class") if classes > 1 else (1.0, "there is one class"))),
+        Setting("sample.guidance_scale", *((2.0, "towards the class") if classes > 1 else (1.0, "there is one class"))),
         Setting("launch.processes", processes, f"of {machine}"),
     ]
     if found.data.source != "folder":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fpdm import (
     rng,
     sample,
 )
-from fpdm.calibration import FIT_START, distances, fit, fit_start, limit_way
+from fpdm.calibration import MOVED_ON, distances, fit, fit_start, limit_way
 
 V = Diffusion(prediction="v")
 FLOW = Diffusion(schedule="flow", prediction="flow", learned_variance=False)
@@ -73,7 +74,7 @@ def test_a_fit_begins_at_the_budget_exactly_with_what_multistep_draws(budget, di
     assert count_blocks(way.iterations, 2) == budget
     spacing = "trailing" if diffusion.is_flow else "linspace"
     usual = replace(way, sampler="multistep", sampler_settings=SamplerSettings(spacing=spacing), relaxation=None)
-    usual = replace(usual, start_extrapolation=FIT_START)
+    usual = replace(usual, start_extrapolation=MOVED_ON)
     draw = drawing(torch.arange(3), diffusion)
     torch.testing.assert_close(draw(**vars(way)), draw(**vars(usual)), rtol=0, atol=1e-4)
 
@@ -90,6 +91,34 @@ def test_a_fit_comes_nearer_to_the_limit_and_is_a_function_of_its_arguments():
     assert first == again
     before, after = (distances(bind(torch.arange(24))(**vars(way)), limit).mean() for way in (start, first))
     assert after < 0.8 * before
+
+
+def test_a_fit_of_one_step_finds_what_trying_all_its_weights_finds():
+    bind = partial(drawing, diffusion=V)
+    every, start = bind(torch.arange(24)), fit_start(V, 4, 2, 2)
+    limit = every(**vars(LIMIT))
+    found = fit(bind, V, start, limit, 250)
+    coefficients = found.sampler_settings.coefficients
+
+    def error(kept, weight):
+        changed = replace(coefficients, kept=(kept,), weights=((weight,),))
+        return float(
+            distances(
+                every(**vars(replace(found, sampler_settings=SamplerSettings(coefficients=changed)))), limit
+            ).mean()
+        )
+
+    around = [step / 20 for step in range(-4, 5)]
+    kept, weight = coefficients.kept[0], coefficients.weights[0][0]
+    least = min(error(kept + more, weight + other) for more, other in product(around, around))
+    assert error(kept, weight) < least + 0.01
+
+
+def test_a_sample_of_a_fitted_sampler_does_not_depend_on_its_batch():
+    bind = partial(drawing, diffusion=V, guidance_scale=1.5)
+    way = fit(bind, V, fit_start(V, 12, 1.5, 2), bind(torch.arange(6))(**vars(LIMIT)), 3)
+    alone = torch.cat([bind(torch.tensor([i]))(**vars(way)) for i in range(5)])
+    torch.testing.assert_close(bind(torch.arange(5))(**vars(way)), alone, rtol=0, atol=1e-4)
 
 
 def test_each_of_the_fitted_numbers_has_a_gradient():

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ from diffusers import (
 from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from torch.testing import assert_close
 
-from common.recipe import Recipe
-from common.run_folder import RunFolder, weights_folder
+from common.recipe import Recipe, diffusion
+from common.run_folder import RunFolder, SampleFolder, weights_folder
+from common.run_weights import load_network
+from common.sealed import write_sealed
+from fpdm.calibration import fit, fit_start
 from fpdm.config import DenoiserConfig
 from fpdm.denoiser import build_denoiser
 from fpdm.diffusion import Diffusion
@@ -33,6 +36,8 @@ from fpdm.pipeline_hf import FPDMPipeline
 from fpdm.scheduler_hf import FPDMScheduler
 from fpdm.transformer_hf import FPDMTransformer2DModel
 from pipeline.exporting.export import export
+from pipeline.sampling.plans import bind_sampler
+from pipeline.sampling.sample_set import sample_set
 from preprocess.encoding.encoder import Encoder
 from tests.conftest import copied, generated, load_samples
 from tests.hub import hub
@@ -89,6 +94,41 @@ def test_by_default_it_draws_the_recipes_own_samples_pixel_by_pixel(tiny_recipe:
     images, labels = load_samples(generated(recipe, "latest"), 10)
     found = exported(recipe)(labels[3:7], seed=recipe.seed, first_index=3)
     assert np.array_equal(pixels(found), images[3:7])
+
+
+def fitted(recipe: Recipe) -> Recipe:
+    """With allocation calibrated, its samples' plan a fitted one: so small a network's fit may not be worth taking."""
+    recipe = replace(recipe, sample=replace(recipe.sample, sampler="ddim", allocation="calibrated"))
+    samples = sample_set(recipe, "latest")
+    model = load_network(samples.weights)
+
+    def bind(index: torch.Tensor) -> Any:
+        return bind_sampler(recipe, model, "calibrate", index)
+
+    start = fit_start(diffusion(recipe), 3 * (2 + 2), 2, 2)
+    assert start is not None
+    limit = bind(torch.arange(4))(**vars(replace(start, iterations=(9,) * 3)))
+    samples.folder.mkdir(parents=True)
+    way = fit(bind, diffusion(recipe), start, limit, 3)
+    write_sealed(SampleFolder(samples.folder).plan, asdict(way))
+    return recipe
+
+
+def test_it_draws_by_the_fitted_sampler_pixel_by_pixel(tiny_recipe: Recipe) -> None:
+    recipe = fitted(tiny_recipe)
+    images, labels = load_samples(generated(recipe, "latest"), 10)
+    loaded = exported(recipe)
+    assert loaded.scheduler.sampler == "fitted"
+    assert np.array_equal(pixels(loaded(labels[3:7], seed=recipe.seed, first_index=3)), images[3:7])
+
+
+def test_a_fitted_sampler_is_exchanged_for_another_by_name(tiny_recipe: Recipe) -> None:
+    loaded = exported(fitted(tiny_recipe))
+    with pytest.raises(ValueError, match=r"num_steps: 5, and the sampler was fitted for 3; .* such as 'multistep'"):
+        loaded([0], num_inference_steps=5, iterations=2)
+    assert loaded([0], num_inference_steps=5, iterations=2, sampler="multistep").images
+    loaded.scheduler = DPMSolverMultistepScheduler.from_config(loaded.scheduler.config)
+    assert loaded([0], num_inference_steps=5, iterations=2).images
 
 
 def test_a_budget_of_blocks_is_spent_as_the_recipe_spends_it(tiny_recipe: Recipe) -> None:
