@@ -37,7 +37,7 @@ class ClassNames:
         listed = ", ".join(list(self.numbers)[:SHOWN]) + (
             ", ... (pipeline.labels)" if len(self.numbers) > SHOWN else ""
         )
-        known = f"there are {listed}" if listed else "the export has no names of classes; give numbers"
+        known = f"there are {listed}" if listed else "no class has a name here; give numbers"
         raise ValueError(f"class_labels: no class is named {name[:100]!r}; {known}")
 
     def tensor(self, labels: int | str | Sequence[int | str] | Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def _draw_lines(axes: Any, rows: Sequence[dict[str, Any]], across: str, fields: 
         name = tuple(row[field] for field in varying)
         lines.setdefault(name, []).append((row[across], row["numbers"]["frechet"]["value"]))
     for number, (name, points) in enumerate(lines.items()):
-        label = ", ".join(_word(field, value) for field, value in zip(varying, name, strict=True))
+        said = zip(varying, name, strict=True)
+        label = ", ".join(_word(field, value) for field, value in said if value is not None)  # None: fitted
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, "o-", color=COLOURS[number % len(COLOURS)], linewidth=1.5, markersize=4, label=label)
     if varying:

@@ -12,7 +12,7 @@ from common.files import atomic_folder
 from common.loading import dump_recipe
 from common.recipe import Recipe, Sample
 from common.run_folder import RunFolder
-from common.run_weights import REMEDY, load_network
+from common.run_weights import REMEDY
 from fpdm.allocation import MEASURED
 from fpdm.calibration import Way
 from fpdm.call_settings import FIXED_POINT, CallSettings, setting_names
@@ -21,10 +21,12 @@ from fpdm.samplers import SamplerSettings
 from fpdm.scheduler_hf import FPDMScheduler
 from fpdm.transformer_hf import FPDMTransformer2DModel
 from pipeline.exporting.model_card import GRID_IMAGES, UNSTATED, Licences, drawn_images, write_card
-from pipeline.sampling.plans import by_recipe, labels_for, open_plan
-from pipeline.sampling.sample_set import SampleSet, sample_set
+from pipeline.sampling.plans import labels_for, way_of
+from pipeline.sampling.sample_set import sample_set
 from preprocess.encoding.encoder import fetch_vae, load_vae
 from preprocess.from_data import class_names
+
+FITTED = ("coefficients", "start_extrapolation", "relaxation")
 
 
 def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None = None, *, half: bool = False) -> None:
@@ -69,18 +71,17 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
 
 
 def shown_settings(pipeline: FPDMPipeline) -> dict[str, Any]:
-    """Arguments of a call of the pipeline, and what they are where it leaves them out; without those that are off."""
+    """Arguments of a call of the pipeline, and what they are where it leaves them out; without those that are off, and
+    without numbers that are fitted.
+    """
     scheduler = pipeline.scheduler
     values = {**pipeline.config["sampling"], "sampler": scheduler.sampler, **asdict(scheduler.settings)}
     usual = asdict(CallSettings()) | asdict(SamplerSettings())
     fixed = () if pipeline.transformer.config.kind == "dit" else ("iterations", "allocation", "reuse")
     always = ("num_inference_steps", *fixed, "guidance_scale", "sampler")
+    if scheduler.sampler == "fitted":
+        values = {name: value for name, value in values.items() if name not in FITTED}
     return {name: value for name, value in values.items() if name in always or value != usual.get(name, value)}
-
-
-def way_of(recipe: Recipe, samples: SampleSet) -> Way:
-    """How the set is drawn; where the recipe measures that on the weights, as its samples were, or measured now."""
-    return by_recipe(recipe) or open_plan(recipe, samples.folder, load_network(samples.weights))
 
 
 def call_settings(settings: Sample, way: Way) -> dict[str, Any]:

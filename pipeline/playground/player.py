@@ -34,7 +34,7 @@ class Progress:
 
 class Player:
     """An export, loaded once. It draws without noise in the steps, so that any number of them comes to the same image;
-    ddpm alone has noise by nature.
+    ddpm alone has noise by nature. For the same reason multistep takes the place of a sampler fitted to its own steps.
 
     Raises UserError where the folder holds none.
     """
@@ -48,6 +48,8 @@ class Player:
         self.network = self.pipeline.transformer.denoiser.config
         self.settings = CallSettings.stored(self.pipeline.config["sampling"])
         self.scheduler = self.pipeline.scheduler.changed(eta=0.0)
+        if self.scheduler.sampler == "fitted":
+            self.settings, self.scheduler = self.settings.unfitted(), self.scheduler.changed("multistep")
 
     @property
     def class_names(self) -> dict[int, str]:

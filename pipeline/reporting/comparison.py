@@ -143,7 +143,7 @@ def page(compared: Compared, path: Path) -> None:
 
 def read_run(folder: Path) -> Run:
     """Raises UserError where the folder holds no run with weights."""
-    recipe = from_data(_sampled_recipe(folder))
+    recipe = from_data(sampled_recipe(folder))
     flops, samples_seen = mean_flops(recipe), find_weights(recipe, "latest", recipe.sample.ema)[0]
     lines = [line for line in read_log(RunFolder(folder).log) if line.get("loss") is not None]
     losses = [(line["samples"] * flops / 1e15, line["loss"]) for line in lines]
@@ -151,7 +151,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder.name, recipe, samples_seen, flops, losses, measured, distances)
 
 
-def _sampled_recipe(folder: Path) -> Recipe:
+def sampled_recipe(folder: Path) -> Recipe:
     """As the run was measured, else as it was trained."""
     trained = read_recipe(folder)
     if not RunFolder(folder).metrics.exists():

@@ -119,9 +119,13 @@ def _batches_in_the_background() -> int:
     return WAITING if torch.cuda.is_available() or torch.get_num_threads() == 1 else 0
 
 
-def draw_images(recipe: Recipe, way: Way, model: Denoiser, vae: Encoder, index: torch.Tensor) -> torch.Tensor:
-    """Samples `index` (B,) as (B, 3, H, W) in [-1, 1]. Raises UnsoundSamples, with their count."""
-    draw = bind_sampler(recipe, model, "sample", index)
+def draw_images(
+    recipe: Recipe, way: Way, model: Denoiser, vae: Encoder, index: torch.Tensor, label: int | None = None
+) -> torch.Tensor:
+    """Samples `index` (B,) as (B, 3, H, W) in [-1, 1], of their own classes or all of one. Raises UnsoundSamples, with
+    their count.
+    """
+    draw = bind_sampler(recipe, model, "sample", index, label)
     try:
         latents = draw(**vars(way), tolerance=recipe.sample.tolerance)  # (B, C, h, w)
     except ValueError as error:

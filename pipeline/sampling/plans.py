@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape, num_classes
 from common.recipe.sampling import sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
+from common.run_weights import load_network
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import MEASURED, count_blocks
@@ -28,6 +29,7 @@ from fpdm.denoiser import Denoiser
 from fpdm.samplers import SamplerName, SamplerSettings, Spacing, Variance, adds_noise, build_sampler
 from fpdm.sampling import UnsoundError, guided_steps, sample_noise, weak_iterates
 from fpdm.sampling import sample as sample_latents
+from pipeline.sampling.sample_set import SampleSet
 
 REMEDY = "delete the folder and run python pipeline/sample.py"
 
@@ -109,6 +111,11 @@ def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Way:
     return read_plan(recipe, folder)
 
 
+def way_of(recipe: Recipe, samples: SampleSet) -> Way:
+    """How the set is drawn; where the recipe measures that on the weights, as its samples were, or measured now."""
+    return by_recipe(recipe) or open_plan(recipe, samples.folder, load_network(samples.weights))
+
+
 def read_plan(recipe: Recipe, folder: Path) -> Way:
     """How the set in `folder` was drawn.
 
@@ -176,8 +183,8 @@ def _misfit(recipe: Recipe, plan: Way) -> str | None:
     return None if blocks == budget else f"iterations: {blocks} blocks of a budget of {budget}"
 
 
-def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor) -> Draw:
-    """`fpdm.sample` of the samples `index` (B,), with all but the fields of a `Way` bound."""
+def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tensor, label: int | None = None) -> Draw:
+    """`fpdm.sample` of the samples `index` (B,), with all but the fields of a `Way` bound. `label`: of all of them."""
     settings, shape = recipe.sample, latent_shape(recipe)
     noise = partial(sample_noise, recipe.seed, index, shape, stream=stream)  # (B, C, h, w)
     return partial(
@@ -185,7 +192,7 @@ def bind_sampler(recipe: Recipe, model: Denoiser, stream: str, index: torch.Tens
         model,
         diffusion(recipe),
         noise(),
-        labels_for(recipe, index),
+        labels_for(recipe, index) if label is None else torch.full_like(index, label),
         step_noise=(lambda step: noise(step=step))
         if adds_noise(settings.sampler, sampler_settings(settings))
         else None,

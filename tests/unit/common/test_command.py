@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPTS = [path for room in ("preprocess", "pipeline") for path in sorted((ROOT / room).glob("*.py"))]
 PROGRAMS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8")]
 # These take folders, no recipe.
-WITHOUT_RECIPE = ("verify_shards", "compare", "convert", "init", "judge", "play", "reproduce")
+WITHOUT_RECIPE = ("verify_shards", "compare", "convert", "draw", "init", "judge", "play", "reproduce")
 COMMANDS = [path for path in PROGRAMS if path.stem not in WITHOUT_RECIPE]
 
 # These two look at what is there, and build no network.

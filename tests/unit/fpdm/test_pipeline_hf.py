@@ -36,6 +36,7 @@ from fpdm.pipeline_hf import FPDMPipeline
 from fpdm.scheduler_hf import FPDMScheduler
 from fpdm.transformer_hf import FPDMTransformer2DModel
 from pipeline.exporting.export import export
+from pipeline.playground.player import Player, Progress
 from pipeline.sampling.plans import bind_sampler
 from pipeline.sampling.sample_set import sample_set
 from preprocess.encoding.encoder import Encoder
@@ -120,6 +121,18 @@ def test_it_draws_by_the_fitted_sampler_pixel_by_pixel(tiny_recipe: Recipe) -> N
     loaded = exported(recipe)
     assert loaded.scheduler.sampler == "fitted"
     assert np.array_equal(pixels(loaded(labels[3:7], seed=recipe.seed, first_index=3)), images[3:7])
+
+
+def test_a_fitted_export_says_its_sampler_and_plays_in_any_number_of_steps(tiny_recipe: Recipe) -> None:
+    recipe = fitted(tiny_recipe)
+    export(recipe)
+    card = (RunFolder(recipe.folder).pipeline / "README.md").read_text()
+    assert "| `sampler` | fitted |" in card
+    assert "coefficients" not in card
+    player = Player(RunFolder(recipe.folder).pipeline)
+    drawn: list[Progress] = []
+    player.draw(0, 0, {"num_inference_steps": 5, "iterations": 2}, drawn.append)
+    assert [progress.step for progress in drawn] == [1, 2, 3, 4, 5]
 
 
 def test_a_fitted_sampler_is_exchanged_for_another_by_name(tiny_recipe: Recipe) -> None:
