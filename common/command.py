@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """As of every other mistake: one line, and status 2."""
-        _say(f"error: {self._in_our_words(message)}")
+        say(f"error: {self._in_our_words(message)}")
         sys.exit(2)
 
     def _in_our_words(self, message: str) -> str:
@@ -168,10 +168,10 @@ def unless_forced(arguments: argparse.Namespace) -> Iterator[None]:
     except Refused as refusal:
         if arguments.force:
             for fault in refusal.faults:
-                _say(f"warning: {fault}")
+                say(f"warning: {fault}")
             return
         if not arguments.dry_run:
-            _say("nothing was started, because jobs would end with what follows; --force starts them all the same")
+            say("nothing was started, because jobs would end with what follows; --force starts them all the same")
         raise
 
 
@@ -191,13 +191,13 @@ def exit_status_of(work: Callable[[], None]) -> int:
         return 128 + signal.SIGPIPE
     except UserError as error:
         for fault in error.faults if isinstance(error, Refused) else [error]:
-            _say(f"error: {fault}")
+            say(f"error: {fault}")
         return 2
     except Interrupted as interruption:
-        _say(f"interrupted: {interruption}")
+        say(f"interrupted: {interruption}")
         return INTERRUPTED
     except KeyboardInterrupt:
-        _say("interrupted: by Ctrl-C; the same command again goes on from what is finished")
+        say("interrupted: by Ctrl-C; the same command again goes on from what is finished")
         return 128 + signal.SIGINT
     return 0
 
@@ -251,7 +251,7 @@ def outlived(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Writes one line to stderr in one call, because ranks that end together share a terminal."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

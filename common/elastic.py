@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import elastic_rank
-from common.command import STOP_SIGNALS
+from common.command import STOP_SIGNALS, say
 from common.errors import Interrupted, UserError
 from common.loading import dump_recipe
 from common.ranks import rank_and_world_size
@@ -196,7 +196,7 @@ class _Leader:
         world_size = len(group) * self.processes
         if attempt:
             left = f"{len(self.peers)} of {self.nodes} nodes are left"
-            _say(f"{left}; on {len(group)} of them the work goes on from the last checkpoint")
+            say(f"{left}; on {len(group)} of them the work goes on from the last checkpoint")
         start = {"attempt": attempt, "world_size": world_size, "port": free_port()}
         for node, peer in self.peers.items():
             peer.send({**start, "first": group.index(node) * self.processes if node in group else None})
@@ -281,8 +281,3 @@ class _Ranks:
 def _wait_for_handlers() -> None:
     """In a new process: stop signals wait until training handles them (`pipeline.training.signals`)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -159,7 +159,7 @@ def _source_set(data: Data, name: str, which: Which, limit: int | None) -> Image
     """At most `limit` images of a source, evenly spaced over its sorted list, so that every class keeps its share."""
     source = open_source(data, which)
     count = len(source.entries)
-    chosen = evenly(count, limit)
+    chosen = evenly_spaced(count, limit).tolist()
     size = len(chosen)
     how_many = f"{size:,} of {count:,}" if size < count else f"{size:,}"
     return ImageSet(
@@ -171,10 +171,10 @@ def _source_set(data: Data, name: str, which: Which, limit: int | None) -> Image
     )
 
 
-def evenly(count: int, limit: int | None) -> list[int]:
-    """At most `limit` places of `count`, evenly spaced."""
-    size = min(limit or count, count)
-    return [place * count // size for place in range(size)]
+def evenly_spaced(count: int, most: int | None) -> NDArray[np.int64]:
+    """At most `most` positions of `count`, ascending; all for None."""
+    size = min(most or count, count)
+    return np.arange(size, dtype=np.int64) * count // max(1, size)
 
 
 def read_images(data: Data, source: Source, positions: Sequence[int]) -> Images:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.evaluation.image_sets import evenly_spaced
 from pipeline.judging.movers import composed, labels_of, mean_over_draws, replaced, shuffled
-from pipeline.judging.numbers import Distance, evenly_spaced
+from pipeline.judging.numbers import Distance
 from pipeline.judging.pairs import EXAMINED, Pairs, blockiness, find_pairs, fine_detail, pixel_cause
 from pipeline.judging.scan import Scan, copies
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fpdm import rng
+from pipeline.evaluation.image_sets import evenly_spaced
 from pipeline.evaluation.metrics import statistics
 from pipeline.judging.changes import SEED, cropped_inside, jpeg, refiltered, truncated
-from pipeline.judging.numbers import Distance, Reference, evenly_spaced
+from pipeline.judging.numbers import Distance, Reference
 from pipeline.judging.scan import Measuring, Scan, copies, copies_of, pick
 from preprocess.images.images import CROPS
 

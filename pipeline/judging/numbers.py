@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.evaluation.image_sets import evenly_spaced
 from pipeline.evaluation.metrics import (
     NEIGHBOURHOOD,
     Statistics,
@@ -158,12 +159,6 @@ def squared_mmd(rows: NDArray[np.floating], others: NDArray[np.floating]) -> flo
 def evenly(rows: NDArray[np.float32], most: int) -> NDArray[np.float32]:
     """At most `most` rows, evenly spaced."""
     return rows[evenly_spaced(len(rows), most)]
-
-
-def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
-    """At most `most` positions of `count`, ascending."""
-    size = min(count, most)
-    return np.arange(size, dtype=np.int64) * count // max(1, size)
 
 
 def distance_number(rows: NDArray[np.float32], reference: Statistics, weights: ExtractorWeights) -> Number:

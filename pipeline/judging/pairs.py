@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.evaluation.image_sets import evenly_spaced
 from pipeline.judging.changes import jpeg
-from pipeline.judging.numbers import evenly_spaced
 from pipeline.judging.scan import Scan, nearest
 
 EXAMINED = 16  # pairs whose pixels are compared

@@ -13,8 +13,7 @@ from fpdm.config import DenoiserConfig
 from fpdm.denoiser import Denoiser, count_parameters
 from pipeline.training.deepspeed_config import zero_stage
 from pipeline.training.identity import precision
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from preprocess.encoding.encoder import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def on_a_gpu(recipe: Recipe, ranks: int) -> float:
     kind = precision(train, on_gpu=True)
     assert train.micro_batch_size is not None
     activations = Activations(
-        config, train.micro_batch_size, train.max_grad_iterations, train.activation_checkpointing, DTYPES[kind]
+        config, train.micro_batch_size, train.max_grad_iterations, train.activation_checkpointing, PRECISIONS[kind]
     )
     return count_parameters(config) * bytes_a_parameter(train, ranks) + activations.bytes
 
@@ -96,7 +95,7 @@ def bytes_a_parameter(train: Train, ranks: int) -> float:
     averages, which ZeRO divides among the ranks; from stage 2 gradients too, at stage 3 all.
     """
     stage, kind = zero_stage(train, ranks, on_gpu=True), precision(train, on_gpu=True)
-    number = DTYPES[kind].itemsize
+    number = PRECISIONS[kind].itemsize
     alone = stage == 0 and kind == "fp32"  # the weights are the fp32 ones themselves
     fp32 = 0 if train.optimizer.offload else 4 * (not alone) + 8 + 4 * len(train.ema.names)
     return (

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.recipe import Data
-from pipeline.evaluation.image_sets import evenly, read_images
+from pipeline.evaluation.image_sets import evenly_spaced, read_images
 from pipeline.evaluation.measurements import Evaluation
 from pipeline.evaluation.statistics import kept_rows
 from preprocess.from_data import open_latents
@@ -27,7 +27,7 @@ def nearest(evaluation: Evaluation, indices: Sequence[int]) -> list[NDArray[np.u
         return []
     rows = kept.rows["pooled"]
     source = open_source(recipe.data)
-    positions = evenly(len(source.entries), recipe.evaluate.reference_samples)
+    positions = evenly_spaced(len(source.entries), recipe.evaluate.reference_samples).tolist()
     rejected = _rejected(recipe.data)
     accepted = np.array([place for place in positions if source.entries[place].key not in rejected])
     positions_of_rows = accepted[kept_rows(np.arange(len(accepted)), len(positions))]
