@@ -94,6 +94,9 @@ def measured(
     weights: str, budgets: list[int], shares: list[float], guidance_scale: float, samples: int
 ) -> Iterator[Row]:
     model, diffusion = loaded(weights)
+    least = model.config.blocks(1) * (1 + (guidance_scale != 1))
+    if min(budgets) * min(shares) < least:
+        raise UserError(f"--budgets: {min(budgets)} x {min(shares):g} is less than one step of {least} blocks")
     config, device, outer, halves = (
         model.config,
         model.pos_embed.device,

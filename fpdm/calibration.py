@@ -18,8 +18,9 @@ from fpdm import rng
 from fpdm.allocation import allocate, count_blocks
 from fpdm.denoiser import Denoised
 from fpdm.diffusion import Diffusion
-from fpdm.fitted import Coefficients, Numbers, linear_form
-from fpdm.samplers import SamplerName, SamplerSettings, adds_noise, build_sampler
+from fpdm.fitted import Coefficients, Numbers
+from fpdm.samplers import Sampler, SamplerName, SamplerSettings, adds_noise, build_sampler, usual_settings
+from fpdm.sampling import UnsoundError
 
 Draw = Callable[..., Tensor]
 Bind = Callable[[Tensor], Draw]
@@ -30,6 +31,8 @@ LIMIT_ITERATIONS = 4  # in each of them, from the last one's solution
 MOVED_ON = 0.5  # by this times its last change: in the limit, and where a fit begins
 FIT_ITERATIONS = (1, 2, 3)  # means of a step that are tried beside those of the way to beat
 SCREENING = 5  # they are fitted for this part of the updates
+FIT_SAMPLES = 128  # that are fitted to; as many judge
+FIT_UPDATES = 150
 FIT_BATCH = 16
 FIT_RATE = 1e-2  # Adam's, of all numbers alike: kept and weights, starts, relaxations, and timesteps as shares of T
 FIT_CLIP = 1.0  # of the gradient's norm: a few samples' paths part, and their gradients are huge
@@ -52,8 +55,8 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The way that `calibrate` chose, and errors relative to the limit, on the samples that judge: of that way, and of
-    the one that was to beat.
+    """The way that `calibrate` chose, and the mean of `distances` to the limit on the samples that judge: of that way,
+    and of the one that was to beat.
     """
 
     way: Way
@@ -95,8 +98,8 @@ def calibrate(
     way: Way,
     *,
     outer_depth: int,
-    samples: int = 128,
-    updates: int = 150,
+    samples: int = FIT_SAMPLES,
+    updates: int = FIT_UPDATES,
     batch_size: int = 32,
     limit: Way | None = None,
 ) -> Calibration:
@@ -113,7 +116,7 @@ def calibrate(
         outer_depth: pre + post.
         samples: those numbered from 0 on choose, as many after them judge.
         updates: of the fit.
-        batch_size: of all that is drawn but in the fit, whose batches are of `FIT_BATCH`.
+        batch_size: samples that are drawn at once; the fit's own batches have `FIT_BATCH`.
         limit: how the limit is drawn; by default `limit_way`.
 
     Raises:
@@ -135,15 +138,17 @@ def calibrate(
     chosen_by, judged_by = (drawn(limit, first) for first in (0, samples))
 
     def error(way: Way, first: int, limit: Tensor) -> Tensor:
-        """(samples,), infinite where latents are not finite."""
+        """(samples,), all infinite where some latents are not finite."""
         try:
             return distances(drawn(way, first), limit)
-        except ValueError:  # all else that `sample` refuses, it refused of the limit
+        except UnsoundError:
             return limit.new_full((samples,), math.inf)
 
-    tried = [fit(bind, diffusion, start, chosen_by, -(-updates // SCREENING)) for start in ways.values()]
-    best = min(tried, key=lambda way: float(error(way, 0, chosen_by).mean()))
-    found = fit(bind, diffusion, ways[best.num_steps], chosen_by, updates)
+    screened = {
+        steps: fit(bind, diffusion, start, chosen_by, -(-updates // SCREENING)) for steps, start in ways.items()
+    }
+    best = min(screened, key=lambda steps: float(error(screened[steps], 0, chosen_by).mean()))
+    found = fit(bind, diffusion, ways[best], chosen_by, updates)
     before, after = (error(each, samples, judged_by) for each in (way, found))
     gains = before - after
     noise = STANDARD_ERRORS * gains.std() / len(gains) ** 0.5
@@ -159,13 +164,12 @@ def calibrate(
 def fit_start(diffusion: Diffusion, block_budget: int, iterations: float, outer_depth: int) -> Way | None:
     """Where a fit begins: multistep of second order, of about so many iterations a step, exactly at the budget.
 
-    None where the budget does not pay for one step's.
+    None where the budget does not pay for one step's, or pays for more steps than there are timesteps.
     """
     steps = max(1, round(block_budget / (outer_depth + iterations)))
     try:
         counts = allocate("constant", steps, block_budget=block_budget, outer_depth=outer_depth)
-        settings = SamplerSettings(spacing="trailing" if diffusion.is_flow else "linspace")
-        coefficients = linear_form(build_sampler(diffusion, "multistep", steps, settings))
+        coefficients = linear_form(build_sampler(diffusion, "multistep", steps, usual_settings(diffusion)))
     except ValueError:
         return None
     return Way(
@@ -177,6 +181,24 @@ def fit_start(diffusion: Diffusion, block_budget: int, iterations: float, outer_
         start_extrapolation=(MOVED_ON,) * steps,
         relaxation=(1.0,) * steps,
     )
+
+
+def linear_form(sampler: Sampler) -> Coefficients:
+    """A sampler's numbers, found by letting it act on the unit vectors of its start and of each step's output.
+
+    Args:
+        sampler: one without noise that computes in the dtype of what it is given.
+    """
+    steps = len(sampler.timesteps)
+    units = torch.eye(1 + steps, dtype=torch.float64)[:, None, :, None, None]  # each (1, 1 + steps, 1, 1)
+    x, before, kept, weights = units[0], units[0].flatten(), [], []
+    for i in range(steps):
+        x = sampler.step(i, units[1 + i], x, None)
+        after = x.flatten()  # of the start, then of each output
+        kept.append(float(after[0] / before[0]))
+        weights.append(tuple((after - kept[i] * before)[1 : 2 + i].tolist()))
+        before = after
+    return Coefficients(timesteps=tuple(map(float, sampler.timesteps)), kept=tuple(kept), weights=tuple(weights))
 
 
 def fit(bind: Bind, diffusion: Diffusion, way: Way, limit: Tensor, updates: int) -> Way:
@@ -195,7 +217,7 @@ def fit(bind: Bind, diffusion: Diffusion, way: Way, limit: Tensor, updates: int)
     Raises:
         ValueError: as `sample`, of the way where the fit begins.
     """
-    numbers = _Fitted(way, diffusion, limit.device)
+    numbers = _Numbers(way, diffusion, limit.device)
     optimizer = torch.optim.Adam(numbers.all, lr=FIT_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, updates))
     for update in range(updates):
@@ -203,20 +225,21 @@ def fit(bind: Bind, diffusion: Diffusion, way: Way, limit: Tensor, updates: int)
         rows = rng.integers(0, "calibrate/batch", places, len(limit))
         try:
             latents = bind(rows)(**vars(numbers.way()), with_graph=True)
-        except ValueError:
-            if not update:
-                raise
+        except UnsoundError:
             break  # the numbers went where samples are not finite; whoever compares will not take them
-        distances(latents, limit[rows.to(limit.device)]).mean().backward()
+        loss = distances(latents, limit[rows.to(limit.device)]).mean()
+        gradients = torch.autograd.grad(loss, numbers.all, allow_unused=True)  # two steps have no start to move on
+        for values, gradient in zip(numbers.all, gradients, strict=True):
+            values.grad = gradient  # of these alone: the network's weights have none
         norm = torch.nn.utils.clip_grad_norm_(numbers.all, FIT_CLIP)
         if norm.isfinite():  # else some sample's path is too steep for float32
             optimizer.step()
-        optimizer.zero_grad()
+            numbers.clamp()
         schedule.step()
     return numbers.way(fixed=True)
 
 
-class _Fitted:
+class _Numbers:
     """The numbers of a way, as tensors that are fitted."""
 
     def __init__(self, way: Way, diffusion: Diffusion, device: torch.device) -> None:
@@ -226,13 +249,18 @@ class _Fitted:
         self._way, self._scale = way, diffusion.num_timesteps
         self._last = diffusion.num_timesteps - (not diffusion.is_flow)
 
-        def fitted(values: float | Numbers) -> Tensor:
+        def variable(values: float | Numbers) -> Tensor:
             return torch.as_tensor(values, dtype=torch.float32, device=device).clone().requires_grad_()
 
-        self._times = fitted([t / self._scale for t in coefficients.timesteps])
-        self._kept, self._weights = fitted(coefficients.kept), [fitted(row) for row in coefficients.weights]
-        self._starts, self._relaxation = fitted(way.start_extrapolation), fitted(way.relaxation)
+        self._times = variable([t / self._scale for t in coefficients.timesteps])
+        self._kept, self._weights = variable(coefficients.kept), [variable(row) for row in coefficients.weights]
+        self._starts, self._relaxation = variable(way.start_extrapolation), variable(way.relaxation)
         self.all = [self._times, self._kept, *self._weights, self._starts, self._relaxation]
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Holds the timesteps within those of training."""
+        self._times.clamp_(0, self._last / self._scale)
 
     def way(self, *, fixed: bool = False) -> Way:
         """With the numbers as they are now; `fixed`: as plain ones."""
@@ -241,7 +269,7 @@ class _Fitted:
             return tuple(values.tolist()) if fixed else values
 
         coefficients = Coefficients(
-            timesteps=number((self._times * self._scale).clamp(0, self._last)),
+            timesteps=number(self._times * self._scale),
             kept=number(self._kept),
             weights=tuple(number(row) for row in self._weights),
         )

@@ -13,6 +13,11 @@ FIXED_POINT = (
     *("iterations", "allocation", "block_budget", "reuse", "start_extrapolation", "relaxation", "solver"),
     *("tolerance", "iterate_guidance", "weak_iterate"),
 )
+# What a sampler was fitted together with; another value takes another sampler. `rounding` alone is of the images.
+FITTED_WITH = (
+    *(*FIXED_POINT, "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval"),
+    *("guidance_channels", "spacing", "spacing_power", "eta", "order", "variance"),
+)
 PASSED_ON = (
     *("reuse", "start_extrapolation", "relaxation", "iterate_guidance", "weak_iterate", "solver", "tolerance"),
     *("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_channels"),

@@ -122,9 +122,10 @@ def _iterate(
     for k in range(count):
         x = value if rows is None else value[rows]
         image = step(x, rows)
-        update = image if relaxation is None else torch.lerp(x, image, relaxation)
         if mixer is not None:
             update = mixer.mix(x, image)
+        else:
+            update = image if relaxation is None else torch.lerp(x, image, relaxation)
         value = update if rows is None else value.index_copy(0, rows, update)
         if tolerance is None and not with_residuals:
             continue

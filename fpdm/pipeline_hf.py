@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fpdm import autoencoders
 from fpdm.allocation import AllocationKind
-from fpdm.call_settings import CallSettings, setting_names
+from fpdm.call_settings import FITTED_WITH, CallSettings, setting_names
 from fpdm.class_names import ClassNames
 from fpdm.diffusers_folders import local_folder, write_code
 from fpdm.fixed_point import Solver
@@ -207,7 +207,9 @@ class FPDMPipeline(DiffusionPipeline):
             callback_on_step_end: called with the pipeline, the step's number, its timestep and {"latents": ...}; what
                 it returns under "latents" takes their place.
             callback_on_step_end_tensor_inputs: ["latents"]; there is nothing else to ask for.
-            sampler, spacing, spacing_power, eta, order, variance: see `fpdm.SamplerSettings`; another sampler begins
+            sampler: where the export's is "fitted", only with another, such as "multistep", may steps, iterations,
+                guidance and what belongs to them be changed.
+            spacing, spacing_power, eta, order, variance: see `fpdm.SamplerSettings`; another sampler begins
                 with the usual settings. Of a scheduler of diffusers, eta alone, where it has one.
             iterations, allocation, block_budget: fixed point iterations, as in `fpdm.allocate`.
             reuse, start_extrapolation, relaxation, solver: as in `fpdm.sample`.
@@ -223,6 +225,8 @@ class FPDMPipeline(DiffusionPipeline):
         given = {name: arguments[name] for name in setting_names() if arguments[name] is not None}
         network = CalledByModule(cast(FPDMTransformer2DModel, self.transformer))
         fitted = getattr(self.scheduler, "sampler", None) == "fitted" and sampler in (None, "fitted")
+        if fitted:
+            self._check_fitted({**arguments, "block_budget": block_budget})
         defaults = self._defaults if fitted else self._defaults.unfitted()
         settings = defaults.changed(network.config, given, block_budget)
         self.check_guidance(settings)
@@ -257,6 +261,13 @@ class FPDMPipeline(DiffusionPipeline):
                 f"guidance_scale: {settings.guidance_scale:g}, but these weights were trained with label_dropout 0 and "
                 "never saw the null label that guidance needs; leave it at 1"
             )
+
+    def _check_fitted(self, arguments: dict[str, Any]) -> None:
+        for name in FITTED_WITH:
+            if arguments[name] is not None and arguments[name] != getattr(self._defaults, name, None):
+                raise ValueError(
+                    f"{name}: the sampler of this export is fitted to its own; pass sampler='multistep' too for another"
+                )
 
     def _check(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUTS:

@@ -50,12 +50,17 @@ class SamplerSettings:
 
     @classmethod
     def stored(cls, values: Mapping[str, Any]) -> "SamplerSettings":
-        """Of JSON values, as `dataclasses.asdict` gives them. Raises TypeError or ValueError for others."""
+        """Of JSON values, as `dataclasses.asdict` gives them. Raises KeyError, TypeError or ValueError for others."""
         stored = values.get("coefficients")
         if stored is not None:
             rows = tuple(tuple(row) for row in stored["weights"])
             stored = Coefficients(timesteps=tuple(stored["timesteps"]), kept=tuple(stored["kept"]), weights=rows)
         return cls(**{**values, "coefficients": stored})
+
+
+def usual_settings(diffusion: Diffusion) -> SamplerSettings:
+    """Those with which multistep suits the diffusion."""
+    return SamplerSettings(spacing="trailing" if diffusion.is_flow else "linspace")
 
 
 class Sampler(Protocol):
@@ -245,7 +250,7 @@ def _check_sampler(diffusion: Diffusion, name: SamplerName, num_steps: int, sett
         )
     if diffusion.is_flow and name == "multistep" and settings.spacing != "trailing":
         raise ValueError(f"spacing: {settings.spacing!r} does not fit flow; set it to 'trailing'")
-    if name in ("dpm++", "unipc", "flow_euler") and settings.spacing != "linspace":
+    if name in ("dpm++", "unipc", "flow_euler", "fitted") and settings.spacing != "linspace":
         raise ValueError(f"spacing: {name!r} has one of its own; leave it out, or use the sampler multistep")
     if settings.eta and name not in ("ddim", "multistep"):
         raise ValueError(f"eta: {settings.eta:g} is of samplers ddim and multistep, not {name}; leave it at 0")

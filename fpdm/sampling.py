@@ -97,7 +97,7 @@ def sample(
         guidance_interval: guide only where t / num_timesteps lies within, 1 being pure noise.
         solver, tolerance, with_residuals: see `fixed_point.solve_implicit`.
         with_graph: for gradients of the latents by numbers of the sampler, the starts and the relaxation; the network's
-            blocks are then computed twice, for the sake of memory.
+            blocks are then computed twice, for the sake of memory. A start at a step's own tokens is a constant.
         on_step: called with each step's number and the network's output (with guidance: conditional half first).
 
     Returns:
@@ -112,17 +112,14 @@ def sample(
     steps = build_sampler(diffusion, sampler, num_steps, sampler_settings) if isinstance(sampler, str) else sampler
     guided = guided_steps(steps.timesteps, diffusion.num_timesteps, guidance_scale, guidance_interval)
     counts = _one_a_step("iterations", iterations, num_steps, model.config.kind == "fpdm")
-    reused = [reuse] * num_steps if isinstance(reuse, bool) else _one_a_step("reuse", reuse, num_steps, True)
+    reused = _one_a_step("reuse", reuse, num_steps, True)
     _check_steps_without_iterations(counts, reused)
     if step_noise is None and isinstance(sampler, str) and adds_noise(sampler, sampler_settings):
         raise ValueError(
             f"step_noise: sampler {sampler!r} adds noise in every step; pass a function of the step number"
         )
     weak = weak_iterates(counts, weak_iterate if iterate_guidance else 0)
-    moved_on = (
-        [start_extrapolation] * num_steps if isinstance(start_extrapolation, float | int) else start_extrapolation
-    )
-    moved_on = _one_a_step("start_extrapolation", moved_on, num_steps, True)
+    moved_on = _one_a_step("start_extrapolation", start_extrapolation, num_steps, True)
     relaxations = _one_a_step("relaxation", relaxation, num_steps, relaxation is not None)
     x, solution, older = noise.float(), None, None  # the last solution, and the one before it
     with torch.set_grad_enabled(with_graph):
@@ -131,7 +128,7 @@ def sample(
             inputs = torch.cat([x, x]) if guided[i] else x
             denoised = model(
                 inputs,
-                torch.as_tensor(t, device=x.device).expand(len(inputs)),
+                t.expand(len(inputs)) if isinstance(t, Tensor) else torch.full((len(inputs),), t, device=x.device),
                 y,
                 iterations=counts[i],
                 start=_start(solution, older, moved_on[i], len(inputs)) if reused[i] else None,
@@ -187,6 +184,8 @@ def _check(config: DenoiserConfig, diffusion: Diffusion, labels: Tensor) -> None
 def _one_a_step(name: str, values: Any, num_steps: int, needed: bool) -> Any:
     if not needed:
         return [None] * num_steps
+    if isinstance(values, bool | float | int):
+        return [values] * num_steps
     if values is None or len(values) != num_steps:
         given = "None" if values is None else f"{len(values)} values"
         raise ValueError(f"{name}: {given} for {num_steps} steps; pass one value per step, noisiest first")
@@ -207,14 +206,14 @@ def _start(solution: Tensor | None, older: Tensor | None, extrapolation: float |
     """
     if solution is None:
         return None
-    start = _fitted(solution, batch)
+    start = _for_batch(solution, batch)
     moves = isinstance(extrapolation, Tensor) or extrapolation != 0
     if older is None or not moves or len(older) < batch:
         return start
-    return start + extrapolation * (start - _fitted(older, batch))
+    return start + extrapolation * (start - _for_batch(older, batch))
 
 
-def _fitted(solution: Tensor, batch: int) -> Tensor:
+def _for_batch(solution: Tensor, batch: int) -> Tensor:
     """A solution for a batch that guidance has just doubled (null half second) or halved.
 
     A new null half starts at the conditional solution: the two differ in the label only.

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fpdm.diffusion import Diffusion
-from fpdm.samplers import Sampler, SamplerName, SamplerSettings, adds_noise, build_sampler
+from fpdm.samplers import Sampler, SamplerName, SamplerSettings, adds_noise, build_sampler, usual_settings
 
 Generators = torch.Generator | list[torch.Generator] | None
 OWN = "_fpdm"  # of a configuration; private, so that other schedulers take no offence at it
@@ -63,7 +63,8 @@ class FPDMScheduler(SchedulerMixin, ConfigMixin):
         known = [field.name for field in fields(SamplerSettings)]
         if unknown := sorted(set(settings) - set(known)):
             raise ValueError(f"{unknown[0]}: no setting of a sampler; these are sampler, {', '.join(known)}")
-        kept = self.settings if sampler in (None, self.sampler) else SamplerSettings()
+        usual = usual_settings(self.diffusion) if sampler == "multistep" else SamplerSettings()
+        kept = self.settings if sampler in (None, self.sampler) else usual
         return FPDMScheduler(self.diffusion, sampler or self.sampler, replace(kept, **settings))
 
     @property

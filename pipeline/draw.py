@@ -5,7 +5,8 @@
   python pipeline/draw.py runs/demo --class cat --guidance 2 --count 25 --seed 3 --out cats.png
 
 A class is a name or a number; without one they take turns. All else is as the run was sampled. Image i is a function of
-the seed and i, so that another guidance or class changes the same images.
+the seed and i, so that another guidance or class changes the same images. Where the run's way of sampling is measured
+on its weights (sample.allocation), it is measured anew for another guidance or seed.
 """
 
 import sys
@@ -18,9 +19,9 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=path_argument, metavar="RUN", help="a run's folder, such as runs/demo")
     parser.add_argument("--class", dest="name", metavar="CLASS", help="name or number")
-    parser.add_argument("--guidance", type=float, metavar="SCALE", help="1: none (the run's)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="1 is none; the run's if left out")
     parser.add_argument("--count", type=count_argument, default=16, metavar="N", help="of images (16)")
-    parser.add_argument("--seed", type=int, metavar="S", help="of the noise (the run's)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the noise; the run's if left out")
     parser.add_argument("--out", type=output_argument, default=Path("drawn.png"), metavar="FILE", help="drawn.png")
     arguments = parser.parse_args()
 

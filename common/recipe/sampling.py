@@ -88,7 +88,7 @@ class Sample:
     """A sample stops iterating in a step once its relative residual falls to this; `iterations` is then a maximum.
     null: every sample takes all iterations."""
     calibration_samples: Count = 128
-    """Samples on which `adaptive` is measured, and to which `calibrated` fits; it judges on as many others."""
+    """Samples to which `calibrated` fits; it judges on as many others. `adaptive` is measured on a batch of them."""
     guidance_scale: AtLeastZero = 1.0
     """Scale of classifier-free guidance. 1: no guidance."""
     guidance_rescale: Fraction = 0.0
@@ -297,6 +297,10 @@ def _check_iterations(settings: Sample) -> None:
             "allocation: 'calibrated' compares samples with those of more steps, and ddpm and eta above 0 draw others "
             "with other steps; set eta to 0, and take another sampler than ddpm"
         )
+    for name, usual in (("solver", "picard"), ("tolerance", None), ("reuse", "always")):
+        if getattr(settings, name) != usual:
+            said = "null" if usual is None else usual
+            raise ValueError(f"{name}: allocation 'calibrated' fits a sampler without it; set it to {said}")
     if settings.guidance_scale != 1 and settings.guidance_interval != (0, 1):
         raise ValueError(
             "allocation: 'calibrated' compares ways of equal blocks, and with a guidance_interval they depend on the "

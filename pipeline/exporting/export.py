@@ -26,8 +26,6 @@ from pipeline.sampling.sample_set import sample_set
 from preprocess.encoding.encoder import fetch_vae, load_vae
 from preprocess.from_data import class_names
 
-FITTED = ("coefficients", "start_extrapolation", "relaxation")
-
 
 def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None = None, *, half: bool = False) -> None:
     """Replaces what was exported before. `repository`: where it will be shared, for the card. `half`: in float16.
@@ -71,8 +69,8 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
 
 
 def shown_settings(pipeline: FPDMPipeline) -> dict[str, Any]:
-    """Arguments of a call of the pipeline, and what they are where it leaves them out; without those that are off, and
-    without numbers that are fitted.
+    """Arguments of a call of the pipeline, and what they are where it leaves them out; without those that are off.
+    Instead of numbers that are fitted it says so.
     """
     scheduler = pipeline.scheduler
     values = {**pipeline.config["sampling"], "sampler": scheduler.sampler, **asdict(scheduler.settings)}
@@ -80,7 +78,7 @@ def shown_settings(pipeline: FPDMPipeline) -> dict[str, Any]:
     fixed = () if pipeline.transformer.config.kind == "dit" else ("iterations", "allocation", "reuse")
     always = ("num_inference_steps", *fixed, "guidance_scale", "sampler")
     if scheduler.sampler == "fitted":
-        values = {name: value for name, value in values.items() if name not in FITTED}
+        values |= dict.fromkeys(("coefficients", "start_extrapolation", "relaxation"), "fitted")
     return {name: value for name, value in values.items() if name in always or value != usual.get(name, value)}
 
 

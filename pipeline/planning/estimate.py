@@ -12,6 +12,7 @@ from common.ranks import own_cores, share_cores
 from common.recipe import VAE, Recipe, denoiser_config, launch_of
 from common.stage import Stage
 from common.stage_jobs import plain_steps
+from fpdm.calibration import FIT_BATCH, FIT_ITERATIONS, FIT_UPDATES, LIMIT_ITERATIONS, LIMIT_STEPS, SCREENING
 from fpdm.flops import forward_flops
 from pipeline.planning.disk import portraits
 from pipeline.planning.machine import IMAGES, encoding_seconds, evaluation_seconds, sampling_seconds, try_training
@@ -110,7 +111,10 @@ def work_seconds(recipe: Recipe, images: int, speeds: Speeds, stage: str, at_onc
         "autoencoder": (trained, speeds.autoencoder and 1 / speeds.autoencoder),
         "encode": (images * (1 + recipe.data.flips), speeds.encoding and speeds.encoding / at_once),
         "train": (total_samples(recipe.train), speeds.training and 1 / speeds.training),
-        "sample": (drawn + _iterates(recipe), speeds.sampling and speeds.sampling / at_once),
+        "sample": (
+            drawn + _iterates(recipe) + at_once * _calibration(recipe),  # which one process does, and all wait for
+            speeds.sampling and speeds.sampling / at_once,
+        ),
         "evaluate": (drawn + compared(recipe, images), speeds.evaluation and speeds.evaluation / at_once),
         "report": (0, 0.0),
     }
@@ -135,6 +139,16 @@ def _iterates(recipe: Recipe) -> float:
     own = sum(count + denoiser_config(recipe).blocks(0) for count, _, _ in passes(recipe))
     cold = recipe.sample.num_steps * sum(count + denoiser_config(recipe).blocks(0) for count in ITERATIONS)
     return SHOWN * (sum(OF_THE_STEPS) + cold / own)
+
+
+def _calibration(recipe: Recipe) -> float:
+    """Fitting a sampler, in images of the recipe's own cost: two limits, and updates that count four images' blocks."""
+    if recipe.sample.allocation != "calibrated":
+        return 0.0
+    own = sum(count + denoiser_config(recipe).blocks(0) for count, _, _ in passes(recipe))
+    limit = LIMIT_STEPS * (LIMIT_ITERATIONS + denoiser_config(recipe).blocks(0))
+    updates = FIT_UPDATES * (1 + len(FIT_ITERATIONS) / SCREENING)
+    return 2 * recipe.sample.calibration_samples * limit / own + 4 * FIT_BATCH * updates
 
 
 def measured(recipe: Recipe, stages: Sequence[str], seconds: float) -> Speeds:

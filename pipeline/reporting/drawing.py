@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -24,6 +23,8 @@ from pipeline.sampling.plans import blocks_an_image, way_of
 from pipeline.sampling.sample_set import sample_set
 from preprocess.from_data import class_names, from_data
 
+ENDINGS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
 
 def draw(folder: Path, name: str | None, guidance: float | None, count: int, seed: int | None, path: Path) -> str:
     """Writes the picture, and says what it shows.
@@ -37,6 +38,8 @@ def draw(folder: Path, name: str | None, guidance: float | None, count: int, see
 
     Raises UserError for a folder that is no run, for a class that there is not, and for guidance that does not fit.
     """
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"--out: {path}: {path.suffix or 'no ending'}; write {', '.join(ENDINGS)}")
     share_cores()
     float32_throughout()
     recipe = _changed(from_data(sampled_recipe(folder)), guidance, seed)
@@ -53,7 +56,7 @@ def draw(folder: Path, name: str | None, guidance: float | None, count: int, see
     )  # (count, 3, H, W)
     images = to_uint8(pixels, recipe.sample.rounding).permute(0, 2, 3, 1).cpu().numpy()
     with atomic_write(path) as temporary:
-        Image.fromarray(grid(list(np.asarray(images)))).save(temporary, format=_format(path))
+        Image.fromarray(grid(list(images))).save(temporary, format=ENDINGS[path.suffix.lower()])
     of = "of all classes" if label is None else f"of class {names[label] if names else label}"
     cost = f"{blocks_an_image(recipe):,} blocks each, guidance {recipe.sample.guidance_scale:g}"
     return f"drawn: {path}: {count} images {of} after {samples.samples_seen:,} training samples, {cost}"
@@ -71,7 +74,7 @@ def _changed(recipe: Recipe, guidance: float | None, seed: int | None) -> Recipe
     try:
         check_together(changed)
     except ValueError as error:
-        raise UserError(f"--guidance: {error}") from None
+        raise UserError(f"{error}" if guidance is None else f"--guidance: {error}") from None
     return changed
 
 
@@ -81,11 +84,3 @@ def _label(recipe: Recipe, names: Sequence[str] | None, name: str) -> int:
         return int(classes.tensor(int(name) if name.isdecimal() else name)[0])
     except ValueError as error:
         raise UserError(f"--class: {str(error).removeprefix('class_labels: ')}") from None
-
-
-def _format(path: Path) -> str:
-    """Raises UserError for an ending that Pillow does not write."""
-    known = Image.registered_extensions()
-    if path.suffix.lower() not in known:
-        raise UserError(f"--out: {path}: {path.suffix or 'no ending'}; write .png, .webp or .jpg")
-    return known[path.suffix.lower()]

@@ -96,7 +96,7 @@ def generate(
     recipe, device = sampling.recipe, own_device()
     float32_throughout()
     model = network() if network else _load(samples.weights)
-    way = open_plan(recipe, samples.folder, model)
+    way = open_plan(recipe, samples.folder, lambda: model)
     vae = sampling.models.load_vae(device)
     form = output(sampling, samples)
     total = sum(end - first for first, end in spans)

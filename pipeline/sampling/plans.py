@@ -4,9 +4,8 @@ A plan that is measured on the weights is measured once for a set, and written b
 later run draws by it.
 """
 
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,8 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
+from common.files import folder_lock
+from common.ranks import own_device
 from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape, num_classes
 from common.recipe.sampling import sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
@@ -97,8 +98,9 @@ def passes(recipe: Recipe) -> Iterator[tuple[int, int, bool]]:
     return zip(counts, again, guided, strict=True)
 
 
-def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Way:
-    """How the set in `folder` is drawn, from its plan.json, which is written first where it is missing.
+def open_plan(recipe: Recipe, folder: Path, model: Callable[[], Denoiser]) -> Way:
+    """How the set in `folder` is drawn, from its plan.json, which is written first where it is missing. `model` gives
+    the set's network, if it is needed.
 
     Raises UserError as `read_plan`, and if a measured plan.json is missing but samples drawn with it exist.
     """
@@ -107,13 +109,19 @@ def open_plan(recipe: Recipe, folder: Path, model: Denoiser) -> Way:
     if not path.exists():
         if stated is None and drawn:
             raise UserError(f"{path}: gone, and samples were drawn by it; {REMEDY}")
-        _write_once(path, asdict(stated or _measure(recipe, model)))
+        with folder_lock(folder, f".{path.name}.lock", wait=True):  # one process measures, and the others wait
+            if not path.exists():
+                write_sealed(path, asdict(stated or _measure(recipe, model())))
     return read_plan(recipe, folder)
 
 
 def way_of(recipe: Recipe, samples: SampleSet) -> Way:
     """How the set is drawn; where the recipe measures that on the weights, as its samples were, or measured now."""
-    return by_recipe(recipe) or open_plan(recipe, samples.folder, load_network(samples.weights))
+
+    def network() -> Denoiser:
+        return load_network(samples.weights).to(own_device())
+
+    return by_recipe(recipe) or open_plan(recipe, samples.folder, network)
 
 
 def read_plan(recipe: Recipe, folder: Path) -> Way:
@@ -140,7 +148,7 @@ def _read(path: Path) -> Way:
     form: Mapping[str, Any] = read_sealed(path, WayForm, REMEDY)
     try:
         settings = SamplerSettings.stored(form["sampler_settings"])
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}; {REMEDY}") from None
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in form.items()}
     return Way(**{**fields, "sampler_settings": settings})
@@ -235,7 +243,7 @@ def _measured(recipe: Recipe, model: Denoiser) -> Way:
         return bind_sampler(recipe, model, "calibrate", index.to(device))
 
     if settings.allocation == "adaptive":
-        return allocate_adaptively(bind(torch.arange(settings.calibration_samples)), way)
+        return allocate_adaptively(bind(torch.arange(min(settings.calibration_samples, settings.batch_size))), way)
     print(f"calibrating: fits a sampler to {settings.calibration_samples} samples", flush=True)
     found = calibrate(
         bind,
@@ -252,15 +260,3 @@ def _measured(recipe: Recipe, model: Denoiser) -> Way:
         flush=True,
     )
     return found.way
-
-
-def _write_once(path: Path, value: Any) -> None:
-    """The first of several processes wins; the plans of others, which rounding can make differ, are dropped."""
-    own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    write_sealed(own, value)
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        pass
-    finally:
-        own.unlink()

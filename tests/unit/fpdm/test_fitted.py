@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fpdm import Diffusion, SamplerSettings, build_sampler, rng
-from fpdm.fitted import Coefficients, linear_form
+from fpdm.calibration import linear_form
+from fpdm.fitted import Coefficients
 
 PROCESSES = {
     "epsilon": Diffusion(prediction="epsilon", learned_variance=False),
@@ -62,3 +63,9 @@ def test_coefficients_that_do_not_fit_are_refused(name, steps, coefficients, mes
 def test_each_step_weighs_what_the_network_gave_so_far(weights):
     with pytest.raises(ValueError, match="coefficients: 2 timesteps"):
         Coefficients(timesteps=(9.0, 0.0), kept=(1.0, 1.0), weights=weights)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "a", None])
+def test_what_is_no_finite_number_is_refused(bad):
+    with pytest.raises(ValueError, match="is no finite number"):
+        Coefficients(timesteps=(9.0,), kept=(1.0,), weights=((bad,),))

@@ -128,7 +128,7 @@ def test_a_fitted_export_says_its_sampler_and_plays_in_any_number_of_steps(tiny_
     export(recipe)
     card = (RunFolder(recipe.folder).pipeline / "README.md").read_text()
     assert "| `sampler` | fitted |" in card
-    assert "coefficients" not in card
+    assert "| `coefficients` | fitted |" in card
     player = Player(RunFolder(recipe.folder).pipeline)
     drawn: list[Progress] = []
     player.draw(0, 0, {"num_inference_steps": 5, "iterations": 2}, drawn.append)
@@ -137,8 +137,18 @@ def test_a_fitted_export_says_its_sampler_and_plays_in_any_number_of_steps(tiny_
 
 def test_a_fitted_sampler_is_exchanged_for_another_by_name(tiny_recipe: Recipe) -> None:
     loaded = exported(fitted(tiny_recipe))
-    with pytest.raises(ValueError, match=r"num_steps: 5, and the sampler was fitted for 3; .* such as 'multistep'"):
-        loaded([0], num_inference_steps=5, iterations=2)
+    for changed in (
+        {"num_inference_steps": 5, "iterations": 2},
+        *(
+            {"guidance_scale": 2.0},
+            {"reuse": False},
+            {"block_budget": 20},
+            {"solver": "anderson"},
+            {"spacing": "trailing"},
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"fitted to its own; pass sampler='multistep' too"):
+            loaded([0], **changed)
     assert loaded([0], num_inference_steps=5, iterations=2, sampler="multistep").images
     loaded.scheduler = DPMSolverMultistepScheduler.from_config(loaded.scheduler.config)
     assert loaded([0], num_inference_steps=5, iterations=2).images

@@ -59,7 +59,7 @@ def test_without_drawn_samples_the_pipeline_draws_those_of_the_card(tiny_recipe:
     assert np.abs(np.asarray(Image.open(sheet)) - drawn).max() <= 1  # in other batches
 
 
-def test_an_export_draws_in_the_way_that_calibration_chose(tiny_recipe: Recipe) -> None:
+def test_an_export_draws_by_the_plan_of_its_samples(tiny_recipe: Recipe) -> None:
     settings = replace(tiny_recipe.sample, sampler="ddim", allocation="calibrated")
     recipe = replace(tiny_recipe, sample=settings)
     chosen = Way(
