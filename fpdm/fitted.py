@@ -15,7 +15,7 @@ Numbers = Sequence[float] | Tensor  # (steps,)
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """Step i moves x to kept[i] x + the sum over j of weights[i][j] times what the network gave in step j.
+    """Step i moves x to `kept[i]` x + the sum over j of `weights[i][j]` times what the network gave in step j.
 
     Any sampler that adds no noise and is linear in what the network gave can be written so, see
     `calibration.linear_form`.

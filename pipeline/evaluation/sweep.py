@@ -1,13 +1,14 @@
 """Ways of sampling at given budgets of blocks, and the distance of each: points, and what is measured of them."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import with_config
 from typing_extensions import TypedDict
 
@@ -70,7 +71,7 @@ class Sweep:
         self.yardstick = Yardstick(alone, Models(alone.vae, alone.evaluate))
         self.to_limit = recipe.sweep.distance_to_limit
         self._measurements: dict[Point, Measurement] = {}
-        self._to_limit: dict[Point, float] = {}
+        self._to_limit: dict[Point, list[float]] = {}  # of each seed range
 
     @cached_property
     def evaluations(self) -> dict[Point, Evaluation]:
@@ -161,12 +162,13 @@ class Sweep:
             return row
         if point not in self._to_limit:
             sets = self.evaluations[point], self.limits[_limit(self.recipes[point])]
-            first, second = (next(each.samples[0].summaries(self.yardstick)).statistics["pooled"] for each in sets)
-            self._to_limit[point] = frechet_distance(first, second)
-        name = f"{measurement['distance']} to the limit"
-        return row | {
-            "numbers": row["numbers"] | {"limit": {"name": name, "value": self._to_limit[point], "spread": None}}
-        }
+            ranges = zip(*(each.samples[0].summaries(self.yardstick) for each in sets), strict=True)
+            self._to_limit[point] = [
+                frechet_distance(*(each.statistics["pooled"] for each in summaries)) for summaries in ranges
+            ]
+        name, values = f"{measurement['distance']} to the limit", self._to_limit[point]
+        number = {"name": name, "value": float(np.mean(values)), "spread": _spread(values)}
+        return row | {"numbers": row["numbers"] | {"limit": number}}
 
     def write_tables(self) -> bool:
         """Writes the points that are measured, as JSON, CSV, Markdown and a plot; False where none is."""
@@ -265,6 +267,9 @@ def _spend(recipe: Recipe, budget: int, number: int, *, guided: bool) -> tuple[i
 def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
     """A measured point; in place of its own settings are calibration's, None where it fitted a sampler."""
     row = asdict(point) | {name: dict(measurement)[name] for name in ("distance", "count", "numbers")}
+    if len(measurement["ranges"]) > 1:
+        distance = dict(measurement["numbers"]["frechet"]) | {"spread": _spread(measurement["ranges"])}
+        row["numbers"] = row["numbers"] | {"frechet": distance}
     way = measurement["plan"]
     if point.allocation == "calibrated" and way is not None and way["iterations"] is not None:
         row |= {"sampler": way["sampler"], "num_steps": way["num_steps"]}
@@ -272,6 +277,11 @@ def _row(point: Point, measurement: Measurement) -> dict[str, Any]:
         if way["sampler"] == "fitted":
             row |= dict.fromkeys(("order", "spacing", "spacing_power", "start_extrapolation"))
     return row
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """The standard error of their mean; None of a single one."""
+    return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -64,6 +64,17 @@ ROOT = Path(__file__).parents[3]
             "name: a\nsample: {allocation: calibrated, sampler: ddim, guidance_scale: 2, guidance_interval: [0.1, 1]}",
             "sample.allocation: 'calibrated' compares ways of equal blocks",
         ),
+        *(
+            (
+                f"name: a\nsample: {{allocation: calibrated, sampler: ddim, {field}: {value}}}",
+                f"sample.{field}: allocation 'calibrated' fits a sampler without it; set it to {usual}",
+            )
+            for field, value, usual in (
+                ("solver", "anderson", "picard"),
+                ("tolerance", 0.1, "null"),
+                ("reuse", "none", "always"),
+            )
+        ),
         (
             "name: a\nsample: {allocation: list, num_steps: 2, iterations: [0, 2]}",
             "sample.iterations: [0, 2] must be whole numbers of at least 0, and 1 in the first step",

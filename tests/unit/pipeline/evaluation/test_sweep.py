@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.recipe import Recipe
 from common.recipe.sampling import SWEEP_AXES
 from common.run_folder import RunFolder
-from fpdm import calibration
+from fpdm import Calibration, Diffusion, Way, calibration, count_blocks
 from fpdm.sampling import require_sound
 from pipeline.evaluation import measurements as evaluation
 from pipeline.evaluation import sweep_stage
@@ -23,6 +23,7 @@ from pipeline.evaluation.sweep import Sweep, points
 from pipeline.evaluation.sweep_stage import STAGE as SWEEP
 from pipeline.evaluation.sweep_table import read_table, table
 from pipeline.sampling import generate as generation
+from pipeline.sampling import plans
 from pipeline.sampling.plans import blocks_an_image
 from tests.conftest import copied, run_stage
 from tests.unit.pipeline.evaluation.test_evaluation import sampled  # noqa: F401
@@ -124,13 +125,38 @@ def test_a_way_whose_samples_diverge_has_no_numbers_and_the_others_have_theirs(
 def test_the_distance_to_the_limit_is_nothing_at_the_limit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "LIMIT_STEPS", 6)
     settings = {"sampler": ("ddim", "multistep"), "order": (2, 3), "spacing": ("trailing",), "spacing_power": (2.0,)}
-    run_stage(SWEEP, swept(recipe, budgets=(60,), iterations=(8,), distance_to_limit=True, **settings))
+    settings |= {"start_extrapolation": (calibration.MOVED_ON,)}
+    run_stage(SWEEP, swept(recipe, budgets=(36,), iterations=(4,), distance_to_limit=True, **settings))
     rows = [dict(row) for row in read_table(RunFolder(recipe.folder))["rows"]]
     found = {(row["sampler"], row["order"]): row["numbers"]["limit"]["value"] for row in rows}
     assert set(found) == {("ddim", 2), ("multistep", 2), ("multistep", 3)}
     assert found.pop(("multistep", 3)) == pytest.approx(0, abs=1e-6)
     assert min(found.values()) > 1e-3
     assert "FD (EfficientNet-Lite0) to the limit" in (recipe.folder / "sweep/table.md").read_text()
+
+
+def test_a_fitted_sampler_is_a_row_of_its_own(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the fit of so small a network is worth, it is taken here."""
+
+    def fitted(_bind: Any, process: Diffusion, way: Way, *, outer_depth: int, **_: Any) -> Calibration:
+        found = calibration.fit_start(process, count_blocks(way.iterations or (), outer_depth), 3, outer_depth)
+        assert found is not None
+        return Calibration(way=found, error=0.1, error_before=0.2)
+
+    monkeypatch.setattr(plans, "calibrate", fitted)
+    both = swept(recipe, budgets=(20,), allocation=("constant", "calibrated"))
+    run_stage(SWEEP, replace(both, sample=replace(both.sample, sampler="ddim")))
+    rows = {row["sampler"]: row for row in read_table(RunFolder(recipe.folder))["rows"]}
+    assert (rows["ddim"]["num_steps"], rows["ddim"]["start_extrapolation"]) == (5, 0.0)
+    assert (rows["fitted"]["num_steps"], rows["fitted"]["order"], rows["fitted"]["start_extrapolation"]) == (
+        4,
+        None,
+        None,
+    )
+    assert rows["fitted"]["blocks"] == 20
+    assert "| fitted |" in (recipe.folder / "sweep/table.md").read_text()
+    assert "None" not in (recipe.folder / "sweep/table.md").read_text()
+    assert RunFolder(recipe.folder).sweep_plot.exists()
 
 
 def test_several_ranks_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
