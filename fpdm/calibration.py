@@ -102,6 +102,7 @@ def calibrate(
     updates: int = FIT_UPDATES,
     batch_size: int = 32,
     limit: Way | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """A sampler fitted to the network, of as many blocks as `way`; `way` itself where that is no nearer to the limit.
 
@@ -118,6 +119,7 @@ def calibrate(
         updates: of the fit.
         batch_size: samples that are drawn at once; the fit's own batches have `FIT_BATCH`.
         limit: how the limit is drawn; by default `limit_way`.
+        report: takes a line now and then, since it takes minutes.
 
     Raises:
         ValueError: as `sample`; and for a way whose sampler adds noise, which has no limit.
@@ -136,6 +138,9 @@ def calibrate(
         return torch.cat([bind(part)(**vars(way)) for part in index.split(batch_size)])
 
     chosen_by, judged_by = (drawn(limit, first) for first in (0, samples))
+    report(
+        f"limit drawn: {2 * samples} samples of {limit.num_steps} steps of {(limit.iterations or (0,))[0]} iterations"
+    )
 
     def error(way: Way, first: int, limit: Tensor) -> Tensor:
         """(samples,), all infinite where some latents are not finite."""
@@ -144,10 +149,12 @@ def calibrate(
         except UnsoundError:
             return limit.new_full((samples,), math.inf)
 
-    screened = {
-        steps: fit(bind, diffusion, start, chosen_by, -(-updates // SCREENING)) for steps, start in ways.items()
-    }
-    best = min(screened, key=lambda steps: float(error(screened[steps], 0, chosen_by).mean()))
+    errors = {}
+    for steps, start in ways.items():
+        screened = fit(bind, diffusion, start, chosen_by, -(-updates // SCREENING))
+        errors[steps] = float(error(screened, 0, chosen_by).mean())
+        report(f"{steps} steps of {list(start.iterations or ())} iterations: error {errors[steps]:.3f}, fitted briefly")
+    best = min(errors, key=lambda steps: errors[steps])
     found = fit(bind, diffusion, ways[best], chosen_by, updates)
     before, after = (error(each, samples, judged_by) for each in (way, found))
     gains = before - after

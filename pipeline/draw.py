@@ -6,7 +6,7 @@
 
 A class is a name or a number; without one they take turns. All else is as the run was sampled. Image i is a function of
 the seed and i, so that another guidance or class changes the same images. Where the run's way of sampling is measured
-on its weights (sample.allocation), it is measured anew for another guidance or seed.
+on its weights (sample.allocation), another guidance or seed measures it anew: with `calibrated` that takes minutes.
 """
 
 import sys

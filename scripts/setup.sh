@@ -22,8 +22,9 @@ pip_install() {
     return $status
 }
 
-# A stamp of what was installed from: a changed pin installs again, an unchanged one costs nothing.
-stamp="$PWD $(cat pyproject.toml scripts/console_scripts.py | cksum)" # the editable install points at this folder
+# A stamp of what was installed from: a changed pin or a new command installs again, an unchanged one costs nothing.
+commands=$(echo preprocess/*.py pipeline/*.py slurm/*.py)
+stamp="$PWD $({ cat pyproject.toml scripts/console_scripts.py; echo "$commands"; } | cksum)" # editable: of this folder
 if [ "$(cat .venv/.complete 2>/dev/null)" != "$stamp" ]; then
     python=${PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 || true)}
     if ! "${python:-false}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then

@@ -244,7 +244,6 @@ def _measured(recipe: Recipe, model: Denoiser) -> Way:
 
     if settings.allocation == "adaptive":
         return allocate_adaptively(bind(torch.arange(min(settings.calibration_samples, settings.batch_size))), way)
-    print(f"calibrating: fits a sampler to {settings.calibration_samples} samples", flush=True)
     found = calibrate(
         bind,
         diffusion(recipe),
@@ -252,6 +251,7 @@ def _measured(recipe: Recipe, model: Denoiser) -> Way:
         outer_depth=model.config.blocks(0),
         samples=settings.calibration_samples,
         batch_size=settings.batch_size,
+        report=lambda line: print(f"calibrating: {line}", flush=True),
     )
     print(
         f"calibrated: {found.way.sampler}, {found.way.num_steps} steps of iterations {list(found.way.iterations or ())}"
