@@ -94,15 +94,11 @@ def measured(
     weights: str, budgets: list[int], shares: list[float], guidance_scale: float, samples: int
 ) -> Iterator[Row]:
     model, diffusion = loaded(weights)
-    least = model.config.blocks(1) * (1 + (guidance_scale != 1))
+    config, device = model.config, model.pos_embed.device
+    outer, halves = config.blocks(0), 1 + (guidance_scale != 1)
+    least = config.blocks(1) * halves
     if min(budgets) * min(shares) < least:
         raise UserError(f"--budgets: {min(budgets)} x {min(shares):g} is less than one step of {least} blocks")
-    config, device, outer, halves = (
-        model.config,
-        model.pos_embed.device,
-        model.config.blocks(0),
-        1 + (guidance_scale != 1),
-    )
 
     def bind(index: Tensor) -> Draw:
         index = index.to(device)

@@ -226,7 +226,7 @@ class FPDMPipeline(DiffusionPipeline):
         network = CalledByModule(cast(FPDMTransformer2DModel, self.transformer))
         fitted = getattr(self.scheduler, "sampler", None) == "fitted" and sampler in (None, "fitted")
         if fitted:
-            self._check_fitted({**arguments, "block_budget": block_budget})
+            self._check_fitted(arguments)
         defaults = self._defaults if fitted else self._defaults.unfitted()
         settings = defaults.changed(network.config, given, block_budget)
         self.check_guidance(settings)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import atomic_folder
 from common.loading import dump_recipe
+from common.ranks import own_device
 from common.recipe import Recipe, Sample
 from common.run_folder import RunFolder
-from common.run_weights import REMEDY
+from common.run_weights import REMEDY, load_network
 from fpdm.allocation import MEASURED
 from fpdm.calibration import Way
 from fpdm.call_settings import FIXED_POINT, CallSettings, setting_names
@@ -38,7 +39,7 @@ def export(recipe: Recipe, licences: Licences = UNSTATED, repository: str | None
     except ValueError as error:
         raise UserError(f"{error}; {REMEDY}") from None
     names = class_names(recipe)
-    way = way_of(recipe, samples)
+    way = way_of(recipe, samples.folder, lambda: load_network(samples.weights).to(own_device()))
     pipeline = FPDMPipeline(
         transformer,
         load_vae(folder) if (folder := fetch_vae(recipe.vae)) else None,

@@ -136,19 +136,22 @@ def _iterates(recipe: Recipe) -> float:
     """What the report shows of the fixed point, in images of the recipe's own cost."""
     if recipe.model.kind == "dit":
         return 0.0
-    own = sum(count + denoiser_config(recipe).blocks(0) for count, _, _ in passes(recipe))
     cold = recipe.sample.num_steps * sum(count + denoiser_config(recipe).blocks(0) for count in ITERATIONS)
-    return SHOWN * (sum(OF_THE_STEPS) + cold / own)
+    return SHOWN * (sum(OF_THE_STEPS) + cold / _own_blocks(recipe))
+
+
+def _own_blocks(recipe: Recipe) -> int:
+    """Of an image drawn as the recipe says, one half of it with guidance."""
+    return sum(count + denoiser_config(recipe).blocks(0) for count, _, _ in passes(recipe))
 
 
 def _calibration(recipe: Recipe) -> float:
     """Fitting a sampler, in images of the recipe's own cost: two limits, and updates that count four images' blocks."""
     if recipe.sample.allocation != "calibrated":
         return 0.0
-    own = sum(count + denoiser_config(recipe).blocks(0) for count, _, _ in passes(recipe))
     limit = LIMIT_STEPS * (LIMIT_ITERATIONS + denoiser_config(recipe).blocks(0))
     updates = FIT_UPDATES * (1 + len(FIT_ITERATIONS) / SCREENING)
-    return 2 * recipe.sample.calibration_samples * limit / own + 4 * FIT_BATCH * updates
+    return 2 * recipe.sample.calibration_samples * limit / _own_blocks(recipe) + 4 * FIT_BATCH * updates
 
 
 def measured(recipe: Recipe, stages: Sequence[str], seconds: float) -> Speeds:

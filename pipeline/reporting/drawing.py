@@ -47,7 +47,7 @@ def draw(folder: Path, name: str | None, guidance: float | None, count: int, see
     label = None if name is None else _label(recipe, names, name)
     samples, device = sample_set(recipe, recipe.sample.weights), own_device()
     model, vae = load_network(samples.weights).to(device), Models(recipe.vae, recipe.evaluate).load_vae(device)
-    way = way_of(recipe, samples)
+    way = way_of(recipe, samples.folder, lambda: model)
     pixels = torch.cat(
         [
             draw_images(recipe, way, model, vae, index, label)

@@ -17,11 +17,9 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import folder_lock
-from common.ranks import own_device
 from common.recipe import Recipe, Sample, denoiser_config, diffusion, latent_shape, num_classes
 from common.recipe.sampling import sampler_settings, stated_iterations
 from common.run_folder import SampleFolder
-from common.run_weights import load_network
 from common.sealed import STRICT, read_sealed, write_sealed
 from fpdm import rng
 from fpdm.allocation import MEASURED, count_blocks
@@ -30,7 +28,6 @@ from fpdm.denoiser import Denoiser
 from fpdm.samplers import SamplerName, SamplerSettings, Spacing, Variance, adds_noise, build_sampler
 from fpdm.sampling import UnsoundError, guided_steps, sample_noise, weak_iterates
 from fpdm.sampling import sample as sample_latents
-from pipeline.sampling.sample_set import SampleSet
 
 REMEDY = "delete the folder and run python pipeline/sample.py"
 
@@ -115,13 +112,9 @@ def open_plan(recipe: Recipe, folder: Path, model: Callable[[], Denoiser]) -> Wa
     return read_plan(recipe, folder)
 
 
-def way_of(recipe: Recipe, samples: SampleSet) -> Way:
-    """How the set is drawn; where the recipe measures that on the weights, as its samples were, or measured now."""
-
-    def network() -> Denoiser:
-        return load_network(samples.weights).to(own_device())
-
-    return by_recipe(recipe) or open_plan(recipe, samples.folder, network)
+def way_of(recipe: Recipe, folder: Path, model: Callable[[], Denoiser]) -> Way:
+    """How a set is drawn; where the recipe measures that on the weights, as its samples were, or measured now."""
+    return by_recipe(recipe) or open_plan(recipe, folder, model)
 
 
 def read_plan(recipe: Recipe, folder: Path) -> Way:
