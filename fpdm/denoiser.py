@@ -25,7 +25,7 @@ from fpdm.blocks import (
     unpatchify,
 )
 from fpdm.config import DenoiserConfig
-from fpdm.fixed_point import Iterations, Solver, Step, solve_implicit
+from fpdm.fixed_point import Iterations, Solver, Step, growth, solve_implicit
 from fpdm.linear import Linear, add_gelu, linear
 
 
@@ -39,12 +39,14 @@ class Denoised(NamedTuple):
         residuals (B, n + m): relative residuals of the iterations, NaN once a sample had finished; None unless asked
             for.
         intermediate (B, C or 2C, H, W): the output that an earlier iterate gives; None unless asked for.
+        growth (B,): see `fixed_point.growth`; None unless asked for.
     """
 
     output: Tensor
     solution: Tensor | None
     residuals: Tensor | None
     intermediate: Tensor | None = None
+    growth: Tensor | None = None
 
 
 class InjectedLinear(Linear):
@@ -144,6 +146,7 @@ class Denoiser(nn.Module):
         activation_checkpointing: bool = False,
         intermediate: int = 0,
         seen: Tensor | None = None,
+        with_growth: bool = False,
     ) -> Denoised:
         """Predict from noised latents.
 
@@ -159,6 +162,7 @@ class Denoiser(nn.Module):
             intermediate: FPDM: also read out the iterate after this many of the m iterations; 0: none.
             seen: FPDM: (B, K) numbers, each once, of the tokens that the implicit layer sees and changes, as training
                 with sparse iterations draws them (after SPRINT, 2510.21986); the post-layers see all. None: all.
+            with_growth: FPDM: also measure how much an iteration enlarges a small change near the solution.
 
         Raises:
             ValueError: for a shape that does not fit the config, or an FPDM without iterations.
@@ -183,8 +187,9 @@ class Denoiser(nn.Module):
             raise ValueError(f"start: shape {tuple(start.shape)} does not fit this batch, {tuple(tokens.shape)}")
         begin = tokens.detach() if start is None else start.to(tokens.dtype)  # a constant in training: Algorithm 1
         start = tokens if start is None else begin
+        step = self._map(_rows(tokens, seen), timed, None if value is None else _rows(value, seen), seen, call)
         solution = solve_implicit(
-            self._map(_rows(tokens, seen), timed, None if value is None else _rows(value, seen), seen, call),
+            step,
             _rows(begin, seen),
             iterations,
             solver=solver,
@@ -199,7 +204,8 @@ class Denoiser(nn.Module):
 
         early = None if solution.intermediate is None else read_out(_with_rows(start, seen, solution.intermediate))
         ended = _with_rows(start, seen, solution.value)
-        return Denoised(read_out(ended), ended, solution.residuals, early)
+        grown = growth(step, solution.value) if with_growth else None
+        return Denoised(read_out(ended), ended, solution.residuals, early, grown)
 
     def _self_conditioned(self, tokens: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype, call: "Caller") -> Tensor:
         """Each block has a condition of its own; the final layer takes the first block's."""

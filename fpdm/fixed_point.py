@@ -19,6 +19,8 @@ Iterations = int | tuple[int, int]
 # (iterate (b, T, D), rows (b,) of the batch that it holds or None for all) -> next iterate (b, T, D)
 Step = Callable[[Tensor, Tensor | None], Tensor]
 
+GROWTH_ITERATIONS = 20
+GROWTH_CHANGE = 1e-2  # relative to the iterate
 ANDERSON_WINDOW = 5
 ANDERSON_REGULARISATION = 1e-6
 
@@ -148,6 +150,32 @@ def relative_residual(x: Tensor, image: Tensor) -> Tensor:
     """||f(x) - x|| / ||f(x)|| of each sample: two (B, T, D) -> (B,) float32, without graph."""
     image, x = image.detach().flatten(1).float(), x.detach().flatten(1).float()
     return (image - x).norm(dim=1) / image.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def growth(step: Step, near: Tensor) -> Tensor:
+    """How much an iteration enlarges a small change of the fixed point, (B,) float32, with the step's graph.
+
+    The change has the direction of the last of `GROWTH_ITERATIONS` iterations, where what dies out slowest, or grows,
+    is left (a power iteration). Below 1 the iteration comes to rest; training may ask for it, as STARS asks for a
+    small spectral radius (arXiv 2605.26733, 2026).
+
+    Args:
+        step: the map, see `Step`.
+        near: (B, T, D) where the iteration has come to.
+    """
+    with torch.no_grad():
+        before = x = near
+        for _ in range(GROWTH_ITERATIONS):
+            before, x = x, step(x, None)
+        change = (x - before).float()  # (B, T, D)
+        scale = GROWTH_CHANGE * _norm(x) / _norm(change).clamp_min(torch.finfo(torch.float32).tiny)  # (B,)
+        moved = x + (scale[:, None, None] * change).to(x.dtype)
+    return _norm(step(moved, None) - step(x, None)) / _norm(moved - x).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """(B, T, D) -> (B,) float32."""
+    return x.flatten(1).float().norm(dim=1)
 
 
 class _AndersonMixer:

@@ -24,7 +24,15 @@ from common.recipe.network import (
     num_classes,
 )
 from common.recipe.sampling import Evaluate, Sample, Sweep, check_sampling
-from common.recipe.training import Train, check_training, node_counts, timestep_density, wanted_samples, with_world_size
+from common.recipe.training import (
+    OF_ITERATIONS,
+    Train,
+    check_training,
+    node_counts,
+    timestep_density,
+    wanted_samples,
+    with_world_size,
+)
 
 __all__ = [
     "VAE",
@@ -88,7 +96,7 @@ def check_together(recipe: Recipe) -> None:
         raise ValueError(f"data.lanes: {recipe.data.lanes} do not divide train.batch_size, {recipe.train.batch_size}")
     check_network(recipe)
     check_training(recipe.train)
-    for name in ("iterations_rise", "intermediate_loss", "sparse_tokens"):
+    for name in OF_ITERATIONS:
         if recipe.model.kind == "dit" and getattr(recipe.train, name) != getattr(Train, name):
             raise ValueError(f"train.{name}: a DiT has no iterations; set it to {getattr(Train, name):g}")
     check_sampling(recipe)

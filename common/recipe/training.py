@@ -26,6 +26,8 @@ from common.recipe.fields import (
 from common.recipe.launch import launch_of
 
 PAPER_SAMPLES = 204_800_000
+# Fields that a DiT leaves at their defaults: it has no iterations.
+OF_ITERATIONS = ("iterations_rise", "intermediate_loss", "contraction", "sparse_tokens", "dense_end")
 POWER = "power-"  # begins the name of a power-function average
 
 if TYPE_CHECKING:
@@ -179,6 +181,9 @@ class Train:
     intermediate_loss: AtLeastZero = 0.0
     """Weight of a second loss, on what the network predicts from a random earlier iterate of those with gradient; for
     networks that are sampled with few iterations. 0: none, as in the paper."""
+    contraction: AtLeastZero = 0.0
+    """Weight of a penalty, in every 16th step, on iterations that leave more than 0.8 of a small change near the fixed
+    point (after STARS, 2605.26733). The iteration then comes to rest. 0: none, as in the paper."""
     sparse_tokens: AboveZero = 1.0
     """Share of each sample's tokens, drawn at random, that the iterations see; the explicit blocks see all. Steps are
     cheaper by most of the iterations (after SPRINT, 2510.21986). 1: all, as in the paper."""

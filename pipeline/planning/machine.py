@@ -106,30 +106,32 @@ def evaluation_seconds(evaluate: Evaluate, resolution: int) -> float | None:
     return seconds_of(lambda: list(extractor.features(images))) / IMAGES
 
 
-def try_training(recipe: Recipe, seconds: float) -> Trial:
+def try_training(recipe: Recipe, seconds: float, steps_a_line: int = 1) -> Trial:
     """Speed and memory of pipeline/train.py itself, with the recipe's processes, on random latents, measured for so
-    many seconds after its start.
+    many seconds after its start, with a log line every so many steps.
 
     Raises UserError with the command's own words where it does not train.
     """
     with ended_by_signals(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        short = _endless(recipe, folder)
+        short = _endless(recipe, folder, steps_a_line)
         _write_random_shards(folder / "shards", recipe)
         (folder / "recipe.yaml").write_text(dump_recipe(short), encoding="utf-8")
         processes, output = launch_of(recipe.launch, "train").processes, folder / "output"
         with _trained(folder / "recipe.yaml", processes, output) as process:
             lines = _log_lines(process, RunFolder(short.folder).log, output, seconds)
-    config, train, steps = denoiser_config(short), short.train, lines[2:]  # the first ones allocate
-    counts = (step_iterations(train, short.seed, line["samples"] - train.batch_size) for line in steps)
+    config, train = denoiser_config(short), short.train
+    steps = range(lines[1]["samples"], lines[-1]["samples"], train.batch_size)  # the first lines' steps allocate
+    counts = (step_iterations(train, short.seed, samples_seen) for samples_seen in steps)
     operations = sum(train.batch_size * step_flops(config, each) for each in counts)
-    flops = operations / sum(line["step_seconds"] for line in steps)  # a second; steps differ in their iterations
+    trained = sum(steps_a_line * line["step_seconds"] for line in lines[2:])
+    flops = operations / trained  # a second; steps differ in their iterations
     return Trial(flops / mean_flops(recipe), lines[-1]["memory_gib"] * 2**30)
 
 
-def _endless(recipe: Recipe, folder: Path) -> Recipe:
-    """The same training, on other latents and without an end, with a log line a step and nothing else beside it."""
-    train = recipe.train
+def _endless(recipe: Recipe, folder: Path, steps_a_line: int) -> Recipe:
+    """The same training, on other latents and without an end, with nothing beside it but the log."""
+    train, every_samples = recipe.train, steps_a_line * recipe.train.batch_size
     return replace(
         recipe,
         runs=str(folder),
@@ -142,7 +144,7 @@ def _endless(recipe: Recipe, folder: Path) -> Recipe:
             resume_from=None,
             total_samples=10**9,
             iterations_rise=0.0,
-            log=replace(train.log, every_samples=train.batch_size, tensorboard=False, wandb_project=None),
+            log=replace(train.log, every_samples=every_samples, tensorboard=False, wandb_project=None),
             previews=replace(train.previews, grid_every_samples=0, distance_every_samples=0),
             checkpoint=replace(train.checkpoint, every_samples=10**9),
         ),

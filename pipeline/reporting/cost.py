@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from common import gpus
 from common.log_lines import read_log
 from common.provenance import Started
-from common.recipe import Launch, Recipe, denoiser_config, launch_of
+from common.recipe import Launch, Recipe, Train, denoiser_config, launch_of
+from common.recipe.training import OF_ITERATIONS
 from common.run_folder import RunFolder
 from common.stage_times import read_times
 from fpdm.denoiser import count_parameters
@@ -54,9 +56,8 @@ def _as_dit(recipe: Recipe, flops: float, samples_seen: int) -> Iterator[tuple[s
 
 def as_dit(recipe: Recipe) -> Recipe:
     """The recipe of a DiT, without what only a fixed point has."""
-    train = replace(
-        recipe.train, gradient="sjfb", iterations_rise=0.0, intermediate_loss=0.0, sparse_tokens=1.0, dense_end=0.0
-    )
+    off: dict[str, Any] = {name: getattr(Train, name) for name in OF_ITERATIONS}
+    train = replace(recipe.train, gradient="sjfb", **off)
     sample = replace(recipe.sample, iterate_guidance=0.0)
     return replace(recipe, model=replace(recipe.model, kind="dit"), train=train, sample=sample)
 

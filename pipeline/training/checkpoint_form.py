@@ -39,8 +39,10 @@ class IntervalForm(TypedDict):
     loss: float
     quartile_losses: Annotated[list[float], Quarters]
     quartile_counts: Annotated[list[Annotated[float, Field(ge=0)]], Quarters]
-    intermediate_loss: NotRequired[float]  # these two are younger than the format
+    intermediate_loss: NotRequired[float]  # these four are younger than the format
     intermediate_count: NotRequired[Annotated[float, Field(ge=0)]]
+    growth: NotRequired[Annotated[float, Field(ge=0)]]
+    growth_count: NotRequired[Annotated[float, Field(ge=0)]]
 
 
 @with_config(STRICT)

@@ -4,13 +4,18 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.ranks import own_device, rank_and_world_size, share_cores
+from common.ranks import own_device, rank_and_world_size, use_cores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.training.shared_memory import SharedSums
 
 
 @dataclass(frozen=True)
@@ -19,17 +24,30 @@ class Ranks:
 
     control: the group in which ranks agree on what to do next, in the host's memory: over NCCL each such question would
         wait for the GPU.
+    shared: memory that all ranks share, where they train on the cores of one machine.
     """
 
     rank: int
     world_size: int
     control: Any
+    shared: "SharedSums | None" = None
+
+    def add_up(self, tensor: "Tensor") -> None:
+        """A contiguous tensor in the host's memory over all ranks, in place."""
+        import torch.distributed as dist
+
+        if self.shared is not None:
+            self.shared.add_up(tensor)
+        elif self.world_size > 1:
+            dist.all_reduce(tensor, group=self.control)
 
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Joins the processes through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
     import torch
+
+    from pipeline.training.shared_memory import PATIENCE_SECONDS, shared_sums
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -42,7 +60,7 @@ def process_group() -> Iterator[Ranks]:
     if on_gpu:
         os.environ["LOCAL_RANK"] = str(own_device().index)  # DeepSpeed uses it as the GPU's number
     else:
-        share_cores()
+        use_cores()
         # As DeepSpeed's launcher says it. Else ZeRO 3 asks `numactl` in every step, and fails where PATH names a folder
         # that this user is not allowed to read.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -51,7 +69,10 @@ def process_group() -> Iterator[Ranks]:
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=10), verbose=False)
     try:
         # Rank 0 keeps the others waiting while it fetches shards, writes a checkpoint or draws images.
-        yield Ranks(rank, world_size, torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=2)))
+        control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
+        share = not on_gpu and 1 < world_size == int(os.environ["LOCAL_WORLD_SIZE"])
+        with shared_sums(rank, world_size, control) if share else nullcontext() as shared:
+            yield Ranks(rank, world_size, control, shared)
     finally:
         deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own record of it
 
@@ -79,7 +100,7 @@ def raise_on_all_ranks(ranks: Ranks, stop: object = False) -> Iterator[Outcome]:
     except UserError as own:
         error = own
     flags = torch.tensor([int(bool(stop)), int(error is not None)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=ranks.control)
+    ranks.add_up(flags)
     outcome.stop_requested, failed = map(bool, flags.tolist())
     if failed:
         errors: list[UserError | None] = [None] * ranks.world_size

@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.recipe import Train
 from fpdm.blocks import Block
 from fpdm.denoiser import Denoiser
+from pipeline.training.distributed import Ranks
 from pipeline.training.muon import MuonAdamW, find_layouts
 from pipeline.training.optimizers import build_optimizer
 
@@ -17,7 +18,7 @@ from pipeline.training.optimizers import build_optimizer
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def build_engine(train: Train, model: Denoiser, config: dict[str, Any]) -> Any:
+def build_engine(train: Train, model: Denoiser, config: dict[str, Any], ranks: Ranks) -> Any:
     """DeepSpeed's engine around the model and the recipe's optimizer."""
     import deepspeed
 
@@ -29,9 +30,15 @@ def build_engine(train: Train, model: Denoiser, config: dict[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if isinstance(optimizer, MuonAdamW):
         find_layouts(engine, optimizer)
-    if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
-        engine.enable_backward_allreduce = False  # it would copy every gradient and add nothing
+    alone = engine.zero_optimization_stage() == 0 and ranks.world_size == 1
+    if alone or _averages_itself(engine, ranks):
+        engine.enable_backward_allreduce = False  # alone, it would copy every gradient and add nothing
     return engine
+
+
+def _averages_itself(engine: Any, ranks: Ranks) -> bool:
+    """Whether `update` averages the gradients over the ranks, and not DeepSpeed, which knows no shared memory."""
+    return ranks.shared is not None and isinstance(engine.optimizer, torch.optim.Optimizer)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
@@ -47,7 +54,7 @@ def propagate_non_finite(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
-def update(engine: Any, gradient_clipping: float) -> float:
+def update(engine: Any, gradient_clipping: float, ranks: Ranks) -> float:
     """The optimizer's step at the end of an accumulation. Returns the norm of the gradient over all ranks, unclipped.
 
     Where the norm is not finite, nothing is updated: by DeepSpeed itself, except in fp32 at stage 0, where it uses
@@ -57,6 +64,8 @@ def update(engine: Any, gradient_clipping: float) -> float:
         engine.step()
         return float(engine.get_global_grad_norm())
     parameters = list(engine.module.parameters())
+    if _averages_itself(engine, ranks):
+        average_gradients(parameters, ranks)
     total = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     norm = float(total)
     if math.isfinite(norm) and norm > (gradient_clipping or math.inf):
@@ -66,6 +75,16 @@ def update(engine: Any, gradient_clipping: float) -> float:
             parameter.grad = None  # the optimizer passes over parameters without a gradient
     engine.step()
     return norm
+
+
+def average_gradients(parameters: list[Tensor], ranks: Ranks) -> None:
+    """Over all ranks; zeros where this one has none."""
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    together = torch.cat([gradient.flatten() for gradient in gradients]) / ranks.world_size
+    ranks.add_up(together)
+    parts = together.split([gradient.numel() for gradient in gradients])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def scaler_state(engine: Any) -> dict[str, float]:

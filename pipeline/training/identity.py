@@ -16,7 +16,7 @@ IDENTITY = {
     "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
         *("batch_size", "latents", "label_dropout", "gradient", "max_no_grad_iterations", "max_grad_iterations"),
-        *("iterations_rise", "intermediate_loss", "sparse_tokens", "dense_end"),
+        *("iterations_rise", "intermediate_loss", "contraction", "sparse_tokens", "dense_end"),
     ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),

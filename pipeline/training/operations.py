@@ -13,7 +13,7 @@ from common.gpus import GPUS
 from common.recipe import Recipe, Train, denoiser_config
 from fpdm.config import DenoiserConfig
 from pipeline.training.identity import total_samples
-from pipeline.training.schedule import StepIterations, largest_counts, token_share
+from pipeline.training.schedule import GROWTH_EVERY, StepIterations, largest_counts, token_share
 from pipeline.training.throughput import step_flops
 
 UTILISATION = 0.42  # of a V100's peak: what the paper's 400,000 steps of DiT-XL/2 in 4 days on 8 of them come to
@@ -57,4 +57,9 @@ def _mean_step(train: Train, config: DenoiserConfig, part: float) -> float:
     (no_grad, grad), share = largest_counts(train, position), token_share(train, position)
     counts = [grad] if train.gradient == "multi_step" else range(1, grad + 1)
     draws = ((n, m, int(train.intermediate_loss > 0 and m > 1)) for n in range(no_grad + 1) for m in counts)
-    return fmean(step_flops(config, StepIterations(*draw, share)) for draw in draws)
+    grown = 1 / GROWTH_EVERY if train.contraction else 0.0  # of the steps
+    return fmean(
+        (1 - grown) * step_flops(config, StepIterations(*draw, share))
+        + grown * step_flops(config, StepIterations(*draw, share, growth=True))
+        for draw in draws
+    )

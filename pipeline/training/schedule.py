@@ -10,17 +10,21 @@ from common.recipe import Train
 from fpdm.fixed_point import intermediate_iterate, sjfb_counts
 from pipeline.training.identity import total_samples
 
+GROWTH_EVERY = 16  # steps; whole batches, so that what is measured does not depend on the ranks
+
 
 class StepIterations(NamedTuple):
     """A step's iterations: without graph, then with one; `intermediate` of the latter are read out too, 0: none are.
 
     share: of the tokens that they see, above 0 and up to 1.
+    growth: the fixed point's growth is measured as well, and limited.
     """
 
     without_graph: int
     with_graph: int
     intermediate: int
     share: float = 1.0
+    growth: bool = False
 
     def tokens(self, num_tokens: int) -> int:
         """How many of a sample's tokens they see, at least one."""
@@ -65,7 +69,8 @@ def step_iterations(train: Train, seed: int, samples_seen: int, seconds: float =
     if train.gradient == "multi_step":
         with_graph = largest[1]
     intermediate = intermediate_iterate(seed, step, with_graph) if train.intermediate_loss else 0
-    return StepIterations(without_graph, with_graph, intermediate, token_share(train, place))
+    limits = train.contraction > 0 and step % GROWTH_EVERY == 0
+    return StepIterations(without_graph, with_graph, intermediate, token_share(train, place), limits)
 
 
 def token_share(train: Train, position: float) -> float:

@@ -12,17 +12,20 @@ from torch import Tensor
 from common.recipe import Train
 from fpdm.diffusion import Diffusion
 from pipeline.training.data import Batch
+from pipeline.training.distributed import Ranks
 from pipeline.training.engine import propagate_non_finite, update
 from pipeline.training.schedule import StepIterations
 from pipeline.training.throughput import loss_sums
+
+ALLOWED_GROWTH = 0.8  # of a small change near the fixed point, by one iteration
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one rank knows after a step.
 
-    sums (12,) float64 on the CPU: `loss_sums`; sum and count of the losses of intermediate iterates, which are in no
-        other number here; this rank's share of the mean residual of the last iteration.
+    sums (14,) float64 on the CPU: `loss_sums`; sum and count of the losses of intermediate iterates, and of growths,
+        which are in no other number here; this rank's share of the mean residual of the last iteration.
     norm: of the gradient over all ranks; not finite where nothing was updated.
     losses (B,): by sample of this rank's part of the batch.
     """
@@ -38,6 +41,7 @@ def train_step(
     batches: list[Batch],
     iterations: StepIterations,
     settings: Train,
+    ranks: Ranks,
     watch: Callable[[str], AbstractContextManager[None]],
     *,
     with_residuals: bool,
@@ -50,7 +54,7 @@ def train_step(
         watch: times the parts of the step (`Stopwatch`).
         with_residuals: also computes the fixed point's residuals, for the log.
     """
-    sums, norm = torch.zeros(12, dtype=torch.float64, device=engine.device), math.nan
+    sums, norm = torch.zeros(14, dtype=torch.float64, device=engine.device), math.nan
     all_losses = []
     for number, batch in enumerate(batches, 1):
         with watch("forward"):
@@ -64,6 +68,7 @@ def train_step(
                 intermediate=iterations.intermediate,
                 with_residuals=with_residuals,
                 activation_checkpointing=settings.activation_checkpointing,
+                with_growth=iterations.growth,
                 seen=batch.tokens[:, : iterations.tokens(batch.tokens.shape[1])] if iterations.share < 1 else None,
             )
             losses = _losses(diffusion, answer.output, batch)  # (B,)
@@ -75,13 +80,16 @@ def train_step(
                 early = _losses(diffusion, answer.intermediate, batch)
                 sums[9:11] += torch.stack([early.detach().double().sum(), sums.new_tensor(len(early))])
                 losses = losses + settings.intermediate_loss * early
+            if answer.growth is not None:
+                sums[11:13] += torch.stack([answer.growth.detach().double().sum(), sums.new_tensor(len(losses))])
+                losses = losses + settings.contraction * (answer.growth - ALLOWED_GROWTH).relu().square()
         with watch("backward"):
             engine.backward(propagate_non_finite((losses * batch.weights).mean()))
         with watch("optimizer"):
             if number < len(batches):
                 engine.step()  # counts the micro-batch
             else:
-                norm = update(engine, settings.optimizer.gradient_clipping)
+                norm = update(engine, settings.optimizer.gradient_clipping, ranks)
     return StepResult(sums.cpu(), norm, torch.cat(all_losses))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common import gpus
 from fpdm.config import DenoiserConfig
+from fpdm.fixed_point import GROWTH_ITERATIONS
 from fpdm.flops import forward_flops
 from pipeline.training.schedule import StepIterations
 
@@ -42,11 +43,13 @@ class Interval:
     quartile_counts: Sequence[float] = (0.0,) * QUARTILES
     intermediate_loss: float = 0.0  # sum over samples, and their number
     intermediate_count: float = 0.0
+    growth: float = 0.0  # the same of the growth of the fixed point
+    growth_count: float = 0.0
 
     def plus(self, sums: Sequence[float], batch_size: int) -> "Interval":
         """With one more step; `sums` over all ranks: those of `StepResult`."""
-        ends = (1, 1 + QUARTILES, 1 + 2 * QUARTILES, 3 + 2 * QUARTILES)
-        losses, counts, (early, early_count) = (sums[start:end] for start, end in pairwise(ends))
+        ends = (1, 1 + QUARTILES, 1 + 2 * QUARTILES, 3 + 2 * QUARTILES, 5 + 2 * QUARTILES)
+        losses, counts, (early, early_count), (grown, grown_count) = (sums[start:end] for start, end in pairwise(ends))
         return Interval(
             steps=self.steps + 1,
             skipped=self.skipped,
@@ -55,6 +58,8 @@ class Interval:
             quartile_counts=tuple(map(add, self.quartile_counts, counts)),
             intermediate_loss=self.intermediate_loss + early,
             intermediate_count=self.intermediate_count + early_count,
+            growth=self.growth + grown,
+            growth_count=self.growth_count + grown_count,
         )
 
     def means(self) -> dict[str, float | None]:
@@ -65,7 +70,8 @@ class Interval:
         }
         early = self.intermediate_loss / self.intermediate_count if self.intermediate_count else None
         loss = self.loss / self.steps if self.steps else None
-        return {"loss": loss, **quartiles, "intermediate_loss": early, "skipped_steps": self.skipped}
+        growth = self.growth / self.growth_count if self.growth_count else None
+        return {"loss": loss, **quartiles, "intermediate_loss": early, "growth": growth, "skipped_steps": self.skipped}
 
 
 class Stopwatch:
@@ -157,4 +163,6 @@ def step_flops(config: DenoiserConfig, iterations: StepIterations) -> float:
     """
     outer, iteration, read_out = forward_flops(config, iterations.tokens(config.num_tokens))
     without_graph, with_graph, intermediate = iterations[:3]
+    if iterations.growth:
+        without_graph, with_graph = without_graph + GROWTH_ITERATIONS, with_graph + 2
     return 3 * outer + (without_graph + 3 * with_graph) * iteration + 3 * bool(intermediate) * read_out

@@ -53,7 +53,7 @@ class Trainer:
             with raise_on_all_ranks(ranks):
                 model = initial_network(recipe)
         self.samples_saved, self.seconds_before = self.state.samples_seen, self.state.seconds
-        self.engine = build_engine(recipe.train, model, self.config)
+        self.engine = build_engine(recipe.train, model, self.config, ranks)
         self.ema = EMAWeights(recipe.train.ema, self.engine)
         if resumed:
             checkpoint.restore(self.engine, self.ema, resumed)
@@ -115,11 +115,13 @@ class Trainer:
         iterations = step_iterations(settings, recipe.seed, before, self.state.seconds)
         set_learning_rate(self.engine, learning_rate(settings, before, self.state.seconds))
         diffusion = self.stream.diffusion
-        result = train_step(self.engine, diffusion, batches, iterations, settings, watch, with_residuals=logs)
+        result = train_step(
+            self.engine, diffusion, batches, iterations, settings, self.ranks, watch, with_residuals=logs
+        )
         with watch("ema"):
             self.ema.update(before, after)
         with watch("exchange"):
-            torch.distributed.all_reduce(result.sums, group=self.ranks.control)
+            self.ranks.add_up(result.sums)
         self.count(result)
         self.throughput.count(settings.batch_size, iterations)
         self.progress.advance(settings.batch_size)

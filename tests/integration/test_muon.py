@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.conftest import ROOT, Experiment
 from tests.integration.ranks import finish, run_ranks, started
-from tests.integration.test_training import SAME_TO, losses, newest_state
+from tests.integration.test_training import SAME_TO, losses, metrics, newest_state
 
 GOLDEN = ROOT / "tests/golden/muon-losses.json"
 STEPS = 5
@@ -19,7 +19,7 @@ SETTINGS = (
     *("train.optimizer.name=muon", "train.optimizer.weight_decay=0.1", "train.batch_size=12"),
     *("train.timesteps.kind=logit_normal", "train.timesteps.stratified=true"),
     *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.mlp=swiglu", "model.value_residual=true"),
-    *("model.injection=decay", "train.intermediate_loss=0.5"),
+    *("model.injection=decay", "train.intermediate_loss=0.5", "train.contraction=1"),
     *("train.checkpoint.every_samples=24", f"train.total_samples={12 * STEPS}", "train.log.every_samples=12"),
 )
 
@@ -55,6 +55,9 @@ def test_ranks_and_zero_stages_change_no_loss(runs: Path) -> None:
     assert len(curves) == 6
     for name, curve in curves.items():
         assert curve == pytest.approx(expected, rel=SAME_TO), name
+    growths = [metrics(runs / name)[0]["growth"] for name in ("muon-1-0", *curves)]
+    assert growths == pytest.approx([growths[0]] * len(growths), rel=1e-3)  # a change of 1e-2, in float32
+    assert 0 < growths[0] < 1
 
 
 def test_the_losses_are_the_golden_ones(runs: Path) -> None:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fpdm import DenoiserConfig, build_denoiser, rng, sjfb_counts
 from fpdm.blocks import unpatchify
-from fpdm.fixed_point import solve_implicit
+from fpdm.fixed_point import growth, solve_implicit
 
 CONFIG = DenoiserConfig(input_size=8, hidden_size=32, num_heads=4, num_classes=5)
 
@@ -276,3 +276,24 @@ def test_an_intermediate_iterate_is_that_of_fewer_iterations_with_its_graph():
 def test_an_intermediate_iterate_must_be_followed_by_another_of_a_plain_iteration(iterations, options):
     with pytest.raises(ValueError, match=r"^intermediate: 3 "):
         solve_implicit(lambda x, rows: x, torch.zeros(1, 1, 1), iterations, intermediate=3, **options)
+
+
+def test_growth_is_what_an_iteration_leaves_of_the_slowest_change_of_each_sample():
+    rates = torch.tensor([[0.9, 0.5, -0.2], [1.1, 0.3, 0.3]])  # by sample and channel; one sample moves away
+    scale = torch.tensor(1.0, requires_grad=True)
+    measured = growth(lambda x, rows: scale * rates[:, None] * (x - 1) + 1, torch.zeros(2, 4, 3))
+    assert measured.tolist() == pytest.approx([0.9, 1.1], rel=1e-4)  # 0.5 / 0.9 has died out after 20 iterations
+    (slope,) = torch.autograd.grad(measured.sum(), scale)
+    assert float(slope) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_growth_of_an_iteration_that_rests_is_finite():
+    assert growth(lambda x, rows: 0 * x, torch.zeros(2, 4, 3)).tolist() == [0, 0]
+
+
+def test_growth_leaves_the_output_as_it_is():
+    model = network()
+    plain, both = (model(*inputs(), iterations=(1, 2), with_growth=wanted) for wanted in (False, True))
+    assert torch.equal(plain.output, both.output)
+    assert plain.growth is None
+    assert both.growth.shape == (3,)

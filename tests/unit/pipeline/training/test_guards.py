@@ -20,7 +20,7 @@ RECIPE = parse_recipe("name: a", (f"train.batch_size={BATCH}",))
 
 def judged(state: TrainState, losses: list[float], norm: float, *, scaled: bool = False) -> tuple[TrainState, Any]:
     """`check_finite` of one rank's step with these losses, of samples 10 to 13."""
-    sums = torch.tensor([sum(losses), *losses, *[1.0] * 4, 0.0, 0.0, 0.0], dtype=torch.float64)
+    sums = torch.tensor([sum(losses), *losses, *[1.0] * 4, *[0.0] * 5], dtype=torch.float64)
     result, ranks = StepResult(sums, norm, torch.tensor(losses)), Ranks(0, 1, None)
     return check_finite(
         RECIPE.train, state, result, ranks, scaled=scaled, sample_ids=lambda: list(range(10, 10 + BATCH))

@@ -10,7 +10,9 @@ import torch
 from common.loading import parse_recipe
 from common.recipe import Recipe, denoiser_config, diffusion
 from fpdm.denoiser import Denoiser, build_denoiser
+from pipeline.training import step
 from pipeline.training.data import Batch
+from pipeline.training.distributed import Ranks
 from pipeline.training.schedule import StepIterations
 from pipeline.training.step import StepResult, train_step
 
@@ -71,8 +73,11 @@ def halves(batch: Batch) -> list[Batch]:
 def one_step(recipe: Recipe, model: Denoiser, batches: list[Batch]) -> StepResult:
     engine, watch = Engine(model, len(batches)), lambda part: nullcontext()
     intermediate = int(recipe.train.intermediate_loss > 0)
-    iterations = StepIterations(1, 2, intermediate, recipe.train.sparse_tokens)
-    return train_step(engine, diffusion(recipe), batches, iterations, recipe.train, watch, with_residuals=True)
+    growth = recipe.train.contraction > 0
+    iterations = StepIterations(1, 2, intermediate, recipe.train.sparse_tokens, growth)
+    return train_step(
+        engine, diffusion(recipe), batches, iterations, recipe.train, Ranks(0, 1, None), watch, with_residuals=True
+    )
 
 
 @pytest.mark.parametrize(("parts", "clipping"), [(1, 0.0), (2, 0.0), (2, 1e-3)])
@@ -117,6 +122,26 @@ def test_the_intermediate_loss_is_that_of_fewer_iterations_and_only_its_gradient
     for name, parameter in model.named_parameters():
         update = RATE * expected.get_parameter(name).grad
         assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-7), name
+
+
+def test_growth_above_what_is_allowed_is_added_to_the_gradient_and_not_to_the_loss() -> None:
+    recipe = recipe_with("train.optimizer.gradient_clipping=0", "train.contraction=3")
+    batch, process, expected = batch_of(recipe), diffusion(recipe), network(recipe)
+    noisy = process.add_noise(batch.latents, batch.noise, batch.timesteps)
+    answer = expected(noisy, batch.timesteps, batch.labels, iterations=(1, 2), with_growth=True)
+    losses = process.loss(answer.output, batch.latents, batch.noise, batch.timesteps)["loss"]
+    allowed = float(answer.growth.detach().median())  # below some samples' growth and not below others'
+    ((losses + 3 * (answer.growth - allowed).clamp(min=0) ** 2) * batch.weights).mean().backward()
+
+    model = network(recipe)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(step, "ALLOWED_GROWTH", allowed)
+        result = one_step(recipe, model, [batch])
+    assert torch.allclose(result.losses, losses.detach(), rtol=1e-5)
+    assert result.sums[11:13].tolist() == pytest.approx([float(answer.growth.detach().sum()), BATCH], rel=1e-4)
+    for name, parameter in model.named_parameters():
+        update = RATE * expected.get_parameter(name).grad
+        assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-6), name
 
 
 def test_sparse_iterations_see_the_first_of_each_samples_tokens() -> None:

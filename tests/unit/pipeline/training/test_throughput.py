@@ -28,18 +28,20 @@ def test_loss_sums_of_parts_add_up_to_those_of_the_batch() -> None:
 
 def test_an_interval_saved_in_a_checkpoint_gives_the_same_means() -> None:
     sums = [
-        [3.0, 1.0, 2.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0, 6.0, 4.0],
-        [5.0, 0.0, 0.0, 4.0, 1.0, 0.0, 0.0, 3.0, 1.0, 0.0, 0.0],  # without an intermediate iterate
+        [3.0, 1.0, 2.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0, 6.0, 4.0, 2.0, 4.0],
+        [5.0, 0.0, 0.0, 4.0, 1.0, 0.0, 0.0, 3.0, 1.0, *[0.0] * 4],  # without an intermediate iterate, or growth
     ]
     uninterrupted = Interval().plus(sums[0], 4).plus(sums[1], 4)
     saved = json.loads(json.dumps(TrainState(interval=Interval().plus(sums[0], 4)).to_json()))
     assert TrainState.from_json(4, saved).interval.plus(sums[1], 4) == uninterrupted
     assert uninterrupted.means() == {
         **{"loss": 1.0, "loss_q1": 0.5, "loss_q2": 1.0, "loss_q3": 4 / 3, "loss_q4": 1.0},
-        **{"intermediate_loss": 1.5, "skipped_steps": 0},
+        **{"intermediate_loss": 1.5, "growth": 0.5, "skipped_steps": 0},
     }
-    del saved["interval"]["intermediate_loss"], saved["interval"]["intermediate_count"]  # of an older run
-    assert TrainState.from_json(4, saved).interval.means()["intermediate_loss"] is None
+    for name in ("intermediate_loss", "intermediate_count", "growth", "growth_count"):
+        del saved["interval"][name]  # of an older run
+    means = TrainState.from_json(4, saved).interval.means()
+    assert means["intermediate_loss"] is means["growth"] is None
     assert Interval().means()["loss_q1"] is None
 
 
