@@ -182,22 +182,27 @@ def share_of_cores() -> int:
     return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def use_cores(*, alone: bool = False) -> None:
-    """Sets this process up to compute: torch keeps to its share of the cores, and freed memory stays the process's.
-
-    More threads than cores stall one another. glibc would give freed memory back to the system and ask for it again
-    page by page: 6,000 pages a step of the demo's training, a tenth of its time.
+def share_cores(*, alone: bool = False) -> None:
+    """Limits torch to this process's share of the cores: more threads than cores stall one another.
 
     alone: the other processes have ended, so all cores are this one's.
     """
     import torch
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(own_cores() if alone else share_of_cores())
+
+
+def keep_freed_memory() -> None:
+    """For this process to use again, as training does in every step, whose tensors are those of the step before.
+
+    glibc would give it back to the system and ask for it page by page: 6,000 pages a step of the demo's training, a
+    tenth of its time. Not for processes whose threads end: what those freed would stay too.
+    """
     with suppress(AttributeError):  # another C library than glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(own_cores() if alone else share_of_cores())
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def own_device() -> "torch.device":

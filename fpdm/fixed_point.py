@@ -168,7 +168,8 @@ def growth(step: Step, near: Tensor) -> Tensor:
         for _ in range(GROWTH_ITERATIONS):
             before, x = x, step(x, None)
         change = (x - before).float()  # (B, T, D)
-        scale = GROWTH_CHANGE * _norm(x) / _norm(change).clamp_min(torch.finfo(torch.float32).tiny)  # (B,)
+        size, length = _norm(x), _norm(change)  # (B,)
+        scale = torch.where(length > 1e-12 * size, GROWTH_CHANGE * size / length, 0)  # 0: at rest, to the last bit
         moved = x + (scale[:, None, None] * change).to(x.dtype)
     return _norm(step(moved, None) - step(x, None)) / _norm(moved - x).clamp_min(torch.finfo(torch.float32).tiny)
 

@@ -46,13 +46,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from common.errors import UserError
-    from common.ranks import use_cores
+    from common.ranks import share_cores
     from pipeline.judging.judge import Question, extractor, judge
     from pipeline.judging.report import lines, sealed
 
     if arguments.probe < 0 or arguments.probe == 1:
         raise UserError(f"--probe: {arguments.probe}; 0, or at least 2 images")
-    use_cores()
+    share_cores()
     question = Question(arguments.samples, arguments.reference, arguments.against, arguments.crop, arguments.probe)
     report = judge(question, [extractor(named) for named in arguments.features or [None]])
     if arguments.json:

@@ -183,7 +183,7 @@ class Train:
     networks that are sampled with few iterations. 0: none, as in the paper."""
     contraction: AtLeastZero = 0.0
     """Weight of a penalty, in every 16th step, on iterations that leave more than 0.8 of a small change near the fixed
-    point (after STARS, 2605.26733). The iteration then comes to rest. 0: none, as in the paper."""
+    point (after STARS, 2605.26733), so that it comes to rest. In fp32 only. 0: none, as in the paper."""
     sparse_tokens: AboveZero = 1.0
     """Share of each sample's tokens, drawn at random, that the iterations see; the explicit blocks see all. Steps are
     cheaper by most of the iterations (after SPRINT, 2510.21986). 1: all, as in the paper."""
@@ -256,6 +256,11 @@ def check_training(train: Train) -> None:
     if train.intermediate_loss and train.max_grad_iterations == 1:
         raise ValueError(
             "train.intermediate_loss: with train.max_grad_iterations 1 no earlier iterate has a gradient; set it to 0"
+        )
+    if train.contraction and train.precision != "fp32":
+        raise ValueError(
+            f"train.contraction: with train.precision {train.precision} rounding hides what it measures; set "
+            "train.precision to fp32, or train.contraction to 0"
         )
     if train.dense_end and train.sparse_tokens == 1:
         raise ValueError("train.dense_end: with train.sparse_tokens 1 all of the training is dense; set it to 0")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 from common.errors import UserError
-from common.ranks import rank_and_world_size, use_cores
+from common.ranks import rank_and_world_size, share_cores
 from common.run_folder import RunFolder
 from common.sealed import read_sealed, write_sealed
 from pipeline.evaluation.image_sets import ComparedSet
@@ -17,7 +17,7 @@ def evaluate(evaluation: Evaluation) -> None:
     Where there were none to extract, the first rank does.
     """
     rank, world_size = rank_and_world_size()
-    use_cores()
+    share_cores()
     missing = [images for images in evaluation.compared if not is_measured(evaluation, images)]
     asked = [samples for samples in evaluation.samples if samples in missing]
     for samples in asked:
@@ -28,7 +28,7 @@ def evaluate(evaluation: Evaluation) -> None:
             samples.extract(rank, world_size)
         if not all(samples.is_extracted for samples in asked) or (nothing_to_extract and rank > 0):
             return
-        use_cores(alone=True)
+        share_cores(alone=True)
     for images in missing:
         evaluation.measure(images)
     metrics = evaluation.metrics()

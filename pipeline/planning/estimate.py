@@ -8,7 +8,7 @@ import torch
 
 from common.errors import NoDataYet, UserError
 from common.gpus import GPU
-from common.ranks import own_cores, use_cores
+from common.ranks import own_cores, share_cores
 from common.recipe import VAE, Recipe, denoiser_config, launch_of
 from common.stage import Stage
 from common.stage_jobs import plain_steps
@@ -158,7 +158,7 @@ def measured(recipe: Recipe, stages: Sequence[str], seconds: float) -> Speeds:
     """On this machine; `stages`: of these alone. Training is measured for so many seconds. An autoencoder that is still
     to be trained is as fast as the one that it starts from.
     """
-    use_cores()
+    share_cores()
     found: dict[str, float] = {}
     images, folder = torch.zeros(IMAGES, 3, recipe.data.resolution, recipe.data.resolution), _like(recipe.vae)
     encoder = Encoder(folder) if find_identity(folder) and {"encode", "sample"} & set(stages) else None

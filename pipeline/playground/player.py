@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranks import own_device, use_cores
+from common.ranks import own_device, share_cores
 from fpdm.call_settings import CallSettings
 from fpdm.denoiser import Denoised
 from fpdm.diffusion import Diffusion
@@ -40,7 +40,7 @@ class Player:
     """
 
     def __init__(self, folder: Path) -> None:
-        use_cores()
+        share_cores()
         try:
             self.pipeline = FPDMPipeline.from_pretrained(folder).to(own_device(), torch.float32)
         except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ import torch
 from common.errors import UserError, printable
 from common.files import atomic_write
 from common.loading import override_field
-from common.ranks import use_cores
+from common.ranks import share_cores
 from common.recipe import VAE, Recipe
 from fpdm.latents import draw_latents
 from pipeline.planning.disk import disk
@@ -136,7 +136,7 @@ def _psnr(encoder: Encoder, images: torch.Tensor) -> float:
 
 def _autoencoder_rate(recipe: Recipe, images: Images) -> float:
     """Images a second of its training, with all cores."""
-    use_cores()
+    share_cores()
     assert recipe.vae.training is not None
     trial = replace(recipe.vae.training, images=BATCH_SIZE * (WARM_UP + STEPS))
     recipe = replace(recipe, vae=replace(recipe.vae, training=trial))

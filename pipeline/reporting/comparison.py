@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import atomic_write
 from common.log_lines import read_log
-from common.ranks import own_device, use_cores
+from common.ranks import own_device, share_cores
 from common.recipe import Recipe, denoiser_config, latent_shape
 from common.recipe.sampling import SWEEP_AXES, stated_iterations
 from common.run_folder import RunFolder, counted
@@ -192,7 +192,7 @@ def draw(run: Run, pflop: float, blocks: int, count: int) -> Drawn:
 
     Raises UserError where no way of sampling costs so little.
     """
-    use_cores()
+    share_cores()
     recipe = at_blocks(run.recipe, blocks)
     trained = [int(folder.name) for folder in counted(RunFolder(recipe.folder).weights) if int(folder.name)]
     affordable = [seen for seen in trained if seen * run.flops_a_sample / 1e15 <= pflop * (1 + NEAR)]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import atomic_write
-from common.ranks import float32_throughout, own_device, use_cores
+from common.ranks import float32_throughout, own_device, share_cores
 from common.recipe import Recipe, check_together, denoiser_config
 from common.run_weights import load_network
 from fpdm.class_names import ClassNames
@@ -40,7 +40,7 @@ def draw(folder: Path, name: str | None, guidance: float | None, count: int, see
     """
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"--out: {path}: {path.suffix or 'no ending'}; write {', '.join(ENDINGS)}")
-    use_cores()
+    share_cores()
     float32_throughout()
     recipe = _changed(from_data(sampled_recipe(folder)), guidance, seed)
     names = class_names(recipe)

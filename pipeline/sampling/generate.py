@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.background import Background
 from common.errors import UserError
 from common.files import shared_folder_lock
-from common.ranks import float32_throughout, own_device, rank_and_world_size, use_cores
+from common.ranks import float32_throughout, own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from common.run_folder import SampleFolder
 from common.run_weights import load_network
@@ -37,7 +37,7 @@ def sample(sampling: Sampling, part: int = 0, parts: int = 1) -> None:
     Who draws the last chunk of a set also writes what `sample.output` makes of it.
     """
     rank, world_size = rank_and_world_size()
-    use_cores()
+    share_cores()
     float32_throughout()
     fetch_vae(sampling.recipe.vae)
     if finished(sampling):

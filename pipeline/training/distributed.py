@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.ranks import own_device, rank_and_world_size, use_cores
+from common.ranks import keep_freed_memory, own_device, rank_and_world_size, share_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def process_group() -> Iterator[Ranks]:
     """Joins the processes through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
     import torch
 
-    from pipeline.training.shared_memory import PATIENCE_SECONDS, shared_sums
+    from pipeline.training.shared_memory import MOST_RANKS, PATIENCE_SECONDS, shared_sums
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -60,7 +60,8 @@ def process_group() -> Iterator[Ranks]:
     if on_gpu:
         os.environ["LOCAL_RANK"] = str(own_device().index)  # DeepSpeed uses it as the GPU's number
     else:
-        use_cores()
+        share_cores()
+        keep_freed_memory()
         # As DeepSpeed's launcher says it. Else ZeRO 3 asks `numactl` in every step, and fails where PATH names a folder
         # that this user is not allowed to read.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -70,7 +71,8 @@ def process_group() -> Iterator[Ranks]:
     try:
         # Rank 0 keeps the others waiting while it fetches shards, writes a checkpoint or draws images.
         control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
-        share = not on_gpu and 1 < world_size == int(os.environ["LOCAL_WORLD_SIZE"])
+        one_machine = world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = not on_gpu and one_machine and 1 < world_size <= MOST_RANKS
         with shared_sums(rank, world_size, control) if share else nullcontext() as shared:
             yield Ranks(rank, world_size, control, shared)
     finally:

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from common.ranks import own_cores
 
 CHUNK = 2**20  # bytes that a rank hands over at a time: they stay in the cores' caches
+MOST_RANKS = 8  # each reads all slots, so with many of them a ring, as gloo's, is better
 AWAKE_SECONDS = 0.02  # that a rank looks for an answer before it sleeps
 PATIENCE_SECONDS = 7200.0  # rank 0 keeps the others waiting while it writes a checkpoint or draws images
 
@@ -42,7 +43,7 @@ class SharedSums:
     def add_up(self, tensor: Tensor) -> None:
         """A contiguous tensor over all ranks, in place: first rank 0's, so that the bits are the same everywhere.
 
-        Raises ConnectionError where a rank has ended, TimeoutError where one is silent for two hours.
+        Raises RuntimeError where a rank has ended, TimeoutError where one is silent for two hours.
         """
         for part in tensor.view(-1).split(CHUNK // tensor.element_size()):
             slots = self.slots[self.turn, :, : part.nbytes].view(tensor.dtype)  # (ranks, numbers)
@@ -63,8 +64,8 @@ class SharedSums:
             if self.rank == 0:
                 for connection in self.connections:
                     connection.sendall(b".")
-        except ConnectionError:
-            raise ConnectionError("a rank of this training has ended; its own output says why") from None
+        except ConnectionError:  # as gloo says it (`common.errors.has_lost_a_rank`)
+            raise RuntimeError("Connection closed by peer: another rank of this training has ended") from None
 
     def _receive(self, connection: socket.socket) -> None:
         awake_until = time.monotonic() + self.awake
@@ -86,8 +87,10 @@ def shared_sums(rank: int, world_size: int, control: Any) -> Iterator[SharedSums
     control: a process group.
     """
     size = 2 * world_size * CHUNK
-    with ExitStack() as stack, socket.socket(socket.AF_UNIX) as own:
-        address = [_listen(own, stack) if rank == 0 else None]
+    with ExitStack() as stack, ExitStack() as meanwhile, socket.socket(socket.AF_UNIX) as own:
+        address: list[str | None] = [None]
+        if rank == 0:
+            address, descriptor = _offer(own, meanwhile, size)
         dist.broadcast_object_list(address, src=0, group=control)
         ready = torch.tensor(address[0] is not None and (rank == 0 or own.connect_ex(address[0]) == 0)).int()
         dist.all_reduce(ready, dist.ReduceOp.MIN, group=control)
@@ -96,8 +99,7 @@ def shared_sums(rank: int, world_size: int, control: Any) -> Iterator[SharedSums
             return
         if rank == 0:
             connections = [stack.enter_context(own.accept()[0]) for _ in range(world_size - 1)]
-            descriptor = os.memfd_create("fpdm")
-            os.truncate(descriptor, size)
+            meanwhile.close()  # a killed rank leaves no folder behind
             for connection in connections:
                 socket.send_fds(connection, [b"."], [descriptor])
         else:
@@ -108,14 +110,17 @@ def shared_sums(rank: int, world_size: int, control: Any) -> Iterator[SharedSums
         yield SharedSums(rank, world_size, connections, memory)
 
 
-def _listen(own: socket.socket, stack: ExitStack) -> str | None:
-    """The address where the other ranks find this one; None where the system has no memory to hand over."""
-    if not hasattr(os, "memfd_create"):  # of Linux
-        return None
-    address = str(Path(stack.enter_context(TemporaryDirectory())) / "ranks")  # a folder of this user only
+def _offer(own: socket.socket, meanwhile: ExitStack, size: int) -> tuple[list[str | None], int]:
+    """The address where the other ranks find this one, until `meanwhile` ends, and the memory's descriptor.
+
+    No address where the system gives no such memory, or no place to meet.
+    """
     try:
-        own.bind(address)
-    except OSError:  # a path of more than 107 bytes, or a disk without sockets
-        return None
-    own.listen()
-    return address
+        descriptor = os.memfd_create("fpdm")
+        os.truncate(descriptor, size)
+        address = str(Path(meanwhile.enter_context(TemporaryDirectory())) / "ranks")  # a folder of this user only
+        own.bind(address)  # a path of at most 107 bytes
+        own.listen(MOST_RANKS)
+    except (AttributeError, OSError):  # AttributeError: a Python or system without memfd_create
+        return [None], -1
+    return [address], descriptor

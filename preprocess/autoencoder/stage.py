@@ -64,13 +64,13 @@ def train(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe) -> None:
-    from common.ranks import use_cores
+    from common.ranks import share_cores
     from preprocess.autoencoder.export import export
     from preprocess.autoencoder.images import load_images
     from preprocess.autoencoder.progress import Progress
     from preprocess.autoencoder.training import measure
 
-    use_cores()
+    share_cores()
     images, settings = load_images(recipe), _settings(recipe)
     as_whole = {name: value for name, value in settings.items() if name != DECODER_IMAGES}
     kept = Progress(recipe.vae.folder, as_whole), Progress(recipe.vae.folder, settings, ".decoder")

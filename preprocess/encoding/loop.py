@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.ranks import own_device, rank_and_world_size, use_cores
+from common.ranks import own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from preprocess.encoding.decoding import decoded
 from preprocess.encoding.encoder import Encoder, Identity
@@ -31,7 +31,7 @@ def encode_images(
 
     Shows images per second, the time left, and the share of time for which the VAE was busy.
     """
-    use_cores()
+    share_cores()
     encoder = Encoder(recipe.vae, own_device(), identity)
     loader = ImageLoader(source, recipe.data.crop, recipe.data.resolution)
     batches = {number: _batches(positions, recipe.vae.batch_size) for number, positions in slices.items()}

@@ -19,7 +19,7 @@ SETTINGS = (
     *("train.optimizer.name=muon", "train.optimizer.weight_decay=0.1", "train.batch_size=12"),
     *("train.timesteps.kind=logit_normal", "train.timesteps.stratified=true"),
     *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.mlp=swiglu", "model.value_residual=true"),
-    *("model.injection=decay", "train.intermediate_loss=0.5", "train.contraction=1"),
+    *("model.injection=decay", "train.intermediate_loss=0.5", "train.contraction=1", "train.precision=fp32"),
     *("train.checkpoint.every_samples=24", f"train.total_samples={12 * STEPS}", "train.log.every_samples=12"),
 )
 
@@ -33,6 +33,7 @@ def train_stages(recipe_path: str, stages: list[int]) -> None:
     from pipeline.training.trainer import Trainer
 
     with process_group() as ranks:
+        assert (ranks.shared is not None) == (ranks.world_size > 1)
         for stage in stages:
             given = (f"name=muon-{ranks.world_size}-{stage}", f"train.zero_stage={stage}", *SETTINGS)
             recipe = with_world_size(load_recipe(recipe_path, list(given)), ranks.world_size)

@@ -287,8 +287,12 @@ def test_growth_is_what_an_iteration_leaves_of_the_slowest_change_of_each_sample
     assert float(slope) == pytest.approx(2.0, rel=1e-4)
 
 
-def test_growth_of_an_iteration_that_rests_is_finite():
-    assert growth(lambda x, rows: 0 * x, torch.zeros(2, 4, 3)).tolist() == [0, 0]
+@pytest.mark.parametrize("rest", [0.0, 1e4])
+def test_growth_of_an_iteration_that_rests_is_finite_and_so_is_its_gradient(rest):
+    scale = torch.tensor(0.0, requires_grad=True)
+    measured = growth(lambda x, rows: scale * x + rest, torch.full((2, 4, 3), rest))
+    assert measured.tolist() == [0, 0]
+    assert torch.autograd.grad(measured.sum(), scale)[0].isfinite()
 
 
 def test_growth_leaves_the_output_as_it_is():

@@ -23,7 +23,7 @@ def recipe_with(*overrides: str) -> Recipe:
         ("train.gradient=sjfb",),
         ("train.gradient=multi_step", "train.max_grad_iterations=4"),
         ("train.iterations_rise=0.5", "train.intermediate_loss=0.5"),
-        ("train.contraction=1",),
+        ("train.contraction=1", "train.precision=fp32"),
         ("train.iterations_rise=0.9", "train.sparse_tokens=0.25", "train.dense_end=0.2"),
         ("model.kind=dit", "model.depth=3"),
     ],

@@ -125,7 +125,7 @@ def test_the_intermediate_loss_is_that_of_fewer_iterations_and_only_its_gradient
 
 
 def test_growth_above_what_is_allowed_is_added_to_the_gradient_and_not_to_the_loss() -> None:
-    recipe = recipe_with("train.optimizer.gradient_clipping=0", "train.contraction=3")
+    recipe = recipe_with("train.optimizer.gradient_clipping=0", "train.contraction=3", "train.precision=fp32")
     batch, process, expected = batch_of(recipe), diffusion(recipe), network(recipe)
     noisy = process.add_noise(batch.latents, batch.noise, batch.timesteps)
     answer = expected(noisy, batch.timesteps, batch.labels, iterations=(1, 2), with_growth=True)
