@@ -70,17 +70,19 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 
 def test_zero_divides_what_belongs_to_a_parameter() -> None:
     def of(stage: int, precision: str = "bf16", ranks: int = 8) -> float:
-        return bytes_a_parameter(demo(f"train.zero_stage={stage}", f"train.precision={precision}").train, ranks)
+        return bytes_a_parameter(
+            demo("train.contraction=0", f"train.zero_stage={stage}", f"train.precision={precision}").train, ranks
+        )
 
     assert [of(stage) for stage in range(4)] == [20.0, 4 + 2.0, 2 + 2 / 8 + 2, 20 / 8]
     assert of(2, "fp32", ranks=1) == 20.0  # one rank in fp32 keeps no second copy of the weights
 
 
 def test_a_gpus_speed_divides_the_operations() -> None:
-    recipe = demo("launch.processes=4")
+    recipe = demo("launch.processes=4", "train.contraction=0", "train.precision=auto")
     slow, fast = (computed(recipe, gpu) for gpu in (replace(GPUS["a100"], tflops=100), GPUS["a100"]))
     assert fast.training == pytest.approx(3.12 * slow.training)
-    dit = demo("model.kind=dit", "train.gradient=sjfb", "sample.start_extrapolation=0")
+    dit = demo("model.kind=dit", "train.contraction=0", "sample.start_extrapolation=0")
     assert sampling_flops(dit) > sampling_flops(recipe)
 
 
