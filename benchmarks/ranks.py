@@ -22,7 +22,7 @@ from common.recipe import Recipe, with_world_size
 from pipeline.planning.machine import try_training
 
 DEMO = Path(__file__).parents[1] / "recipes/demo.yaml"
-DEMO_STEPS_A_LINE = 20  # half of its recipe's 40
+DEMO_STEPS_A_LINE = 20  # a line a step would take more from two ranks than from one
 SMALL = ("model.size=S", "model.num_classes=10", "train.batch_size=32", "train.max_no_grad_iterations=2")
 SMALL += ("train.max_grad_iterations=2", "train.precision=fp32", "train.zero_stage=0")
 

@@ -10,7 +10,7 @@ from common.recipe import Train
 from fpdm.fixed_point import intermediate_iterate, sjfb_counts
 from pipeline.training.identity import total_samples
 
-GROWTH_EVERY = 16  # steps; whole batches, so that what is measured does not depend on the ranks
+GROWTH_EVERY = 16  # one step in so many, with its whole batch: what is measured does not depend on the ranks
 
 
 class StepIterations(NamedTuple):

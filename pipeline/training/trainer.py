@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
-import torch.distributed
+import torch
 
 from common.background import Background
 from common.errors import Interrupted
@@ -139,8 +139,8 @@ class Trainer:
         seconds = self.seconds_before + time.monotonic() - self.started
         if self.recipe.train.max_hours is None or self.ranks.world_size == 1:
             return seconds
-        shared = torch.tensor([seconds], dtype=torch.float64)
-        torch.distributed.broadcast(shared, src=0, group=self.ranks.control)
+        shared = torch.tensor([seconds if self.ranks.rank == 0 else 0.0], dtype=torch.float64)
+        self.ranks.add_up(shared)
         return shared.item()
 
     def count(self, result: StepResult) -> None:

@@ -98,23 +98,26 @@ def test_no_rank_waits_for_one_that_was_killed(dies: int, tmp_path: Path, monkey
     assert running.output.count("\nRuntimeError: Connection closed by peer: another rank") == 2
 
 
-def find_none(way: str) -> None:
+def find_none(way: str, folder: str) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
-    if way == "no sockets" and rank == 0:
-        tempfile.tempdir = tempfile.mkdtemp(prefix="long" * 30)
-    if way == "another system":
-        del os.memfd_create
-    if way == "out of sight" and rank == 1:  # as where each task of a cluster has a /tmp of its own
-        socket.socket.connect_ex = lambda *_: errno.ENOENT  # type: ignore[method-assign]
-    with shared_sums(rank, 2, None) as shared:
-        assert shared is None
+    with pytest.MonkeyPatch.context() as patched:
+        if way == "a long path":
+            patched.setattr(tempfile, "tempdir", folder)
+        if way == "another system":
+            patched.delattr(os, "memfd_create")
+        if way == "out of sight" and rank == 1:  # as where each task of a cluster has a /tmp of its own
+            patched.setattr(socket.socket, "connect_ex", lambda *_: errno.ENOENT)
+        with shared_sums(rank, 2, None) as shared:
+            assert shared is None
     total = torch.ones(1)
     Ranks(rank, 2, None, None).add_up(total)
     assert total == 2
 
 
-@pytest.mark.parametrize("way", ["no sockets", "another system", "out of sight"])
+@pytest.mark.parametrize("way", ["a long path", "another system", "out of sight"])
 def test_ranks_without_such_memory_agree_on_it_and_use_gloo(way: str, tmp_path: Path) -> None:
-    with started(tmp_path, find_none, way, ranks=2) as running:
+    folder = tmp_path / ("long" * 30)  # a socket's path has at most 107 bytes
+    folder.mkdir()
+    with started(tmp_path, find_none, way, str(folder), ranks=2) as running:
         assert running.wait(60) == [0, 0], running.output

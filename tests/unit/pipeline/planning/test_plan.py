@@ -82,7 +82,7 @@ def test_a_gpus_speed_divides_the_operations() -> None:
     recipe = demo("launch.processes=4", "train.contraction=0", "train.precision=auto")
     slow, fast = (computed(recipe, gpu) for gpu in (replace(GPUS["a100"], tflops=100), GPUS["a100"]))
     assert fast.training == pytest.approx(3.12 * slow.training)
-    dit = demo("model.kind=dit", "train.contraction=0", "sample.start_extrapolation=0")
+    dit = demo("model.kind=dit", "train.gradient=sjfb", "train.contraction=0", "sample.start_extrapolation=0")
     assert sampling_flops(dit) > sampling_flops(recipe)
 
 
