@@ -3,12 +3,15 @@
     python benchmarks/ranks.py [--seconds 20] [--rounds 2] [--set FIELD=VALUE ...] [--json FILE]
 
 pipeline/train.py itself, in fp32 on random latents, each rank on one thread: the demo's recipe and FPDM-S/2
-at 32 x 32 latents (batch 32). The two take turns; of each the fastest round counts.
+at 32 x 32 latents (batch 32). Beside them "apart": two trainings at once, of half the batch each, that exchange
+nothing. They show what the cores allow: half a batch takes more than half of the time, and cores share memory. All
+take turns; of each the fastest round counts.
 """
 
 import json
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,26 +32,32 @@ SMALL += ("train.max_grad_iterations=2", "train.precision=fp32", "train.zero_sta
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: samples a second of one rank and of two."""
+    """One line of the table: samples a second of one rank, of two, and of two trainings that exchange nothing."""
 
     network: str
     one: float
     two: float
-    ratio: float
+    apart: float
+    ratio: float  # of two to one
+    bound: float  # of apart to one
     aim: str
 
     def __str__(self) -> str:
-        return f"{self.network:24} {self.one:10.2f} {self.two:10.2f} {self.ratio:8.3f}  {self.aim}"
+        speeds = f"{self.one:10.2f} {self.two:10.2f} {self.apart:10.2f}"
+        return f"{self.network:24} {speeds} {self.ratio:10.3f} {self.bound:10.3f}  {self.aim}"
 
 
 def measure(name: str, recipe: Recipe, seconds: float, rounds: int, steps_a_line: int, aim: str) -> Row:
-    speeds: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for ranks, found in speeds.items():
-            launched = replace(recipe, launch=replace(recipe.launch, processes=ranks))
-            found.append(try_training(with_world_size(launched, ranks), seconds, steps_a_line).samples_a_second)
-    one, two = max(speeds[1]), max(speeds[2])
-    return Row(name, one, two, two / one, aim)
+    def speed(recipe: Recipe, ranks: int, copies: int = 1) -> float:
+        launched = with_world_size(replace(recipe, launch=replace(recipe.launch, processes=ranks)), ranks)
+        with ProcessPoolExecutor(copies) as pool:
+            trials = [pool.submit(try_training, launched, seconds, steps_a_line) for _ in range(copies)]
+            return sum(trial.result().samples_a_second for trial in trials)
+
+    half = replace(recipe, train=replace(recipe.train, batch_size=recipe.train.batch_size // 2))
+    found = [(speed(recipe, 1), speed(recipe, 2), speed(half, 1, copies=2)) for _ in range(rounds)]
+    one, two, apart = (max(speeds) for speeds in zip(*found, strict=True))
+    return Row(name, one, two, apart, two / one, apart / one, aim)
 
 
 def main() -> None:
@@ -61,7 +70,7 @@ def main() -> None:
     if own_cores() < 2:
         parser.error(f"two ranks need two cores; this process may use {own_cores()}")
     machine = show_machine()
-    print(f"{'network':24} {'one rank':>10} {'two ranks':>10} {'ratio':>8}  aim")
+    print(f"{'network':24} {'one rank':>10} {'two ranks':>10} {'apart':>10} {'two / one':>10} {'apart / one':>10}  aim")
     small = parse_recipe("name: benchmark", (*SMALL, *arguments.set))
     demo = load_recipe(DEMO, arguments.set)
     networks = [("the demo's", demo, DEMO_STEPS_A_LINE, ">= 1.7"), ("FPDM-S/2", small, 1, ">= 1.9")]

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import sys
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -35,6 +36,7 @@ def export_environment() -> None:
     where: dict[str, str]
     if "RANK" in os.environ:  # torchrun, the deepspeed launcher
         if _stated_world_size() > 1:
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))  # DeepSpeed's word for it
             return
         ranks, where = {}, {}
     elif os.environ.get("SUBMITIT_EXECUTOR", "slurm") != "slurm":
@@ -159,9 +161,9 @@ def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
     return local_rank
 
 
-def own_cores() -> int:
-    """Cores available to this machine's processes: the bound ones, or fewer under a container's quota."""
-    return min([len(os.sched_getaffinity(0)), *_quotas()])
+def own_cores(bound: Set[int] | None = None) -> int:
+    """Cores for processes that are bound to these, by default as this one is; fewer under a container's quota."""
+    return min([len(os.sched_getaffinity(0) if bound is None else bound), *_quotas()])
 
 
 def _quotas() -> list[int]:
@@ -179,7 +181,10 @@ def _quotas() -> list[int]:
 
 def share_of_cores() -> int:
     """Cores per process when this machine's cores are split evenly."""
-    return max(1, own_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if len(os.sched_getaffinity(0)) * processes <= int(os.environ.get("SLURM_CPUS_ON_NODE", "0")):
+        return own_cores()  # SLURM has split them: each task is bound to cores of its own
+    return max(1, own_cores() // processes)
 
 
 def share_cores(*, alone: bool = False) -> None:

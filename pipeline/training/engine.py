@@ -80,7 +80,7 @@ def update(engine: Any, gradient_clipping: float, ranks: Ranks) -> float:
 def average_gradients(parameters: list[Tensor], ranks: Ranks) -> None:
     """Over all ranks; zeros where this one has none."""
     gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-    together = torch.cat([gradient.flatten() for gradient in gradients]) / ranks.world_size
+    together = torch.cat([gradient.flatten() for gradient in gradients]).div_(ranks.world_size)
     ranks.add_up(together)
     parts = together.split([gradient.numel() for gradient in gradients])
     for parameter, part in zip(parameters, parts, strict=True):

@@ -34,11 +34,13 @@ class SharedSums:
     whoever comes to fill the first ones again has met everyone since, so that nobody still reads them.
     """
 
-    def __init__(self, rank: int, world_size: int, connections: list[socket.socket], memory: mmap.mmap) -> None:
+    def __init__(
+        self, rank: int, world_size: int, connections: list[socket.socket], memory: mmap.mmap, cores: int
+    ) -> None:
         self.rank, self.connections = rank, connections
         self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, world_size, CHUNK)
         self.turn = 0
-        self.awake = AWAKE_SECONDS if world_size <= own_cores() else 0.0  # else it would take another rank's core
+        self.awake = AWAKE_SECONDS if world_size <= cores else 0.0  # else it would take another rank's core
 
     def add_up(self, tensor: Tensor) -> None:
         """A contiguous tensor over all ranks, in place: first rank 0's, so that the bits are the same everywhere.
@@ -95,28 +97,32 @@ def shared_sums(rank: int, world_size: int, control: Any) -> Iterator[SharedSums
         ready = torch.tensor(address[0] is not None and (rank == 0 or own.connect_ex(address[0]) == 0)).int()
         dist.all_reduce(ready, dist.ReduceOp.MIN, group=control)
         if not ready:
+            meanwhile.close()
             yield None
             return
         if rank == 0:
             connections = [stack.enter_context(own.accept()[0]) for _ in range(world_size - 1)]
-            meanwhile.close()  # a killed rank leaves no folder behind
             for connection in connections:
                 socket.send_fds(connection, [b"."], [descriptor])
         else:
             connections = [own]
             _, (descriptor,), _, _ = socket.recv_fds(own, 1, 1)
+            meanwhile.callback(os.close, descriptor)
         memory = mmap.mmap(descriptor, size)
-        os.close(descriptor)
-        yield SharedSums(rank, world_size, connections, memory)
+        meanwhile.close()  # before training: a killed rank leaves no folder behind
+        bound: list[set[int]] = [set()] * world_size
+        dist.all_gather_object(bound, os.sched_getaffinity(0), group=control)  # SLURM binds each rank to its own
+        yield SharedSums(rank, world_size, connections, memory, own_cores(set().union(*bound)))
 
 
 def _offer(own: socket.socket, meanwhile: ExitStack, size: int) -> tuple[list[str | None], int]:
-    """The address where the other ranks find this one, until `meanwhile` ends, and the memory's descriptor.
+    """The address where the other ranks find this one, and the memory's descriptor, both until `meanwhile` ends.
 
     No address where the system gives no such memory, or no place to meet.
     """
     try:
         descriptor = os.memfd_create("fpdm")
+        meanwhile.callback(os.close, descriptor)
         os.truncate(descriptor, size)
         address = str(Path(meanwhile.enter_context(TemporaryDirectory())) / "ranks")  # a folder of this user only
         own.bind(address)  # a path of at most 107 bytes

@@ -21,12 +21,13 @@ from tests.integration.conftest import ROOT, Experiment
 from tests.integration.ranks import finish, started
 from tests.integration.test_training import SAME_TO, losses
 
-pytestmark = pytest.mark.timeout(1200)  # eleven trainings are the fixture's, on a machine that may be busy
+pytestmark = pytest.mark.timeout(1200)  # twelve trainings are the fixture's, on a machine that may be busy
 GOLDEN = ROOT / "tests/golden/losses.json"
 BF16_TO = 0.005
 RUNS = {
     **{f"zero{stage}-fp32": (f"train.zero_stage={stage}",) for stage in range(4)},
     **{f"zero{stage}-bf16": (f"train.zero_stage={stage}", "train.precision=bf16") for stage in (0, 2, 3)},
+    "zero0-fp32-accumulated": ("train.zero_stage=0", "train.micro_batch_size=2"),
     "zero2-fp32-accumulated": ("train.zero_stage=2", "train.micro_batch_size=2"),
     "zero3-fp32-checkpointed": ("train.zero_stage=3", "train.activation_checkpointing=true"),
     "zero2-fp32-offloaded": ("train.zero_stage=2", "train.optimizer.offload=true"),

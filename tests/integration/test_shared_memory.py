@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from common.ranks import own_cores
 from pipeline.training.distributed import Ranks
 from pipeline.training.engine import average_gradients
 from pipeline.training.shared_memory import CHUNK, shared_sums
@@ -32,9 +33,12 @@ def summands(rank: int) -> list[Tensor]:
 
 def add_up_all(folder: str) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # as SLURM binds tasks
     dist.init_process_group("gloo")
     with shared_sums(rank, world_size, None) as shared:
         assert shared is not None
+        assert (shared.awake > 0) == (world_size <= own_cores(set(cores)))  # no rank takes another's core
         for repetition in range(3):  # slots are used again
             tensors = summands(rank)
             for tensor in tensors:

@@ -13,7 +13,7 @@ import pytest
 from common import ranks
 from common.errors import UserError
 from common.loading import parse_recipe
-from common.ranks import export_environment, gpu_number, own_cores
+from common.ranks import export_environment, gpu_number, own_cores, share_of_cores
 from common.stage_jobs import steps
 from pipeline.stages import STAGES
 from pipeline.training.stage import STAGE as TRAIN
@@ -24,6 +24,10 @@ LAUNCHERS = {
     "python": ({}, ("0", "1", "0", "1")),
     "torchrun": (
         {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        ("3", "4", "1", "2"),
+    ),
+    "deepspeed": (
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"},
         ("3", "4", "1", "2"),
     ),
     "srun": (
@@ -263,3 +267,27 @@ def test_a_containers_quota_limits_the_cores_that_are_used(
     monkeypatch.setattr(ranks, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     assert own_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("bound", "processes", "allocated", "cores"),
+    [
+        (64, 1, None, 64),
+        (64, 8, None, 8),
+        (2, 8, None, 1),
+        (64, 8, 64, 8),  # tasks of SLURM that may run on all of the job's cores
+        (8, 8, 64, 8),  # each on its own
+        (8, 4, 64, 8),
+        (8, 8, 8, 1),  # torchrun in one task
+    ],
+)
+def test_processes_share_the_cores_that_slurm_has_not_split_for_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: int, processes: int, allocated: int | None, cores: int
+) -> None:
+    monkeypatch.setattr(ranks, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(bound)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    if allocated is not None:
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(allocated))
+    assert share_of_cores() == cores

@@ -6,7 +6,9 @@ import pytest
 
 from common.loading import parse_recipe
 from common.recipe import Train
-from pipeline.training.schedule import has_ended, largest_counts, learning_rate, step_iterations
+from common.recipe.reference import explanations
+from pipeline.training.schedule import GROWTH_EVERY, has_ended, largest_counts, learning_rate, step_iterations
+from pipeline.training.step import ALLOWED_GROWTH
 
 
 def train_with(*overrides: str) -> Train:
@@ -49,6 +51,12 @@ def test_growth_is_measured_in_every_16th_step_and_only_where_it_is_limited() ->
     seen = range(0, 640, 10)
     assert [number for number, each in enumerate(seen) if step_iterations(train, 0, each).growth] == [0, 16, 32, 48]
     assert not any(step_iterations(plain, 0, each).growth for each in seen)
+
+
+def test_the_recipes_words_say_when_growth_is_measured_and_what_is_allowed() -> None:
+    words = explanations(Train)["contraction"]
+    assert f"every {GROWTH_EVERY}th step" in words
+    assert f"more than {ALLOWED_GROWTH} of" in words
 
 
 def test_iterations_are_sparse_until_the_dense_end() -> None:
