@@ -4,7 +4,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Set
+from collections.abc import Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -161,7 +161,7 @@ def gpu_number(local_rank: int, local_world_size: int, visible: int) -> int:
     return local_rank
 
 
-def own_cores(bound: Set[int] | None = None) -> int:
+def own_cores(bound: Sized | None = None) -> int:
     """Cores for processes that are bound to these, by default as this one is; fewer under a container's quota."""
     return min([len(os.sched_getaffinity(0) if bound is None else bound), *_quotas()])
 
@@ -181,10 +181,11 @@ def _quotas() -> list[int]:
 
 def share_of_cores() -> int:
     """Cores per process when this machine's cores are split evenly."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if len(os.sched_getaffinity(0)) * processes <= int(os.environ.get("SLURM_CPUS_ON_NODE", "0")):
-        return own_cores()  # SLURM has split them: each task is bound to cores of its own
-    return max(1, own_cores() // processes)
+    cores = own_cores()
+    if os.environ.get("SLURM_STEP_NUM_TASKS") == os.environ.get("WORLD_SIZE"):  # each may be bound to cores of its own
+        cores = max(cores, own_cores(range(int(os.environ.get("SLURM_CPUS_ON_NODE", "0")))))
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(share, len(os.sched_getaffinity(0))))
 
 
 def share_cores(*, alone: bool = False) -> None:
@@ -199,10 +200,10 @@ def share_cores(*, alone: bool = False) -> None:
 
 
 def keep_freed_memory() -> None:
-    """For this process to use again, as training does in every step, whose tensors are those of the step before.
+    """For this process to use again: each step of training allocates the tensors of the step before.
 
     glibc would give it back to the system and ask for it page by page: 6,000 pages a step of the demo's training, a
-    tenth of its time. Not for processes whose threads end: what those freed would stay too.
+    tenth of its time. Not for stages that read images in threads: what those freed would stay too.
     """
     with suppress(AttributeError):  # another C library than glibc
         libc = ctypes.CDLL(None)

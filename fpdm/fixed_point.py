@@ -19,7 +19,7 @@ Iterations = int | tuple[int, int]
 # (iterate (b, T, D), rows (b,) of the batch that it holds or None for all) -> next iterate (b, T, D)
 Step = Callable[[Tensor, Tensor | None], Tensor]
 
-GROWTH_ITERATIONS = 20
+GROWTH_ITERATIONS = 20  # without a graph, before growth is measured
 GROWTH_CHANGE = 1e-2  # relative to the iterate
 ANDERSON_WINDOW = 5
 ANDERSON_REGULARISATION = 1e-6

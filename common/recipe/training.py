@@ -259,8 +259,8 @@ def check_training(train: Train) -> None:
         )
     if train.contraction and train.precision != "fp32":
         raise ValueError(
-            f"train.contraction: with train.precision {train.precision} rounding hides what it measures; set "
-            "train.precision to fp32, or train.contraction to 0"
+            f"train.contraction: found train.precision {train.precision}, and the rounding of any but fp32 hides what "
+            "it measures; set train.precision to fp32, or train.contraction to 0"
         )
     if train.dense_end and train.sparse_tokens == 1:
         raise ValueError("train.dense_end: with train.sparse_tokens 1 all of the training is dense; set it to 0")

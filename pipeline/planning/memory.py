@@ -24,6 +24,8 @@ class Activations:
     batch: int
     grad_iterations: int
     recomputed: bool  # by activation checkpointing, which keeps the inputs of blocks and iterations, and one in full
+    intermediate: bool = False  # an earlier iterate is read out too
+    with_growth: bool = False  # the fixed point's growth is measured too
     dtype: torch.dtype = torch.bfloat16
     fused_attention: bool = True  # keeps none of its scores
 
@@ -33,7 +35,7 @@ class Activations:
 
     def _one_block(self) -> int:
         """What one block of DiT saves, or one iteration of FPDM."""
-        once = replace(self, grad_iterations=1, recomputed=False)
+        once = replace(self, grad_iterations=1, recomputed=False, intermediate=False, with_growth=False)
         if self.config.kind == "dit":
             two, one = (replace(once, config=replace(self.config, depth=depth)) for depth in (2, 1))
         else:
@@ -56,8 +58,15 @@ class Activations:
                 return tensor
 
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                counts = (0, self.grad_iterations)
-                model(latents, zero, zero, iterations=counts, activation_checkpointing=self.recomputed)
+                model(
+                    latents,
+                    zero,
+                    zero,
+                    iterations=(0, self.grad_iterations),
+                    activation_checkpointing=self.recomputed,
+                    intermediate=int(self.intermediate),
+                    with_growth=self.with_growth,
+                )
             return sum(storage.nbytes() for storage in saved.values())
 
     @contextmanager
@@ -85,7 +94,13 @@ def on_a_gpu(recipe: Recipe, ranks: int) -> float:
     kind = precision(train, on_gpu=True)
     assert train.micro_batch_size is not None
     activations = Activations(
-        config, train.micro_batch_size, train.max_grad_iterations, train.activation_checkpointing, PRECISIONS[kind]
+        config,
+        train.micro_batch_size,
+        train.max_grad_iterations,
+        train.activation_checkpointing,
+        intermediate=train.intermediate_loss > 0,
+        with_growth=train.contraction > 0,
+        dtype=PRECISIONS[kind],
     )
     return count_parameters(config) * bytes_a_parameter(train, ranks) + activations.bytes
 

@@ -55,8 +55,8 @@ def collect(engine: Any, ema: EMAWeights) -> Tensors:
 def write(recipe: Recipe, state: TrainState, tensors: Tensors, identity: dict[str, Any], *, with_weights: bool) -> None:
     """Writes a checkpoint and, `with_weights`, the EMA weights that sampling reads.
 
-    The weights are written first, so that every earlier checkpoint has its weights; the run's last weights are written
-    after their checkpoint, because they mark the run as finished. Raises UserError where a tensor is not finite or the
+    The weights are written first, so that every checkpoint that is due has its weights; the run's last weights after
+    their checkpoint, because they mark the run as finished. Raises UserError where a tensor is not finite or the
     disk does not take it; the checkpoint before it stays.
     """
     samples_seen, last = state.samples_seen, has_ended(recipe.train, state.samples_seen, state.seconds)

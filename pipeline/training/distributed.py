@@ -44,7 +44,10 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Joins the processes through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
+    """Joins the processes through DeepSpeed (NCCL on GPUs, gloo on CPUs).
+
+    On CPUs it also limits this process's threads to its share of the cores, and keeps freed memory, for good.
+    """
     import torch
 
     from pipeline.training.shared_memory import MOST_RANKS, PATIENCE_SECONDS, shared_sums

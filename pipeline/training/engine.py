@@ -31,14 +31,11 @@ def build_engine(train: Train, model: Denoiser, config: dict[str, Any], ranks: R
     if isinstance(optimizer, MuonAdamW):
         find_layouts(engine, optimizer)
     alone = engine.zero_optimization_stage() == 0 and ranks.world_size == 1
-    if alone or _averages_itself(engine, ranks):
+    # DeepSpeed knows no shared memory; where a file of the user's own says how it averages, it does.
+    by_update = ranks.shared is not None and isinstance(engine.optimizer, torch.optim.Optimizer)
+    if alone or (by_update and train.deepspeed_config is None):
         engine.enable_backward_allreduce = False  # alone, it would copy every gradient and add nothing
     return engine
-
-
-def _averages_itself(engine: Any, ranks: Ranks) -> bool:
-    """Whether `update` averages the gradients over the ranks, and not DeepSpeed, which knows no shared memory."""
-    return ranks.shared is not None and isinstance(engine.optimizer, torch.optim.Optimizer)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
@@ -64,7 +61,7 @@ def update(engine: Any, gradient_clipping: float, ranks: Ranks) -> float:
         engine.step()
         return float(engine.get_global_grad_norm())
     parameters = list(engine.module.parameters())
-    if _averages_itself(engine, ranks):
+    if ranks.shared is not None and not engine.enable_backward_allreduce:
         average_gradients(parameters, ranks)
     total = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     norm = float(total)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.recipe import Recipe, Train, wanted_samples
+from common.recipe.training import OF_ITERATIONS
 from pipeline.training.initial import sha256_of_weights
 from preprocess.shards import LatentShards
 
@@ -16,7 +17,7 @@ IDENTITY = {
     "data": ["flips", "order", "mixed_blocks", "lanes"],
     "train": [
         *("batch_size", "latents", "label_dropout", "gradient", "max_no_grad_iterations", "max_grad_iterations"),
-        *("iterations_rise", "intermediate_loss", "contraction", "sparse_tokens", "dense_end"),
+        *OF_ITERATIONS,
     ],
     "train.optimizer": [
         *("name", "learning_rate", "learning_rate_decay", "warmup_samples", "weight_decay", "betas"),

@@ -18,6 +18,7 @@ from common.run_folder import RunFolder
 from pipeline.training.schedule import StepIterations, learning_rate
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
+from pipeline.training.throughput import RESIDUAL
 from pipeline.training.warnings import long_silence
 
 LINE_EVERY_SECONDS = 10.0
@@ -48,7 +49,7 @@ def log_values(
         "samples": state.samples_seen,
         "step": state.samples_seen // batch_size,
         **state.interval.means(),
-        "residual": float(result.sums[-1]) if recipe.model.kind == "fpdm" else None,
+        "residual": float(result.sums[RESIDUAL]) if recipe.model.kind == "fpdm" else None,
         "gradient_norm": result.norm,
         "learning_rate": learning_rate(recipe.train, state.samples_seen - batch_size, state.seconds),
         "no_grad_iterations": iterations.without_graph,

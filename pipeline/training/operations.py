@@ -57,9 +57,9 @@ def _mean_step(train: Train, config: DenoiserConfig, part: float) -> float:
     (no_grad, grad), share = largest_counts(train, position), token_share(train, position)
     counts = [grad] if train.gradient == "multi_step" else range(1, grad + 1)
     draws = ((n, m, int(train.intermediate_loss > 0 and m > 1)) for n in range(no_grad + 1) for m in counts)
-    grown = 1 / GROWTH_EVERY if train.contraction else 0.0  # of the steps
+    with_growth = 1 / GROWTH_EVERY if train.contraction else 0.0  # of the steps
     return fmean(
-        (1 - grown) * step_flops(config, StepIterations(*draw, share))
-        + grown * step_flops(config, StepIterations(*draw, share, growth=True))
+        (1 - with_growth) * step_flops(config, StepIterations(*draw, share))
+        + with_growth * step_flops(config, StepIterations(*draw, share, with_growth=True))
         for draw in draws
     )

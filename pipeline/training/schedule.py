@@ -17,14 +17,14 @@ class StepIterations(NamedTuple):
     """A step's iterations: without graph, then with one; `intermediate` of the latter are read out too, 0: none are.
 
     share: of the tokens that they see, above 0 and up to 1.
-    growth: the fixed point's growth is measured as well, and limited.
+    with_growth: the fixed point's growth is measured as well, and limited.
     """
 
     without_graph: int
     with_graph: int
     intermediate: int
     share: float = 1.0
-    growth: bool = False
+    with_growth: bool = False
 
     def tokens(self, num_tokens: int) -> int:
         """How many of a sample's tokens they see, at least one."""
@@ -69,8 +69,8 @@ def step_iterations(train: Train, seed: int, samples_seen: int, seconds: float =
     if train.gradient == "multi_step":
         with_graph = largest[1]
     intermediate = intermediate_iterate(seed, step, with_graph) if train.intermediate_loss else 0
-    limits = train.contraction > 0 and step % GROWTH_EVERY == 0
-    return StepIterations(without_graph, with_graph, intermediate, token_share(train, place), limits)
+    with_growth = train.contraction > 0 and step % GROWTH_EVERY == 0
+    return StepIterations(without_graph, with_graph, intermediate, token_share(train, place), with_growth)
 
 
 def token_share(train: Train, position: float) -> float:

@@ -1,6 +1,6 @@
 """Sums over the ranks of one machine through memory that they share, for training on its cores.
 
-Behind tens of milliseconds of computing gloo takes 2 ms for the smallest sum, because one thread has to wake the next,
+After tens of milliseconds of computing gloo takes 2 ms for the smallest sum, because one thread has to wake the next,
 and 5 ms for 4 MB, which go through the loopback twice. Here a rank looks for the others' answer instead of sleeping.
 """
 
@@ -58,7 +58,7 @@ class SharedSums:
 
     def _meet(self) -> None:
         """Returns once all ranks have called it. A byte through a socket also orders what the cores see of memory."""
-        try:
+        with naming_lost_ranks():
             if self.rank != 0:
                 self.connections[0].sendall(b".")
             for connection in self.connections:
@@ -66,8 +66,6 @@ class SharedSums:
             if self.rank == 0:
                 for connection in self.connections:
                     connection.sendall(b".")
-        except ConnectionError:  # as gloo says it (`common.errors.has_lost_a_rank`)
-            raise RuntimeError("Connection closed by peer: another rank of this training has ended") from None
 
     def _receive(self, connection: socket.socket) -> None:
         awake_until = time.monotonic() + self.awake
@@ -80,6 +78,15 @@ class SharedSums:
                 os.sched_yield()
             elif not select.select([connection], [], [], PATIENCE_SECONDS)[0]:
                 raise TimeoutError(f"a rank of this training was silent for {PATIENCE_SECONDS:.0f} s")
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """As gloo names them (`common.errors.has_lost_a_rank`)."""
+    try:
+        yield
+    except ConnectionError:
+        raise RuntimeError("Connection closed by peer: another rank of this training has ended") from None
 
 
 @contextmanager
@@ -100,19 +107,28 @@ def shared_sums(rank: int, world_size: int, control: Any) -> Iterator[SharedSums
             meanwhile.close()
             yield None
             return
-        if rank == 0:
-            connections = [stack.enter_context(own.accept()[0]) for _ in range(world_size - 1)]
-            for connection in connections:
-                socket.send_fds(connection, [b"."], [descriptor])
-        else:
-            connections = [own]
-            _, (descriptor,), _, _ = socket.recv_fds(own, 1, 1)
-            meanwhile.callback(os.close, descriptor)
+        with naming_lost_ranks():
+            if rank == 0:
+                connections = [stack.enter_context(own.accept()[0]) for _ in range(world_size - 1)]
+                for connection in connections:
+                    socket.send_fds(connection, [b"."], [descriptor])
+            else:
+                connections = [own]
+                descriptor = received(own)
+                meanwhile.callback(os.close, descriptor)
         memory = mmap.mmap(descriptor, size)
         meanwhile.close()  # before training: a killed rank leaves no folder behind
         bound: list[set[int]] = [set()] * world_size
         dist.all_gather_object(bound, os.sched_getaffinity(0), group=control)  # SLURM binds each rank to its own
         yield SharedSums(rank, world_size, connections, memory, own_cores(set().union(*bound)))
+
+
+def received(own: socket.socket) -> int:
+    """A descriptor that rank 0 sends."""
+    _, descriptors, _, _ = socket.recv_fds(own, 1, 1)
+    if not descriptors:
+        raise ConnectionResetError
+    return descriptors[0]
 
 
 def _offer(own: socket.socket, meanwhile: ExitStack, size: int) -> tuple[list[str | None], int]:

@@ -18,12 +18,11 @@ def resolve(recipe: Recipe) -> Recipe:
 def plan(recipe: Recipe) -> Iterator[str]:
     """What training will do, checked against the shards and the number of processes."""
     from common.ranks import rank_and_world_size
-    from common.recipe import denoiser_config, node_counts, with_world_size
+    from common.recipe import node_counts, with_world_size
     from pipeline.training.checkpoint import complete_checkpoints
     from pipeline.training.data import open_shards
     from pipeline.training.deepspeed_config import deepspeed_config
     from pipeline.training.identity import total_samples
-    from pipeline.training.initial import check_initial_weights
     from pipeline.training.operations import describe_cost, with_end
 
     recipe = with_end(recipe)
@@ -51,8 +50,8 @@ def plan(recipe: Recipe) -> Iterator[str]:
     checkpoints = complete_checkpoints(recipe.folder)
     state = "finished" if finished(recipe) else f"resuming {checkpoints[-1].name}" if checkpoints else "new"
     yield f"run folder: {recipe.folder}, {state}"
+    look_for_initial_weights(recipe)
     if settings.initial_weights is not None:
-        check_initial_weights(Path(settings.initial_weights), denoiser_config(recipe), recipe.objective)
         yield f"initial weights: {settings.initial_weights}"
     look_for_checkpoint(recipe)
     samples = len(open_shards(recipe))
@@ -91,8 +90,6 @@ def look_for_shards(recipe: Recipe) -> None:
 
 
 def look_for_initial_weights(recipe: Recipe) -> None:
-    from pathlib import Path
-
     from common.recipe import denoiser_config
     from pipeline.training.initial import check_initial_weights
 
@@ -102,8 +99,6 @@ def look_for_initial_weights(recipe: Recipe) -> None:
 
 def look_for_checkpoint(recipe: Recipe) -> None:
     """That of `train.resume_from`, where a run has none of its own."""
-    from pathlib import Path
-
     from pipeline.training.checkpoint import MARKER, complete_checkpoints
 
     named = recipe.train.resume_from

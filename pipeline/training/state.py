@@ -49,7 +49,7 @@ class TrainState:
         return values
 
     def updated(self, sums: Sequence[float], batch_size: int, *, spike: bool) -> "TrainState":
-        """After an update; `sums` are those of `loss_sums` over all ranks."""
+        """After an update; `sums` over all ranks: those of `StepResult`."""
         return replace(
             self,
             samples_seen=self.samples_seen + batch_size,

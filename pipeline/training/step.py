@@ -15,7 +15,7 @@ from pipeline.training.data import Batch
 from pipeline.training.distributed import Ranks
 from pipeline.training.engine import propagate_non_finite, update
 from pipeline.training.schedule import StepIterations
-from pipeline.training.throughput import loss_sums
+from pipeline.training.throughput import GROWTH, INTERMEDIATE, LOSSES, RESIDUAL, SUMS, loss_sums
 
 ALLOWED_GROWTH = 0.8  # of a small change near the fixed point, by one iteration
 
@@ -24,10 +24,9 @@ ALLOWED_GROWTH = 0.8  # of a small change near the fixed point, by one iteration
 class StepResult:
     """What one rank knows after a step.
 
-    sums (14,) float64 on the CPU: `loss_sums`; sum and count of the losses of intermediate iterates, and of growths,
-        which are in no other number here; this rank's share of the mean residual of the last iteration.
+    sums (SUMS,) float64 on the CPU, see `throughput`; the mean residual is this rank's share of it.
     norm: of the gradient over all ranks; not finite where nothing was updated.
-    losses (B,): by sample of this rank's part of the batch.
+    losses (B,): whose mean has this gradient, by sample of this rank's part of the batch.
     """
 
     sums: Tensor
@@ -54,7 +53,7 @@ def train_step(
         watch: times the parts of the step (`Stopwatch`).
         with_residuals: also computes the fixed point's residuals, for the log.
     """
-    sums, norm = torch.zeros(14, dtype=torch.float64, device=engine.device), math.nan
+    sums, norm = torch.zeros(SUMS, dtype=torch.float64, device=engine.device), math.nan
     all_losses = []
     for number, batch in enumerate(batches, 1):
         with watch("forward"):
@@ -68,21 +67,21 @@ def train_step(
                 intermediate=iterations.intermediate,
                 with_residuals=with_residuals,
                 activation_checkpointing=settings.activation_checkpointing,
-                with_growth=iterations.growth,
+                with_growth=iterations.with_growth,
                 seen=batch.tokens[:, : iterations.tokens(batch.tokens.shape[1])] if iterations.share < 1 else None,
             )
             losses = _losses(diffusion, answer.output, batch)  # (B,)
-            sums[:9] += loss_sums(losses, batch.timesteps, diffusion.num_timesteps)
+            sums[LOSSES] += loss_sums(losses, batch.timesteps, diffusion.num_timesteps)
             if answer.residuals is not None:  # (B, n + m)
-                sums[-1] += answer.residuals[:, -1].double().sum() / settings.batch_size
-            all_losses.append(losses.detach())
+                sums[RESIDUAL] += answer.residuals[:, -1].double().sum() / settings.batch_size
             if answer.intermediate is not None:
                 early = _losses(diffusion, answer.intermediate, batch)
-                sums[9:11] += torch.stack([early.detach().double().sum(), sums.new_tensor(len(early))])
+                sums[INTERMEDIATE] += torch.stack([early.detach().double().sum(), sums.new_tensor(len(early))])
                 losses = losses + settings.intermediate_loss * early
             if answer.growth is not None:
-                sums[11:13] += torch.stack([answer.growth.detach().double().sum(), sums.new_tensor(len(losses))])
+                sums[GROWTH] += torch.stack([answer.growth.detach().double().sum(), sums.new_tensor(len(losses))])
                 losses = losses + settings.contraction * (answer.growth - ALLOWED_GROWTH).relu().square()
+            all_losses.append(losses.detach())
         with watch("backward"):
             engine.backward(propagate_non_finite((losses * batch.weights).mean()))
         with watch("optimizer"):

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import add
 from typing import Any
 
@@ -19,6 +18,12 @@ from fpdm.flops import forward_flops
 from pipeline.training.schedule import StepIterations
 
 QUARTILES = 4
+# What a step sums over the ranks, see `StepResult`: slices of one tensor.
+LOSSES = slice(0, 1 + 2 * QUARTILES)  # `loss_sums`
+INTERMEDIATE = slice(LOSSES.stop, LOSSES.stop + 2)  # losses of intermediate iterates: their sum and number
+GROWTH = slice(INTERMEDIATE.stop, INTERMEDIATE.stop + 2)  # the same of growths
+RESIDUAL = GROWTH.stop  # the mean residual of the last iteration
+SUMS = RESIDUAL + 1  # numbers
 
 
 def loss_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
@@ -48,8 +53,8 @@ class Interval:
 
     def plus(self, sums: Sequence[float], batch_size: int) -> "Interval":
         """With one more step; `sums` over all ranks: those of `StepResult`."""
-        ends = (1, 1 + QUARTILES, 1 + 2 * QUARTILES, 3 + 2 * QUARTILES, 5 + 2 * QUARTILES)
-        losses, counts, (early, early_count), (grown, grown_count) = (sums[start:end] for start, end in pairwise(ends))
+        losses, counts = sums[1 : 1 + QUARTILES], sums[1 + QUARTILES : LOSSES.stop]
+        (early, early_count), (growth, growth_count) = sums[INTERMEDIATE], sums[GROWTH]
         return Interval(
             steps=self.steps + 1,
             skipped=self.skipped,
@@ -58,8 +63,8 @@ class Interval:
             quartile_counts=tuple(map(add, self.quartile_counts, counts)),
             intermediate_loss=self.intermediate_loss + early,
             intermediate_count=self.intermediate_count + early_count,
-            growth=self.growth + grown,
-            growth_count=self.growth_count + grown_count,
+            growth=self.growth + growth,
+            growth_count=self.growth_count + growth_count,
         )
 
     def means(self) -> dict[str, float | None]:
@@ -163,6 +168,6 @@ def step_flops(config: DenoiserConfig, iterations: StepIterations) -> float:
     """
     outer, iteration, read_out = forward_flops(config, iterations.tokens(config.num_tokens))
     without_graph, with_graph, intermediate = iterations[:3]
-    if iterations.growth:
+    if iterations.with_growth:
         without_graph, with_graph = without_graph + GROWTH_ITERATIONS, with_graph + 2
     return 3 * outer + (without_graph + 3 * with_graph) * iteration + 3 * bool(intermediate) * read_out

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from common.ranks import own_cores
 from pipeline.training.distributed import Ranks
 from pipeline.training.engine import average_gradients
-from pipeline.training.shared_memory import CHUNK, shared_sums
+from pipeline.training.shared_memory import CHUNK, naming_lost_ranks, received, shared_sums
 from tests.integration.ranks import started
 
 NUMBERS = CHUNK // 4  # of float32, in a part
@@ -100,6 +100,13 @@ def test_no_rank_waits_for_one_that_was_killed(dies: int, tmp_path: Path, monkey
     assert statuses.pop(dies) == -9
     assert statuses == [1, 1], running.output
     assert running.output.count("\nRuntimeError: Connection closed by peer: another rank") == 2
+
+
+def test_a_rank_lost_before_it_sends_the_memory_is_named_as_one() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(RuntimeError, match="another rank of this training has ended"), naming_lost_ranks():
+        received(ours)
 
 
 def find_none(way: str, folder: str) -> None:

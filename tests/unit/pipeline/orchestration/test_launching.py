@@ -270,24 +270,33 @@ def test_a_containers_quota_limits_the_cores_that_are_used(
 
 
 @pytest.mark.parametrize(
-    ("bound", "processes", "allocated", "cores"),
+    ("bound", "processes", "tasks", "allocated", "cores"),
     [
-        (64, 1, None, 64),
-        (64, 8, None, 8),
-        (2, 8, None, 1),
-        (64, 8, 64, 8),  # tasks of SLURM that may run on all of the job's cores
-        (8, 8, 64, 8),  # each on its own
-        (8, 4, 64, 8),
-        (8, 8, 8, 1),  # torchrun in one task
+        (64, 1, None, None, 64),
+        (64, 8, None, None, 8),
+        (2, 8, None, None, 1),
+        (64, 8, 8, 64, 8),  # tasks of SLURM that may run on all of the job's cores
+        (8, 8, 8, 64, 8),  # each on its own
+        (3, 2, 2, 5, 2),  # as many threads on each
+        (2, 2, 2, 5, 2),
+        (8, 8, 1, 8, 1),  # torchrun in one task
+        (32, 2, 1, 64, 16),
     ],
 )
 def test_processes_share_the_cores_that_slurm_has_not_split_for_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: int, processes: int, allocated: int | None, cores: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    bound: int,
+    processes: int,
+    tasks: int | None,
+    allocated: int | None,
+    cores: int,
 ) -> None:
     monkeypatch.setattr(ranks, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(bound)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
-    if allocated is not None:
-        monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(allocated))
+    stated = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    for name, value in ({"SLURM_STEP_NUM_TASKS": tasks, "SLURM_CPUS_ON_NODE": allocated} | stated).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
     assert share_of_cores() == cores

@@ -52,7 +52,8 @@ def test_activations_grow_with_iterations_and_shrink_where_they_are_recomputed()
     assert Activations(config, 64, 3, recomputed=True).bytes < kept[2]
 
 
-def test_activations_are_those_that_autograd_keeps() -> None:
+@pytest.mark.parametrize(("intermediate", "with_growth"), [(False, False), (True, False), (False, True)])
+def test_activations_are_those_that_autograd_keeps(intermediate: bool, with_growth: bool) -> None:
     config = DenoiserConfig(hidden_size=64, num_heads=2, input_size=8)
     model, kept = build_denoiser(config, seed=0), {}
     own = {parameter.data_ptr() for parameter in model.parameters()}
@@ -63,9 +64,14 @@ def test_activations_are_those_that_autograd_keeps() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.zeros(4, 4, 8, 8), torch.zeros(4), torch.zeros(4, dtype=torch.long), iterations=(0, 2))
+        zero, options = (
+            torch.zeros(4, dtype=torch.long),
+            {"intermediate": int(intermediate), "with_growth": with_growth},
+        )
+        model(torch.zeros(4, 4, 8, 8), zero, zero, iterations=(0, 2), **options)
     stored = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert Activations(config, 4, 2, recomputed=False, dtype=torch.float32).bytes == pytest.approx(stored, rel=0.05)
+    counted = Activations(config, 4, 2, False, intermediate, with_growth, dtype=torch.float32)
+    assert counted.bytes == pytest.approx(stored, rel=0.05)
 
 
 def test_zero_divides_what_belongs_to_a_parameter() -> None:

@@ -15,6 +15,7 @@ from pipeline.training.data import Batch
 from pipeline.training.distributed import Ranks
 from pipeline.training.schedule import StepIterations
 from pipeline.training.step import StepResult, train_step
+from pipeline.training.throughput import GROWTH, INTERMEDIATE
 
 BATCH, RATE = 4, 0.1
 
@@ -113,12 +114,14 @@ def test_the_intermediate_loss_is_that_of_fewer_iterations_and_only_its_gradient
     noisy = process.add_noise(batch.latents, batch.noise, batch.timesteps)
     last, early = (expected(noisy, batch.timesteps, batch.labels, iterations=(1, m)).output for m in (2, 1))
     losses = [process.loss(each, batch.latents, batch.noise, batch.timesteps)["loss"] for each in (last, early)]
-    ((losses[0] + 0.5 * losses[1]) * batch.weights).mean().backward()
+    both = losses[0] + 0.5 * losses[1]
+    (both * batch.weights).mean().backward()
 
     model = network(recipe)
     result = one_step(recipe, model, [batch])
-    assert torch.allclose(result.losses, losses[0].detach(), rtol=1e-5)
-    assert result.sums[9:11].tolist() == pytest.approx([float(losses[1].detach().sum()), BATCH], rel=1e-5)
+    assert torch.allclose(result.losses, both.detach(), rtol=1e-5)
+    assert float(result.sums[0]) == pytest.approx(float(losses[0].detach().sum()), rel=1e-5)
+    assert result.sums[INTERMEDIATE].tolist() == pytest.approx([float(losses[1].detach().sum()), BATCH], rel=1e-5)
     for name, parameter in model.named_parameters():
         update = RATE * expected.get_parameter(name).grad
         assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-7), name
@@ -131,14 +134,16 @@ def test_growth_above_what_is_allowed_is_added_to_the_gradient_and_not_to_the_lo
     answer = expected(noisy, batch.timesteps, batch.labels, iterations=(1, 2), with_growth=True)
     losses = process.loss(answer.output, batch.latents, batch.noise, batch.timesteps)["loss"]
     allowed = float(answer.growth.detach().median())  # below some samples' growth and not below others'
-    ((losses + 3 * (answer.growth - allowed).clamp(min=0) ** 2) * batch.weights).mean().backward()
+    both = losses + 3 * (answer.growth - allowed).clamp(min=0) ** 2
+    (both * batch.weights).mean().backward()
 
     model = network(recipe)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(step, "ALLOWED_GROWTH", allowed)
         result = one_step(recipe, model, [batch])
-    assert torch.allclose(result.losses, losses.detach(), rtol=1e-5)
-    assert result.sums[11:13].tolist() == pytest.approx([float(answer.growth.detach().sum()), BATCH], rel=1e-4)
+    assert torch.allclose(result.losses, both.detach(), rtol=1e-4)
+    assert float(result.sums[0]) == pytest.approx(float(losses.detach().sum()), rel=1e-5)
+    assert result.sums[GROWTH].tolist() == pytest.approx([float(answer.growth.detach().sum()), BATCH], rel=1e-4)
     for name, parameter in model.named_parameters():
         update = RATE * expected.get_parameter(name).grad
         assert torch.allclose(parameter, expected.get_parameter(name) - update, rtol=1e-5, atol=1e-6), name

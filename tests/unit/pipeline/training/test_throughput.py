@@ -7,6 +7,7 @@ import torch
 
 from common.loading import parse_recipe
 from common.recipe import denoiser_config
+from fpdm.denoiser import build_denoiser
 from pipeline.training.schedule import StepIterations
 from pipeline.training.state import TrainState
 from pipeline.training.throughput import Interval, loss_sums, step_flops
@@ -56,6 +57,20 @@ def test_the_operations_of_a_step_grow_with_its_iterations() -> None:
     projections = 2 * tokens * (width * 2 * width + 2 * width * width)
     assert iteration == pytest.approx(block + projections, rel=0.01)
     assert read_out - two == pytest.approx(3 * block, rel=0.1)  # the post-layer and the last one, once more
+
+
+def test_iterations_that_measure_growth_are_counted_as_the_network_does_them() -> None:
+    config = denoiser_config(parse_recipe("name: a", SMALL))
+    model, done = build_denoiser(config, seed=0), {False: 0, True: 0}  # iterations without and with graph
+
+    def count(*_: object) -> None:
+        done[torch.is_grad_enabled()] += 1
+
+    model.block_fixed_point.register_forward_hook(count)
+    latents, zero = torch.zeros(2, config.in_channels, config.input_size, config.input_size), torch.zeros(2).long()
+    model(latents, zero, zero, iterations=(1, 2), with_growth=True)
+    counted = step_flops(config, StepIterations(1, 2, 0, with_growth=True))
+    assert counted == step_flops(config, StepIterations(done[False], done[True], 0))
 
 
 def test_sparse_iterations_are_counted_by_the_tokens_they_see() -> None:
