@@ -58,7 +58,7 @@ INGREDIENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"train.max_no_grad_iterations": "2", "train.max_grad_iterations": "2"},
         {"train.max_no_grad_iterations": "3", "train.max_grad_iterations": "3"},
     ),
-    "contraction": ({"train.contraction": "4"}, {"train.contraction": "0"}),
+    "contraction": ({"train.contraction": "8"}, {"train.contraction": "0"}),
     "timesteps": (
         {"train.timesteps.kind": "logit_normal", "train.timesteps.stratified": "true"},
         {"train.timesteps.kind": "uniform", "train.timesteps.stratified": "false"},

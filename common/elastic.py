@@ -79,7 +79,8 @@ async def _supervise(ranks: "_Ranks", node: int, address: str, port: int, leader
         asyncio.get_running_loop().add_signal_handler(number, ranks.ask_to_stop)
     if leader is None:
         return await _follow(ranks, node, address, port)
-    async with await asyncio.start_server(leader.attend, None, port):
+    every_interface = None if leader.nodes > 1 else "127.0.0.1"
+    async with await asyncio.start_server(leader.attend, every_interface, port):
         outcome, _ = await asyncio.gather(leader.lead(), _follow(ranks, node, "127.0.0.1", port))
         return outcome
 
@@ -152,8 +153,7 @@ class _Leader:
         """A connection, until its end; all that it says is news."""
         peer = _Peer(reader, writer)
         hello = await peer.receive()
-        if hello is not None:  # else it is no supervisor
-            node = hello["node"]
+        if isinstance(hello, dict) and isinstance(node := hello.get("node"), int):  # else it is no supervisor
             self.peers[node] = peer
             self.news.put_nowait(hello)
             while (message := await peer.receive()) is not None:

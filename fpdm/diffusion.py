@@ -111,19 +111,7 @@ class Diffusion:
         """The discrete process, tables (T,) in float64 on the CPU; a ValueError for flow matching, which has none."""
         if self.is_flow:
             raise ValueError("schedule: flow matching has no discrete Gaussian process")
-        steps = self.num_timesteps
-        if self.schedule == "linear":
-            # 1e-4 to 0.02 are those of 1000 steps; as many more or fewer end as near to pure noise (ADM and DiT).
-            betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
-            alphas_cumprod = (1 - betas.clamp_max(0.999)).cumprod(0)
-        else:
-            angles = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * (math.pi / 2)
-            squares = angles.cos() ** 2
-            alphas_cumprod = (squares[1:] / squares[:-1]).clamp_min(1e-3).cumprod(0)
-        if self.zero_terminal_snr:  # Lin et al., algorithm 1: shift sqrt(abar) to end at 0, scale it to begin as before
-            roots = alphas_cumprod.sqrt()
-            alphas_cumprod = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-        return GaussianSchedule(alphas_cumprod)
+        return _gaussian(self)
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps to train at from uniforms u (B,) in [0, 1): integers 0..T-1; for flow continuous, in [0, T)."""
@@ -209,6 +197,26 @@ class Diffusion:
 
     def _table(self, name: str, t: Tensor) -> Tensor:
         return _tables(self, t.device)[name][t]
+
+
+@lru_cache(maxsize=16)
+def _gaussian(diffusion: Diffusion) -> GaussianSchedule:
+    """Kept: samplers ask for it at each of their timesteps."""
+    steps = diffusion.num_timesteps
+    if diffusion.schedule == "linear":
+        # 1e-4 to 0.02 are those of 1000 steps; as many more or fewer end as near to pure noise (ADM and DiT).
+        betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device="cpu") * (1000 / steps)
+        alphas_cumprod = (1 - betas.clamp_max(0.999)).cumprod(0)
+    else:
+        angles = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008 * (math.pi / 2)
+        squares = angles.cos() ** 2
+        alphas_cumprod = (squares[1:] / squares[:-1]).clamp_min(1e-3).cumprod(0)
+    if (
+        diffusion.zero_terminal_snr
+    ):  # Lin et al., algorithm 1: shift sqrt(abar) to end at 0, scale it to begin as before
+        roots = alphas_cumprod.sqrt()
+        alphas_cumprod = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    return GaussianSchedule(alphas_cumprod)
 
 
 @lru_cache(maxsize=16)

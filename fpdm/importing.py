@@ -195,9 +195,7 @@ def infer_config(tensors: Mapping[str, Tensor], **settings: Any) -> DenoiserConf
     config |= settings
     for name in traceless:
         if name not in config:
-            raise ValueError(
-                f"{name}: cannot be inferred from these tensors, and changes the output; pass it (or add a config.json)"
-            )
+            raise ValueError(f"{name}: cannot be inferred from these tensors, and changes the output; pass it")
     return DenoiserConfig(**config)
 
 

@@ -34,7 +34,7 @@ class MultistepSampler:
         self._signal, self._sigma = [signal for signal, _ in pairs], [sigma for _, sigma in pairs]
         self._angle = [math.atan2(sigma, signal) for signal, sigma in pairs]
         self._clean: list[Tensor] = []  # the last predictions, newest first
-        self._first: tuple[Tensor, Tensor | None] | None = None  # the start, and its step's noise
+        self._first: tuple[Tensor, Tensor | None, Tensor] | None = None  # the start, its step's noise, where it led
 
     def step(self, i: int, output: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
         """See `samplers.Sampler.step`: (B, C, H, W); in order, each i once; noise is of an eta above 0."""
@@ -44,14 +44,16 @@ class MultistepSampler:
             clean = x - sigma * prediction
         else:
             clean, _ = split_prediction(self._prediction, prediction, x, signal, sigma)
-        if i == 0:
-            self._clean, self._first = [], (x, noise)
-        self._clean = [clean, *self._clean][: self._order]
+        self._clean = [clean, *(self._clean if i else [])][: self._order]
         if i == 1 and self._order == 3:
             assert self._first is not None
-            start, its_noise = self._first
-            x = self._move(0, start, its_noise, [0, 1], self._clean[::-1])
-        return self._move(i, x, noise, [i - j for j in range(len(self._clean))], self._clean)
+            start, its_noise, led_to = self._first
+            replaced = x - led_to  # 0 where the caller has not changed the latents in between
+            x = self._move(0, start, its_noise, [0, 1], self._clean[::-1]) + replaced
+        moved = self._move(i, x, noise, [i - j for j in range(len(self._clean))], self._clean)
+        if i == 0:
+            self._first = (x, noise, moved)
+        return moved
 
     def _move(self, i: int, x: Tensor, noise: Tensor | None, knots: Sequence[int], clean: Sequence[Tensor]) -> Tensor:
         """x at step i moved to the next by the polynomial through `clean` at the steps `knots`."""

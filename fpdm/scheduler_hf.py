@@ -87,7 +87,8 @@ class FPDMScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noised latents (B, C, H, W) at timesteps (B,)."""
-        return self.diffusion.add_noise(original_samples, noise, timesteps)
+        whole = timesteps if self.diffusion.is_flow else timesteps.long()  # as floats some samplers have them
+        return self.diffusion.add_noise(original_samples, noise, whole)
 
     def step(
         self,

@@ -60,15 +60,18 @@ def save_pretrained(
 
 
 def _hashes(folder: Path, values: dict[str, Any], variant: str | None, sha256: str) -> dict[str, Any]:
-    """The seals of all weights of this network in the folder; without weights but variants the first one is empty."""
+    """The seals of all weights of this network in the folder; without weights but variants the first one is empty.
+
+    Variants of other weights than these are none of this network.
+    """
     try:
         found = _read_json(folder)
         same = json.loads(json.dumps(values)) == {key: found[key] for key in values}
     except (ValueError, KeyError):  # none yet, or another network's, whose files are replaced
         same = False
-    main, variants = (found[WEIGHTS_SHA256], found.get(VARIANTS_SHA256, {})) if same else ("", {})
+    main, variants = (found.get(WEIGHTS_SHA256, ""), found.get(VARIANTS_SHA256, {})) if same else ("", {})
     if variant is None:
-        main = sha256
+        main, variants = sha256, variants if main in ("", sha256) else {}
     else:
         variants = {**variants, variant: sha256}
     return {WEIGHTS_SHA256: main} | ({VARIANTS_SHA256: variants} if variants else {})

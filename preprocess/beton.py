@@ -73,6 +73,8 @@ def convert(folder: Path, processes: int = 1) -> None:
         raise UserError(fault)
     shards, target = LatentShards(folder), folder / FOLDER
     with folder_lock(target, wait=True):
+        if is_converted(folder):  # by another process, which this one has waited for
+            return
         remove_leftovers(target)
         needed, free = _bytes(shards), shutil.disk_usage(target).free
         if needed > free:

@@ -155,8 +155,8 @@ class Evaluate:
 class Sweep:
     """Ways of sampling that `pipeline/sweep.py` compares: every combination, each at every budget of blocks an image.
 
-    A budget is spent exactly on FPDM: on as many steps as it pays for, the rest on more iterations. DiT takes the steps
-    that the budget pays for. Guidance computes a block twice, and pays for both.
+    A budget is spent on as many steps as it pays for, and on an FPDM what is left on more iterations: all of it without
+    guidance. Guidance computes a block twice, and pays for both.
     """
 
     budgets: Some[Count] = (140, 280, 560)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
+from common.errors import printable
 from common.files import content_key
 from common.provenance import Provenance, provenance
 from common.sealed import KEY, STRICT, read_sealed
@@ -167,7 +168,11 @@ def against_report(path: Path, report: JudgeForm, mine: JudgeForm) -> AgainstFor
 
 
 def lines(report: JudgeForm) -> Iterator[str]:
-    """For people."""
+    """For people. Some of the words are those of another person's report."""
+    return map(printable, _lines(report))
+
+
+def _lines(report: JudgeForm) -> Iterator[str]:
     extractor = report["extractor"]
     yield f"samples:   {report['samples']['label']} (sha256 {report['samples']['sha256'][:8]})"
     yield f"reference: {report['reference']['label']} (sha256 {report['reference']['sha256'][:8]})"

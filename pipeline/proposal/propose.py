@@ -1,5 +1,6 @@
 """From images and a machine to a recipe: looks, measures, chooses, and says what the run will take."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ OF_WIDTH |= {"train.total_samples", "train.max_hours", "train.max_pflops"}
 
 HEADING = """Written by pipeline/init.py for {images}, with what differs from the defaults.
 
-  python pipeline/run.py --config {out}
+  {command}
 
 Expected on {machine}: {time}.
 docs/recipe.md explains every field. Change what you like; `--dry-run` checks it."""
@@ -71,11 +72,12 @@ def propose(images: str, out: Path, budget: float, overrides: Sequence[str]) -> 
     settings, speeds = choose(found, machine, budget, own)
     recipe = complete(settings)
     expected = expected_times(recipe, found, speeds)
-    heading = HEADING.format(images=images, out=out, machine=machine, time=duration(sum(expected.values())))
+    command = shlex.join(["python", "pipeline/run.py", "--config", str(out)])
+    heading = HEADING.format(images=images, command=command, machine=machine, time=duration(sum(expected.values())))
     with atomic_write(out) as file:
         file.write_text(recipe_text(settings, heading), encoding="utf-8")
     show_costs(expected, disk(planned(recipe, found), found.usable), machine, budget)
-    print(f"recipe: {out}\nnext: python pipeline/run.py --config {out}")
+    print(f"recipe: {out}\nnext: {command}")
     return recipe
 
 

@@ -15,7 +15,7 @@ ByArm = dict[str, list[Outcome]]  # each arm's runs, one a seed
 def page(tables: Sequence[Table], scale: Scale) -> str:
     """Markdown. Raises UserError where something is not measured yet."""
     measured = {table.key: outcomes(table, scale, None) for table in tables}
-    lines = [*_head(tables, scale, measured), "## Parameters and memory", "", *counting.claims(), ""]
+    lines = [*_head(scale, measured), "## Parameters and memory", "", *counting.claims(), ""]
     for table in tables:
         lines += _section(table, measured[table.key])
         for judge in scale.judges(table)[1:]:
@@ -23,7 +23,7 @@ def page(tables: Sequence[Table], scale: Scale) -> str:
     return "\n".join([*lines, *_costs(measured)]) + "\n"
 
 
-def _head(tables: Sequence[Table], scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
+def _head(scale: Scale, measured: dict[str, ByArm]) -> Iterator[str]:
     source, every = provenance(), [each for arms in measured.values() for runs in arms.values() for each in runs]
     runs = {each.recipe.folder: each for each in every}
     hours = sum(each.seconds or 0 for each in runs.values()) / 3600

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.background import Background
 from common.errors import UserError
-from common.files import shared_folder_lock
+from common.files import folder_lock, shared_folder_lock
 from common.ranks import float32_throughout, own_device, rank_and_world_size, share_cores
 from common.recipe import Recipe
 from common.run_folder import SampleFolder
@@ -47,9 +47,15 @@ def sample(sampling: Sampling, part: int = 0, parts: int = 1) -> None:
         with shared_folder_lock(samples.folder):
             generate(sampling, samples, part * world_size + rank, parts * world_size, network)
             if not missing_chunks(sampling, samples):
-                output(sampling, samples).complete()
-                if iterates.are_missing(sampling, samples):
-                    iterates.draw(sampling, samples, network())
+                _complete(sampling, samples, network)
+
+
+def _complete(sampling: Sampling, samples: SampleSet, network: Callable[[], Denoiser]) -> None:
+    """What is written once all chunks exist: by one of the ranks that see them, while the others wait."""
+    with folder_lock(samples.folder, ".completing", wait=True):
+        output(sampling, samples).complete()
+        if iterates.are_missing(sampling, samples):
+            iterates.draw(sampling, samples, network())
 
 
 def finished(sampling: Sampling) -> bool:

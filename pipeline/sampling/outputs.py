@@ -39,7 +39,7 @@ class Chunks:
         return self.path is None or self.path.exists()
 
     def complete(self) -> None:
-        """Writes `path`, once all chunks exist; any number of times, by any process."""
+        """Writes `path`, once all chunks exist; any number of times, by one process at a time."""
         if self.path is not None and not self.path.exists():
             self.collect(self.path)
 

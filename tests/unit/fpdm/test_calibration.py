@@ -1,7 +1,7 @@
 """Calibration measures what it says, and takes another way only where it brings latents nearer to the limit."""
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 
 import pytest
@@ -31,14 +31,20 @@ LIMIT = replace(limit_way(V), num_steps=24, iterations=(4,) * 24)
 
 def drawing(index, diffusion=V, kind="fpdm", seed=1, **options):
     """`sample` bound to a small network whose iteration converges but slowly."""
+    model = network(kind, seed, diffusion.learned_variance)
+    return partial(sample, model, diffusion, rng.normal(0, "start", index, (4, 4, 4)), index % 3, **options)
+
+
+@lru_cache
+def network(kind, seed, learned_variance):
     sizes = {"depth": 1, "input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
-    config = DenoiserConfig(kind=kind, learned_variance=diffusion.learned_variance, **sizes)
+    config = DenoiserConfig(kind=kind, learned_variance=learned_variance, **sizes)
     model = build_denoiser(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = rng.normal(seed, name, torch.arange(len(parameter)), tuple(parameter.shape[1:]))
             parameter.copy_(0.15 * noise)
-    return partial(sample, model, diffusion, rng.normal(0, "start", index, (4, 4, 4)), index % 3, **options)
+    return model
 
 
 @pytest.fixture
