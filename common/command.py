@@ -193,6 +193,11 @@ def exit_status_of(work: Callable[[], None]) -> int:
         for fault in error.faults if isinstance(error, Refused) else [error]:
             say(f"error: {fault}")
         return 2
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: this user may not read it; ask its owner for access, or name another")
+        return 2
     except Interrupted as interruption:
         say(f"interrupted: {interruption}")
         return INTERRUPTED

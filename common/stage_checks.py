@@ -50,7 +50,8 @@ def _check(
     if stage.finished(resolved):
         return
     to_do.add(stage.name)
-    if fault := not_writable(Path(str(stage.place(recipe)))):
+    place = Path(str(stage.place(recipe)))
+    if fault := not_writable(place.parent if stage.name not in PLACES and place.is_file() else place):
         found.append(f"{PLACES.get(stage.name, 'runs')}: {fault}; name another folder")
     for step in steps(recipe, stage, cluster, jobs):
         with _noting(found):

@@ -230,7 +230,7 @@ class FPDMPipeline(DiffusionPipeline):
         defaults = self._defaults if fitted else self._defaults.unfitted()
         settings = defaults.changed(network.config, given, block_budget)
         self.check_guidance(settings)
-        self._check(output_type, callback_on_step_end_tensor_inputs)
+        self._check(output_type, rounding, callback_on_step_end_tensor_inputs)
         labels = self._classes.tensor(class_labels).to(self._execution_device)
         changes = {name: arguments[name] for name in ("sampler", *SETTINGS) if arguments[name] is not None}
         own = generator if seed is None else torch.Generator().manual_seed(seed)
@@ -264,14 +264,17 @@ class FPDMPipeline(DiffusionPipeline):
 
     def _check_fitted(self, arguments: dict[str, Any]) -> None:
         for name in FITTED_WITH:
-            if arguments[name] is not None and arguments[name] != getattr(self._defaults, name, None):
+            given, own = arguments[name], getattr(self._defaults, name, None)
+            if given is not None and _as_tuple(given) != _as_tuple(own):
                 raise ValueError(
                     f"{name}: the sampler of this export is fitted to its own; pass sampler='multistep' too for another"
                 )
 
-    def _check(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
+    def _check(self, output_type: str, rounding: str | None, tensor_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type: {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
+        if rounding is not None and output_type != "pil":
+            raise ValueError(f"rounding: is of output_type pil, not {output_type}; leave it out")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise ValueError(f"callback_on_step_end_tensor_inputs: no {unknown[0]!r}; there are latents alone")
 
@@ -293,6 +296,8 @@ class FPDMPipeline(DiffusionPipeline):
         """What a call starts from, (B, C, h, w), and the noise of its steps."""
         network, device = self.transformer.denoiser.config, self._execution_device
         shape = (network.in_channels, network.input_size, network.input_size)
+        if seed is None and first_index:
+            raise ValueError("first_index: is of a seed; give seed too, or leave it out")
         if seed is not None and (generator is not None or latents is not None):
             raise ValueError("seed: together with a generator or latents; give one of them")
         if isinstance(generator, list) and len(generator) != batch:
@@ -323,3 +328,8 @@ class FPDMPipeline(DiffusionPipeline):
         vae = cast(AutoencoderKL, self.vae)
         unscaled = unscale_latents(latents, *autoencoders.scaling(vae.config)).to(vae.dtype)
         return autoencoders.decode(vae, unscaled.contiguous(memory_format=torch.channels_last)).float()
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,9 +1,9 @@
 # PYTHON_ARGCOMPLETE_OK
 """Makes averaged weights of any width from a run's stored power-function averages, after training (Karras et al. 2024).
 
-python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08
+python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08 train.ema.widths=[0.05,0.1]
 
-The run must have stored some: train.ema.widths=[0.05,0.1]. The more checkpoints' weights there are, the nearer the
+The run must have stored some, as these. The more checkpoints' weights there are, the nearer the
 result; --samples ends the average earlier. It lies beside the run's own averages: sample.ema=power-0.08 draws from it.
 """
 

@@ -3,7 +3,7 @@
 
   python pipeline/sample.py --config recipes/demo.yaml
   python pipeline/sample.py --config recipes/demo.yaml --cluster slurm --jobs 16
-  torchrun --nproc-per-node 8 pipeline/sample.py --config recipes/demo.yaml sample.weights=64000
+  torchrun --nproc-per-node 8 pipeline/sample.py --config recipes/demo.yaml sample.weights=65536
 
 Run it again to go on: finished chunks are kept, whatever the number of processes that drew them.
 """

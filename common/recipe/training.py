@@ -147,7 +147,7 @@ class Train:
 
     total_samples: Count | None = None
     """Length of the training in samples, rounded up to a multiple of `batch_size`. null: what `epochs` says, else the
-    paper's 204,800,000, which are 400,000 steps of 512 (4 days on 8 GPUs). Training ends with the first of this,
+    paper's 204,800,000, which are 400,000 steps of 512. Training ends with the first of this,
     max_pflops and max_hours."""
     epochs: Count | None = None
     """Instead of `total_samples`: how often each image is seen. null: total_samples says it."""

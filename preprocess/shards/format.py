@@ -29,7 +29,7 @@ MOMENTS = np.dtype("<f2")
 # seven times as fast. No wrapper: every sample of a batch passes through it.
 checksum: Callable[[Any, int], int] = isal_zlib.crc32
 
-REMEDY = "delete that file and run preprocess/encode_latents.py again: it encodes what is missing and keeps the rest"
+REMEDY = "delete that file if it is there, and run preprocess/encode_latents.py again: it encodes what is missing alone"
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,15 @@ def test_a_command_whose_reader_has_left_ends_without_a_word(lines: int, unbuffe
     assert running.returncode == 128 + signal.SIGPIPE
 
 
+def test_a_folder_that_this_user_may_not_enter_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise PermissionError(13, "Permission denied", "/runs/theirs/weights")
+
+    assert exit_status_of(work) == 2
+    words = "this user may not read it; ask its owner for access, or name another"
+    assert capsys.readouterr().err == f"error: /runs/theirs/weights: {words}\n"
+
+
 def test_another_broken_connection_is_no_reader_that_has_left() -> None:
     def work() -> None:
         raise BrokenPipeError(32, "a rank's connection")

@@ -29,6 +29,7 @@ from common.run_folder import RunFolder, SampleFolder, weights_folder
 from common.run_weights import load_network
 from common.sealed import write_sealed
 from fpdm.calibration import fit, fit_start
+from fpdm.call_settings import FITTED_WITH
 from fpdm.config import DenoiserConfig
 from fpdm.denoiser import build_denoiser
 from fpdm.diffusion import Diffusion
@@ -135,8 +136,18 @@ def test_a_fitted_export_says_its_sampler_and_plays_in_any_number_of_steps(tiny_
     assert [progress.step for progress in drawn] == [1, 2, 3, 4, 5]
 
 
+def test_latents_are_noised_at_the_timesteps_of_the_scheduler_itself() -> None:
+    scheduler = FPDMScheduler(Diffusion(), "multistep")
+    scheduler.set_timesteps(5)
+    latents, noise = torch.zeros(5, 4, 2, 2), torch.ones(5, 4, 2, 2)
+    noised = scheduler.add_noise(latents, noise, scheduler.timesteps)
+    assert torch.equal(noised, Diffusion().add_noise(latents, noise, scheduler.timesteps.long()))
+
+
 def test_a_fitted_sampler_is_exchanged_for_another_by_name(tiny_recipe: Recipe) -> None:
     loaded = exported(fitted(tiny_recipe))
+    its_own = {"guidance_interval": (0.0, 1.0)}  # which JSON has as a list
+    loaded._check_fitted(dict.fromkeys(FITTED_WITH) | its_own)
     for changed in (
         {"num_inference_steps": 5, "iterations": 2},
         *(

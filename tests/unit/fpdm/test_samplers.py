@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,22 @@ def test_an_order_is_that_of_its_convergence_from_pure_noise_to_the_data(diffusi
     settings = SamplerSettings(order=order, spacing="trailing", spacing_power=power)
     coarse, fine = errors(diffusion, "multistep", settings, (50, 200))
     assert math.log(coarse / fine, 4) > 0.8 * order
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_latents_that_are_replaced_between_the_first_steps_stay_replaced(order):
+    """As inpainting does. Here the output is the clean latents, so that a change of x alone is carried on."""
+    diffusion = replace(ZERO, prediction="clean")
+    x, output, change = torch.randn(3, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    ended = []
+    for added in (0.0, 1.0):
+        run = build_sampler(diffusion, "multistep", 7, SamplerSettings(order=order))
+        moved = run.step(0, output, x, None) + added * change
+        ended.append(run.step(1, output.cos(), moved, None))
+    first = build_sampler(diffusion, "multistep", 7, SamplerSettings(order=1))
+    zero = torch.zeros_like(x)
+    first.step(0, zero, zero, None)
+    torch.testing.assert_close(ended[1] - ended[0], first.step(1, zero, change, None), rtol=1e-4, atol=1e-5)
 
 
 def test_first_order_is_ddim_step_by_step():

@@ -138,6 +138,20 @@ def test_a_folder_without_a_seal_is_loaded_and_a_broken_seal_is_named(tmp_path):
             read_extra(tmp_path)
 
 
+def test_a_variant_of_weights_that_were_replaced_is_no_longer_one(tmp_path):
+    model = network(CONFIGS["fpdm"])
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    for _ in range(2):  # the same weights once more change nothing
+        save_pretrained(model.state_dict(), model.config, tmp_path)
+        save_pretrained(half, model.config, tmp_path, variant="fp16")
+        save_pretrained(model.state_dict(), model.config, tmp_path)
+        assert next(load_pretrained(tmp_path, "fp16").parameters()).dtype == torch.float16
+    other = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    save_pretrained(other, model.config, tmp_path)
+    with pytest.raises(ValueError, match=r"fp16\.safetensors: changed after it was written"):
+        load_pretrained(tmp_path, "fp16")
+
+
 def test_a_flipped_bit_of_the_weights_or_their_config_is_named(tmp_path):
     model = network(DenoiserConfig(input_size=4, hidden_size=8, num_heads=2, num_classes=1, patch_size=2))
     save_pretrained(model.state_dict(), model.config, tmp_path, {"objective": {"prediction": "v"}})

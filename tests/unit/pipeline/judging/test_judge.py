@@ -340,6 +340,8 @@ def test_a_statistics_file_will_do_as_a_reference(tmp_path: Path, monkeypatch: p
     unmeasured = {mover["cause"]: mover["note"] for mover in form["movers"] if mover["effect"] is None}
     assert set(unmeasured) == {"balance", "near-copies", "crop"}
     assert any("statistics" in line for line in lines(form))
+    form["reference"]["label"] = "\x1b[2J another person's words"
+    assert all(line.isprintable() for line in lines(form))
 
 
 @pytest.mark.parametrize(

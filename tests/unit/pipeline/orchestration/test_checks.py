@@ -68,6 +68,13 @@ def test_what_recipe_and_launch_alone_make_impossible(
         check(tmp_path, *overrides, cluster=cluster)
 
 
+def test_a_run_that_was_measured_is_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("metrics.json", "report.html"):
+        (tmp_path / "a" / name).write_text("of other settings")
+    check(tmp_path, stages="evaluate,report")
+
+
 def test_nodes_multiply_the_ranks(tmp_path: Path) -> None:
     check(tmp_path, "launch.nodes=4", "launch.processes=8", cluster="slurm")
     with pytest.raises(UserError, match="512 is not divisible by the 24 ranks"):

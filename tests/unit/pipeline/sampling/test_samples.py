@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fpdm.diffusers_folders import WEIGHTS_NAME
 from fpdm.weights import load_pretrained
 from pipeline.sampling.chunks import read_chunk
 from pipeline.sampling.iterates import even
+from pipeline.sampling.outputs import Pngs
 from pipeline.sampling.plans import blocks_an_image
 from pipeline.sampling.sample_set import sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
@@ -108,6 +110,23 @@ def test_killed_sampling_resumes_to_the_same_set(recipe: Recipe, tmp_path: Path)
     assert len(images) == 120
     assert (labels == np.arange(120) % 3).all()
     assert len(np.unique(images.reshape(120, -1), axis=0)) == 120
+
+
+def test_of_the_ranks_that_see_a_whole_set_one_completes_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, collect, collected = changed(recipe, output="folder"), Pngs.collect, list[Path]()
+
+    def slowly(self: Pngs, path: Path) -> None:
+        collected.append(path)
+        time.sleep(0.3)  # for the other to come
+        collect(self, path)
+
+    generated(folder)
+    monkeypatch.setattr(Pngs, "collect", slowly)
+    with ThreadPoolExecutor(2) as ranks:
+        for done in [ranks.submit(run_stage, SAMPLE, folder) for _ in range(2)]:
+            done.result()
+    assert len(collected) == 1
+    assert len(list(collected[0].glob("*.png"))) == folder.sample.num_samples
 
 
 def test_overlapping_chunks_count_no_sample_twice(recipe: Recipe) -> None:
