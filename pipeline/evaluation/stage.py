@@ -87,6 +87,15 @@ def look_for_images(evaluation: "Evaluation") -> None:
         held_out(evaluation.recipe)
 
 
+def look_for_samples(evaluation: "Evaluation") -> None:
+    """Those that are not measured yet."""
+    from pipeline.evaluation.evaluate import is_measured
+
+    for samples in evaluation.samples:
+        if not is_measured(evaluation, samples):
+            samples.check()
+
+
 STAGE = Stage(
     name="evaluate",
     resolve=resolve,
@@ -100,5 +109,10 @@ STAGE = Stage(
     fetch=fetch,
     place=lambda recipe: RunFolder(recipe.folder).metrics,
     check=check,
-    inputs=(Input(look_for_weights), Input(look_for_images, ("compose",)), Input(plan, ("compose", "train", "sample"))),
+    inputs=(
+        Input(look_for_weights),
+        Input(look_for_images, ("compose",)),
+        Input(plan, ("compose", "train", "sample")),
+        Input(look_for_samples, ("compose", "train", "sample")),
+    ),
 )

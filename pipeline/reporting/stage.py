@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.recipe import Recipe
 from common.run_folder import RunFolder
-from common.stage import Stage
+from common.stage import Input, Stage
 
 if TYPE_CHECKING:
     from pipeline.reporting.page import Report
@@ -35,6 +35,10 @@ def report(shown: "Report") -> None:
     page.report(shown)
 
 
+def look_for_measurements(shown: "Report") -> None:
+    _ = shown.inputs
+
+
 STAGE = Stage(
     name="report",
     resolve=resolve,
@@ -42,4 +46,5 @@ STAGE = Stage(
     finished=finished,
     work=report,
     place=lambda recipe: RunFolder(recipe.folder).report,
+    inputs=(Input(look_for_measurements, ("compose", "train", "sample", "evaluate")),),
 )

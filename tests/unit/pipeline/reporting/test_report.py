@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import Refused, UserError
 from common.log_lines import append_line
 from common.provenance import provenance
 from common.recipe import Recipe
 from common.run_folder import RunFolder, SampleFolder
+from common.stage_checks import check_stages
 from common.stage_jobs import run_job, steps
 from common.stage_times import write_time
 from pipeline.evaluation import references
@@ -35,6 +36,7 @@ from pipeline.reporting.stage import STAGE as REPORT
 from pipeline.sampling import iterates
 from pipeline.sampling.sample_set import Sampling, sample_set
 from pipeline.sampling.stage import STAGE as SAMPLE
+from pipeline.stages import select
 from tests.conftest import copied, load_samples, run_stage
 from tests.json_files import read_json
 
@@ -116,6 +118,12 @@ def test_missing_samples_are_named_before_anything_is_measured(recipe: Recipe) -
     before = sorted((recipe.folder / "eval").rglob("*"))
     with pytest.raises(UserError, match=r"samples 0 to 9 of 10 are missing; run python pipeline/sample\.py"):
         run_stage(EVALUATE, fewer)
+    for stages, fault in (
+        ("evaluate", "samples 0 to 9 of 10 are missing"),
+        ("report", "metrics.json: not there, or of"),
+    ):
+        with pytest.raises(Refused, match=fault):  # before anything is started, too
+            check_stages(fewer, select(fewer, stages), "local", fetches=False)
     assert sorted((recipe.folder / "eval").rglob("*")) == before
 
 
