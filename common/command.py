@@ -176,8 +176,9 @@ def unless_forced(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def exit_status_of(work: Callable[[], None]) -> int:
-    """Exit status of `work`: 0; 2 for a UserError and INTERRUPTED for an Interrupted, each with one line on stderr; and
-    without one, as of any program that a shell's pipe ends, 128 + SIGPIPE where nobody reads stdout on, as in `| head`.
+    """Exit status of `work`: 0; 2 for a UserError or a path that is closed to this user, and INTERRUPTED for an
+    Interrupted, each with one line on stderr; and without one, as of any program that a shell's pipe ends, 128 +
+    SIGPIPE where nobody reads stdout on, as in `| head`.
     """
     _spin_briefly()
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape names that the locale cannot show

@@ -79,8 +79,8 @@ async def _supervise(ranks: "_Ranks", node: int, address: str, port: int, leader
         asyncio.get_running_loop().add_signal_handler(number, ranks.ask_to_stop)
     if leader is None:
         return await _follow(ranks, node, address, port)
-    every_interface = None if leader.nodes > 1 else "127.0.0.1"
-    async with await asyncio.start_server(leader.attend, every_interface, port):
+    interface = "127.0.0.1" if leader.nodes == 1 else None  # None: all
+    async with await asyncio.start_server(leader.attend, interface, port):
         outcome, _ = await asyncio.gather(leader.lead(), _follow(ranks, node, "127.0.0.1", port))
         return outcome
 

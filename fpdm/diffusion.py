@@ -211,9 +211,8 @@ def _gaussian(diffusion: Diffusion) -> GaussianSchedule:
         angles = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008 * (math.pi / 2)
         squares = angles.cos() ** 2
         alphas_cumprod = (squares[1:] / squares[:-1]).clamp_min(1e-3).cumprod(0)
-    if (
-        diffusion.zero_terminal_snr
-    ):  # Lin et al., algorithm 1: shift sqrt(abar) to end at 0, scale it to begin as before
+    if diffusion.zero_terminal_snr:
+        # Lin et al., algorithm 1: shift sqrt(abar) to end at 0, scale it to begin as before.
         roots = alphas_cumprod.sqrt()
         alphas_cumprod = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
     return GaussianSchedule(alphas_cumprod)

@@ -3,8 +3,8 @@
 
 python pipeline/reconstruct_ema.py --config recipes/demo.yaml --width 0.08 train.ema.widths=[0.05,0.1]
 
-The run must have stored some, as these. The more checkpoints' weights there are, the nearer the
-result; --samples ends the average earlier. It lies beside the run's own averages: sample.ema=power-0.08 draws from it.
+The run must have stored some, as these. The more checkpoints' weights there are, the nearer the result; --samples ends
+the average earlier. It lies beside the run's own averages: sample.ema=power-0.08 draws from it.
 """
 
 import sys
