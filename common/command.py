@@ -197,7 +197,8 @@ def exit_status_of(work: Callable[[], None]) -> int:
     except PermissionError as error:
         if error.filename is None:
             raise
-        say(f"error: {error.filename}: this user may not read it; ask its owner for access, or name another")
+        path = printable(str(error.filename))
+        say(f"error: {path}: this user may not read it; ask its owner for access, or name another")
         return 2
     except Interrupted as interruption:
         say(f"interrupted: {interruption}")
